@@ -1,0 +1,446 @@
+"""One typed tree: the YAML file.
+
+Every key a person can write is a field here, with its meaning beside it. Model keys are those of Hugging
+Face's Qwen3-MoE `config.json`; training keys are those of `TrainingArguments`. Reading files, inheritance,
+overrides, aliases and the wording of errors live in `config_loading.py`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+def _divisors(number: int) -> str:
+    """For error messages; bounded, so that a mistyped huge number is answered at once."""
+    return ", ".join(str(n) for n in range(1, min(number, 4096) + 1) if number % n == 0)
+
+
+class Section(BaseModel):
+    """A section of the tree: unknown keys are errors, docstrings are the reference manual."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_assignment=True,
+        validate_default=True,
+        allow_inf_nan=False,
+    )
+
+    def describe(self, key: str) -> str:
+        """The docstring of one field, on one line."""
+        return " ".join((type(self).model_fields[key].description or "").split())
+
+
+class ModelConfig(Section):
+    """The transformer. Keys and defaults follow Hugging Face's Qwen3-MoE."""
+
+    vocab_size: Positive = 272
+    """Rows of the embedding; at least the tokenizer's size."""
+    hidden_size: Positive = 512
+    """Width D of the residual stream."""
+    num_hidden_layers: Positive = 8
+    """Number of blocks."""
+    num_attention_heads: Positive = 8
+    """Query heads."""
+    num_key_value_heads: Positive | None = None
+    """Key and value heads (grouped-query attention); default: as many as query heads."""
+    head_dim: Positive | None = None
+    """Width of one head; default: hidden_size / num_attention_heads."""
+    intermediate_size: Positive = 1536
+    """Width of the SwiGLU in layers without experts."""
+    moe_intermediate_size: Positive = 512
+    """Width F of the SwiGLU of one expert."""
+    num_experts: NonNegative = 16
+    """Experts E in each mixture-of-experts layer; 0 makes every layer dense."""
+    num_experts_per_tok: Positive = 2
+    """Experts K each token goes to (top-k)."""
+    norm_topk_prob: bool = True
+    """Divide the K chosen weights by their sum."""
+    decoder_sparse_step: Positive = 1
+    """Layer i has experts when (i + 1) is a multiple of this."""
+    mlp_only_layers: list[NonNegative] = []
+    """Layers that stay dense whatever decoder_sparse_step says."""
+    shared_expert_intermediate_size: NonNegative = 0
+    """Width of an expert every token passes through; 0 for none."""
+    max_position_embeddings: Positive = 4096
+    """Longest sequence the positions are made for."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary position embedding."""
+    rms_norm_eps: PositiveFloat = 1e-6
+    """Epsilon of every RMSNorm."""
+    qk_norm: bool = True
+    """RMSNorm on each query and key head (Qwen3: yes, Mixtral: no)."""
+    attention_bias: bool = False
+    """Bias in the q, k and v projections."""
+    attention_dropout: Probability = 0.0
+    """Dropout on attention weights in training."""
+    tie_word_embeddings: bool = False
+    """Output head shares the embedding's weights."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of initial weights."""
+    hidden_act: Literal["silu"] = "silu"
+    """Activation of the gated units; SwiGLU only."""
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    """Router scores: softmax over all experts, or a sigmoid per expert (DeepSeek-V3)."""
+    n_group: Positive = 1
+    """Groups of experts for group-limited routing; 1 for none."""
+    topk_group: Positive = 1
+    """Groups a token may use, of n_group."""
+    routed_scaling_factor: PositiveFloat = 1.0
+    """Factor on the routing weights after renormalising."""
+    router: str = "topk"
+    """Router class: a registered name, or `package.module:Class` of your own."""
+    expert: str = "swiglu"
+    """Expert class: a registered name, or `package.module:Class` of your own."""
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel: PyTorch's fused one, or plain matmuls (the specification)."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelConfig:
+        if self.num_experts:
+            if self.num_experts_per_tok > self.num_experts:
+                raise ValueError(
+                    f"num_experts_per_tok={self.num_experts_per_tok}: at most num_experts={self.num_experts}"
+                )
+            if self.num_experts_per_tok == 1 and self.norm_topk_prob and self.router == "topk":
+                raise ValueError(
+                    "norm_topk_prob=true: with num_experts_per_tok=1 the renormalised weight is always 1 and "
+                    "the router never learns; set norm_topk_prob=false or num_experts_per_tok>=2"
+                )
+            if self.num_experts % self.n_group:
+                raise ValueError(f"n_group={self.n_group}: must divide num_experts={self.num_experts}")
+            if self.topk_group > self.n_group:
+                raise ValueError(f"topk_group={self.topk_group}: at most n_group={self.n_group}")
+            reachable = self.topk_group * (self.num_experts // self.n_group)
+            if self.num_experts_per_tok > reachable:
+                raise ValueError(
+                    f"num_experts_per_tok={self.num_experts_per_tok}: topk_group={self.topk_group} of "
+                    f"n_group={self.n_group} leaves {reachable} experts to choose from"
+                )
+        heads, kv_heads = self.num_attention_heads, self.kv_heads
+        if heads % kv_heads:
+            raise ValueError(
+                f"num_key_value_heads={kv_heads}: must divide num_attention_heads={heads} "
+                f"(allowed: {_divisors(heads)})"
+            )
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size}: not divisible by num_attention_heads={heads}; set head_dim"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"head_dim={self.head_size}: must be even (rotary embedding)")
+        for layer in self.mlp_only_layers:
+            if layer >= self.num_hidden_layers:
+                raise ValueError(
+                    f"mlp_only_layers={self.mlp_only_layers}: layer {layer} is past num_hidden_layers="
+                    f"{self.num_hidden_layers} (layers count from 0)"
+                )
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether block `layer` (from 0) is a mixture-of-experts block."""
+        return (
+            self.num_experts > 0
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Global numbers of the mixture-of-experts blocks."""
+        return [layer for layer in range(self.num_hidden_layers) if self.has_experts(layer)]
+
+
+class DataConfig(Section):
+    """Text to tokens to batches."""
+
+    source: Literal["stdlib", "text", "jsonl", "parquet", "huggingface"] = "stdlib"
+    """`stdlib` is the source of Python's own standard library: real text present on every machine."""
+    path: str | list[str] | None = None
+    """File, folder pattern or list of them, for text, jsonl and parquet."""
+    validation_path: str | list[str] | None = None
+    """Separate held-out files; without it documents are split by validation_split."""
+    name: str | None = None
+    """Dataset name for `huggingface`."""
+    split: str = "train"
+    """Split of the Hugging Face dataset."""
+    text_field: str = "text"
+    """Column that holds the text."""
+    streaming: bool = False
+    """Read a Hugging Face dataset as a stream, without an index."""
+    tokenizer: str = "bytes"
+    """`bytes`, or the folder or name of any `transformers` tokenizer."""
+    max_seq_length: Positive = 256
+    """Tokens S in one training sample."""
+    validation_split: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Share of documents held out for validation."""
+    document_mask: bool = True
+    """Attention and positions restart at document boundaries inside a packed sample."""
+    shuffle: bool = True
+    """Shuffle samples, anew in each epoch."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """An unreadable or non-UTF-8 document: name, count and skip it, or stop."""
+    limit: Positive | None = None
+    """Read at most this many documents."""
+    dataloader_num_workers: NonNegative = 0
+    """Batches prepared ahead by this many workers."""
+    dataloader_pin_memory: bool = False
+    """Page-locked host memory for batches (CUDA)."""
+
+    @model_validator(mode="after")
+    def _source_has_what_it_needs(self) -> DataConfig:
+        if self.source in ("text", "jsonl", "parquet") and not self.path:
+            raise ValueError(f"path=null: source={self.source} needs data.path (a file or a pattern)")
+        if self.source == "huggingface" and not self.name:
+            raise ValueError("name=null: source=huggingface needs data.name")
+        if self.streaming and self.source != "huggingface":
+            raise ValueError(f"streaming=true: only for source=huggingface, not {self.source}")
+        return self
+
+
+class ParallelConfig(Section):
+    """How ranks share the work: world = pp_size x edp x ep_size, and dp = edp x ep_size."""
+
+    ep_size: Positive = 1
+    """Expert parallelism: ranks over which the experts of a layer are spread."""
+    pp_size: Literal[1] = 1
+    """Pipeline stages. This version trains with one stage."""
+    zero_stage: Literal[0] = 0
+    """Sharding of optimizer state, gradients, parameters. This version replicates them (0)."""
+
+
+class TrainConfig(Section):
+    """The loop. Names are those of `TrainingArguments`."""
+
+    output_dir: Path = Path("outputs/run")
+    """Run folder: config.yaml, metrics.jsonl, train.log, logs/, tb/, checkpoint-<step>/."""
+    seed: NonNegative = 42
+    """Seed of weights, data order, dropout and sampling."""
+    per_device_train_batch_size: Positive = 8
+    """Sequences in one micro-batch of one rank."""
+    per_device_eval_batch_size: Positive | None = None
+    """Sequences in one evaluation batch of one rank; default: as in training."""
+    gradient_accumulation_steps: Positive = 1
+    """Micro-batches per rank in one optimizer step."""
+    max_steps: int = Field(default=-1, ge=-1)
+    """Optimizer steps; -1: as num_train_epochs says."""
+    num_train_epochs: PositiveFloat | None = 1.0
+    """Passes over the data when max_steps is -1; null: max_time alone ends the run."""
+    max_time: PositiveFloat | None = None
+    """Seconds of training after which the run ends cleanly, whatever the steps; the schedule follows."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the global gradient norm to this; 0: measure only."""
+    bf16: bool = False
+    """Compute in bfloat16 (autocast), weights in float32; the router always computes in float32."""
+    pure_bf16: bool = False
+    """Weights and gradients in bfloat16, float32 master weights in the optimizer."""
+    fp16: Literal[False] = False
+    """Not offered: half precision needs loss scaling; use bf16."""
+    label_smoothing_factor: Fraction = 0.0
+    """Mass spread over the vocabulary in the loss."""
+    gradient_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in backward: whole blocks, or attention only. Routing is never recomputed."""
+    torch_compile: bool = False
+    """Compile the dense part of every block."""
+    deterministic: bool = False
+    """Only deterministic kernels: two runs are bitwise equal."""
+    eval_steps: NonNegative = 0
+    """Evaluate every this many steps; 0: only at the end."""
+    eval_batches: Positive | None = None
+    """Evaluate on at most this many batches per rank; default: the whole validation set."""
+    early_stopping_patience: NonNegative = 0
+    """Stop after this many evaluations without improvement; 0: never."""
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    """Improvement smaller than this does not count."""
+    divergence_loss: PositiveFloat | None = None
+    """Stop when the training loss is above this ..."""
+    divergence_epochs: NonNegativeFloat = 0.0
+    """... after this many epochs."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A NaN or infinite loss or gradient: stop before the optimizer step, or skip the step and count it."""
+    max_nonfinite_steps: Positive = 10
+    """With `skip`, stop after this many skipped steps in a row."""
+    sample_tokens: NonNegative = 0
+    """Generate this many tokens before and after training, for the eye."""
+    sample_prompt: str = "def "
+    """Start of the generated text."""
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _accept_true_and_false(cls, value: Any) -> Any:
+        return {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> TrainConfig:
+        if self.bf16 and self.pure_bf16:
+            raise ValueError("pure_bf16=true: choose one of bf16 (autocast) and pure_bf16")
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0: a positive number, or -1 for num_train_epochs")
+        if self.max_steps < 0 and self.num_train_epochs is None and self.max_time is None:
+            raise ValueError("num_train_epochs=null: nothing ends the run; set it, max_steps or max_time")
+        return self
+
+
+class OptimizerConfig(Section):
+    """Optimizer and learning-rate schedule."""
+
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"] = "adamw_torch_fused"
+    """Optimizer, by its `TrainingArguments` name."""
+    learning_rate: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    min_learning_rate: NonNegativeFloat = 0.0
+    """Floor the schedule decays to."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = "cosine"
+    """Shape after warm-up."""
+    num_cycles: Positive = 1
+    """Restarts of cosine_with_restarts."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Warm-up as a share of all steps; warmup_steps wins when both are set."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled decay of matrices; norms and biases are never decayed."""
+    adam_beta1: Probability = 0.9
+    """AdamW: decay of the first moment."""
+    adam_beta2: Probability = 0.999
+    """AdamW: decay of the second moment."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """AdamW: epsilon."""
+    momentum: Probability = 0.9
+    """SGD: momentum."""
+
+    @model_validator(mode="after")
+    def _floor_below_peak(self) -> OptimizerConfig:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate={self.min_learning_rate}: at most learning_rate={self.learning_rate}"
+            )
+        return self
+
+
+class BalanceConfig(Section):
+    """Keeping every expert busy."""
+
+    use_auxiliary_loss: bool = True
+    """Switch for the load-balancing loss."""
+    router_aux_loss_coef: NonNegativeFloat = 0.01
+    """Weight of the load-balancing loss of each layer (1.0 = balanced), summed over layers."""
+    aux_loss_scope: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
+    """Tokens over which load is counted: each micro-batch, each sequence, or the whole global batch."""
+    router_z_loss_coef: NonNegativeFloat = 0.0
+    """Weight of the squared log-sum-exp of router logits, mean over tokens, summed over layers."""
+    bias_update_rate: NonNegativeFloat = 0.0
+    """Auxiliary-loss-free balancing: step of the selection bias per optimizer step; 0: off."""
+    capacity_factor: PositiveFloat | None = None
+    """Places per expert and micro-batch = factor x fair share, in order; null: drop no token."""
+    freeze_router: bool = False
+    """Router weights are not trained."""
+    expert_dropout: Probability = 0.0
+    """Probability that a token's contribution from one expert is dropped in training."""
+    router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Multiply router inputs by uniform noise in [1 - jitter, 1 + jitter] in training."""
+
+    @property
+    def aux_loss_coef(self) -> float:
+        return self.router_aux_loss_coef if self.use_auxiliary_loss else 0.0
+
+
+class CheckpointConfig(Section):
+    """State to disk."""
+
+    save_steps: NonNegative = 0
+    """Save every this many steps; 0: only at the end."""
+    save_at_end: bool = True
+    """Save the last step."""
+    save_total_limit: Positive | None = None
+    """Keep at most this many checkpoints."""
+    resume: str = "auto"
+    """`auto`: newest checkpoint in output_dir, if any; `never`: start afresh; or a checkpoint's path."""
+
+
+class MonitorConfig(Section):
+    """Facts to people."""
+
+    logging_steps: Positive = 10
+    """Steps between logged lines; facts cost one reduction per interval."""
+    tensorboard: bool = True
+    """Write TensorBoard events to tb/."""
+    progress: Literal["auto", "live", "plain", "none"] = "auto"
+    """Console: a live line on a terminal, plain lines elsewhere, or nothing."""
+
+
+class LaunchConfig(Section):
+    """How ranks are started."""
+
+    nproc_per_node: Positive = 1
+    """Ranks started on this machine by `moe-dist train`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device; auto takes CUDA where there is one."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Collective library; auto: gloo for CPU, NCCL for CUDA."""
+    timeout: PositiveFloat = 120.0
+    """Seconds after which a collective that does not finish is an error."""
+    num_threads: NonNegative = 0
+    """CPU threads per rank; 0: cores divided by ranks."""
+    master_port: NonNegative = 0
+    """Port of the rendezvous on this machine; 0: a free one."""
+
+
+class Config(Section):
+    """A run: everything `moe-dist train` needs to know."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    balance: BalanceConfig = Field(default_factory=BalanceConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+    launch: LaunchConfig = Field(default_factory=LaunchConfig)
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Config:
+        model, parallel = self.model, self.parallel
+        if parallel.ep_size > 1 and model.num_experts % parallel.ep_size:
+            raise ValueError(
+                f"parallel.ep_size={parallel.ep_size}: must divide model.num_experts={model.num_experts} "
+                f"(allowed: {_divisors(model.num_experts)})"
+            )
+        if parallel.ep_size > 1 and not model.moe_layers:
+            raise ValueError(
+                f"parallel.ep_size={parallel.ep_size}: the model has no expert layer; allowed: 1"
+            )
+        if self.data.max_seq_length > model.max_position_embeddings:
+            raise ValueError(
+                f"data.max_seq_length={self.data.max_seq_length}: at most "
+                f"model.max_position_embeddings={model.max_position_embeddings}"
+            )
+        if self.launch.backend == "nccl" and self.launch.device == "cpu":
+            raise ValueError("launch.backend=nccl: NCCL needs launch.device=cuda; use gloo on CPU")
+        if self.train.early_stopping_patience and not self.train.eval_steps:
+            raise ValueError("train.early_stopping_patience: needs train.eval_steps > 0")
+        return self
+
+    def global_batch_size(self, world_size: int) -> int:
+        """Sequences in one optimizer step on `world_size` ranks."""
+        dp_size = world_size // self.parallel.pp_size
+        return self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps * dp_size

@@ -1,0 +1,74 @@
+"""Token arrays kept on disk between runs, and shared by the processes of one machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_dist.data.corpus import SkippedDocument
+
+Stored = tuple[npt.NDArray[Any], npt.NDArray[np.int64], list[SkippedDocument]]
+
+
+class CacheEntry:
+    """The three files of one packed corpus: tokens, document starts, and a JSON file that makes them valid.
+
+    Several processes may save the same entry at once: each file is written aside and renamed, and the JSON
+    file comes last, so a reader sees a whole entry or none.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder = folder
+        self._tokens = folder / f"{key}.tokens.npy"
+        self._starts = folder / f"{key}.starts.npy"
+        self._facts = folder / f"{key}.json"
+
+    def load(self) -> Stored | None:
+        """The stored arrays mapped read-only, or None when there is no whole entry."""
+        try:
+            facts = json.loads(self._facts.read_text(encoding="utf-8"))
+            tokens = np.load(self._tokens, mmap_mode="r")
+            starts = np.load(self._starts)
+            skipped = [SkippedDocument(**item) for item in facts["skipped"]]
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # missing, cut short, or of another version: made anew
+            return None
+        if len(tokens) != facts.get("num_tokens") or len(starts) != facts.get("num_documents"):
+            return None
+        return tokens, starts, skipped
+
+    def save(
+        self, tokens: npt.NDArray[Any], starts: npt.NDArray[np.int64], skipped: Sequence[SkippedDocument]
+    ) -> None:
+        """Write the entry; raises OSError where the folder cannot be written."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "num_tokens": len(tokens),
+            "num_documents": len(starts),
+            "skipped": [asdict(item) for item in skipped],
+        }
+        _write_aside(self._tokens, lambda file: np.save(file, tokens))
+        _write_aside(self._starts, lambda file: np.save(file, starts))
+        _write_aside(self._facts, lambda file: file.write(json.dumps(facts).encode()))
+
+
+def _write_aside(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

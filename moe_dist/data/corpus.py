@@ -1,0 +1,253 @@
+"""Corpora: documents in one fixed order, and a list of those that could not be read."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_dist.data import files as file_lists
+from moe_dist.data.sources import Entry, FileSource, JsonlSource, RowSource, Source, Unreadable
+from moe_dist.data.tokenizer import TokenIds
+
+logger = logging.getLogger(__name__)
+
+SOURCES = ("stdlib", "text", "jsonl", "parquet", "huggingface")
+MAX_WARNINGS = 5
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: its text, or its token ids where it came tokenised. `id` is the same on every machine."""
+
+    id: str
+    text: str | None
+    tokens: TokenIds | None = None
+
+
+@dataclass(frozen=True)
+class SkippedDocument:
+    """A document left out: `offset` in bytes of the file or rows of the dataset; `reason` names the place."""
+
+    id: str
+    offset: int
+    reason: str
+
+
+class Corpus:
+    """Documents in one fixed order, read again from the source at each iteration.
+
+    `skipped` lists what could not be read during the latest iteration. `streaming` tells that a pass is long
+    and should not be packed into memory. `fingerprint` is None, or changes when the documents may have
+    changed. Only one iteration may run at a time.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        on_error: str = "skip",
+        limit: int | None = None,
+        streaming: bool = False,
+        keep: Callable[[str], bool] | None = None,
+        keep_name: str = "all",
+    ) -> None:
+        """`limit`: only the first so many documents of the source, unreadable ones counted.
+
+        `keep`: of those, only the ones with an id that it accepts (the others are not read);
+        `keep_name` says which they are, for the fingerprint.
+        """
+        if on_error not in ("skip", "fail"):
+            raise ValueError(f"on_error is {on_error!r}; allowed: 'skip', 'fail'")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit is {limit}; give at least 1, or None for all documents")
+        self._source = source
+        self._on_error = on_error
+        self._limit = limit
+        self._keep = keep
+        self._keep_name = keep_name
+        self._position = 0
+        self.streaming = streaming
+        self.skipped: list[SkippedDocument] = []
+
+    @property
+    def fingerprint(self) -> str | None:
+        """A text equal for equal documents (as far as names, sizes and times of files tell), or None."""
+        if self._source.fingerprint is None:
+            return None
+        return f"{self._source.fingerprint}|limit={self._limit}|keep={self._keep_name}"
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.iter_from(None)
+
+    def iter_from(self, state: dict[str, Any] | None) -> Iterator[Document]:
+        """Documents after the point that `state_dict` gave; None: all of them.
+
+        Raises ValueError naming the place of an unreadable document where `on_error` is 'fail'.
+        """
+        self._position = 0 if state is None else int(state["position"])
+        self.skipped = []
+        for entry in self._source.entries(self._position, None if state is None else state["source"]):
+            if self._limit is not None and self._position >= self._limit:
+                return
+            self._position += 1
+            if self._keep is not None and not self._keep(entry.id):
+                continue
+            document = self._read(entry)
+            if document is not None:
+                yield document
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the latest iteration stands, just after the document it gave last."""
+        return {"position": self._position, "source": self._source.state()}
+
+    def select(self, keep: Callable[[str], bool], name: str) -> Corpus:
+        """The documents of this corpus with an id that `keep` accepts; `name` identifies the choice."""
+
+        def both(id_: str) -> bool:
+            return (self._keep is None or self._keep(id_)) and keep(id_)
+
+        return Corpus(
+            copy.copy(self._source),  # its own position; the documents behind it are shared
+            on_error=self._on_error,
+            limit=self._limit,
+            streaming=self.streaming,
+            keep=both,
+            keep_name=f"{self._keep_name},{name}",
+        )
+
+    def _read(self, entry: Entry) -> Document | None:
+        try:
+            value = entry.read()
+        except Unreadable as error:
+            if self._on_error == "fail":
+                raise ValueError(
+                    f"unreadable document {entry.id!r}: {error}. Repair or remove it, or set on_error='skip'"
+                ) from None
+            self.skipped.append(SkippedDocument(entry.id, error.offset, str(error)))
+            if len(self.skipped) <= MAX_WARNINGS:
+                last = " (further ones are only counted)" if len(self.skipped) == MAX_WARNINGS else ""
+                logger.warning("skipped document %r: %s%s", entry.id, error, last)
+            return None
+        return Document(entry.id, value, None) if isinstance(value, str) else Document(entry.id, None, value)
+
+
+def load_documents(
+    source: str,
+    *,
+    path: str | Path | Sequence[str | Path] | None = None,
+    name: str | None = None,
+    config_name: str | None = None,
+    split: str = "train",
+    text_field: str = "text",
+    streaming: bool = False,
+    on_error: str = "skip",
+    limit: int | None = None,
+) -> Corpus:
+    """The corpus that `source` names.
+
+    - "stdlib": every .py file of Python's own standard library but its tests; no other argument needed.
+    - "text": files matching `path` (one glob or several, `**` allowed, .gz decompressed), a document per
+      file.
+    - "jsonl": likewise, a document per line, its text in `text_field` (or a list of token ids).
+    - "parquet": likewise, a document per row.
+    - "huggingface": `datasets.load_dataset(name, config_name, split=split, streaming=streaming)`.
+
+    `on_error`: 'skip' lists unreadable documents in `Corpus.skipped`, 'fail' raises ValueError at the first
+    one. `limit`: only the first so many documents. `streaming`: a corpus too large to pack in memory. Raises
+    ValueError for an unknown source, a path without files, or a text field that is not there.
+    """
+    if source == "stdlib":
+        files = file_lists.standard_library_files()
+        found: Source = FileSource(files, file_lists.fingerprint("stdlib", files))
+    elif source in ("text", "jsonl", "parquet"):
+        files = file_lists.matching_files(path, source)
+        stamp = file_lists.fingerprint(f"{source}:{text_field}", files)
+        if source == "text":
+            found = FileSource(files, stamp)
+        elif source == "jsonl":
+            file_lists.check_jsonl_field(files, text_field)
+            found = JsonlSource(files, text_field, stamp)
+        else:
+            from moe_dist.data.dataset_sources import ParquetSource
+
+            file_lists.check_parquet_field(files, text_field)
+            found = ParquetSource(files, text_field, stamp)
+    elif source == "huggingface":
+        dataset = _load_from_hub(name, config_name, split, streaming)
+        return documents_from(
+            dataset,
+            text_field=text_field,
+            on_error=on_error,
+            limit=limit,
+            name=f"{name}/{config_name or ''}/{split}",
+        )
+    else:
+        raise ValueError(f"data source {source!r} is unknown; allowed: {', '.join(SOURCES)}")
+    return Corpus(found, on_error=on_error, limit=limit, streaming=streaming)
+
+
+def documents_from(
+    dataset: Any,
+    *,
+    text_field: str = "text",
+    on_error: str = "skip",
+    limit: int | None = None,
+    name: str = "memory",
+) -> Corpus:
+    """The corpus in a Python object.
+
+    `dataset`: a list of texts, of dicts with `text_field`, or of lists of token ids; a `datasets.Dataset`; or
+    a `datasets.IterableDataset` (the corpus is then streaming). The value of `text_field` may be token ids
+    too. Raises ValueError for an empty dataset, another type, or a text field that is not there.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if isinstance(columns, dict):
+        raise ValueError(
+            f"dataset {name!r} holds several splits, {sorted(columns)}: give one, e.g. dataset['train']"
+        )
+    if columns is not None:
+        file_lists.check_field(columns, text_field, f"dataset {name!r}")
+        dataset = dataset.select_columns([text_field])
+    if (
+        hasattr(dataset, "__len__")
+        and hasattr(dataset, "__getitem__")
+        and not isinstance(dataset, str | bytes | dict)
+    ):
+        if len(dataset) == 0:
+            raise ValueError(f"dataset {name!r} is empty")
+        if columns is None and isinstance(dataset[0], dict):
+            file_lists.check_field(list(dataset[0]), text_field, f"dataset {name!r}, row 0")
+        stamp = getattr(dataset, "_fingerprint", None)  # datasets.Dataset: changes with every transformation
+        found: Source = RowSource(dataset, name, text_field, stamp)
+        return Corpus(found, on_error=on_error, limit=limit)
+    if hasattr(dataset, "load_state_dict") and hasattr(dataset, "__iter__"):
+        from moe_dist.data.dataset_sources import StreamSource
+
+        if columns is None:  # not known before the first row is read
+            first_row: dict[str, Any] = next(iter(copy.deepcopy(dataset)), {})
+            file_lists.check_field(list(first_row), text_field, f"dataset {name!r}, row 0,")
+
+        return Corpus(StreamSource(dataset, name, text_field), on_error=on_error, limit=limit, streaming=True)
+    raise ValueError(
+        f"dataset {name!r} is {type(dataset).__name__}; give a list of texts, of dicts or of token ids, "
+        "a datasets.Dataset or a datasets.IterableDataset"
+    )
+
+
+def _load_from_hub(name: str | None, config_name: str | None, split: str, streaming: bool) -> Any:
+    if not name:
+        raise ValueError(
+            "data source 'huggingface' needs `name`, the name of a dataset on the Hub or a folder"
+        )
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, config_name, split=split, streaming=streaming)
+    except (OSError, ValueError) as error:  # no such dataset, configuration or split; no network
+        raise ValueError(
+            f"dataset {name!r} (configuration {config_name!r}, split {split!r}) cannot be loaded: {error}"
+        ) from error

@@ -1,0 +1,124 @@
+"""Document sources that stand on Hugging Face `datasets`: any `IterableDataset`, and Parquet files."""
+
+from __future__ import annotations
+
+import copy
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from moe_dist.data.sources import Entry, Unreadable, fail, value_of_row
+
+
+class StreamSource:
+    """One document per row of a `datasets.IterableDataset`."""
+
+    fingerprint: str | None = None  # nothing tells that a stream has stayed the same
+
+    def __init__(self, dataset: Any, name: str, text_field: str) -> None:
+        self._pristine = dataset
+        self._active: Any = None
+        self._name = name
+        self._text_field = text_field
+        # datasets does not save the content of its shuffle buffers: such a stream can only be replayed.
+        self._exact_state = not _has_shuffle_buffer(getattr(dataset, "_ex_iterable", None))
+
+    def entries(self, start: int = 0, state: Any = None) -> Iterator[Entry]:
+        # A copy per pass: an IterableDataset keeps its position inside, so two passes over one would mix.
+        self._active = copy.deepcopy(self._pristine)
+        if state is not None:
+            self._active.load_state_dict(state)
+        first = 0 if state is None else start
+        for row, value in enumerate(self._active, start=first):
+            if row >= start:
+                yield Entry(
+                    f"{self._name}:{row}",
+                    partial(value_of_row, value, self._text_field, self._name, "row", row),
+                )
+
+    def state(self) -> Any:
+        return self._active.state_dict() if self._exact_state and self._active is not None else None
+
+
+def _has_shuffle_buffer(node: Any, depth: int = 0) -> bool:
+    """Whether a chain of `datasets` iterables holds a shuffle buffer anywhere (walks its attributes)."""
+    if isinstance(node, list | tuple):
+        return any(_has_shuffle_buffer(item, depth + 1) for item in node)
+    if depth > 50 or not type(node).__module__.startswith("datasets."):
+        return False
+    if "shuffle" in type(node).__name__.lower():
+        return True
+    return any(_has_shuffle_buffer(child, depth + 1) for child in vars(node).values())
+
+
+class ParquetSource:
+    """One document per row of Parquet files, each streamed through `datasets`."""
+
+    def __init__(
+        self, files: Sequence[tuple[str, str]], text_field: str, fingerprint: str | None = None
+    ) -> None:
+        self._files = files
+        self._text_field = text_field
+        self.fingerprint = fingerprint
+        self._file = 0
+        self._rows: StreamSource | None = None
+        self._rows_read = 0
+
+    def entries(self, start: int = 0, state: Any = None) -> Iterator[Entry]:
+        if state is None:
+            for position, entry in enumerate(self._entries(0, 0, None)):
+                if position >= start:
+                    yield entry
+        else:
+            yield from self._entries(state["file"], state["row"], state["rows"])
+
+    def _entries(self, first_file: int, first_row: int, state: Any) -> Iterator[Entry]:
+        for index in range(first_file, len(self._files)):
+            id_, path = self._files[index]
+            self._file, self._rows, self._rows_read = index, None, 0
+            if index == first_file and state is not None:
+                self._rows_read = first_row
+            elif index == first_file and first_row:
+                continue  # the saved point was an entry standing for the broken rest of this file
+            try:
+                self._rows = open_parquet(id_, path, self._text_field)
+                for entry in self._rows.entries(self._rows_read, state if index == first_file else None):
+                    self._rows_read += 1
+                    yield entry
+            except Unreadable as error:
+                self._rows, self._rows_read = None, self._rows_read + 1
+                yield Entry(id_, partial(fail, error))
+            except Exception as error:  # pyarrow and datasets raise many types for a damaged page
+                reason = f"damaged Parquet data ({type(error).__name__}: {error})"
+                broken = Unreadable(path, "row", self._rows_read, reason)
+                self._rows, self._rows_read = None, self._rows_read + 1
+                yield Entry(f"{id_}:{self._rows_read - 1}", partial(fail, broken))
+
+    def state(self) -> Any:
+        rows = self._rows.state() if self._rows is not None else None
+        return {"file": self._file, "row": self._rows_read, "rows": rows}
+
+
+def parquet_columns(path: str) -> list[str]:
+    """Column names of a Parquet file; raises `Unreadable` when its footer cannot be read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return [str(name) for name in pyarrow.parquet.read_schema(path).names]
+    except (OSError, pyarrow.ArrowException) as error:
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        raise Unreadable(path, "byte", size, f"truncated, or not a Parquet file ({error})") from None
+
+
+def open_parquet(id_: str, path: str, text_field: str) -> StreamSource:
+    """A stream over the rows of one Parquet file, only the text column read; raises `Unreadable`."""
+    columns = parquet_columns(path)
+    if text_field not in columns:
+        raise Unreadable(path, "row", 0, f"no column {text_field!r} (columns: {columns})")
+    from datasets import load_dataset
+
+    stream = load_dataset("parquet", data_files=[glob.escape(path)], split="train", streaming=True)
+    return StreamSource(stream.select_columns([text_field]), id_, text_field)

@@ -1,0 +1,146 @@
+"""Which files a corpus is made of: globs, the standard library, and checks made before anything is read."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from moe_dist.data.sources import READ_ERRORS, Unreadable, open_bytes
+
+LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+
+
+def standard_library_files() -> list[tuple[str, str]]:
+    """(id, path) of each .py file of Python's standard library, tests and installed packages left out.
+
+    The id is the path inside the library; sorted by it, so that equal Pythons give equal order.
+    Raises ValueError where the library is not there as files.
+    """
+    root = sysconfig.get_paths()["stdlib"]
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in LEFT_OUT_FOLDERS]
+        for name in names:
+            if name.endswith(".py"):
+                path = os.path.join(folder, name)
+                found.append((Path(path).relative_to(root).as_posix(), path))
+    if not found:
+        raise ValueError(
+            f"no .py file under {root}: this Python comes without library sources, use another source"
+        )
+    return sorted(found)
+
+
+def matching_files(path: str | Path | Sequence[str | Path] | None, source: str) -> list[tuple[str, str]]:
+    """(id, path) of the files that the glob or globs match, in the order of the globs, sorted within each.
+
+    The id is the path after the fixed folders of the glob, so it does not depend on where the data lies; a
+    file matched twice is taken once, and an id met twice is made unique by the number of its glob. Raises
+    ValueError naming a glob without files, and what is there instead.
+    """
+    if path is None or (not isinstance(path, str | Path) and not path):
+        raise ValueError(f"data source {source!r} needs `path`, a file or a glob such as 'corpus/**/*.txt'")
+    patterns = [str(path)] if isinstance(path, str | Path) else [str(item) for item in path]
+    files: list[tuple[str, str]] = []
+    ids: set[str] = set()
+    seen: set[str] = set()
+    for number, pattern in enumerate(patterns):
+        expanded = os.path.expanduser(pattern)
+        root = _fixed_folder(expanded)
+        candidates = [expanded] if os.path.isfile(expanded) else glob.glob(expanded, recursive=True)
+        matches = [match for match in candidates if os.path.isfile(match)]
+        if not matches:
+            raise ValueError(f"path {pattern!r} matches no file: {_what_is_there(expanded)}")
+        named = sorted((Path(match).relative_to(root).as_posix(), match) for match in matches)
+        for id_, match in named:
+            if os.path.realpath(match) in seen:
+                continue
+            seen.add(os.path.realpath(match))
+            unique = id_ if id_ not in ids else f"{number}/{id_}"
+            ids.add(unique)
+            files.append((unique, match))
+    return files
+
+
+def fingerprint(kind: str, files: Iterable[tuple[str, str]]) -> str:
+    """A hash over the ids, sizes and times of change of `files`."""
+    digest = hashlib.sha256(kind.encode())
+    for id_, path in files:
+        facts = os.stat(path)
+        digest.update(f"\0{id_}\0{facts.st_size}\0{facts.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def check_field(columns: Sequence[str], text_field: str, where: str) -> None:
+    """Raises ValueError naming the available columns when `text_field` is not among them."""
+    if text_field in columns:
+        return
+    near = difflib.get_close_matches(text_field, [str(column) for column in columns], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"{where} has no field {text_field!r} (text_field); it has {sorted(map(str, columns))}{hint}"
+    )
+
+
+def check_jsonl_field(files: Sequence[tuple[str, str]], text_field: str) -> None:
+    """`check_field` on the first row that can be read; rows further on are checked when they are read."""
+    import json
+
+    for _, path in files:
+        try:
+            with open_bytes(path) as file:
+                for number, raw in enumerate(islice(file, 100), start=1):
+                    try:
+                        row = json.loads(raw)
+                    except ValueError:  # broken or not UTF-8: the corpus names it when it gets there
+                        continue
+                    if isinstance(row, dict):
+                        check_field(list(row), text_field, f"{path}, line {number},")
+                        return
+        except READ_ERRORS:
+            continue
+
+
+def check_parquet_field(files: Sequence[tuple[str, str]], text_field: str) -> None:
+    """`check_field` on the first file whose footer can be read."""
+    from moe_dist.data.dataset_sources import parquet_columns
+
+    for _, path in files:
+        try:
+            columns = parquet_columns(path)
+        except Unreadable:
+            continue
+        check_field(columns, text_field, path)
+        return
+
+
+def _fixed_folder(pattern: str) -> str:
+    """The folder part of a glob before its first wildcard."""
+    folder = pattern
+    while glob.has_magic(folder) or folder == pattern:
+        parent = os.path.dirname(folder)
+        if parent == folder:
+            break
+        folder = parent
+    return folder
+
+
+def _what_is_there(pattern: str) -> str:
+    """A few words on what lies near a glob that matched nothing."""
+    if os.path.isdir(pattern):
+        return f"it is a folder, give a glob such as {os.path.join(pattern, '**', '*')!r}"
+    folder = _fixed_folder(pattern)
+    while folder and not os.path.isdir(folder) and os.path.dirname(folder) != folder:
+        folder = os.path.dirname(folder)
+    names = sorted(os.listdir(folder or "."))
+    rest = os.path.relpath(pattern, folder or ".").split(os.sep)[0]
+    near = difflib.get_close_matches(rest, names, n=3, cutoff=0.5) or names[:5]
+    return f"the folder {folder or '.'!r} holds {near if near else 'nothing'}" + (
+        f" and {len(names) - len(near)} more" if len(names) > len(near) else ""
+    )

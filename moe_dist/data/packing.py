@@ -1,0 +1,217 @@
+"""Packing: documents end to end in one flat array, cut into samples of equal length.
+
+Shapes: S tokens a sample (`max_seq_length`), N tokens in all, D documents.
+
+    tokens     a a a e b b e c c c c e        e: end of document, appended to each
+    sample 0   a a a e b b                    labels  a a e _ b e      _: -100, no label
+    sample 1   e c c c c e                    labels  _ c c c e _
+
+A label is the token that follows. It is -100 where that token belongs to another document (nothing foretells
+the first token of the next one) and at padding, so no loss ever reaches across documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_dist.data import cache
+from moe_dist.data.corpus import Corpus, Document, SkippedDocument
+from moe_dist.data.tokenizer import TokenIds, Tokenizer
+
+IGNORE_INDEX = -100
+PADDING_DOCUMENT = -1
+DOCUMENTS_PER_BATCH = 256
+
+Sample = dict[str, npt.NDArray[Any]]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest unsigned dtype that holds every token id."""
+    return np.min_scalar_type(vocab_size - 1)
+
+
+def make_sample(
+    tokens: npt.NDArray[Any], documents: npt.NDArray[Any], max_seq_length: int, pad_id: int
+) -> dict[str, npt.NDArray[Any]]:
+    """The sample at the front of `tokens`.
+
+    `tokens`, `documents` (n,): token ids and document numbers, up to S + 1 of them looked at; fewer than S
+    are padded. Returns `input_ids` (S,) int64, `labels` (S,) int64 (already shifted: labels[t] is the target
+    at position t), `document_ids` (S,) int32 with -1 at padding.
+    """
+    length = min(max_seq_length, len(tokens))
+    num_targets = min(max_seq_length, len(tokens) - 1)
+    input_ids = np.full(max_seq_length, pad_id, dtype=np.int64)
+    labels = np.full(max_seq_length, IGNORE_INDEX, dtype=np.int64)
+    document_ids = np.full(max_seq_length, PADDING_DOCUMENT, dtype=np.int32)
+    input_ids[:length] = tokens[:length]
+    document_ids[:length] = documents[:length]
+    if num_targets > 0:
+        same = documents[1 : num_targets + 1] == documents[:num_targets]
+        labels[:num_targets] = np.where(same, tokens[1 : num_targets + 1].astype(np.int64), IGNORE_INDEX)
+    return {"input_ids": input_ids, "labels": labels, "document_ids": document_ids}
+
+
+class SampleDataset(Protocol):
+    """What the loader needs of a dataset; `PackedDataset` is the one in this package."""
+
+    max_seq_length: int
+    pad_id: int
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int) -> Sample: ...
+
+
+class PackedDataset:
+    """Samples of S tokens cut from a flat token array.
+
+    `tokens` (N,) unsigned; `document_starts` (D,) int64, where each document begins; `skipped` lists the
+    documents that could not be read. Sample i holds the tokens [i * S, (i + 1) * S). The tail shorter than S
+    is dropped, unless `keep_tail` is set (evaluation: nothing may be missing) or it would be the only sample:
+    then it is padded with `pad_id`.
+    """
+
+    def __init__(
+        self,
+        tokens: npt.NDArray[Any],
+        document_starts: npt.NDArray[np.int64],
+        *,
+        max_seq_length: int,
+        pad_id: int,
+        keep_tail: bool = False,
+        skipped: Sequence[SkippedDocument] = (),
+    ) -> None:
+        if max_seq_length < 1:
+            raise ValueError(f"max_seq_length is {max_seq_length}; give at least 1 token")
+        if len(tokens) == 0:
+            raise ValueError(
+                f"nothing to pack: the corpus has no token ({len(skipped)} documents could not be read"
+                + (f", the first: {skipped[0].reason})" if skipped else "); check its path, limit and split")
+            )
+        self.tokens = tokens
+        self.document_starts = document_starts
+        self.max_seq_length = max_seq_length
+        self.pad_id = pad_id
+        self.skipped = list(skipped)
+        whole, tail = divmod(len(tokens), max_seq_length)
+        self._num_samples = whole + 1 if tail and (keep_tail or whole == 0) else whole
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self._num_samples
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens in the flat array, end-of-document tokens counted, padding not."""
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents that gave at least one token."""
+        return len(self.document_starts)
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`: `input_ids` (S,) int64, `labels` (S,) int64, `document_ids` (S,) int32.
+
+        A document id is the number of the document in the dataset; padding has -1. Raises IndexError.
+        """
+        if not 0 <= index < self._num_samples:
+            raise IndexError(f"sample {index} is out of range: the dataset has {self._num_samples} samples")
+        begin = index * self.max_seq_length
+        end = min(begin + self.max_seq_length + 1, len(self.tokens))
+        first = int(np.searchsorted(self.document_starts, begin, side="right")) - 1
+        last = int(np.searchsorted(self.document_starts, end, side="left"))
+        borders = np.concatenate([[begin], self.document_starts[first + 1 : last], [end]])
+        documents = np.repeat(np.arange(first, last, dtype=np.int32), np.diff(borders))
+        return make_sample(self.tokens[begin:end], documents, self.max_seq_length, self.pad_id)
+
+    def valid_labels(self) -> npt.NDArray[Any]:
+        """Every label of every sample that is not -100, in order, (num_labels,)."""
+        end = min(len(self.tokens), len(self) * self.max_seq_length + 1)
+        is_target = np.ones(end, dtype=bool)
+        is_target[self.document_starts[self.document_starts < end]] = False
+        return self.tokens[:end][is_target]
+
+
+def tokenize(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[npt.NDArray[Any]]:
+    """The token ids of each document, the end-of-document token at the end; documents without a token fall
+    out.
+
+    Raises ValueError naming a document whose ids are outside the tokenizer's vocabulary.
+    """
+    dtype = token_dtype(tokenizer.vocab_size)
+    encode_batch = getattr(tokenizer, "encode_batch", None)
+    while batch := list(islice(documents, DOCUMENTS_PER_BATCH if encode_batch else 1)):
+        texts = [document.text for document in batch if document.text is not None]
+        encoded: Iterator[TokenIds] = iter(
+            encode_batch(texts) if encode_batch else map(tokenizer.encode, texts)
+        )
+        for document in batch:
+            ids = np.asarray(next(encoded) if document.text is not None else document.tokens)
+            if ids.size == 0:
+                continue
+            if int(ids.min()) < 0 or int(ids.max()) >= tokenizer.vocab_size:
+                raise ValueError(
+                    f"document {document.id!r} holds token ids from {ids.min()} to {ids.max()}, but "
+                    f"tokenizer {tokenizer.name!r} knows {tokenizer.vocab_size}: another one made them"
+                )
+            closed = ids[-1] == tokenizer.eos_id  # documents that came tokenised may end in it already
+            result = np.empty(len(ids) + (not closed), dtype=dtype)
+            result[: len(ids)] = ids
+            result[-1] = tokenizer.eos_id
+            yield result
+
+
+def pack(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    max_seq_length: int,
+    keep_tail: bool = False,
+    cache_dir: str | Path | None = None,
+) -> PackedDataset:
+    """Tokenise `corpus` and lay its documents end to end, in corpus order, in memory.
+
+    `keep_tail`: pad the last, incomplete sample rather than drop it (for evaluation). `cache_dir`: keep the
+    token array there and map it from disk when the same files and tokenizer come again; it serves every
+    `max_seq_length`, and is left aside for a corpus or tokenizer without fingerprint (texts in memory,
+    streams). Raises ValueError for a corpus without a token, or token ids outside the vocabulary.
+    """
+    entry = _cache_entry(corpus, tokenizer, cache_dir)
+    stored = entry.load() if entry is not None else None
+    if stored is None:
+        pieces = list(tokenize(iter(corpus), tokenizer))
+        lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype=token_dtype(tokenizer.vocab_size))
+        skipped = list(corpus.skipped)
+        if entry is not None:
+            entry.save(tokens, starts, skipped)
+    else:
+        tokens, starts, skipped = stored
+    return PackedDataset(
+        tokens,
+        starts,
+        max_seq_length=max_seq_length,
+        pad_id=tokenizer.pad_id,
+        keep_tail=keep_tail,
+        skipped=skipped,
+    )
+
+
+def _cache_entry(
+    corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | Path | None
+) -> cache.CacheEntry | None:
+    encoding = getattr(tokenizer, "fingerprint", None)
+    if cache_dir is None or corpus.fingerprint is None or encoding is None:
+        return None
+    key = hashlib.sha256(f"{corpus.fingerprint}|{encoding}|eos={tokenizer.eos_id}".encode()).hexdigest()[:32]
+    return cache.CacheEntry(Path(cache_dir).expanduser(), key)

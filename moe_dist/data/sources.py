@@ -1,0 +1,201 @@
+"""Where documents come from: files and rows, each read only when its turn comes.
+
+A source yields `Entry` objects in one fixed order. Reading an entry gives a text (or token ids) or raises
+`Unreadable`; the `Corpus` above decides whether that skips the document or stops the run.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import IO, Any, NoReturn, Protocol
+
+import numpy as np
+
+from moe_dist.data.tokenizer import TokenIds
+
+READ_ERRORS = (OSError, EOFError, zlib.error)
+ROWS_PER_READ = 256
+
+
+class Unreadable(Exception):
+    """One document that cannot be read: where (`where`, `offset` counted in `unit`) and why."""
+
+    def __init__(self, where: str, unit: str, offset: int, reason: str) -> None:
+        super().__init__(f"{where}, {unit} {offset}: {reason}")
+        self.where, self.unit, self.offset, self.reason = where, unit, offset, reason
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A document not read yet; `read()` gives its text or token ids, or raises `Unreadable`."""
+
+    id: str
+    read: Callable[[], str | TokenIds]
+
+
+class Source(Protocol):
+    """Entries in a fixed order, from any point of it.
+
+    `fingerprint` changes when the content may have changed (None: cannot be told). `state()` is what
+    `entries(state=...)` needs to go on right after the entry handed out last; None means that the number of
+    entries handed out, given as `start`, is enough.
+    """
+
+    fingerprint: str | None
+
+    def entries(self, start: int = 0, state: Any = None) -> Iterator[Entry]: ...
+
+    def state(self) -> Any: ...
+
+
+def fail(error: Unreadable) -> NoReturn:
+    """The `read` of an entry already known to be unreadable."""
+    raise error
+
+
+def open_bytes(path: str) -> IO[bytes]:
+    """`path` opened for reading, decompressed when its name ends in .gz."""
+    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+
+
+def decode_utf8(raw: bytes, where: str, offset: int = 0) -> str:
+    """`raw` as text; raises `Unreadable` with the offset of the first bad byte, counted from `offset`."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = (
+            "truncated inside a UTF-8 character" if "unexpected end" in error.reason else "not UTF-8 text"
+        )
+        raise Unreadable(where, "byte", offset + error.start, f"{reason} ({error.reason})") from None
+
+
+def read_text_file(path: str) -> str:
+    """The whole file as text, line ends untouched, a leading byte order mark dropped."""
+    chunks: list[bytes] = []
+    try:
+        with open_bytes(path) as file:
+            while chunk := file.read(1 << 20):
+                chunks.append(chunk)
+    except READ_ERRORS as error:
+        raise Unreadable(path, "byte", sum(map(len, chunks)), f"cannot be read ({error})") from None
+    return decode_utf8(b"".join(chunks), path).removeprefix("\ufeff")
+
+
+def value_of_row(row: Any, text_field: str, where: str, unit: str, offset: int) -> str | TokenIds:
+    """The text or the token ids that `row` (a mapping, or the value itself) holds; raises `Unreadable`."""
+    value = row
+    if isinstance(row, Mapping):
+        if text_field not in row:
+            raise Unreadable(
+                where, unit, offset, f"no field {text_field!r} (fields: {sorted(map(str, row))})"
+            )
+        value = row[text_field]
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise Unreadable(where, unit, offset, f"lone surrogate at character {error.start}") from None
+        return value
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, bytes):
+        ids = np.asarray(value)
+        if ids.ndim == 1 and (ids.size == 0 or ids.dtype.kind in "iu"):
+            return ids.astype(np.int64)
+    raise Unreadable(
+        where, unit, offset, f"{text_field!r} is {type(value).__name__}, not text or a list of token ids"
+    )
+
+
+class FileSource:
+    """One document per text file."""
+
+    def __init__(self, files: Sequence[tuple[str, str]], fingerprint: str | None = None) -> None:
+        """`files`: (document id, path) in the order to read them."""
+        self._files = files
+        self.fingerprint = fingerprint
+
+    def entries(self, start: int = 0, state: Any = None) -> Iterator[Entry]:
+        for id_, path in self._files[start:]:
+            yield Entry(id_, partial(read_text_file, path))
+
+    def state(self) -> Any:
+        return None
+
+
+def parse_json_line(raw: bytes, path: str, line: int, offset: int, text_field: str) -> str | TokenIds:
+    """The document on one line of a JSONL file; raises `Unreadable` naming file, line and byte."""
+    where = f"{path}, line {line}"
+    text = decode_utf8(raw, where, offset).removeprefix("\ufeff")
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        at = offset + len(text[: error.pos].encode("utf-8"))
+        raise Unreadable(where, "byte", at, f"broken JSON ({error.msg})") from None
+    except RecursionError:
+        raise Unreadable(where, "byte", offset, "JSON nested too deeply") from None
+    if not isinstance(row, dict):
+        raise Unreadable(where, "byte", offset, f"a JSON {type(row).__name__}, not an object")
+    return value_of_row(row, text_field, where, "byte", offset)
+
+
+class JsonlSource:
+    """One document per line of JSONL files. Not through `datasets`, which cannot name a broken line."""
+
+    def __init__(
+        self, files: Sequence[tuple[str, str]], text_field: str, fingerprint: str | None = None
+    ) -> None:
+        self._files = files
+        self._text_field = text_field
+        self.fingerprint = fingerprint
+
+    def entries(self, start: int = 0, state: Any = None) -> Iterator[Entry]:
+        for position, entry in enumerate(self._all_entries()):
+            if position >= start:
+                yield entry
+
+    def _all_entries(self) -> Iterator[Entry]:
+        for id_, path in self._files:
+            line = offset = 0
+            try:
+                with open_bytes(path) as file:
+                    for raw in file:
+                        line += 1
+                        if raw.strip():
+                            parse = partial(parse_json_line, raw, path, line, offset, self._text_field)
+                            yield Entry(f"{id_}:{line}", parse)
+                        offset += len(raw)
+            except READ_ERRORS as error:
+                where = f"{path}, line {line + 1}"
+                broken = Unreadable(where, "byte", offset, f"cannot be read ({error})")
+                yield Entry(f"{id_}:{line + 1}", partial(fail, broken))
+
+    def state(self) -> Any:
+        return None
+
+
+class RowSource:
+    """One document per row of a list or a `datasets.Dataset`."""
+
+    def __init__(self, rows: Any, name: str, text_field: str, fingerprint: str | None = None) -> None:
+        self._rows = rows
+        self._name = name
+        self._text_field = text_field
+        self.fingerprint = fingerprint
+
+    def entries(self, start: int = 0, state: Any = None) -> Iterator[Entry]:
+        for begin in range(start, len(self._rows), ROWS_PER_READ):
+            rows = self._rows[begin : begin + ROWS_PER_READ]
+            if isinstance(rows, dict):  # a slice of a datasets.Dataset is a dict of columns
+                rows = rows[self._text_field]
+            for row, value in enumerate(rows, start=begin):
+                yield Entry(
+                    f"{self._name}:{row}",
+                    partial(value_of_row, value, self._text_field, self._name, "row", row),
+                )
+
+    def state(self) -> Any:
+        return None

@@ -1,0 +1,184 @@
+"""Packing a corpus that is too large for memory: samples in stream order, with an exact resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_dist.data.corpus import Corpus
+from moe_dist.data.packing import Sample, make_sample, token_dtype, tokenize
+from moe_dist.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class StreamPoint:
+    """A point between two samples. The arrays are never written to, so a point costs no copy."""
+
+    samples: int
+    documents: int
+    passes: int
+    corpus: dict[str, Any] | None  # None: at the start of a pass
+    tokens: npt.NDArray[Any]
+    document_ids: npt.NDArray[np.int32]
+
+
+class StreamingPackedDataset:
+    """An iterator over samples (as `PackedDataset.sample` gives them) in the order of the corpus.
+
+    Each document is tokenised when its turn comes and joined to what the last sample left over. With `repeat`
+    the corpus starts again when it ends and the stream is endless; without, the incomplete tail is dropped,
+    or padded with `keep_tail`. Document ids count the documents of the stream from 0. Iterating again goes on
+    where the stream stands; `reset` starts afresh.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        *,
+        max_seq_length: int,
+        repeat: bool = True,
+        keep_tail: bool = False,
+    ) -> None:
+        if max_seq_length < 1:
+            raise ValueError(f"max_seq_length is {max_seq_length}; give at least 1 token")
+        self._corpus = corpus
+        self._tokenizer = tokenizer
+        self._repeat = repeat
+        self._keep_tail = keep_tail
+        self.max_seq_length = max_seq_length
+        self.pad_id = tokenizer.pad_id
+        self.reset()
+
+    def reset(self) -> None:
+        """Go back to the first sample."""
+        empty = np.empty(0, dtype=token_dtype(self._tokenizer.vocab_size))
+        self._start_at(StreamPoint(0, 0, 0, None, empty, np.empty(0, dtype=np.int32)))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self
+
+    def __next__(self) -> Sample:
+        if not self._fill():
+            raise StopIteration
+        sample = make_sample(self._tokens, self._document_ids, self.max_seq_length, self.pad_id)
+        self._advance()
+        return sample
+
+    def skip(self, count: int) -> None:
+        """Pass over `count` samples; raises ValueError when the stream ends before."""
+        for done in range(count):
+            if not self._fill():
+                raise ValueError(f"cannot skip {count} samples: the stream ended after {done} of them")
+            self._advance()
+
+    @property
+    def samples(self) -> int:
+        """Number of samples produced or skipped since the start."""
+        return self._samples
+
+    @property
+    def passes(self) -> int:
+        """Number of times the corpus has been read to its end."""
+        return self._passes
+
+    def point(self) -> StreamPoint:
+        """Where the stream stands; cheap enough to take at every step."""
+        return StreamPoint(
+            self._samples, self._documents, self._passes, self._corpus_state, self._tokens, self._document_ids
+        )
+
+    def state_dict(self, point: StreamPoint | None = None) -> dict[str, Any]:
+        """Where the stream stands (or stood at `point`), in plain Python values.
+
+        Holds `samples` produced, `documents` consumed, `passes` finished, the position of the `corpus` and
+        the packing buffer. The same on every replica, whatever their number.
+        """
+        at = self.point() if point is None else point
+        return {
+            "samples": at.samples,
+            "documents": at.documents,
+            "passes": at.passes,
+            "corpus": at.corpus,
+            "buffer_tokens": at.tokens.tolist(),
+            "buffer_documents": at.document_ids.tolist(),
+            "max_seq_length": self.max_seq_length,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly after the sample that `state_dict` was taken at.
+
+        A `datasets.IterableDataset` is positioned by its own state; where it has none that is exact (shuffle
+        buffers), and for local files, the corpus is read again up to the point without tokenising.
+        Raises ValueError for a state taken with another sample length.
+        """
+        if state["max_seq_length"] != self.max_seq_length:
+            raise ValueError(
+                f"the stream was saved with max_seq_length {state['max_seq_length']} and cannot go on with "
+                f"{self.max_seq_length}: keep the length, or start the data afresh"
+            )
+        self._start_at(
+            StreamPoint(
+                state["samples"],
+                state["documents"],
+                state["passes"],
+                state["corpus"],
+                np.array(state["buffer_tokens"], dtype=token_dtype(self._tokenizer.vocab_size)),
+                np.array(state["buffer_documents"], dtype=np.int32),
+            )
+        )
+
+    def _start_at(self, point: StreamPoint) -> None:
+        self._samples, self._documents, self._passes = point.samples, point.documents, point.passes
+        self._tokens, self._document_ids = point.tokens, point.document_ids
+        self._corpus_state = point.corpus
+        self._pieces = self._tokenized(point.corpus)
+
+    def _tokenized(self, corpus_state: dict[str, Any] | None) -> Iterator[npt.NDArray[Any]]:
+        # One document at a time: were the corpus ahead of the buffer, its state would lose documents.
+        for document in self._corpus.iter_from(corpus_state):
+            for piece in tokenize(iter((document,)), self._tokenizer):
+                self._corpus_state = self._corpus.state_dict()
+                yield piece
+
+    def _fill(self) -> bool:
+        """Have S tokens in the buffer, if the stream still has so many; False when no sample is left.
+
+        S are enough although the last label is the token after them: the buffer ends at the end of a
+        document, and there the label is -100 in any case.
+        """
+        pieces, numbers, length = [self._tokens], [self._document_ids], len(self._tokens)
+        documents_before_pass = -1
+        while length < self.max_seq_length:
+            piece = next(self._pieces, None)
+            if piece is not None:
+                pieces.append(piece)
+                numbers.append(np.full(len(piece), self._documents, dtype=np.int32))
+                self._documents += 1
+                length += len(piece)
+                continue
+            if self._documents == 0 or self._documents == documents_before_pass:
+                raise ValueError(
+                    f"nothing to pack: the stream has no token ("
+                    f"{len(self._corpus.skipped)} documents could not be read)"
+                )
+            if not self._repeat:
+                break
+            self._passes += 1
+            self._corpus_state = None
+            documents_before_pass = self._documents
+            self._pieces = self._tokenized(None)
+        if len(pieces) > 1:
+            self._tokens, self._document_ids = np.concatenate(pieces), np.concatenate(numbers)
+        if length >= self.max_seq_length:
+            return True
+        return self._keep_tail and length > 0
+
+    def _advance(self) -> None:
+        self._tokens = self._tokens[self.max_seq_length :]
+        self._document_ids = self._document_ids[self.max_seq_length :]
+        self._samples += 1

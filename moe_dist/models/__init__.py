@@ -1,0 +1,1 @@
+"""A transformer that could run alone: imports torch, never torch.distributed."""

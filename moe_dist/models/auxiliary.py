@@ -1,0 +1,174 @@
+"""Auxiliary losses of one mixture-of-experts layer, and the facts it keeps about its own load.
+
+Everything is a sum over tokens divided by the number of tokens of the *global batch*, so contributions of
+ranks, micro-batches and sequences add up to the same loss in every layout.
+
+Shape suffixes: T tokens, K top-k, E experts, G groups of tokens over which load is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.config import BalanceConfig
+from moe_dist.models.router import Routing
+
+_recomputing = False
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Inside: a forward pass repeated by activation checkpointing, which must not count anything twice."""
+    global _recomputing
+    before, _recomputing = _recomputing, True
+    try:
+        yield
+    finally:
+        _recomputing = before
+
+
+class _InjectLoss(torch.autograd.Function):
+    """Pass x through and give `loss` the gradient 1, as if it had been added to the main loss."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss_like = loss.shape, loss.dtype, loss.device
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.loss_like
+        return grads[0], torch.ones(shape, dtype=dtype, device=device)
+
+
+def inject_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """x unchanged; in backward `loss` (0-dim) receives the gradient 1."""
+    return _InjectLoss.apply(x, loss)
+
+
+def count_load(expert_ids_TK: Tensor, num_experts: int, num_groups: int) -> Tensor:
+    """Pairs per group and expert, (G, E) int64: G groups of equally many tokens; ids of E count nowhere."""
+    ids_GP = expert_ids_TK.reshape(num_groups, -1)
+    counts = torch.zeros(num_groups, num_experts + 1, dtype=torch.int64, device=ids_GP.device)
+    return counts.scatter_add_(1, ids_GP, torch.ones_like(ids_GP))[:, :num_experts]
+
+
+def load_balancing_loss(scores_TE: Tensor, load_GE: Tensor, tokens_G: Tensor, top_k: int) -> Tensor:
+    """Sum over groups of n_g times the group's loss, where 1.0 is balanced: sum_g n_g * E * sum_e f_ge *
+    P_ge.
+
+    f_ge: share of the group's pairs that chose expert e (no gradient); P_ge: mean score of e over the group's
+    n_g tokens. Fedus et al. 2021, https://arxiv.org/abs/2101.03961, per layer and divided by top-k.
+    `load_GE` may be (1, E) counts of more tokens than are here (the global batch), with `tokens_G` (1,) to
+    match.
+    """
+    num_groups, num_experts = load_GE.shape
+    score_sums_GE = scores_TE.reshape(num_groups, -1, num_experts).sum(1)
+    share_GE = load_GE.float() / (top_k * tokens_G.clamp(min=1)[:, None])
+    return num_experts * (share_GE * score_sums_GE).sum()
+
+
+def z_loss(logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:
+    """Sum over tokens of logsumexp(logits)^2. Zoph et al. 2022, https://arxiv.org/abs/2202.08906."""
+    squares = logits_TE.logsumexp(-1).square()
+    # Not squares[valid_T]: selecting by a mask waits for the device.
+    return squares.sum() if valid_T is None else squares.masked_fill(~valid_T, 0.0).sum()
+
+
+@dataclass
+class LoadFacts:
+    """What one layer has seen since the facts were last taken; tensors on the layer's device, never
+    synchronised.
+
+    `pairs_E` int64 (pairs routed to each expert, before any drop), `dropped` int64, `tokens` int64; `sums`
+    (3,) float64: over tokens, the sum of the load-balancing loss (1.0 = balanced), the z-loss, and the
+    router's entropy in nats.
+    """
+
+    pairs_E: Tensor
+    dropped: Tensor
+    tokens: Tensor
+    sums: Tensor
+
+    @staticmethod
+    def zeros(num_experts: int, device: torch.device) -> LoadFacts:
+        def count(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        # float32 on devices without float64 (Apple's); elsewhere sums over an interval keep every digit.
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        return LoadFacts(count(num_experts), count(), count(), torch.zeros(3, dtype=wide, device=device))
+
+    def zero_(self) -> None:
+        for tensor in (self.pairs_E, self.dropped, self.tokens, self.sums):
+            tensor.zero_()
+
+
+class LoadBalance:
+    """Auxiliary losses and load facts of one layer, between its router and its dispatcher.
+
+    `reduce_load` sums (1, E) counts and (1,) tokens over the ranks that hold other tokens of the global
+    batch; `global_load` holds those sums when a first pass over all micro-batches has collected them already.
+    Both serve the `global_batch` scope only.
+    """
+
+    def __init__(self, config: BalanceConfig, num_experts: int, top_k: int) -> None:
+        self.aux_coef, self.z_coef = config.aux_loss_coef, config.router_z_loss_coef
+        self.scope, self.num_experts, self.top_k = config.aux_loss_scope, num_experts, top_k
+        self.facts: LoadFacts | None = None
+        self.reduce_load: Callable[[Tensor], Tensor] = lambda counts: counts
+        self.global_load: tuple[Tensor, Tensor] | None = None
+
+    def losses(
+        self, routing: Routing, valid_T: Tensor | None, num_sequences: int, token_scale: float | Tensor
+    ) -> Tensor | None:
+        """The weighted auxiliary loss of this forward pass (0-dim float32), and the facts recorded on the
+        way.
+
+        `token_scale`: 1 / tokens of the global batch. None when the router gives no scores.
+        """
+        ids_TK, scores_TE, logits_TE = routing.expert_ids_TK, routing.scores_TE, routing.logits_TE
+        num_groups = num_sequences if self.scope == "sequence" else 1
+        load_GE = count_load(ids_TK, self.num_experts, num_groups)
+        tokens_G = self._tokens(ids_TK, valid_T, num_groups)
+        if scores_TE is None or logits_TE is None:
+            self._record(load_GE, tokens_G, None)
+            return None
+        if valid_T is not None:
+            scores_TE = scores_TE.masked_fill(~valid_T[:, None], 0.0)
+        shares = (load_GE, tokens_G)
+        if self.scope == "global_batch" and torch.is_grad_enabled():
+            shares = self.global_load or self._reduced(load_GE, tokens_G)
+        aux = load_balancing_loss(scores_TE, *shares, self.top_k)
+        z = z_loss(logits_TE, valid_T)
+        entropy = torch.special.entr(scores_TE.detach()).sum()
+        self._record(load_GE, tokens_G, torch.stack((aux.detach(), z.detach(), entropy)))
+        return (self.aux_coef * aux + self.z_coef * z) * token_scale
+
+    def _tokens(self, ids_TK: Tensor, valid_T: Tensor | None, num_groups: int) -> Tensor:
+        if valid_T is None:
+            return torch.full((num_groups,), ids_TK.shape[0] // num_groups, device=ids_TK.device)
+        return valid_T.view(num_groups, -1).sum(1)
+
+    def _reduced(self, load_GE: Tensor, tokens_G: Tensor) -> tuple[Tensor, Tensor]:
+        packed = self.reduce_load(torch.cat((load_GE[0], tokens_G)))
+        return packed[None, :-1], packed[-1:]
+
+    def _record(self, load_GE: Tensor, tokens_G: Tensor, sums: Tensor | None) -> None:
+        if self.facts is None or _recomputing:
+            return
+        self.facts.pairs_E += load_GE.sum(0)
+        self.facts.tokens += tokens_G.sum()
+        if sums is not None:
+            self.facts.sums += sums
+
+    def record_dropped(self, num_pairs: Tensor) -> None:
+        """Count pairs (0-dim int64) that found no place."""
+        if self.facts is not None and not _recomputing:
+            self.facts.dropped += num_pairs

@@ -1,0 +1,138 @@
+"""The mixture-of-experts layer: router -> dispatch -> experts -> combine.
+
+Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden, E experts, K top-k, R rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.config import BalanceConfig, ModelConfig
+from moe_dist.models.auxiliary import LoadBalance, inject_loss
+from moe_dist.models.experts import build_experts
+from moe_dist.models.layers import SwiGLU
+from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_expert, tokens_from_rows
+from moe_dist.models.router import Routing, build_router, drop_over_capacity
+
+
+class Plan(Protocol):
+    """What `combine` needs of a `dispatch`; frozen.
+
+    `rows_per_expert` (e,) int64 counts the rows of each local expert.
+    """
+
+    @property
+    def rows_per_expert(self) -> Tensor: ...
+
+
+class Dispatcher(Protocol):
+    """Brings tokens to experts and back. It keeps no state between its two verbs: the plan carries it."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Any]:
+        """(T, D) -> (R, D) rows sorted by local expert, and the plan."""
+        ...
+
+    def combine(self, rows_RD: Tensor, plan: Any) -> Tensor:
+        """(R, D) -> (T, D): each token's rows weighted by its routing weights and summed."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """A permutation of this rank's own pairs, and the routing weights (T, K)."""
+
+    permutation: Permutation
+    weights_TK: Tensor
+
+    @property
+    def rows_per_expert(self) -> Tensor:
+        return self.permutation.rows_per_expert
+
+
+class LocalDispatcher:
+    """All experts are here: dispatch is a sort, combine its inverse."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, LocalPlan]:
+        ids_TK = routing.expert_ids_TK
+        num_rows = None if routing.complete else int((ids_TK < self.num_experts).sum())
+        permutation = sort_by_expert(ids_TK, self.num_experts, num_rows)
+        return rows_from_tokens(x_TD, permutation), LocalPlan(permutation, routing.weights_TK)
+
+    def combine(self, rows_RD: Tensor, plan: LocalPlan) -> Tensor:
+        return tokens_from_rows(rows_RD, plan.weights_TK, plan.permutation)
+
+
+class MoE(nn.Module):
+    """A layer of E experts of which each token uses K, and optionally a shared expert every token uses.
+
+    `layer` is the block's global number; it names the layer in errors and facts.
+    """
+
+    def __init__(self, config: ModelConfig, balance: BalanceConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.num_experts, self.top_k = layer, config.num_experts, config.num_experts_per_tok
+        self.router = build_router(config, balance)
+        self.experts = build_experts(config)
+        self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts)
+        self.balance = LoadBalance(balance, config.num_experts, config.num_experts_per_tok)
+        self.capacity_factor, self.expert_dropout = balance.capacity_factor, balance.expert_dropout
+        self.shared_expert = (
+            SwiGLU(config.hidden_size, config.shared_expert_intermediate_size)
+            if config.shared_expert_intermediate_size
+            else None
+        )
+
+    def forward(
+        self, x_BSD: Tensor, valid_BS: Tensor | None = None, token_scale: float | Tensor = 1.0
+    ) -> Tensor:
+        """(B, S, D) -> (B, S, D).
+
+        `valid_BS` bool, false at padding: such tokens go to no expert and count nowhere; None: no padding.
+        `token_scale`: 1 / tokens of the global batch, the scale of auxiliary losses.
+        """
+        x_TD = x_BSD.flatten(0, 1)
+        routing, auxiliary_loss = self._route(x_TD, valid_BS, token_scale, num_sequences=x_BSD.shape[0])
+        rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
+        rows_RD = self.experts(rows_RD, plan.rows_per_expert)
+        out_TD = self.dispatcher.combine(rows_RD, plan)
+        if self.shared_expert is not None:
+            out_TD = out_TD + self.shared_expert(x_TD)
+        if auxiliary_loss is not None:
+            out_TD = inject_loss(out_TD, auxiliary_loss)
+        return out_TD.view_as(x_BSD)
+
+    def _route(
+        self, x_TD: Tensor, valid_BS: Tensor | None, token_scale: float | Tensor, num_sequences: int
+    ) -> tuple[Routing, Tensor | None]:
+        """The router's decision after padding, load accounting, capacity, expert dropout, in this order."""
+        routing = Routing.of(self.router(x_TD))
+        ids_TK = routing.expert_ids_TK
+        valid_T = None if valid_BS is None else valid_BS.flatten()
+        if valid_T is not None:
+            ids_TK = ids_TK.masked_fill(~valid_T[:, None], self.num_experts)
+            routing = replace(routing, expert_ids_TK=ids_TK, complete=False)
+        auxiliary_loss = None
+        if self.training:
+            # Before any drop: balancing must see what the router wanted, not what found a place.
+            auxiliary_loss = self.balance.losses(routing, valid_T, num_sequences, token_scale)
+        if self.capacity_factor is not None and self.training:
+            kept_TK = drop_over_capacity(ids_TK, self.num_experts, self._capacity(ids_TK, valid_T))
+            self.balance.record_dropped(((kept_TK == self.num_experts) & (ids_TK < self.num_experts)).sum())
+            routing = replace(routing, expert_ids_TK=kept_TK, complete=False)
+        if self.expert_dropout and self.training:
+            routing = replace(routing, weights_TK=F.dropout(routing.weights_TK, self.expert_dropout))
+        return routing, auxiliary_loss
+
+    def _capacity(self, ids_TK: Tensor, valid_T: Tensor | None) -> Tensor:
+        """Places per expert for the valid tokens of this micro-batch, 0-dim."""
+        factor = (self.capacity_factor or math.inf) * self.top_k / self.num_experts
+        num_tokens = ids_TK.new_tensor(ids_TK.shape[0]) if valid_T is None else valid_T.sum()
+        return (num_tokens * factor).ceil().clamp(min=1)

@@ -1,0 +1,200 @@
+"""Which experts does a token go to, and how much does each count?
+
+Shape suffixes: T tokens, D hidden, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.config import BalanceConfig, ModelConfig
+from moe_dist.models.permute import count_ids
+from moe_dist.models.registry import Registry
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decided for T tokens.
+
+    `weights_TK` float32, differentiable; `expert_ids_TK` int64 in [0, E), or E itself for a (token, expert)
+    pair that must not be computed (padding, no place left). `scores_TE` float32: how the router would share
+    each token over all experts, rows sum to 1 (for the load-balancing loss). `logits_TE` float32 (for the
+    z-loss). A router of your own may leave the last two None; it then has no auxiliary losses.
+    """
+
+    weights_TK: Tensor
+    expert_ids_TK: Tensor
+    scores_TE: Tensor | None = None
+    logits_TE: Tensor | None = None
+    complete: bool = False
+    """Known without looking at the ids: every one is below E. Saves a host synchronisation."""
+
+    @staticmethod
+    def of(decision: Routing | tuple[Tensor, Tensor]) -> Routing:
+        """A router's answer as a Routing: itself, or expert ids and weights (T, K) in either order."""
+        if isinstance(decision, Routing):
+            return decision
+        first, second = decision
+        weights, ids = (first, second) if first.is_floating_point() else (second, first)
+        if weights.shape != ids.shape or ids.is_floating_point() or not weights.is_floating_point():
+            raise ValueError(
+                f"a router's tuple must be expert ids (T, K) integer and weights (T, K) float, not "
+                f"{tuple(first.shape)} {first.dtype} and {tuple(second.shape)} {second.dtype}"
+            )
+        return Routing(weights, ids.long())
+
+
+class TopK(NamedTuple):
+    """Chosen experts (..., K) int64 and their weights (..., K) float32."""
+
+    indices: Tensor
+    weights: Tensor
+
+
+class TopKRouter(nn.Module):
+    """The selection rule, without weights of its own: logits (..., E) -> TopK of (..., K).
+
+    `scoring_func` softmax over experts or a sigmoid per expert. `norm_topk_prob` divides the K weights by
+    their sum. `bias` (E,) moves the choice but never the weights (auxiliary-loss-free balancing, Wang et al.
+    2024, https://arxiv.org/abs/2408.15664). With `n_group` > 1 only the `topk_group` groups whose two best
+    experts score highest are eligible (DeepSeek-V3, https://arxiv.org/abs/2412.19437).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        *,
+        scoring_func: str = "softmax",
+        norm_topk_prob: bool = True,
+        n_group: int = 1,
+        topk_group: int = 1,
+        scaling_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k}: between 1 and num_experts={num_experts}")
+        self.num_experts, self.top_k, self.scoring_func = num_experts, top_k, scoring_func
+        self.norm_topk_prob, self.scaling_factor = norm_topk_prob, scaling_factor
+        self.n_group, self.topk_group = n_group, topk_group
+
+    def log_scores(self, logits: Tensor) -> Tensor:
+        """Log of the score of each expert, (..., E) float32. Logs stay exact where sigmoids underflow."""
+        logits = logits.float()
+        return F.log_softmax(logits, dim=-1) if self.scoring_func == "softmax" else F.logsigmoid(logits)
+
+    def forward(self, logits: Tensor, bias: Tensor | None = None) -> TopK:
+        return self.pick(self.log_scores(logits), bias)
+
+    def pick(self, log_scores: Tensor, bias: Tensor | None = None) -> TopK:
+        """As `forward`, from log scores (..., E)."""
+        indices = self.choose(log_scores.detach(), bias)
+        chosen = log_scores.gather(-1, indices)
+        # A softmax of logs is the division by the sum, without an epsilon that underflowing scores could hide
+        # in.
+        weights = chosen.softmax(-1) if self.norm_topk_prob else chosen.exp()
+        return TopK(indices, weights * self.scaling_factor)
+
+    def choose(self, log_scores: Tensor, bias: Tensor | None) -> Tensor:
+        """Expert ids (..., K) with the highest scores; equal scores go to any of them, the same each time."""
+        ranking = log_scores if bias is None and self.n_group == 1 else log_scores.exp()
+        if bias is not None:
+            ranking = ranking + bias
+        if self.n_group > 1:
+            grouped = ranking.unflatten(-1, (self.n_group, -1))
+            group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+            groups = group_scores.topk(self.topk_group, dim=-1).indices
+            allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, groups, True)
+            ranking = grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)
+        return ranking.topk(self.top_k, dim=-1).indices
+
+
+class Router(nn.Module):
+    """A linear map to one logit per expert, then the selection rule; float32 whatever the model's dtype.
+
+    Subclass to route in your own way: override `logits` (T, D) -> (T, E), or `forward` (T, D) -> `Routing` (a
+    plain tuple of ids and weights (T, K) will do); `select_experts` applies the configured rule. A subclass that
+    has no use for `weight` sets it to None; one with parameters of its own gives a `reset_parameters` method.
+    `bias_E` is the selection bias that auxiliary-loss-free balancing moves; it is state, not a parameter.
+    """
+
+    bias_E: Tensor
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int = 2) -> None:
+        super().__init__()
+        self.hidden_size, self.num_experts = hidden_size, num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+        self.rule = TopKRouter(num_experts, min(top_k, num_experts))
+        self.use_bias, self.jitter = False, 0.0
+        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+
+    @property
+    def top_k(self) -> int:
+        return self.rule.top_k
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """One logit per expert: (T, D) -> (T, E)."""
+        return F.linear(x_TD, self.weight.float())
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD = x_TD.float()
+            if self.jitter and self.training:
+                x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
+            logits_TE = self.logits(x_TD).float()
+            log_scores_TE = self.rule.log_scores(logits_TE)
+            expert_ids_TK, weights_TK = self.rule.pick(log_scores_TE, self.bias_E if self.use_bias else None)
+            return Routing(weights_TK, expert_ids_TK, log_scores_TE.softmax(-1), logits_TE, complete=True)
+
+    def select_experts(self, probabilities: Tensor) -> TopK:
+        """The K best experts of (..., E) probabilities, and their weights, by the configured rule."""
+        indices = self.rule.choose(probabilities.detach().float().log(), None)
+        weights = probabilities.gather(-1, indices).float()
+        if self.rule.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return TopK(indices, weights * self.rule.scaling_factor)
+
+
+ROUTERS: Registry[Callable[..., Router]] = Registry("model.router", "router")
+ROUTERS.register("topk")(Router)
+register_router = ROUTERS.register
+
+
+def build_router(config: ModelConfig, balance: BalanceConfig) -> Router:
+    """The configured router, with the selection rule of the configuration."""
+    router = ROUTERS.resolve(config.router)(config.hidden_size, config.num_experts)
+    router.rule = TopKRouter(
+        config.num_experts,
+        config.num_experts_per_tok,
+        scoring_func=config.scoring_func,
+        norm_topk_prob=config.norm_topk_prob,
+        n_group=config.n_group,
+        topk_group=config.topk_group,
+        scaling_factor=config.routed_scaling_factor,
+    )
+    router.use_bias, router.jitter = balance.bias_update_rate > 0, balance.router_jitter
+    if balance.freeze_router:
+        router.requires_grad_(False)
+    return router
+
+
+def drop_over_capacity(expert_ids_TK: Tensor, num_experts: int, capacity: Tensor) -> Tensor:
+    """First come, first served: ids with every pair past `capacity` (0-dim) of its expert replaced by
+    num_experts.
+
+    Tokens come in order, a token's first choice before its second. Ids equal to num_experts take no place.
+    """
+    flat = expert_ids_TK.flatten()
+    sorted_ids, order = flat.sort(stable=True)
+    counts = count_ids(flat, num_experts + 1)
+    first = counts.cumsum(0) - counts
+    place = torch.empty_like(flat)
+    place[order] = torch.arange(flat.numel(), device=flat.device) - first[sorted_ids]
+    return flat.masked_fill(place >= capacity, num_experts).view_as(expert_ids_TK)

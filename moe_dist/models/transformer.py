@@ -1,0 +1,239 @@
+"""The language model. Parallelism is applied to it from outside (`parallel/parallelize.py`).
+
+Shape suffixes: B batch, S sequence, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from moe_dist.config import BalanceConfig, ModelConfig
+from moe_dist.models.attention import Attention
+from moe_dist.models.auxiliary import recomputing
+from moe_dist.models.experts import ExpertList, Experts
+from moe_dist.models.layers import RMSNorm, SwiGLU, rotary_table
+from moe_dist.models.moe import MoE
+from moe_dist.models.router import Router
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + feed-forward(norm(x)), experts or dense."""
+
+    def __init__(self, config: ModelConfig, balance: BalanceConfig, layer: int) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.moe = MoE(config, balance, layer) if config.has_experts(layer) else None
+        self.mlp = None if self.moe else SwiGLU(config.hidden_size, config.intermediate_size)
+        self.recompute = "none"
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        valid_BS: Tensor | None,
+        token_scale: float | Tensor,
+    ) -> Tensor:
+        if self.recompute == "full" and torch.is_grad_enabled():
+            arguments = (x_BSD, rotary, mask, valid_BS, token_scale)
+            return checkpoint(self._forward, *arguments, use_reentrant=False, context_fn=_recompute_contexts)
+        return self._forward(x_BSD, rotary, mask, valid_BS, token_scale)
+
+    def _forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        valid_BS: Tensor | None,
+        token_scale: float | Tensor,
+    ) -> Tensor:
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            x_BSD = checkpoint(self.attend, x_BSD, rotary, mask, use_reentrant=False)
+        else:
+            x_BSD = self.attend(x_BSD, rotary, mask)
+        if self.moe is not None:
+            return x_BSD + self.moe(self.post_attention_norm(x_BSD), valid_BS, token_scale)
+        return self.feed_forward(x_BSD)
+
+    def attend(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        return x_BSD + self.attention(self.input_norm(x_BSD), rotary, mask)
+
+    def feed_forward(self, x_BSD: Tensor) -> Tensor:
+        assert self.mlp is not None
+        return x_BSD + self.mlp(self.post_attention_norm(x_BSD))
+
+    def compile_dense(self) -> None:
+        """Compile what has static shapes: attention, and the feed-forward of a block without experts."""
+        self.attend = torch.compile(self.attend)  # type: ignore[method-assign]
+        self.feed_forward = torch.compile(self.feed_forward)  # type: ignore[method-assign]
+
+
+class Transformer(nn.Module):
+    """Token ids (B, S) to logits (B, S, V).
+
+    Build under `torch.device("meta")` for a model without memory, then `initialize`.
+    """
+
+    def __init__(self, config: ModelConfig, balance: BalanceConfig | None = None) -> None:
+        super().__init__()
+        balance = balance or BalanceConfig()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Keyed by global layer number, so names stay the same when a pipeline stage holds only some layers.
+        self.layers = nn.ModuleDict(
+            {str(i): Block(config, balance, i) for i in range(config.num_hidden_layers)}
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        valid: Tensor | None = None,
+        token_scale: float | Tensor = 1.0,
+    ) -> Tensor:
+        """(B, S) int64 -> (B, S, V) logits.
+
+        `position_ids` (B, S) int, None for 0..S-1. `document_ids` (B, S) int: attention stays inside runs of
+        equal ids; None for one document per row. `valid` (B, S) bool, false at padding. `token_scale`: see
+        `MoE`.
+        """
+        length = input_ids.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"sequence of {length} tokens: at most max_position_embeddings="
+                f"{self.config.max_position_embeddings}"
+            )
+        if position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device)[None]
+        cos, sin = rotary_table(position_ids, self.config.head_size, self.config.rope_theta)
+        rotary = (cos[:, None], sin[:, None])
+        mask = None if document_ids is None else document_mask(document_ids)
+        x_BSD = self.embed_tokens(input_ids)
+        for block in self.layers.values():
+            x_BSD = block(x_BSD, rotary, mask, valid, token_scale)
+        return self.lm_head(self.norm(x_BSD))
+
+    def blocks(self) -> Iterator[Block]:
+        """Blocks held here, in order."""
+        for block in self.layers.values():
+            yield cast(Block, block)
+
+    def moe_layers(self) -> Iterator[MoE]:
+        """Mixture-of-experts layers held here, in order; `MoE.layer` is the global number."""
+        for block in self.blocks():
+            if block.moe is not None:
+                yield block.moe
+
+    def expert_parameter_names(self) -> set[str]:
+        """Names of parameters that belong to single experts, other ones on every rank of an `ep` group."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, (Experts, ExpertList))
+            for name, _ in module.named_parameters()
+        }
+
+    def gradient_checkpointing_enable(self, mode: str = "full") -> None:
+        """Recompute activations in backward: `full` blocks, `selective` (attention only), or `none`."""
+        for block in self.blocks():
+            block.recompute = mode
+
+    @torch.no_grad()
+    def initialize(self, seed: int, device: torch.device | str = "cpu") -> None:
+        """Allocate on `device` and set initial weights: seeded by logical names, so equal in every layout."""
+        if any(parameter.is_meta for parameter in self.parameters()):
+            self.to_empty(device=device)
+        std = self.config.initializer_range
+        for name, module in self.named_modules():
+            if isinstance(module, (Experts, ExpertList)):
+                module.initialize(partial(_seed, seed, name), std)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, Router) and not _inside_experts(name):
+                module.bias_E.zero_()
+                if any(key != "weight" for key, _ in module.named_parameters(recurse=False)):
+                    _reset(module, name, _seed(seed, name))
+                elif module.weight is not None:
+                    _normal(module.weight, std, _seed(seed, name))
+            elif isinstance(module, (nn.Linear, nn.Embedding)) and not _inside_experts(name):
+                _normal(module.weight, std, _seed(seed, name))
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif any(True for _ in module.parameters(recurse=False)) and not _inside_experts(name):
+                _reset(module, name, _seed(seed, name))
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+            _normal(self.lm_head.weight, std, _seed(seed, "embed_tokens"))
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """(B, S) ids -> (B, 1, S, S) bool: a query sees keys of its own document that are not after it."""
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return same.tril()[:, None]
+
+
+# Decisions are kept from the first forward pass: repeated arithmetic may order near-equal scores differently,
+# and rows sent to other experts than before would not fit the saved shapes.
+_KEPT = {
+    torch.ops.aten.topk.default,
+    torch.ops.aten.argmax.default,
+    torch.ops.aten.multinomial.default,
+    torch.ops.aten.sort.default,
+    torch.ops.aten.sort.stable,
+}
+
+
+def _keep_decisions(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _recompute_contexts() -> tuple:
+    forward, recompute = create_selective_checkpoint_contexts(_keep_decisions)
+    return forward, _recompute(recompute)
+
+
+@contextmanager
+def _recompute(saved_decisions: AbstractContextManager) -> Iterator[None]:
+    with saved_decisions, recomputing():
+        yield
+
+
+def _seed(seed: int, name: str, expert: int | None = None) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}/{'' if expert is None else expert}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _normal(weight: Tensor, std: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+
+
+def _inside_experts(name: str) -> bool:
+    return ".experts." in name
+
+
+def _reset(module: nn.Module, name: str, seed: int) -> None:
+    reset = getattr(module, "reset_parameters", None)
+    if reset is None:
+        raise ValueError(
+            f"{name} ({type(module).__name__}) holds parameters of its own: "
+            "give the class a reset_parameters() method"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reset()

@@ -1,0 +1,90 @@
+"""Load facts of all layers, summed on the device step by step and over ranks once per logging interval.
+
+Shape suffixes: L mixture-of-experts layers, l the layers given to one call, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moe_dist.models.auxiliary import LoadFacts
+from moe_dist.monitor.expert_stats import layer_record
+from moe_dist.monitor.records import LayerRecord
+
+
+class Collector:
+    """Sums LoadFacts over the steps of an interval, then over ranks.
+
+    Counts are summed in int64 on each rank. For the reduction they travel as float64 beside the float sums,
+    in one tensor: integers up to 2^53 (9e15 pairs of one expert in one interval, over all ranks) are exact in
+    float64 and so are their sums, in any order; a NaN among the float sums stays in its own field.
+    """
+
+    def __init__(
+        self,
+        moe_layer_numbers: Sequence[int],
+        num_experts: int,
+        top_k: int,
+        device: torch.device | str,
+        reduce: Callable[[Tensor], Tensor] = lambda packed: packed,
+    ) -> None:
+        """`moe_layer_numbers`: global numbers of ALL expert layers, the same on every rank.
+
+        `reduce` sums a 1-dim float64 tensor, in place or not, over the ranks that hold other tokens or other
+        layers; a layer that is not on a rank counts as zero there.
+        """
+        self.moe_layer_numbers = list(moe_layer_numbers)
+        self.num_experts, self.top_k, self.device = num_experts, top_k, torch.device(device)
+        self._reduce = reduce
+        num_layers = len(self.moe_layer_numbers)
+        # Columns of counts: the experts' pairs, dropped pairs, tokens.
+        self._counts = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=self.device)
+        self._sums = torch.zeros(num_layers, 3, dtype=torch.float64, device=self.device)
+        self._rows: dict[tuple[int, ...], Tensor] = {}
+
+    def add(self, facts_by_layer: Mapping[int, LoadFacts]) -> None:
+        """Add the facts of one step, by global layer number; no host synchronisation.
+
+        The facts are read and left as they are: whoever owns them zeroes them before the next step.
+        Raises ValueError for a layer that is not among `moe_layer_numbers`.
+        """
+        if not facts_by_layer:
+            return
+        facts = list(facts_by_layer.values())
+        rows_l = self._rows_of(tuple(facts_by_layer))
+        dropped_and_tokens = torch.stack([torch.stack((one.dropped, one.tokens)) for one in facts])
+        counts = torch.cat((torch.stack([one.pairs_E for one in facts]), dropped_and_tokens), dim=1)
+        self._counts.index_add_(0, rows_l, counts)
+        self._sums.index_add_(0, rows_l, torch.stack([one.sums for one in facts]).to(self._sums.dtype))
+
+    def take(self) -> list[LayerRecord]:
+        """Records of all layers since the last take: one reduction, one transfer to the host, then reset.
+
+        A collective: every rank of the reduction calls it at the same step. Empty, and no reduction, when the
+        model has no expert layer.
+        """
+        if not self.moe_layer_numbers:
+            return []
+        packed = torch.cat((self._counts.to(torch.float64), self._sums), dim=1)
+        host = self._reduce(packed.flatten()).cpu().view(packed.shape)
+        self._counts.zero_()
+        self._sums.zero_()
+        counts = host[:, : self.num_experts + 2].to(torch.int64).numpy()
+        sums = host[:, self.num_experts + 2 :].numpy()
+        return [
+            layer_record(layer, count[:-2], int(count[-2]), int(count[-1]), total, self.top_k)
+            for layer, count, total in zip(self.moe_layer_numbers, counts, sums, strict=True)
+        ]
+
+    def _rows_of(self, layers: tuple[int, ...]) -> Tensor:
+        """Rows of the layers, (l,) int64 on the device; kept, a copy each step would be a wait."""
+        if layers not in self._rows:
+            for layer in layers:
+                if layer not in self.moe_layer_numbers:
+                    raise ValueError(f"layer {layer}: not one of the expert layers {self.moe_layer_numbers}")
+            rows = [self.moe_layer_numbers.index(layer) for layer in layers]
+            self._rows[layers] = torch.tensor(rows, device=self.device)
+        return self._rows[layers]

@@ -1,0 +1,107 @@
+"""Numbers about expert load, from counts already on the host. E: experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_dist.monitor.records import LayerRecord
+
+
+class ExpertLoad(NamedTuple):
+    """One expert and its load / fair share; 1.0: as many tokens as the layer's mean."""
+
+    layer: int
+    expert: int
+    load_ratio: float
+
+
+def layer_record(
+    layer: int,
+    pairs_E: Sequence[int] | npt.NDArray[np.int64],
+    dropped: int,
+    tokens: int,
+    sums: Sequence[float] | npt.NDArray[np.float64],
+    top_k: int,
+) -> LayerRecord:
+    """The record of one layer.
+
+    `pairs_E` (E,) pairs routed to each expert before any drop; `dropped` pairs without a place; `tokens`
+    routed, each to `top_k` experts; `sums` (3,) over tokens: load-balancing loss, z-loss, router entropy.
+    Without tokens every ratio is 0.0 (a measured imbalance is at least 1.0) and every expert is dead.
+    """
+    counts = [int(count) for count in pairs_E]
+    imbalance, cv, entropy = _spread(np.asarray(counts, dtype=np.float64))
+    aux, z, router_entropy = (float(total) / tokens if tokens else 0.0 for total in sums)
+    return LayerRecord(
+        layer=int(layer),
+        tokens_per_expert=counts,
+        load_imbalance=imbalance,
+        load_cv=cv,
+        load_entropy=entropy,
+        dead_experts=sum(count == 0 for count in counts),
+        dropped_fraction=int(dropped) / (tokens * top_k) if tokens else 0.0,
+        aux_loss=aux,
+        z_loss=z,
+        router_entropy=router_entropy,
+    )
+
+
+def _spread(load_E: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    """max / mean, standard deviation / mean, entropy / ln E of the loads; zeros when there is no load."""
+    total = load_E.sum()
+    if not total:
+        return 0.0, 0.0, 0.0
+    mean = load_E.mean()
+    share_E = load_E[load_E > 0] / total
+    # With one expert uniform and concentrated are the same thing, and ln 1 = 0 must not divide.
+    entropy = -(share_E * np.log(share_E)).sum() / math.log(len(load_E)) if len(load_E) > 1 else 1.0
+    # + 0.0 turns the -0.0 of a single loaded expert into 0.0.
+    return float(load_E.max() / mean), float(load_E.std() / mean), float(entropy) + 0.0
+
+
+def load_ratios(record: LayerRecord) -> list[float]:
+    """Load of each expert / the layer's mean load; zeros when there is no load."""
+    total = sum(record.tokens_per_expert)
+    scale = len(record.tokens_per_expert) / total if total else 0.0
+    return [count * scale for count in record.tokens_per_expert]
+
+
+def extremes(layers: Sequence[LayerRecord]) -> tuple[ExpertLoad, ExpertLoad] | None:
+    """The hottest and the coldest expert over all layers, by load ratio; None when nothing was routed.
+
+    Equal ratios: the lowest layer, then the lowest expert.
+    """
+    loads = [
+        ExpertLoad(record.layer, expert, ratio)
+        for record in layers
+        if any(record.tokens_per_expert)
+        for expert, ratio in enumerate(load_ratios(record))
+    ]
+    if not loads:
+        return None
+    return max(loads, key=lambda load: load.load_ratio), min(loads, key=lambda load: load.load_ratio)
+
+
+def overall(layers: Sequence[LayerRecord]) -> dict[str, float]:
+    """Each number over all layers: the mean, and for `dead_experts` the sum. Empty without layers."""
+    if not layers:
+        return {}
+    means = {name: sum(getattr(layer, name) for layer in layers) / len(layers) for name in RATIOS}
+    return means | {"dead_experts": sum(layer.dead_experts for layer in layers)}
+
+
+RATIOS = (
+    "load_imbalance",
+    "load_cv",
+    "load_entropy",
+    "dropped_fraction",
+    "aux_loss",
+    "z_loss",
+    "router_entropy",
+)
+"""Fields of a LayerRecord whose mean over layers means something."""

@@ -1,0 +1,170 @@
+"""What the sinks are told: frozen records of plain Python values, ready for JSON.
+
+Units are in the field docstrings: seconds, bytes, tokens, natural logarithms (nats), shares from 0 to 1.
+A loss is nats per token. `docs/metrics.md` is the page for users.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One mixture-of-experts layer over one logging interval, all ranks together."""
+
+    layer: int
+    """Global number of the block, from 0."""
+    tokens_per_expert: list[int]
+    """(token, expert) pairs routed to each expert, before any drop."""
+    load_imbalance: float
+    """Largest load / mean load; 1.0: balanced, E / top_k at worst; 0.0: nothing was routed."""
+    load_cv: float
+    """Coefficient of variation, standard deviation / mean of the loads; 0.0: balanced."""
+    load_entropy: float
+    """Entropy of the loads / ln E; 1.0: uniform; 0.0 too when nothing was routed."""
+    dead_experts: int
+    """Experts that no token chose in the interval."""
+    dropped_fraction: float
+    """Pairs that found no place / (tokens * top_k), 0..1."""
+    aux_loss: float
+    """Load-balancing loss, mean over tokens, unweighted; 1.0: balanced."""
+    z_loss: float
+    """Squared log-sum-exp of the router's logits, mean over tokens, unweighted."""
+    router_entropy: float
+    """Entropy in nats of a token's router scores, mean over tokens."""
+
+
+class Record:
+    """A record that knows its name in `metrics.jsonl`."""
+
+    kind: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields and `kind`; nested records become dicts. Floats stay floats, NaN and infinity too."""
+        return {"kind": self.kind} | asdict(self)  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class TrainRecord(Record):
+    """One logging interval of training."""
+
+    kind: ClassVar[str] = "train"
+
+    step: int
+    """Optimizer steps finished."""
+    max_steps: int | None
+    """Optimizer steps of the whole run; None when time decides."""
+    epoch: float
+    """Passes over the training data, with fraction."""
+    loss: float
+    """Cross-entropy in nats per token, without auxiliary losses."""
+    learning_rate: float
+    """Learning rate of the last step."""
+    grad_norm: float
+    """Global norm of the gradient before clipping, last step."""
+    tokens: int
+    """Tokens consumed since the start of the run, all ranks."""
+    tokens_per_second: float
+    """Throughput of the interval, all ranks."""
+    step_seconds: float
+    """Seconds per optimizer step, mean over the interval."""
+    all_to_all_share: float
+    """Share of step time in dispatch and combine, 0..1."""
+    data_wait_share: float
+    """Share of step time spent waiting for a batch, 0..1."""
+    skipped_steps: int
+    """Optimizer steps skipped since the start for a non-finite loss or gradient."""
+    elapsed_seconds: float
+    """Seconds of training since this start of the run."""
+    remaining_seconds: float | None
+    """Expected seconds to the end; None when unknown."""
+    memory_bytes: int
+    """Peak memory of the reporting rank: allocated on CUDA, resident set size on CPU."""
+    layers: list[LayerRecord] = field(default_factory=list)
+    """One record per mixture-of-experts layer."""
+
+
+@dataclass(frozen=True)
+class EvalRecord(Record):
+    """One pass over the validation set."""
+
+    kind: ClassVar[str] = "eval"
+
+    step: int
+    """Optimizer steps finished."""
+    loss: float
+    """Cross-entropy in nats per token."""
+    perplexity: float
+    """exp(loss)."""
+    tokens: int
+    """Tokens the loss is a mean over, all ranks."""
+    seconds: float
+    """Duration of the evaluation."""
+    unigram_loss: float | None = None
+    """Loss in nats of a model that knows token frequencies only: the baseline; None when not computed."""
+    is_best: bool = False
+    """Lowest validation loss so far."""
+
+
+@dataclass(frozen=True)
+class RunInfo(Record):
+    """What is about to run."""
+
+    kind: ClassVar[str] = "run"
+
+    sentence: str
+    """The run in one plain sentence."""
+    layout: list[str]
+    """Lines of a small grid: which rank does what."""
+    trainable_params: int
+    """Parameters with a gradient, whole model."""
+    total_params: int
+    """Parameters, whole model."""
+    active_params: int
+    """Parameters one token passes through."""
+    config_text: str
+    """The resolved configuration as YAML."""
+    output_dir: str
+    """Run folder."""
+    world_size: int
+    """Number of ranks."""
+    device: str
+    """`cpu`, `cuda`, or a longer name."""
+
+
+@dataclass(frozen=True)
+class RunSummary(Record):
+    """How a run ended."""
+
+    kind: ClassVar[str] = "summary"
+
+    steps: int
+    """Optimizer steps finished."""
+    seconds: float
+    """Seconds of training since this start of the run."""
+    initial_loss: float | None
+    """First training loss, nats per token."""
+    final_loss: float | None
+    """Last training loss, nats per token."""
+    best_eval_loss: float | None
+    """Lowest validation loss, nats per token."""
+    unigram_loss: float | None
+    """Baseline for the validation loss, nats per token."""
+    tokens: int
+    """Tokens consumed, all ranks."""
+    tokens_per_second: float
+    """Mean throughput, all ranks."""
+    skipped_steps: int
+    """Optimizer steps skipped for a non-finite loss or gradient."""
+    reason: str
+    """Why it ended, in words."""
+    paths: dict[str, str] = field(default_factory=dict)
+    """What was written: name -> path."""
+    sample_before: str | None = None
+    """Text generated before training."""
+    sample_after: str | None = None
+    """Text generated after training."""
+    layers: list[LayerRecord] = field(default_factory=list)
+    """Expert load of the last logging interval."""

@@ -1,0 +1,29 @@
+"""Where records go: the console, `metrics.jsonl`, TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TextIO
+
+from moe_dist.config import MonitorConfig
+from moe_dist.monitor.sinks.base import Sink
+from moe_dist.monitor.sinks.console import ConsoleSink
+from moe_dist.monitor.sinks.fan_out import Sinks
+from moe_dist.monitor.sinks.jsonl import JsonlSink
+from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
+
+__all__ = ["ConsoleSink", "JsonlSink", "Sink", "Sinks", "TensorBoardSink", "build_sinks"]
+
+
+def build_sinks(
+    output_dir: Path | str, monitor_config: MonitorConfig, *, stream: TextIO | None = None
+) -> Sinks:
+    """The sinks of a run, for the one rank that reports. `stream`: the console's, default stdout."""
+    folder = Path(output_dir)
+    sinks: list[Sink] = [
+        ConsoleSink(monitor_config.progress, stream),
+        JsonlSink(folder / "metrics.jsonl"),
+    ]
+    if monitor_config.tensorboard:
+        sinks.append(TensorBoardSink(folder / "tb"))
+    return Sinks(sinks)

@@ -1,0 +1,32 @@
+"""What a sink is."""
+
+from __future__ import annotations
+
+from moe_dist.monitor.records import EvalRecord, RunInfo, RunSummary, TrainRecord
+
+
+class Sink:
+    """Takes records somewhere. Every verb does nothing here; a sink overrides those it has a use for.
+
+    Constructors touch no file and start no thread: failing is for `open`, where `Sinks` catches it.
+    """
+
+    name = "sink"
+
+    def open(self, info: RunInfo) -> None:
+        """Before the first step."""
+
+    def train(self, record: TrainRecord) -> None:
+        """Once per logging interval."""
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """After each evaluation."""
+
+    def summary(self, summary: RunSummary) -> None:
+        """Once, at the end."""
+
+    def message(self, text: str) -> None:
+        """A sentence for the reader now."""
+
+    def close(self) -> None:
+        """Release everything; may be called twice, and after an error."""

@@ -1,0 +1,79 @@
+"""`metrics.jsonl`: one JSON object per line, the file other programs read."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moe_dist.monitor.records import EvalRecord, Record, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.sinks.base import Sink
+
+
+def json_safe(value: Any) -> Any:
+    """The value with the strings "NaN", "Infinity", "-Infinity" for the floats JSON has no numbers for.
+
+    `float()` in Python and `Number()` in JavaScript read all three.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {str(key): json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    return value
+
+
+class JsonlSink(Sink):
+    """Appends each record with the wall-clock `time` (seconds since 1970), and flushes it."""
+
+    name = "metrics.jsonl"
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._file: BinaryIO | None = None
+
+    def open(self, info: RunInfo) -> None:
+        self._write(info)
+
+    def train(self, record: TrainRecord) -> None:
+        self._write(record)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        self._write(record)
+
+    def summary(self, summary: RunSummary) -> None:
+        self._write(summary)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, record: Record) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_torn_line(self.path)
+            # Bytes: one write per line, and no newline translation anywhere.
+            self._file = self.path.open("ab")
+        row = json_safe(record.to_json() | {"time": round(time.time(), 3)})
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Remove what follows the last newline: a run that was killed while writing leaves half a record."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        end = start = file.seek(0, 2)
+        tail = b""
+        while start and b"\n" not in tail:
+            start = max(0, start - 65536)
+            file.seek(start)
+            tail = file.read(end - start)
+        keep = start + tail.rfind(b"\n") + 1
+        if keep < end:
+            file.truncate(keep)

@@ -1,0 +1,130 @@
+"""TensorBoard events. Tags are Hugging Face's Trainer's where it has one; `docs/metrics.md` lists all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_dist.monitor.expert_stats import RATIOS, overall
+from moe_dist.monitor.records import EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.sinks.base import Sink
+from moe_dist.monitor.sinks.heatmap import load_heatmap
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FLUSH_SECONDS = 10
+
+MOE_TAGS = {name: name for name in (*RATIOS, "dead_experts")} | {"aux_loss": "load_balancing_loss"}
+"""Field of a LayerRecord -> last part of its tag."""
+
+
+class TensorBoardSink(Sink):
+    """Scalars, a histogram per layer, a heatmap over all layers, the configuration and samples as text."""
+
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self._open_writer: SummaryWriter | None = None
+        self._started = False
+
+    @property
+    def _writer(self) -> SummaryWriter:
+        if self._open_writer is None:
+            # Imported here: it takes a second, and a run without TensorBoard should not wait for it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._open_writer = SummaryWriter(str(self.folder), flush_secs=FLUSH_SECONDS)
+        return self._open_writer
+
+    def open(self, info: RunInfo) -> None:
+        self._writer.add_text("run", info.sentence)
+        self._writer.add_text("config", f"```yaml\n{info.config_text.strip()}\n```")
+
+    def train(self, record: TrainRecord) -> None:
+        self._start_at(record.step)
+        scalars = {
+            "train/loss": record.loss,
+            "train/learning_rate": record.learning_rate,
+            "train/grad_norm": record.grad_norm,
+            "train/epoch": record.epoch,
+            "train/tokens": record.tokens,
+            "train/skipped_steps": record.skipped_steps,
+            "perf/tokens_per_second": record.tokens_per_second,
+            "perf/step_time_seconds": record.step_seconds,
+            "perf/all_to_all_share": record.all_to_all_share,
+            "perf/data_wait_fraction": record.data_wait_share,
+            "memory/peak_bytes": record.memory_bytes,
+        }
+        totals = overall(record.layers)
+        scalars |= {f"moe/{tag}": totals[name] for name, tag in MOE_TAGS.items() if name in totals}
+        for layer in record.layers:
+            folder = f"moe/layer_{layer.layer:02d}"
+            scalars |= {f"{folder}/{tag}": getattr(layer, name) for name, tag in MOE_TAGS.items()}
+            self._add_load_histogram(f"{folder}/tokens_per_expert", layer, record.step)
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, record.step)
+        if record.layers:
+            self._writer.add_image(
+                "moe/expert_load", load_heatmap(record.layers), record.step, dataformats="HWC"
+            )
+
+    def evaluation(self, record: EvalRecord) -> None:
+        self._start_at(record.step)
+        self._writer.add_scalar("eval/loss", record.loss, record.step)
+        self._writer.add_scalar("eval/perplexity", record.perplexity, record.step)
+        if record.unigram_loss is not None:
+            self._writer.add_scalar("eval/unigram_loss", record.unigram_loss, record.step)
+        self._writer.flush()
+
+    def summary(self, summary: RunSummary) -> None:
+        for name, sample, step in (
+            ("before", summary.sample_before, 0),
+            ("after", summary.sample_after, summary.steps),
+        ):
+            if sample is not None:
+                self._writer.add_text(f"sample/{name}", _as_code(sample), step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._open_writer is not None:
+            self._open_writer.close()
+            self._open_writer = None
+
+    def _start_at(self, step: int) -> None:
+        """Tell TensorBoard, once, that this start of the run begins here.
+
+        What an earlier start wrote at this step or later, and undid by going back to a checkpoint, is left
+        out of the curves. The step is known only now: `SummaryWriter(purge_step=...)` would be too early.
+        """
+        if self._started:
+            return
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+
+        file_writer: Any = self._writer.file_writer
+        file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+        self._started = True
+
+    def _add_load_histogram(self, tag: str, layer: LayerRecord, step: int) -> None:
+        """Bucket e holds the pairs of expert e: counts are handed over as they are, nothing is binned."""
+        load_E = np.asarray(layer.tokens_per_expert, dtype=np.float64)
+        experts_E = np.arange(len(load_E))
+        self._writer.add_histogram_raw(
+            tag,
+            min=-0.5,
+            max=len(load_E) - 0.5,
+            num=int(load_E.sum()),
+            sum=float(load_E @ experts_E),
+            sum_squares=float(load_E @ experts_E**2),
+            bucket_limits=(experts_E + 0.5).tolist(),
+            bucket_counts=load_E.tolist(),
+            global_step=step,
+        )
+
+
+def _as_code(text: str) -> str:
+    """Markdown that shows the text as it is: an indented block has no fence that the text could contain."""
+    return "\n".join(f"    {line}" for line in text.splitlines()) or "    "

@@ -1,0 +1,1 @@
+"""Everything that knows that there are other ranks."""

@@ -1,0 +1,235 @@
+"""Tokens to experts on other ranks and back: the only file that calls an all-to-all.
+
+Shape suffixes: T tokens, K top-k, D hidden, E experts, e = E / ep experts on this rank, R rows received.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_expert, tokens_from_rows
+from moe_dist.models.router import Routing
+from moe_dist.parallel.clock import Clock
+
+
+class DispatchMismatchError(RuntimeError):
+    """Two ranks of an expert-parallel group are not at the same layer, or do not agree on sizes."""
+
+
+@dataclass(frozen=True)
+class AllToAllPlan:
+    """How this rank's pairs travelled. Rows arrive ordered by (source rank, expert); experts want (expert, source).
+
+    `arrival_of_row` (R,): which arrived row is row r of the expert order; `row_of_arrival` is its inverse.
+    """
+
+    permutation: Permutation
+    weights_TK: Tensor
+    send_splits: list[int]
+    receive_splits: list[int]
+    arrival_of_row: Tensor
+    row_of_arrival: Tensor
+    rows_per_expert: Tensor
+
+
+class AllToAllDispatcher:
+    """Experts are spread in contiguous blocks over the ranks of `group`.
+
+    `dispatch` sorts this rank's pairs by global expert, tells every peer how many rows come for each of its experts
+    (one small all-to-all and the layer's one host synchronisation), then sends the rows with uneven splits. Any
+    rank may send or receive nothing. `layer` travels with the counts, so ranks that fell out of step fail at once,
+    by name, instead of reading each other's rows.
+    """
+
+    _HEADER = 3  # layer, hidden size, rows for this peer
+
+    def __init__(self, group: ProcessGroup, num_experts: int, layer: int, clock: Clock | None = None) -> None:
+        self.group, self.num_experts, self.layer = group, num_experts, layer
+        self.ep_size = group.size()
+        if num_experts % self.ep_size:
+            raise ValueError(f"ep_size={self.ep_size}: must divide num_experts={num_experts}")
+        self.clock = clock or Clock(torch.device("cpu"))
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, AllToAllPlan]:
+        """(T, D) -> (R, D) rows of all peers for this rank's experts, sorted by local expert, and the plan."""
+        permutation = sort_by_expert(routing.expert_ids_TK, self.num_experts, None)
+        arriving, send_splits, receive_splits = self._exchange_counts(permutation, x_TD.shape[1])
+        sent = sum(send_splits)
+        if sent < permutation.num_rows:  # pairs without an expert sort to the end
+            permutation = replace(
+                permutation, pair_of_row=permutation.pair_of_row[:sent], every_pair_has_a_row=False
+            )
+        arrival_of_row, row_of_arrival = expert_order(arriving, sum(receive_splits))
+        plan = AllToAllPlan(
+            permutation,
+            routing.weights_TK,
+            send_splits,
+            receive_splits,
+            arrival_of_row,
+            row_of_arrival,
+            rows_per_expert=arriving.sum(0),
+        )
+        sorted_rows = rows_from_tokens(x_TD, permutation)
+        arrived_RD = _AllToAll.apply(sorted_rows, receive_splits, send_splits, self.group, self.clock)
+        return _Reorder.apply(arrived_RD, arrival_of_row, row_of_arrival), plan
+
+    def combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
+        """(R, D) -> (T, D): rows go home, are weighted by their routing weights and summed over k in order."""
+        arrived_RD = _Reorder.apply(rows_RD, plan.row_of_arrival, plan.arrival_of_row)
+        sorted_rows = _AllToAll.apply(arrived_RD, plan.send_splits, plan.receive_splits, self.group, self.clock)
+        return tokens_from_rows(sorted_rows, plan.weights_TK, plan.permutation)
+
+    def _exchange_counts(self, permutation: Permutation, hidden_size: int) -> tuple[Tensor, list[int], list[int]]:
+        """Rows arriving from each peer for each local expert (ep, e) int64; rows sent to and received from peers."""
+        counts = permutation.rows_per_expert.view(self.ep_size, -1)
+        totals = counts.sum(1, keepdim=True)
+        header = totals.new_tensor([self.layer, hidden_size]).expand(self.ep_size, 2)
+        outgoing = torch.cat((header, totals, counts), dim=1).contiguous()
+        incoming = torch.empty_like(outgoing)
+        with self.clock.measure():
+            dist.all_to_all_single(incoming, outgoing, group=self.group)
+        arriving = incoming[:, self._HEADER :]
+        checks = torch.cat((incoming[:, : self._HEADER], arriving.sum(1, keepdim=True), totals), dim=1).tolist()
+        for peer, (layer, hidden, total, received, _) in enumerate(checks):
+            if (layer, hidden) != (self.layer, hidden_size) or total != received:
+                raise DispatchMismatchError(
+                    f"expert dispatch in layer {self.layer}: rank {dist.get_global_rank(self.group, peer)} is at "
+                    f"layer {layer} with hidden size {hidden} and announced {total} rows as {received}; expected layer "
+                    f"{self.layer}, hidden size {hidden_size}. The ranks run different models or fell out of step."
+                )
+        return arriving, [row[4] for row in checks], [row[2] for row in checks]
+
+
+def expert_order(arriving: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """From (source, expert) to (expert, source) order, for `arriving` (ep, e) counts that sum to `num_rows`.
+
+    Returns `arrival_of_row` and its inverse `row_of_arrival`, both (num_rows,) int64. No host synchronisation.
+    """
+    chunk_sizes = arriving.flatten()
+    chunk_starts = (chunk_sizes.cumsum(0) - chunk_sizes).view_as(arriving).t().flatten()
+    sizes = arriving.t().flatten()
+    new_starts = sizes.cumsum(0) - sizes
+    shift = torch.repeat_interleave(chunk_starts - new_starts, sizes, output_size=num_rows)
+    rows = torch.arange(num_rows, device=arriving.device)
+    arrival_of_row = rows + shift
+    row_of_arrival = torch.empty_like(rows).scatter_(0, arrival_of_row, rows)
+    return arrival_of_row, row_of_arrival
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to peers with uneven splits; backward sends gradients the same way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        receive_splits: list[int],
+        send_splits: list[int],
+        group: ProcessGroup,
+        clock: Clock,
+    ) -> Tensor:
+        ctx.arguments = (send_splits, receive_splits, group, clock)
+        received = rows.new_empty(sum(receive_splits), rows.shape[1])
+        with clock.measure():
+            dist.all_to_all_single(received, rows.contiguous(), receive_splits, send_splits, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _AllToAll.apply(grads[0], *ctx.arguments), None, None, None, None
+
+
+class _Reorder(torch.autograd.Function):
+    """rows[order]; `inverse` makes backward a gather too, instead of a scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.inverse), None, None
+
+
+class AllGatherDispatcher:
+    """The specification of `AllToAllDispatcher`: every rank gets every token, and sums come back by reduction.
+
+    Same verbs, same results; communication grows with the number of ranks. For tests.
+    """
+
+    def __init__(self, group: ProcessGroup, num_experts: int) -> None:
+        self.group, self.num_experts = group, num_experts
+        self.num_local = num_experts // group.size()
+        self.first = group.rank() * self.num_local
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, AllGatherPlan]:
+        """All tokens of the group that chose a local expert, sorted by expert."""
+        everyone = _gather_sizes(x_TD.shape[0], self.group)
+        x_all = _AllGather.apply(x_TD, everyone, self.group)
+        ids_all = _AllGather.apply(routing.expert_ids_TK, everyone, self.group)
+        weights_all = _AllGather.apply(routing.weights_TK, everyone, self.group)
+        local = ids_all - self.first
+        rows, pairs = [], []
+        for expert in range(self.num_local):
+            token, k = torch.nonzero(local == expert, as_tuple=True)
+            rows.append(x_all[token])
+            pairs.append(torch.stack((token, k)))
+        counts = torch.tensor([len(row) for row in rows])
+        return torch.cat(rows), AllGatherPlan(torch.cat(pairs, dim=1), weights_all, counts, everyone)
+
+    def combine(self, rows_RD: Tensor, plan: AllGatherPlan) -> Tensor:
+        """Weighted rows summed into the tokens of every rank; each rank keeps its own."""
+        token, k = plan.pairs
+        total = sum(plan.tokens_per_rank)
+        weighted = rows_RD * plan.weights_all[token, k].to(rows_RD.dtype)[:, None]
+        out = rows_RD.new_zeros(total, rows_RD.shape[1]).index_add(0, token, weighted)
+        return _ReduceScatter.apply(out, plan.tokens_per_rank, self.group)
+
+
+@dataclass(frozen=True)
+class AllGatherPlan:
+    pairs: Tensor
+    weights_all: Tensor
+    rows_per_expert: Tensor
+    tokens_per_rank: list[int]
+
+
+def _gather_sizes(size: int, group: ProcessGroup) -> list[int]:
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
+    dist.all_gather(sizes, torch.tensor([size]), group=group)
+    return [int(item) for item in sizes]
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
+        ctx.arguments = (sizes, group)
+        parts = [x.new_zeros(max(sizes), *x.shape[1:]) for _ in sizes]
+        padded = torch.cat((x, x.new_zeros(max(sizes) - x.shape[0], *x.shape[1:])))
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        sizes, group = ctx.arguments
+        return _ReduceScatter.apply(grads[0], sizes, group), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
+        ctx.arguments = (sizes, group)
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _AllGather.apply(grads[0], *ctx.arguments), None, None

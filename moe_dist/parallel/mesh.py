@@ -1,0 +1,83 @@
+"""The ranks as a mesh, and the process groups cut out of it.
+
+world = pp x edp x ep, with ep fastest: neighbours share a layer's experts. Dense parameters are replicated over
+dp = edp x ep, experts over edp; tokens differ between all ranks of dp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moe_dist.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place and its groups. A group of one rank is None: nothing to communicate.
+
+    `sparse` is the DeviceMesh (pp, edp, ep), `dense` the same ranks as (pp, dp); both None in a single process.
+    """
+
+    layout: Layout
+    rank: int
+    device: torch.device
+    sparse: DeviceMesh | None = None
+    dense: DeviceMesh | None = None
+
+    @staticmethod
+    def single(device: torch.device | str = "cpu") -> Mesh:
+        """One process, no communication: the reference every layout is held against."""
+        return Mesh(Layout(world_size=1, pp_size=1, ep_size=1), 0, torch.device(device))
+
+    @staticmethod
+    def create(layout: Layout, device: torch.device) -> Mesh:
+        """Cut the groups of `layout` out of the default process group (a collective call)."""
+        if not dist.is_initialized():
+            if layout.world_size == 1:
+                return Mesh(layout, 0, device)
+            raise ValueError(f"world size {layout.world_size}: no process group has been started")
+        if dist.get_world_size() != layout.world_size:
+            raise ValueError(f"layout of {layout.world_size} ranks, but {dist.get_world_size()} were started")
+        shape = (layout.pp_size, layout.edp_size, layout.ep_size)
+        sparse = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "edp", "ep"))
+        dense = init_device_mesh(device.type, (layout.pp_size, layout.dp_size), mesh_dim_names=("pp", "dp"))
+        return Mesh(layout, dist.get_rank(), device, sparse, dense)
+
+    def group(self, axis: str) -> ProcessGroup | None:
+        """The process group of this rank along `pp`, `dp`, `edp` or `ep`; None when it has one member."""
+        mesh = self.dense if axis == "dp" else self.sparse
+        if mesh is None or mesh[axis].size() == 1:
+            return None
+        return mesh.get_group(axis)
+
+    @property
+    def ep_rank(self) -> int:
+        return self.layout.coordinates(self.rank)[2]
+
+    @property
+    def dp_rank(self) -> int:
+        return self.layout.dp_index(self.rank)
+
+    def sum_over(self, axis: str, tensor: Tensor) -> Tensor:
+        """SUM of `tensor` over an axis, in place; tensor itself when the axis has one rank."""
+        group = self.group(axis)
+        if group is not None:
+            dist.all_reduce(tensor, group=group)
+        return tensor
+
+    def from_rank_zero(self, tensor: Tensor) -> Tensor:
+        """`tensor` as rank 0 of the world has it, in place."""
+        if dist.is_initialized():
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if dist.is_initialized():
+            dist.barrier()

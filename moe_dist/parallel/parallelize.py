@@ -1,0 +1,32 @@
+"""Apply parallelism to a model from outside. The order of the steps is the documentation."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from moe_dist.config import Config
+from moe_dist.models.transformer import Transformer
+from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.dispatch import AllToAllDispatcher
+from moe_dist.parallel.mesh import Mesh
+
+
+def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | None = None) -> None:
+    """Make `model` (best on the meta device) this rank's part of the model, in place.
+
+    1. Experts over `ep`: keep this rank's block of every layer's experts, and reach the others by all-to-all.
+    2. Balance over `dp`: with the global-batch scope, load is counted over all token holders.
+    3. Recomputation of activations.
+    4. Compilation of the dense parts.
+    """
+    ep_group = mesh.group("ep")
+    for moe in model.moe_layers():
+        if ep_group is not None:
+            local = mesh.layout.experts_of(mesh.ep_rank, moe.num_experts)
+            moe.experts.shard(local.start, len(local))
+            moe.dispatcher = AllToAllDispatcher(ep_group, moe.num_experts, moe.layer, clock)
+        moe.balance.reduce_load = partial(mesh.sum_over, "dp")
+    model.gradient_checkpointing_enable(config.train.gradient_checkpointing)
+    if config.train.torch_compile:
+        for block in model.layers.values():
+            block.compile_dense()

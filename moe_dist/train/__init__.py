@@ -1,0 +1,1 @@
+"""Build the parts, run the step, run the loop."""

@@ -1,0 +1,103 @@
+"""From a configuration to the parts of a run: data, model, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_dist.config import Config
+from moe_dist.data.corpus import Corpus, documents_from, load_documents
+from moe_dist.data.loader import GlobalLoader
+from moe_dist.data.packing import PackedDataset, pack
+from moe_dist.data.split import split_corpus
+from moe_dist.data.streaming import StreamingPackedDataset
+from moe_dist.data.tokenizer import Tokenizer, load_tokenizer
+from moe_dist.models.router import Router
+from moe_dist.models.transformer import Transformer
+from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.parallelize import parallelize
+
+
+def build_model(config: Config, mesh: Mesh, clock: Clock | None = None) -> Transformer:
+    """This rank's part of the model, on its device, with the initial weights of `train.seed`."""
+    with torch.device("meta"):
+        model = Transformer(config.model, config.balance)
+    parallelize(model, config, mesh, clock)
+    model.initialize(config.train.seed, mesh.device)
+    if config.train.pure_bf16:
+        for module in model.modules():
+            if not isinstance(module, Router):  # routers compute and learn in float32 always
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Training and held-out samples, and how many documents could not be read."""
+
+    tokenizer: Tokenizer
+    train: PackedDataset | StreamingPackedDataset
+    validation: PackedDataset | None
+    num_skipped: int
+
+
+def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None = None) -> Datasets:
+    """Samples of the configured source, or of `dataset` (texts, token lists, a `datasets` dataset)."""
+    data = config.data
+    tokenizer = load_tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size}: the tokenizer {data.tokenizer} needs {tokenizer.vocab_size}"
+        )
+    options: dict[str, Any] = {"text_field": data.text_field, "on_error": data.on_error}
+    if dataset is not None:
+        corpus = documents_from(dataset, limit=data.limit, **options)
+    else:
+        corpus = load_documents(
+            data.source,
+            path=data.path,
+            name=data.name,
+            split=data.split,
+            streaming=data.streaming,
+            limit=data.limit,
+            **options,
+        )
+    held_out: Corpus | None = None
+    if data.validation_path is not None:
+        held_out = load_documents(data.source, path=data.validation_path, **options)
+    elif data.validation_split > 0 and not data.streaming:
+        corpus, held_out = split_corpus(corpus, data.validation_split, config.train.seed)
+    sizes: dict[str, Any] = {"max_seq_length": data.max_seq_length}
+    if data.streaming:
+        return Datasets(tokenizer, StreamingPackedDataset(corpus, tokenizer, repeat=True, **sizes), None, 0)
+    train = pack(corpus, tokenizer, cache_dir=cache_dir, **sizes)
+    validation = None
+    if held_out is not None:
+        validation = pack(held_out, tokenizer, keep_tail=True, cache_dir=cache_dir, **sizes)
+    num_skipped = len(_skipped(train)) + (len(_skipped(validation)) if validation is not None else 0)
+    return Datasets(tokenizer, train, validation, num_skipped)
+
+
+def build_loader(config: Config, dataset: PackedDataset | StreamingPackedDataset, mesh: Mesh) -> GlobalLoader:
+    """This rank's slice of the one global order."""
+    return GlobalLoader(
+        dataset,
+        micro_batch_size=config.train.per_device_train_batch_size,
+        num_replicas=mesh.layout.dp_size,
+        replica=mesh.dp_rank,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        num_workers=config.data.dataloader_num_workers,
+        pin_memory=config.data.dataloader_pin_memory,
+    )
+
+
+def _skipped(dataset: PackedDataset) -> Sequence[Any]:
+    return dataset.skipped

@@ -1,0 +1,85 @@
+"""Validation loss and samples of text. Neither leaves a trace in training state."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from moe_dist.data.batch import Batch
+from moe_dist.data.tokenizer import Tokenizer
+from moe_dist.models.transformer import Transformer
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.loss import cross_entropy_sum
+from moe_dist.train.step import forward
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`loss` nats per valid token over the whole validation set, the same on every rank."""
+
+    loss: float
+    num_tokens: int
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+@contextmanager
+def evaluating(model: Transformer) -> Iterator[None]:
+    """No gradients, no dropout, no counting, and the random state as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def evaluate(
+    model: Transformer, batches: Iterable[Batch], mesh: Mesh, *, bf16: bool = False, document_mask: bool = True
+) -> Evaluation:
+    """Every rank calls this with as many batches as the others (`data.eval_batches` sees to it)."""
+    started = time.perf_counter()
+    totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    with evaluating(model), torch.autocast(mesh.device.type, dtype=torch.bfloat16, enabled=bf16):
+        for batch in batches:
+            on_device = batch.to(mesh.device, non_blocking=True)
+            logits = forward(model, on_device, document_mask=document_mask)
+            totals[0] += cross_entropy_sum(logits, on_device.labels)
+            totals[1] += batch.num_valid
+    loss, count = mesh.sum_over("dp", totals).tolist()
+    return Evaluation(loss / max(1.0, count), int(count), time.perf_counter() - started)
+
+
+def sample_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    num_tokens: int,
+    *,
+    context: int,
+    device: torch.device,
+    seed: int,
+    temperature: float = 0.8,
+) -> str:
+    """`prompt` continued by `num_tokens` sampled tokens.
+
+    Every rank must call it: experts live on all of them. All draw the same tokens, and none stops early.
+    """
+    ids = torch.tensor([list(tokenizer.encode(prompt))], dtype=torch.int64, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    with evaluating(model):
+        for _ in range(num_tokens):
+            logits = model(ids[:, -context:])[0, -1, : tokenizer.vocab_size].float().cpu()
+            probabilities = (logits / temperature).softmax(-1)
+            token = torch.multinomial(probabilities, 1, generator=generator)
+            ids = torch.cat((ids, token.to(device)[None]), dim=1)
+    return tokenizer.decode(ids[0].tolist())

@@ -1,0 +1,278 @@
+"""Stacked experts against the plain loop, a person's own experts, layouts and poison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from moe_dist.config import BalanceConfig, ModelConfig
+from moe_dist.models import experts as experts_module
+from moe_dist.models.experts import Expert, ExpertList, Experts, LoopExperts, build_experts, register_expert
+from moe_dist.models.moe import MoE
+
+
+def pair(num_experts: int, hidden: int, width: int, dtype: torch.dtype) -> tuple[Experts, LoopExperts]:
+    fast, loop = Experts(num_experts, hidden, width), LoopExperts(num_experts, hidden, width)
+    fast.initialize(lambda expert: expert, 0.3)
+    loop.load_state_dict(fast.state_dict())
+    return fast.to(dtype), loop.to(dtype)
+
+
+def run(module: nn.Module, rows: Tensor, counts: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    rows = rows.clone().requires_grad_()
+    out = module(rows, counts)
+    gradients = torch.autograd.grad(out, (rows, *module.parameters()), upstream)
+    return out.detach(), *gradients
+
+
+def assert_equal_to_loop(counts: list[int], hidden: int, width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    fast, loop = pair(len(counts), hidden, width, dtype)
+    rows, upstream = torch.randn(2, sum(counts), hidden).to(dtype)
+    split = torch.tensor(counts)
+    # bfloat16 against the float32 loop: both round, so neither is the other's reference.
+    exact = LoopExperts(len(counts), hidden, width)
+    exact.load_state_dict(loop.float().state_dict())
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(
+        run(fast, rows, split, upstream), run(exact, rows.float(), split, upstream.float()), strict=True
+    ):
+        assert ours.dtype == dtype
+        assert ours.shape == theirs.shape
+        assert (ours.float() - theirs).norm() <= tolerance * theirs.norm()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    counts=st.lists(st.one_of(st.just(0), st.integers(0, 40)), min_size=1, max_size=9),
+    hidden=st.sampled_from([1, 3, 8, 16]),
+    width=st.sampled_from([1, 5, 8, 24]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_equal_to_the_loop(counts: list[int], hidden: int, width: int, dtype: torch.dtype) -> None:
+    assert_equal_to_loop(counts, hidden, width, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "counts",
+    [[300, 0, 500, 1], [0, 0, 0], [2] * 70, [0, 900], [1] + [0] * 63],
+    ids=lambda c: f"{len(c)}x{max(c)}",
+)
+def test_equal_to_the_loop_for_many_and_for_few_rows(counts: list[int], dtype: torch.dtype) -> None:
+    """Trap 4 (gradients of idle experts are zero, not None). Planted: `torch.zeros_like` of the weights' gradients
+    replaced by `torch.empty_like`; the early return for R = 0 made to skip the weights."""
+    assert_equal_to_loop(counts, 32, 16, dtype)
+
+
+@pytest.mark.parametrize("frozen", ["rows", "w_gate_up", "w_down", "weights"])
+def test_only_the_gradients_that_are_wanted(frozen: str) -> None:
+    fast, loop = pair(3, 8, 8, torch.float32)
+    rows, counts = torch.randn(6, 8), torch.tensor([2, 0, 4])
+    results = []
+    for module in (fast, loop):
+        mine = rows.clone().requires_grad_(frozen != "rows")
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(frozen not in (name, "weights"))
+            parameter.grad = None
+        module(mine, counts).square().sum().backward()
+        results.append([mine.grad, *(p.grad for p in module.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_accumulate_and_repeat_bitwise() -> None:
+    fast, _ = pair(4, 16, 16, torch.float32)
+    rows, counts = torch.randn(50, 16), torch.tensor([20, 0, 29, 1])
+    fast(rows, counts).square().sum().backward()
+    once = [p.grad.clone() for p in fast.parameters()]
+    fast(rows, counts).square().sum().backward()
+    assert all(torch.equal(p.grad, 2 * gradient) for p, gradient in zip(fast.parameters(), once, strict=True))
+
+
+def test_inputs_and_upstream_gradients_are_not_written_to() -> None:
+    fast, _ = pair(3, 16, 16, torch.float32)
+    rows, counts, upstream = torch.randn(9, 16), torch.tensor([4, 0, 5]), torch.randn(9, 16)
+    kept, kept_upstream = rows.clone(), upstream.clone()
+    out = fast(rows.requires_grad_(), counts)
+    out_kept = out.detach().clone()
+    first = torch.autograd.grad(out, tuple(fast.parameters()), upstream, retain_graph=True)
+    second = torch.autograd.grad(out, tuple(fast.parameters()), upstream)
+    assert torch.equal(rows, kept)
+    assert torch.equal(upstream, kept_upstream)
+    assert torch.equal(out, out_kept)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_strided_and_expanded_upstream_gradients() -> None:
+    fast, loop = pair(2, 16, 16, torch.float32)
+    rows, counts = torch.randn(5, 16), torch.tensor([3, 2])
+    for upstream in (torch.ones(1, 1).expand(5, 16), torch.randn(16, 5).T):
+        for ours, theirs in zip(
+            run(fast, rows, counts, upstream), run(loop, rows, counts, upstream), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Uninitialised memory is NaN: what is read before it is written cannot hide."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    real = torch._grouped_mm
+
+    def grouped(*args: Any, **kwargs: Any) -> Tensor:
+        # The CPU kernel leaves rows past the last offset as malloc gave them; free NaNs are what malloc gives.
+        del_me = [torch.full((n,), float("nan")) for n in (64, 256, 1024, 4096)]
+        del del_me
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "_grouped_mm", grouped)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [7, 0, 0], [0, 3, 0], [40, 0, 200], [1, 1, 1]])
+def test_no_row_or_gradient_is_uninitialised(counts: list[int], poisoned_memory: None) -> None:
+    """Trap 6. Planted: `offsets[-1] -= 1` before the grouped matmuls (rows past the last offset); weight
+    gradients of idle experts from `torch.empty_like`."""
+    fast, loop = pair(3, 16, 16, torch.float32)
+    rows = torch.randn(sum(counts), 16)
+    ours = run(fast, rows, torch.tensor(counts), torch.ones_like(rows))
+    assert all(tensor.isfinite().all() for tensor in ours)
+    for mine, theirs in zip(ours, run(loop, rows, torch.tensor(counts), torch.ones_like(rows)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients() -> None:
+    fast, loop = pair(4, 16, 16, torch.float32)
+    rows, counts = torch.randn(30, 16), torch.tensor([10, 0, 15, 5])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fast(rows, counts)
+    out.float().square().sum().backward()
+    exact = loop(rows, counts)
+    exact.square().sum().backward()
+    assert out.dtype == torch.bfloat16
+    for ours, theirs in zip(fast.parameters(), loop.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert (ours.grad - theirs.grad).norm() < 2e-2 * theirs.grad.norm()
+
+
+def test_shards_hold_the_weights_of_the_whole() -> None:
+    """Trap 24. Planted: the seed of local index instead of global id; one seed for all experts."""
+    whole = Experts(8, 6, 4)
+    whole.initialize(lambda expert: 100 + expert, 0.02)
+    parts = []
+    for first in (0, 3, 6):
+        part = Experts(8, 6, 4)
+        part.shard(first, min(3, 8 - first))
+        part.initialize(lambda expert: 100 + expert, 0.02)
+        assert part.first_expert == first
+        parts.append(part)
+    for name, weight in whole.named_parameters():
+        assert torch.equal(weight, torch.cat([dict(part.named_parameters())[name] for part in parts]))
+        assert len({expert.detach().numpy().tobytes() for expert in weight}) == 8
+    again = Experts(8, 6, 4)
+    again.load_state_dict(whole.state_dict())
+    again.shard(2, 5)
+    again.shard(4, 2)
+    assert torch.equal(again.w_down, whole.w_down[4:6])
+
+
+class Dropped(Expert):
+    """A person's own expert, with dropout."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__(hidden_size, intermediate_size)
+        self.layers = nn.Sequential(
+            nn.Linear(hidden_size, intermediate_size),
+            nn.GELU(),
+            nn.Dropout(0.3),
+            nn.Linear(intermediate_size, hidden_size),
+        )
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        return self.layers(x_RD)
+
+
+def train(config: ModelConfig, steps: int = 30) -> tuple[float, float, MoE]:
+    """First and last loss of teaching one layer to double its input."""
+    torch.manual_seed(0)
+    layer = MoE(config, BalanceConfig(), layer=0)
+    layer.experts.initialize(lambda expert: expert, 0.1)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(4, 16, config.hidden_size)
+        loss = (layer(x, token_scale=1 / 64) - 2 * x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in layer.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    return losses[0], losses[-1], layer
+
+
+@pytest.mark.parametrize("name", ["dropped", f"{__name__}:Dropped"])
+def test_a_persons_own_expert_trains(name: str) -> None:
+    if name == "dropped":
+        experts_module.EXPERTS._entries.pop(name, None)
+        register_expert(name)(Dropped)
+    first, last, layer = train(
+        ModelConfig(hidden_size=16, num_experts=4, moe_intermediate_size=16, expert=name)
+    )
+    assert last < 0.7 * first
+    assert isinstance(layer.experts, ExpertList)
+    layer.eval()
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_own_experts_are_seeded_by_global_id_and_sharded() -> None:
+    """Trap 24. Planted: `initialize` without `manual_seed`."""
+
+    def build(first: int, count: int) -> dict[str, Tensor]:
+        experts = ExpertList(lambda: Dropped(6, 4), 6)
+        experts.shard(first, count)
+        experts.initialize(lambda expert: 7 + expert, 0.02)
+        return experts.state_dict()
+
+    whole = build(0, 6)
+    parts = build(0, 2) | build(2, 4)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert len({whole[f"experts.{e}.layers.0.weight"].numpy().tobytes() for e in range(6)}) == 6
+
+
+@pytest.mark.parametrize("kind", ["list", "loop", "stacked"])
+def test_no_rows_give_zero_gradients(kind: str) -> None:
+    """Trap 4. Planted: `if R == 0: return rows` in `Experts.forward`."""
+    make: dict[str, Callable[[], Any]] = {
+        "list": lambda: ExpertList(lambda: Dropped(8, 8), 3),
+        "loop": lambda: LoopExperts(3, 8, 8),
+        "stacked": lambda: Experts(3, 8, 8),
+    }
+    experts = make[kind]()
+    experts.initialize(lambda expert: expert, 0.1)
+    rows = torch.empty(0, 8, requires_grad=True)
+    experts(rows, torch.zeros(3, dtype=torch.int64)).sum().backward()
+    assert rows.grad.shape == (0, 8)
+    assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in experts.parameters())
+
+
+def test_registry_names_what_is_known() -> None:
+    with pytest.raises(ValueError, match=r"model.expert=swigul: known are .*swiglu.*; did you mean swiglu\?"):
+        build_experts(ModelConfig(expert="swigul"))
+    with pytest.raises(ValueError, match="cannot be imported"):
+        build_experts(ModelConfig(expert="nowhere.at_all:Expert"))
+    with pytest.raises(ValueError, match="registered already"):
+        register_expert("swiglu")(Dropped)
+    with pytest.raises(NotImplementedError, match=r"Expert.forward: \(R, D\)"):
+        Expert(4, 4)(torch.zeros(1, 4))

@@ -1,0 +1,258 @@
+"""The selection rule and routers of one's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from moe_dist.config import BalanceConfig, ModelConfig
+from moe_dist.models.moe import MoE
+from moe_dist.models.router import ROUTERS, Router, Routing, TopK, TopKRouter, build_router, register_router
+from moe_dist.models.transformer import Transformer
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = ModelConfig(**SIZES, moe_intermediate_size=8, num_experts=4)
+
+
+def test_example_of_the_guide() -> None:
+    indices, weights = TopKRouter(num_experts=4, top_k=2)(torch.randn(8, 32, 4))
+    assert indices.shape == weights.shape == (8, 32, 2)
+    assert indices.dtype == torch.int64
+    torch.testing.assert_close(weights.sum(-1), torch.ones(8, 32))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sigmoid=st.booleans(),
+    renormalise=st.booleans(),
+    top_k=st.integers(1, 6),
+    biased=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_against_the_definition(
+    sigmoid: bool, renormalise: bool, top_k: int, biased: bool, seed: int
+) -> None:
+    """Trap 16. Planted: weights of the K highest logits by softmax over K when not renormalised."""
+    torch.manual_seed(seed)
+    logits = torch.randn(7, 6, dtype=torch.float64)
+    bias = torch.randn(6) if biased else None
+    kind = "sigmoid" if sigmoid else "softmax"
+    rule = TopKRouter(6, top_k, scoring_func=kind, norm_topk_prob=renormalise, scaling_factor=1.5)
+    scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+    order = (scores if bias is None else scores + bias).argsort(-1, descending=True)[:, :top_k]
+    expected = scores.gather(-1, order)
+    if renormalise:
+        expected = expected / expected.sum(-1, keepdim=True)
+    indices, weights = rule(logits, bias)
+    assert torch.equal(indices, order)
+    torch.testing.assert_close(weights, 1.5 * expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_survive_logits_far_below_zero() -> None:
+    """Trap 23. Planted: weights / (weights.sum() + 1e-20) of sigmoid scores: 0 / 1e-20."""
+    logits = torch.full((3, 4), -120.0).index_fill(1, torch.tensor([2]), -119.0)
+    _, weights = TopKRouter(4, 2, scoring_func="sigmoid")(logits)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("n_group", [1, 2])
+def test_a_broken_gate_keeps_ids_in_range(bad: float, n_group: int) -> None:
+    logits = torch.randn(5, 8)
+    logits[1], logits[2, 3] = bad, bad
+    for scoring in ("softmax", "sigmoid"):
+        rule = TopKRouter(8, 3, scoring_func=scoring, n_group=n_group, topk_group=1)
+        indices, weights = rule(logits, torch.randn(8))
+        assert ((indices >= 0) & (indices < 8)).all()
+        assert weights[[0, 3, 4]].isfinite().all()
+        assert all(len(set(row)) == 3 for row in indices.tolist())
+
+
+def test_a_nan_token_spoils_only_itself() -> None:
+    layer = MoE(SMALL, BalanceConfig(capacity_factor=1.0), 0)
+    layer.experts.initialize(lambda expert: expert, 0.1)
+    layer.eval()
+    x = torch.randn(1, 6, 16)
+    clean = layer(x)
+    x[0, 2] = float("nan")
+    out = layer(x)
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(out[:, others], clean[:, others])
+    layer.train()
+    layer(x).sum().backward()
+
+
+def test_top_1_renormalised_is_refused() -> None:
+    """Trap 15. Planted: the check removed from `ModelConfig`."""
+    with pytest.raises(ValidationError, match="the router never learns"):
+        ModelConfig(num_experts_per_tok=1)
+    layer = MoE(
+        SMALL.model_copy(update={"num_experts_per_tok": 1, "norm_topk_prob": False}), BalanceConfig(), 0
+    )
+    layer.experts.initialize(lambda expert: expert, 0.1)
+    layer.eval()
+    layer(torch.randn(2, 8, 16)).square().sum().backward()
+    assert layer.router.weight.grad.count_nonzero() > 0
+
+
+def test_gradient_reaches_the_router_without_auxiliary_loss() -> None:
+    """Trap 14. Planted: routing weights detached."""
+    layer = MoE(SMALL, BalanceConfig(use_auxiliary_loss=False), 0)
+    layer.experts.initialize(lambda expert: expert, 0.1)
+    layer(torch.randn(2, 8, 16)).square().sum().backward()
+    assert layer.router.weight.grad.norm() > 0
+
+
+def test_float32_under_autocast_and_in_a_bfloat16_model() -> None:
+    """Trap 17. Planted: the `autocast(enabled=False)` and `.float()` of `Router` removed."""
+    torch.manual_seed(0)
+    config = SMALL.model_copy(update={"hidden_size": 256, "num_experts": 64, "num_experts_per_tok": 8})
+    router = build_router(config, BalanceConfig())
+    x = torch.randn(2000, 256)
+    exact = router(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = router(x)
+    assert torch.equal(mixed.expert_ids_TK, exact.expert_ids_TK)
+    assert mixed.logits_TE.dtype == mixed.weights_TK.dtype == torch.float32
+    half = router.bfloat16()(x.bfloat16())
+    assert half.logits_TE.dtype == half.scores_TE.dtype == half.weights_TK.dtype == torch.float32
+    assert agreement(half.expert_ids_TK, exact.expert_ids_TK) > 0.97
+
+
+def agreement(a: Tensor, b: Tensor) -> float:
+    return float((a[..., :, None] == b[..., None, :]).any(-1).float().mean())
+
+
+def test_routing_of_a_bfloat16_model_agrees_with_float32() -> None:
+    """Trap 17. Planted: the router's logits rounded to bfloat16."""
+    config = SMALL.model_copy(update={"num_experts": 16, "hidden_size": 64, "initializer_range": 0.1})
+    model = Transformer(config)
+    model.initialize(0)
+    chosen: list[Tensor] = []
+    for layer in model.moe_layers():
+        layer.router.register_forward_hook(lambda _, __, routing: chosen.append(routing.expert_ids_TK))
+    ids = torch.randint(0, 40, (4, 64))
+    model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids)
+    assert [agreement(a, b) > 0.97 for a, b in zip(chosen[:2], chosen[2:], strict=True)] == [True, True]
+
+
+def test_frozen_router_has_no_gradient() -> None:
+    layer = MoE(SMALL, BalanceConfig(freeze_router=True), 0)
+    layer.experts.initialize(lambda expert: expert, 0.1)
+    x = torch.randn(2, 8, 16, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.router.weight.grad is None
+    assert x.grad.norm() > 0
+
+
+def test_selection_bias_moves_the_choice_and_not_the_weights() -> None:
+    """Trap 19. Planted: the bias added to the scores that become weights."""
+    router = build_router(
+        SMALL.model_copy(update={"norm_topk_prob": False}), BalanceConfig(bias_update_rate=0.1)
+    )
+    x = torch.randn(20, 16)
+    router.bias_E[3] = 10.0
+    routing = router(x)
+    assert (routing.expert_ids_TK == 3).any(-1).all()
+    torch.testing.assert_close(routing.weights_TK, routing.scores_TE.gather(1, routing.expert_ids_TK))
+
+
+def test_jitter_only_in_training() -> None:
+    router = build_router(SMALL, BalanceConfig(router_jitter=0.5))
+    x = torch.randn(20, 16)
+    assert not torch.equal(router(x).logits_TE, router(x).logits_TE)
+    router.eval()
+    assert torch.equal(router(x).logits_TE, router(x).logits_TE)
+
+
+class Cosine(Router):
+    """A person's own router: other logits, the configured rule."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__(hidden_size, num_experts)
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+        nn.init.ones_(self.temperature)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        x_TD, weight = (nn.functional.normalize(tensor, dim=-1) for tensor in (x_TD, self.weight.float()))
+        return x_TD @ weight.T * 5 * self.temperature
+
+
+class Plain(Router):
+    """A person's own router that answers with a plain tuple, by the helper."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__(hidden_size, num_experts)
+        self.weight = None
+        self.gate = nn.Sequential(nn.Linear(hidden_size, 8), nn.Tanh(), nn.Linear(8, num_experts))
+
+    def forward(self, hidden_states: Tensor) -> TopK:
+        return self.select_experts(self.gate(hidden_states).softmax(-1))
+
+
+class Swapped(Plain):
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        indices, weights = super().forward(hidden_states)
+        return weights, indices
+
+
+@pytest.mark.parametrize("kind", [Cosine, Plain, Swapped])
+def test_a_persons_own_router_trains(kind: type[Router]) -> None:
+    """Planted: `Routing(*decision)` for tuples (TopK has the indices first)."""
+    ROUTERS._entries.pop("mine", None)
+    register_router("mine")(kind)
+    with torch.device("meta"):
+        model = Transformer(SMALL.model_copy(update={"router": "mine"}))
+    model.initialize(0)
+    before = [p.detach().clone() for layer in model.moe_layers() for p in layer.router.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 40, (2, 12))
+    losses = []
+    for _ in range(15):
+        loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    after = [p for layer in model.moe_layers() for p in layer.router.parameters()]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_router_by_import_path_and_by_wrong_name() -> None:
+    config = SMALL.model_copy(update={"router": f"{__name__}:Plain"})
+    assert isinstance(build_router(config, BalanceConfig()), Plain)
+    with pytest.raises(ValueError, match=r"model.router=topkk: .*did you mean topk\?"):
+        build_router(SMALL.model_copy(update={"router": "topkk"}), BalanceConfig())
+
+
+def test_tuples_that_are_no_routing_are_refused() -> None:
+    with pytest.raises(ValueError, match="expert ids"):
+        Routing.of((torch.rand(3, 2), torch.rand(3, 2)))
+    with pytest.raises(ValueError, match="expert ids"):
+        Routing.of((torch.zeros(3, 1, dtype=torch.int64), torch.rand(3, 2)))
+
+
+def test_top_k_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="top_k=5: between 1 and num_experts=4"):
+        TopKRouter(4, 5)
+
+
+def test_helper_follows_the_configured_rule() -> None:
+    router = Router(8, 4, top_k=2)
+    probabilities = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.2, 0.0]], requires_grad=True)
+    indices, weights = router.select_experts(probabilities)
+    assert indices.tolist() == [[3, 2], [0, 2]]
+    torch.testing.assert_close(weights, torch.tensor([[4 / 7, 3 / 7], [7 / 9, 2 / 9]]))
+    assert weights.requires_grad

@@ -1,0 +1,240 @@
+"""Fan-out, metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_dist.config import MonitorConfig
+from moe_dist.monitor.records import EvalRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, build_sinks
+from moe_dist.monitor.sinks.heatmap import COLD, FAIR, HOT, load_heatmap
+from moe_dist.monitor.sinks.tensorboard import MOE_TAGS
+
+Make = Callable[..., TrainRecord]
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+class Recorder(Sink):
+    name = "recorder"
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.closed = 0
+
+    def train(self, record: TrainRecord) -> None:
+        self.steps.append(record.step)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Broken(Recorder):
+    name = "broken sink"
+
+    def train(self, record: TrainRecord) -> None:
+        super().train(record)
+        raise OSError("disk full")
+
+
+def test_a_failing_sink_is_named_once_and_dropped(
+    train_record: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, good = Broken(), Recorder()
+    sinks = Sinks([broken, good])
+    with caplog.at_level(logging.WARNING, logger="moe_dist"):
+        sinks.train(train_record(1))
+        sinks.train(train_record(2))
+    assert (broken.steps, broken.closed, good.steps) == ([1], 1, [1, 2])
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == "broken sink failed (OSError: disk full); training goes on without it"
+    sinks.close()
+    assert good.closed == 1
+
+
+def test_an_interrupt_is_not_a_failing_sink(train_record: Make) -> None:
+    class Interrupted(Sink):
+        def train(self, record: TrainRecord) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Sinks([Interrupted()]).train(train_record())
+
+
+def test_unwritable_tensorboard_folder(
+    tmp_path: Path, info: RunInfo, train_record: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A file where the folder should be: this fails for root too, whom permissions do not stop.
+    (tmp_path / "tb").write_text("in the way")
+    stream = io.StringIO()
+    sinks = build_sinks(tmp_path, MonitorConfig(progress="plain"), stream=stream)
+    with caplog.at_level(logging.WARNING, logger="moe_dist"):
+        sinks.open(info)
+        sinks.train(train_record(10))
+        sinks.close()
+    assert [row["kind"] for row in rows(tmp_path / "metrics.jsonl")] == ["run", "train"]
+    assert "step: 10/5000" in stream.getvalue()
+    assert len(caplog.records) == 1
+    assert "TensorBoard failed" in caplog.text
+
+
+def test_closed_pipe_ends_the_console_only(tmp_path: Path, train_record: Make) -> None:
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    sinks = build_sinks(tmp_path, MonitorConfig(tensorboard=False), stream=Gone())
+    sinks.train(train_record(1))
+    sinks.train(train_record(2))
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_jsonl_rows_equal_the_records(
+    tmp_path: Path, info: RunInfo, train_record: Make, eval_record: EvalRecord, summary: RunSummary
+) -> None:
+    sink, record = JsonlSink(tmp_path / "new" / "metrics.jsonl"), train_record()
+    sink.open(info)
+    sink.train(record)
+    # Readable before the file is closed.
+    assert len(rows(sink.path)) == 2
+    sink.evaluation(eval_record)
+    sink.summary(summary)
+    sink.close()
+    got = rows(sink.path)
+    assert all(isinstance(row.pop("time"), float) for row in got)
+    assert got == [item.to_json() for item in (info, record, eval_record, summary)]
+    assert [row["kind"] for row in got] == ["run", "train", "eval", "summary"]
+    assert got[1]["layers"][1]["tokens_per_expert"] == [20, 50, 20, 10]
+
+
+def test_jsonl_non_finite_numbers(tmp_path: Path, train_record: Make) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.train(train_record(loss=math.nan, grad_norm=math.inf, learning_rate=-math.inf))
+    (row,) = rows(sink.path)
+    assert (row["loss"], row["grad_norm"], row["learning_rate"]) == ("NaN", "Infinity", "-Infinity")
+    assert math.isnan(float(row["loss"]))
+    assert float(row["grad_norm"]) == math.inf
+    sink.close()
+
+
+@pytest.mark.parametrize("torn", [b'{"kind": "tr', b"x" * 200_000])
+def test_jsonl_appends_after_a_torn_line(tmp_path: Path, train_record: Make, torn: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        sink = JsonlSink(path)
+        sink.train(train_record(step))
+        sink.close()
+        with path.open("ab") as file:
+            file.write(torn)
+    sink = JsonlSink(path)
+    sink.train(train_record(3))
+    sink.close()
+    assert [row["step"] for row in rows(path)] == [1, 2, 3]
+
+
+def test_tensorboard_events_equal_the_records(
+    tmp_path: Path, info: RunInfo, train_record: Make, eval_record: EvalRecord, summary: RunSummary
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink, record = TensorBoardSink(tmp_path / "tb"), train_record(500)
+    sink.open(info)
+    sink.train(record)
+    sink.evaluation(eval_record)
+    sink.summary(summary)
+    sink.close()
+    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"histograms": 0, "tensors": 0}).Reload()
+
+    def scalar(tag: str) -> float:
+        (event,) = events.Scalars(tag)
+        assert event.step == 500
+        return event.value
+
+    expected = {
+        "train/loss": record.loss,
+        "train/learning_rate": record.learning_rate,
+        "train/grad_norm": record.grad_norm,
+        "train/epoch": record.epoch,
+        "eval/loss": eval_record.loss,
+        "eval/perplexity": eval_record.perplexity,
+        "eval/unigram_loss": eval_record.unigram_loss,
+        "perf/tokens_per_second": record.tokens_per_second,
+        "perf/step_time_seconds": record.step_seconds,
+        "perf/all_to_all_share": record.all_to_all_share,
+        "perf/data_wait_fraction": record.data_wait_share,
+        "memory/peak_bytes": record.memory_bytes,
+        "moe/load_balancing_loss": 1.05,
+        "moe/dead_experts": 1,
+        "moe/dropped_fraction": 0.01,
+        "moe/layer_00/load_imbalance": 1.8,
+        "moe/layer_03/z_loss": 3.0,
+    }
+    for layer in record.layers:
+        for name, tag in MOE_TAGS.items():
+            expected[f"moe/layer_{layer.layer:02d}/{tag}"] = getattr(layer, name)
+    assert {tag: scalar(tag) for tag in expected} == pytest.approx(expected, rel=1e-6)
+
+    (histogram,) = events.Histograms("moe/layer_03/tokens_per_expert")
+    load = histogram.histogram_value
+    assert list(load.bucket) == [20, 50, 20, 10]
+    assert list(load.bucket_limit) == [0.5, 1.5, 2.5, 3.5]
+    assert (load.num, load.sum) == (100, 120)
+
+    (image,) = events.Images("moe/expert_load")
+    assert (image.width, image.height) == (4 * 16, 2 * 16)
+    texts = {
+        tag: events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
+        for tag in ("config", "run", "sample/before", "sample/after")
+    }
+    assert "hidden_size: 512" in texts["config"]
+    assert texts["sample/after"].startswith("    def parse(self, name):")
+
+
+def test_tensorboard_forgets_steps_that_a_resume_repeats(tmp_path: Path, train_record: Make) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, loss in ((10, 3.0), (20, 2.0)):
+        sink = TensorBoardSink(tmp_path)
+        for step in (start, start + 10):
+            sink.train(train_record(step, loss=loss, layers=[]))
+        sink.close()
+        # Files are read in the order of their names, which hold seconds: too coarse for two runs in one test.
+        (written,) = tmp_path.glob("events.out.tfevents.??????????.*")
+        written.rename(tmp_path / f"events.out.tfevents.{start}")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (10, 3.0),
+        (20, 2.0),
+        (30, 2.0),
+    ]
+
+
+def test_heatmap_colours(train_record: Make) -> None:
+    image = load_heatmap(train_record().layers)
+    assert (image.shape, image.dtype) == ((32, 64, 3), np.uint8)
+    assert tuple(image[0, 2 * 16]) == COLD
+    assert tuple(image[16, 1 * 16]) == HOT
+    assert tuple(image[0, 0]) == FAIR
+
+
+def test_sinks_follow_the_configuration(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    names = [sink.name for sink in build_sinks(tmp_path, MonitorConfig(), stream=stream).sinks]
+    assert names == ["console", "metrics.jsonl", "TensorBoard"]
+    names = [sink.name for sink in build_sinks(tmp_path, MonitorConfig(tensorboard=False)).sinks]
+    assert names == ["console", "metrics.jsonl"]
+    assert list(tmp_path.iterdir()) == []
