@@ -265,7 +265,7 @@ class TrainConfig(Section):
     eval_steps: NonNegative = 0
     """Evaluate every this many steps; 0: only at the end."""
     eval_batches: Positive | None = None
-    """Evaluate on at most this many batches per rank; default: the whole validation set."""
+    """Evaluate on at most this many batches, all ranks together; default: the whole validation set."""
     early_stopping_patience: NonNegative = 0
     """Stop after this many evaluations without improvement; 0: never."""
     early_stopping_threshold: NonNegativeFloat = 0.0

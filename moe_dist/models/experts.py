@@ -5,12 +5,13 @@ Shape suffixes: R rows, D hidden, F intermediate, e experts held here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moe_dist.config import ModelConfig
 from moe_dist.models.registry import Registry
@@ -40,11 +41,12 @@ class Experts(nn.Module):
             dtype = self.w_down.dtype
         rows_RD = rows_RD.to(dtype)
         w_gate_up, w_down = self.w_gate_up.to(dtype), self.w_down.to(dtype)
+        if rows_RD.device.type == "cpu":
+            return _LoopedSwiGLU.apply(rows_RD, w_gate_up, w_down, rows_per_expert.tolist())
         if rows_RD.shape[0] == 0:
             # Keeps every expert in the graph: its gradient is zero, not None, when no token came.
             return swiglu(rows_RD @ w_gate_up[0]) @ w_down[0]
-        offsets = rows_per_expert.cumsum(0).to(torch.int32)
-        return grouped_mm(swiglu(grouped_mm(rows_RD, w_gate_up, offsets)), w_down, offsets)
+        return grouped_swiglu(rows_RD, w_gate_up, w_down, rows_per_expert.cumsum(0).to(torch.int32))
 
     def shard(self, first: int, count: int) -> None:
         """Keep only `count` experts from global id `first` on."""
@@ -83,13 +85,105 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def _swiglu_backward(grad_hidden: Tensor, gate_up: Tensor, hidden: Tensor, grad_gate_up: Tensor) -> None:
+    """Write swiglu(gate_up) to `hidden` and its gradient to `grad_gate_up`; `grad_hidden` is used up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    torch.ops.aten.silu.out(gate, out=hidden)
+    torch.mul(grad_hidden, hidden, out=grad_up)
+    hidden.mul_(up)
+    torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=grad_gate)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """`swiglu` that keeps nothing but its input for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return swiglu(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_hidden: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        grad_gate_up = torch.empty_like(gate_up)
+        _swiglu_backward(grad_hidden.clone(), gate_up, torch.empty_like(grad_hidden), grad_gate_up)
+        return grad_gate_up
+
+
+def grouped_swiglu(rows_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor) -> Tensor:
+    """All experts in two grouped matmuls: the way of accelerators, without a host synchronisation. R > 0."""
+    out = grouped_mm(_SwiGLU.apply(grouped_mm(rows_RD, w_gate_up, offsets)), w_down, offsets)
+    if out.requires_grad:
+        out.register_hook(Tensor.contiguous)  # the kernel's backward refuses expanded gradients, as of a sum
+    return out
+
+
 def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """rows[offsets[e-1]:offsets[e]] @ weights[e] for every e; offsets[-1] must be the number of rows."""
-    aligned = all(size * rows.element_size() % 16 == 0 for size in (*weights.shape[1:],))
+    aligned = all(size * rows.element_size() % 16 == 0 for size in weights.shape[1:])
     if aligned and rows.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return torch._grouped_mm(rows, weights, offs=offsets)
-    chunks = rows.tensor_split(offsets[:-1].cpu())
+    chunks = rows.tensor_split(offsets[:-1].long().cpu())
     return torch.cat([chunk @ weight for chunk, weight in zip(chunks, weights.unbind(0), strict=True)])
+
+
+class _LoopedSwiGLU(torch.autograd.Function):
+    """All experts, one after the other, through the same small scratch, which stays in the CPU's cache.
+
+    Fresh memory costs a CPU a page fault per 4 KB, as much as a third of the matmuls. So results go straight to
+    their place, and only gate_up is kept for backward, where the hidden activation is made again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, counts: list[int]) -> Tensor:
+        gate_up_R = rows_RD.new_empty(rows_RD.shape[0], w_gate_up.shape[2])
+        out_RD = rows_RD.new_empty(rows_RD.shape)
+        scratch = rows_RD.new_empty(max(counts), w_down.shape[1])
+        for count, rows, gate_up, out, up_weight, down_weight in _by_expert(
+            counts, rows_RD, gate_up_R, out_RD, w_gate_up, w_down
+        ):
+            torch.mm(rows, up_weight, out=gate_up)
+            gate, up = gate_up.chunk(2, dim=-1)
+            hidden = torch.ops.aten.silu.out(gate, out=scratch[:count]).mul_(up)
+            torch.mm(hidden, down_weight, out=out)
+        ctx.save_for_backward(rows_RD, gate_up_R, w_gate_up, w_down)
+        ctx.counts = counts
+        return out_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        rows_RD, gate_up_R, w_gate_up, w_down = ctx.saved_tensors
+        grad_RD = grad_RD.contiguous()
+        wanted = ctx.needs_input_grad[:3]
+        results = [torch.empty_like(t) for t in (rows_RD, w_gate_up, w_down)]
+        longest, width = max(ctx.counts), w_down.shape[1]
+        scratch = [grad_RD.new_empty(longest, size) for size in (width, width, 2 * width)]
+        for index in (index for index, count in enumerate(ctx.counts) if count == 0):
+            results[1][index].zero_()
+            results[2][index].zero_()
+        for count, rows, grad, gate_up, up_weight, down_weight, to_rows, to_up, to_down in _by_expert(
+            ctx.counts, rows_RD, grad_RD, gate_up_R, w_gate_up, w_down, *results
+        ):
+            grad_hidden, hidden, grad_gate_up = (tensor[:count] for tensor in scratch)
+            torch.mm(grad, down_weight.t(), out=grad_hidden)
+            _swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up)
+            if wanted[0]:
+                torch.mm(grad_gate_up, up_weight.t(), out=to_rows)
+            if wanted[1]:
+                torch.mm(rows.t(), grad_gate_up, out=to_up)
+            if wanted[2]:
+                torch.mm(hidden.t(), grad, out=to_down)
+        rows, up, down = (result if want else None for result, want in zip(results, wanted, strict=True))
+        return rows, up, down, None
+
+
+def _by_expert(counts: list[int], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """For each expert with rows: their number, its part of every (R, ...) tensor, its matrix of every weight."""
+    parts = [tensor.split(counts) if tensor.dim() == 2 else tensor.unbind(0) for tensor in tensors]
+    return (row for row in zip(counts, *parts, strict=True) if row[0])
 
 
 class Expert(nn.Module):

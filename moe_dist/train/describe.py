@@ -47,11 +47,11 @@ def layout_lines(layout: Layout, num_experts: int) -> list[str]:
         experts = f", all {num_experts} experts of every layer" if num_experts else ""
         return [f"rank 0: the whole model{experts}"] if layout.world_size == 1 else [f"dp {layout.dp_size}: no experts"]
     grid = describe(layout, num_experts)
-    heads = [f"experts {block.start}-{block.stop - 1}" for block in grid.experts]
-    width = max(len(head) for head in heads) + 2
+    heads = [f"{block.start}-{block.stop - 1}" if len(block) > 1 else f"{block.start}" for block in grid.experts]
+    width = max(len(f"rank {layout.world_size - 1}"), *map(len, heads)) + 2
     stages = layout.pp_size > 1
     left = max(len(_row_name(row.pp, row.edp, stages)) for row in grid.rows) + 2
-    lines = [" " * left + "".join(head.ljust(width) for head in heads)]
+    lines = ["experts".ljust(left) + "".join(head.ljust(width) for head in heads)]
     for row in grid.rows:
         cells = "".join(f"rank {rank}".ljust(width) for rank in row.ranks)
         lines.append(_row_name(row.pp, row.edp, stages).ljust(left) + cells)

@@ -210,7 +210,7 @@ class MoETrainer:
             train.per_device_eval_batch_size or train.per_device_train_batch_size,
             self.mesh.layout.dp_size,
             self.mesh.dp_rank,
-            train.eval_batches and train.eval_batches * self.mesh.layout.dp_size,
+            train.eval_batches,
         )
         found = evaluate(
             self.model, batches, self.mesh, bf16=train.bf16, document_mask=self.config.data.document_mask

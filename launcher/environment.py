@@ -1,0 +1,63 @@
+"""Who am I? Rank and world size, from the variables a starter leaves behind. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moe_dist.config_loading import ConfigError
+
+
+@dataclass(frozen=True)
+class Environment:
+    """This process among all processes of the run."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.world_size > 1
+
+
+def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether ranks have been started already: by torchrun, by this launcher, or by hand in its manner."""
+    return "RANK" in environ and "WORLD_SIZE" in environ
+
+
+def detect(environ: Mapping[str, str] = os.environ) -> Environment:
+    """The environment of this process. Raises ConfigError naming the variable that does not fit."""
+    if not started_by_torchrun(environ):
+        return Environment()
+
+    def number(name: str, default: str | None = None) -> int:
+        text = environ.get(name, default)
+        if text is None:
+            raise ConfigError(f"{name} is not set, but RANK is: start with torchrun, or unset RANK and WORLD_SIZE")
+        try:
+            return int(text)
+        except ValueError:
+            raise ConfigError(f"{name}={text}: a whole number") from None
+
+    rank, world_size = number("RANK"), number("WORLD_SIZE")
+    found = Environment(
+        rank,
+        number("LOCAL_RANK", str(rank)),
+        world_size,
+        number("LOCAL_WORLD_SIZE", str(world_size)),
+    )
+    if not 0 <= found.rank < found.world_size:
+        raise ConfigError(f"RANK={found.rank}: from 0 to {found.world_size - 1} (WORLD_SIZE={found.world_size})")
+    if not 0 <= found.local_rank < found.local_world_size:
+        raise ConfigError(
+            f"LOCAL_RANK={found.local_rank}: from 0 to {found.local_world_size - 1} "
+            f"(LOCAL_WORLD_SIZE={found.local_world_size})"
+        )
+    if found.is_distributed:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in environ:
+                raise ConfigError(f"{name} is not set, but WORLD_SIZE={world_size}: start with torchrun")
+    return found

@@ -1,0 +1,60 @@
+"""What `moe-dist check` prints."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_dist.config import Config
+from moe_dist.models.counts import flops_per_token, parameter_counts, per_rank
+from moe_dist.parallel.layout import Axis, Layout
+from moe_dist.train.describe import amount, layout_lines, sentence
+
+_MEANING: dict[Axis, str] = {
+    "ep": "share out the experts of every layer",
+    "edp": "hold the same experts",
+    "dp": "hold the same dense parameters, see different data",
+    "pp": "hold successive stages",
+}
+
+
+def print_report(config: Config, world_size: int, console: Console | None = None) -> None:
+    """Sentence, grid of ranks, groups, parameters. Raises ConfigError when the layout is impossible."""
+    console = console or Console(highlight=False)
+    layout = Layout.of(config, world_size)
+    counts = parameter_counts(config.model)
+    console.print(sentence(config, layout, config.launch.device.replace("auto", "CPU or CUDA")))
+    console.print()
+    for line in layout_lines(layout, config.model.num_experts):
+        console.print(f"  {line}", soft_wrap=True)
+    console.print()
+    groups = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    for column in ("axis", "size", "groups of ranks", "ranks of a group ..."):
+        groups.add_column(column, header_style="dim", overflow="fold")
+    for axis, meaning in _MEANING.items():
+        members = layout.groups(axis)
+        shown = " ".join("[" + " ".join(map(str, group)) + "]" for group in members[:8])
+        more = f" ... {len(members)} groups" if len(members) > 8 else ""
+        groups.add_row(axis, str(len(members[0])), f"{shown}{more}".replace("[", r"\["), meaning)
+    console.print(groups)
+    console.print()
+    numbers = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
+    numbers.add_row("parameters", f"{counts.total:,}", amount(counts.total))
+    numbers.add_row(
+        "active per token", f"{counts.active:,}", f"{amount(counts.active)}, {100 * counts.active / counts.total:.1f} %"
+    )
+    for stage in per_rank(config.model, layout):
+        name = "on each rank" if layout.pp_size == 1 else f"on each rank of stage {stage.stage}"
+        parts = f"{amount(stage.total)}: {amount(stage.dense)} dense, {amount(stage.experts)} in experts"
+        numbers.add_row(name, f"{stage.total:,}", parts)
+    flops = flops_per_token(config.model, config.data.max_seq_length)
+    numbers.add_row("FLOPs per token", f"{flops:,}", f"{amount(flops)}, forward and backward")
+    batch = config.global_batch_size(world_size)
+    train = config.train
+    numbers.add_row(
+        "global batch",
+        f"{batch:,} sequences",
+        f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps} accumulated x {layout.dp_size} "
+        f"data parallel = {batch * config.data.max_seq_length:,} tokens",
+    )
+    console.print(numbers)

@@ -1,0 +1,65 @@
+"""Connect the ranks: device, backend, time-outs, mesh; and let go of them again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from launcher.environment import Environment
+from moe_dist.config import Config
+from moe_dist.parallel.layout import Layout
+from moe_dist.parallel.mesh import Mesh
+
+
+def choose_device(config: Config, environment: Environment) -> torch.device:
+    """The device of this rank. Raises ValueError when CUDA is asked for and missing."""
+    wanted = config.launch.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if environment.local_rank >= available:
+        raise ValueError(
+            f"launch.device={wanted}: rank {environment.rank} needs CUDA device {environment.local_rank}, this "
+            f"machine has {available}; start at most {available} ranks here, or set launch.device=cpu"
+        )
+    return torch.device("cuda", environment.local_rank)
+
+
+def choose_threads(config: Config, environment: Environment) -> int:
+    """CPU threads of this rank: as configured, as OMP_NUM_THREADS says, or a fair share of the cores."""
+    if config.launch.num_threads:
+        return config.launch.num_threads
+    if "OMP_NUM_THREADS" in os.environ:
+        return int(os.environ["OMP_NUM_THREADS"])
+    return max(1, len(os.sched_getaffinity(0)) // environment.local_world_size)
+
+
+@contextmanager
+def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
+    """All ranks connected as the configuration's mesh; groups are destroyed at the end of the block."""
+    layout = Layout.of(config, environment.world_size)
+    device = choose_device(config, environment)
+    torch.set_num_threads(choose_threads(config, environment))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not environment.is_distributed:
+        yield Mesh(layout, 0, device)
+        return
+    backend = config.launch.backend
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=timedelta(seconds=config.launch.timeout),
+        device_id=device if backend == "nccl" else None,
+    )
+    # Not in a finally: after an error peers may be gone, and destroying groups would wait for them.
+    yield Mesh.create(layout, device)
+    dist.destroy_process_group()

@@ -1,0 +1,26 @@
+"""Shared by all tests: helpers beside this file can be imported, and no rank outlives its module."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_ranks_left() -> Iterator[None]:
+    yield
+    import ranks
+
+    ranks.stop_all()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first, then those that start ranks, then slow ones."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None) * 2 + (item.get_closest_marker("dist") is not None))

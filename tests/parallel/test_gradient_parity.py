@@ -1,0 +1,119 @@
+"""Every layout computes the same gradients, norm, weights and router bias as one process.
+
+Reference: one process, fp32, all micro-batches of the global batch accumulated. The global batches have uneven valid
+labels, padding, packed documents and a micro-batch without a single token. Compared: every gradient before clipping,
+the global norm, weights after three AdamW steps, the selection bias, initial weights. Relative tolerance 1e-5.
+
+Every test of a trap was seen to fail: `test_planted_bugs_are_seen` plants the bugs of `plants.py` one by one in the
+very function the other tests call and demands that the comparison goes red.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from plants import PLANTS
+from ranks import run_ranks
+from tiny import difference, train_and_tell
+
+TOLERANCE = 1e-5
+pytestmark = pytest.mark.dist
+
+SCOPES = ("micro_batch", "sequence", "global_batch")
+
+
+@lru_cache(maxsize=None)
+def reference(overrides: tuple[str, ...], num_micro_batches: int, steps: int = 3) -> dict[str, Any]:
+    return train_and_tell(overrides, 1, num_micro_batches, steps)
+
+
+def deviations(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
+    """Relative differences by what was compared."""
+    worst = {key: difference(found[key], wanted[key]) for key in ("initial", "gradients", "weights", "biases")}
+    for key in ("losses", "norms"):
+        worst[key] = max(abs(a - b) / abs(b) for a, b in zip(found[key], wanted[key], strict=True))
+    return worst
+
+
+def compare(overrides: tuple[str, ...], ep_size: int, num_micro_batches: int, plant: str | None = None) -> dict:
+    wanted = reference(overrides, num_micro_batches)
+    results = run_ranks(train_and_tell, 4, overrides, ep_size, num_micro_batches, 3, plant)
+    worst: dict[str, float] = {}
+    for found in results:
+        for key, value in deviations(found, wanted).items():
+            worst[key] = max(worst.get(key, 0.0), value)
+    return worst
+
+
+@pytest.mark.parametrize("num_micro_batches", [4, 8], ids=["plain", "accumulated"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+def test_layouts_agree_with_one_process(ep_size: int, scope: str, num_micro_batches: int) -> None:
+    """Traps 1, 2, 3, 7, 10, 11, 14, 24: ep x edp in {1x4, 2x2, 4x1}, with and without accumulation."""
+    worst = compare((f"balance.aux_loss_scope={scope}",), ep_size, num_micro_batches)
+    assert worst["initial"] == 0.0
+    assert max(worst.values()) < TOLERANCE, worst
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("balance.capacity_factor=0.8",),  # trap 20: the same tokens are dropped at every ep
+        ("model.scoring_func=sigmoid", "model.n_group=4", "model.topk_group=2"),
+        ("optimizer.optim=sgd",),
+        ("optimizer.optim=adafactor",),
+        ("train.gradient_checkpointing=full",),
+        ("train.gradient_checkpointing=selective", "balance.aux_loss_scope=global_batch"),
+        ("model.expert=swiglu_loop", "model.tie_word_embeddings=true"),
+        ("balance.router_jitter=0.1",),  # noise belongs to the micro-batch, not to the rank
+        ("balance.freeze_router=true", "train.label_smoothing_factor=0.1"),
+    ],
+    ids=lambda overrides: "+".join(item.split(".")[1] for item in overrides),
+)
+def test_options_agree_with_one_process(overrides: tuple[str, ...]) -> None:
+    worst = compare(overrides, 2, 8)
+    assert max(worst.values()) < TOLERANCE, worst
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_auxiliary_loss_alone(scope: str) -> None:
+    """Trap 10: with labels that all are ignored, only the auxiliary losses give gradients."""
+    overrides = (f"balance.aux_loss_scope={scope}", "balance.router_z_loss_coef=0")
+    wanted, *_ = (without_labels(overrides, 1, 8),)
+    for found in run_ranks(without_labels, 4, overrides, 2, 8):
+        assert difference(found, wanted) < TOLERANCE
+    routers = [value for name, value in wanted.items() if "router" in name]
+    assert all(router.abs().max() > 1e-6 for router in routers)
+
+
+def without_labels(overrides: tuple[str, ...], ep_size: int, num_micro_batches: int) -> dict[str, torch.Tensor]:
+    from dataclasses import replace
+
+    from tiny import Parts, mesh_of, micro_batches, tiny_config, unclipped
+
+    mesh = mesh_of(ep_size)
+    parts = Parts(tiny_config(f"parallel.ep_size={ep_size}", *overrides), mesh)
+    mine = micro_batches(num_micro_batches)[mesh.dp_rank :: mesh.layout.dp_size]
+    mine = [replace(batch, labels=torch.full_like(batch.labels, -100), num_valid=0) for batch in mine]
+    with unclipped(parts) as seen:
+        parts.step(mine, 0, 0.0)
+    return seen["gradients"]
+
+
+# Where each planted bug must show; a bug in a scope or an option needs that scope or option.
+SEEN_IN: dict[str, tuple[tuple[str, ...], int, int]] = {
+    "global_load_is_local": (("balance.aux_loss_scope=global_batch",), 2, 4),
+    "load_of_the_whole_batch_unknown": (("balance.aux_loss_scope=global_batch",), 2, 8),
+    "capacity_of_the_whole_group": (("balance.capacity_factor=0.8",), 2, 4),
+}
+
+
+@pytest.mark.parametrize("plant", sorted(PLANTS))
+def test_planted_bugs_are_seen(plant: str) -> None:
+    """The proof can fail: each known bug turns the comparison red."""
+    overrides, ep_size, num_micro_batches = SEEN_IN.get(plant, ((), 2, 8))
+    worst = compare(overrides, ep_size, num_micro_batches, plant)
+    assert max(worst.values()) > 10 * TOLERANCE, f"{plant} was not seen: {worst}"

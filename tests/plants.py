@@ -1,0 +1,175 @@
+"""Known bugs of expert-parallel trainers, planted on purpose: proof that the parity tests can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.models import auxiliary, moe, transformer
+from moe_dist.models.auxiliary import LoadBalance
+from moe_dist.models.router import Router
+from moe_dist.parallel.gradients import GradientBuffer, Gradients
+from moe_dist.train.balance import Balancer
+from moe_dist.train.step import TrainStep
+
+
+def _after_reduce(change: Callable[[Gradients], None]) -> Any:
+    reduce = Gradients.reduce
+
+    def wrong(self: Gradients) -> None:
+        reduce(self)
+        change(self)
+
+    return patch.object(Gradients, "reduce", wrong)
+
+
+def _expert_gradient_times_ep() -> Any:
+    return _after_reduce(lambda gradients: gradients.experts.flat.mul_(gradients.mesh.layout.ep_size))
+
+
+def _expert_gradient_averaged_over_edp() -> Any:
+    return _after_reduce(lambda gradients: gradients.experts.flat.div_(gradients.mesh.layout.edp_size))
+
+
+def _expert_gradient_averaged_over_active_replicas() -> Any:
+    reduce = GradientBuffer.all_reduce
+
+    def wrong(self: GradientBuffer, group: Any, bucket_bytes: int) -> None:
+        if group is None or not any(".experts." in name for name in self.views):
+            return reduce(self, group, bucket_bytes)
+        for view in self.views.values():
+            active = (view.flatten(1).abs().sum(1) > 0).float()
+            dist.all_reduce(active, group=group)
+            dist.all_reduce(view, group=group)
+            # Right when every replica used the expert, wrong when only some did.
+            view.mul_((group.size() / active.clamp(min=1)).view(-1, *[1] * (view.ndim - 1)))
+        return None
+
+    return patch.object(GradientBuffer, "all_reduce", wrong)
+
+
+def _loss_by_local_tokens() -> Any:
+    count = TrainStep._count_tokens
+
+    def wrong(self: TrainStep, batches: list) -> Tensor:
+        counts = count(self, batches)
+        local = sum(batch.num_valid for batch in batches) * self.mesh.layout.dp_size
+        return torch.stack((torch.tensor(local), counts[1]))
+
+    return patch.object(TrainStep, "_count_tokens", wrong)
+
+
+def _auxiliary_loss_by_local_tokens() -> Any:
+    count = TrainStep._count_tokens
+
+    def wrong(self: TrainStep, batches: list) -> Tensor:
+        counts = count(self, batches)
+        local = sum(batch.num_tokens for batch in batches)
+        return torch.stack((counts[0], torch.tensor(local)))
+
+    return patch.object(TrainStep, "_count_tokens", wrong)
+
+
+def _auxiliary_loss_times_micro_batches() -> Any:
+    accumulate = TrainStep.accumulate
+
+    def wrong(self: TrainStep, batches: list, counts: Tensor, step: int) -> Tensor:
+        scaled = counts.clone().float()
+        scaled[1] /= len(batches) * self.mesh.layout.dp_size
+        return accumulate(self, batches, scaled, step)
+
+    return patch.object(TrainStep, "accumulate", wrong)
+
+
+def _norm_without_experts() -> Any:
+    return patch.object(Gradients, "norm", lambda self: self.dense.squared_norm().sqrt())
+
+
+def _norm_counts_replicas() -> Any:
+    def wrong(self: Gradients) -> Tensor:
+        return (self.dense.squared_norm() + self.mesh.sum_over("dp", self.experts.squared_norm())).sqrt()
+
+    return patch.object(Gradients, "norm", wrong)
+
+
+def _router_cut_from_loss() -> Any:
+    forward = Router.forward
+
+    def wrong(self: Router, x_TD: Tensor) -> Any:
+        routing = forward(self, x_TD)
+        return moe.replace(routing, weights_TK=routing.weights_TK.detach())
+
+    return patch.object(Router, "forward", wrong)
+
+
+def _auxiliary_loss_cut() -> Any:
+    return patch.object(moe, "inject_loss", lambda x, loss: x)
+
+
+def _global_load_is_local() -> Any:
+    def wrong(self: LoadBalance, load: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return load, tokens
+
+    return patch.object(LoadBalance, "_reduced", wrong)
+
+
+def _load_of_the_whole_batch_unknown() -> Any:
+    return patch.object(TrainStep, "_needs_load_first", lambda self, batches: False)
+
+
+def _bias_from_counts_after_drop() -> Any:
+    count = auxiliary.count_load
+
+    def wrong(ids: Tensor, num_experts: int, num_groups: int) -> Tensor:
+        capacity = torch.tensor(ids.shape[0] * ids.shape[1] // num_experts)
+        return count(moe.drop_over_capacity(ids, num_experts, capacity), num_experts, num_groups)
+
+    return patch.object(auxiliary, "count_load", wrong)
+
+
+def _bias_from_local_counts() -> Any:
+    def wrong(self: Balancer) -> Tensor:
+        return torch.stack([facts.pairs_E for facts in self.facts.values()])
+
+    return patch.object(Balancer, "global_pairs", wrong)
+
+
+def _seeds_by_local_expert() -> Any:
+    seed = transformer._seed
+
+    def wrong(number: int, name: str, expert: int | None = None) -> int:
+        if expert is None or not dist.is_initialized():
+            return seed(number, name, expert)
+        return seed(number, name, expert % 2)
+
+    return patch.object(transformer, "_seed", wrong)
+
+
+def _capacity_of_the_whole_group() -> Any:
+    capacity = moe.MoE._capacity
+
+    def wrong(self: moe.MoE, ids: Tensor, valid: Tensor | None) -> Tensor:
+        group = getattr(self.dispatcher, "ep_size", 1)
+        return capacity(self, ids, valid) * group
+
+    return patch.object(moe.MoE, "_capacity", wrong)
+
+
+PLANTS: dict[str, Callable[[], Any]] = {
+    name.lstrip("_"): plant
+    for name, plant in list(globals().items())
+    if name.startswith("_") and not name.startswith("__") and callable(plant) and name != "_after_reduce"
+}
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    """The bug `name` is in the system inside the block."""
+    with PLANTS[name]():
+        yield

@@ -1,0 +1,143 @@
+"""Run a function on several gloo ranks: `run_ranks(function, 4, argument)`.
+
+Ranks are real processes with one process group, kept between calls so that a test costs milliseconds, not imports.
+A rank that fails or does not answer in time ends the whole set, and the failure shows what every rank printed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+GROUP_TIMEOUT = 20.0
+_sets: dict[int, RankSet] = {}
+
+
+class RankFailure(AssertionError):
+    """Some rank raised, died or hung; the message holds every rank's log."""
+
+
+class RankSet:
+    """`world_size` processes connected by gloo on loopback."""
+
+    def __init__(self, world_size: int) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "moe_dist.train.trainer"])
+        self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+        self.connections: list[Connection] = []
+        self.processes = []
+        port = free_port()
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            log = self.folder / f"rank-{rank}.log"
+            process = context.Process(
+                target=_serve, args=(theirs, rank, world_size, port, str(log)), daemon=True, name=f"rank-{rank}"
+            )
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def call(self, function: Callable[..., Any], arguments: tuple, timeout: float) -> list[Any]:
+        for connection in self.connections:
+            connection.send((function, arguments))
+        deadline = time.monotonic() + timeout
+        results, problems = [], []
+        for rank, connection in enumerate(self.connections):
+            # After one failure the others get a moment to say what they saw, no more.
+            patience = 2.0 if problems else max(0.0, deadline - time.monotonic())
+            try:
+                if not connection.poll(patience):
+                    problems.append(f"rank {rank}: no answer")
+                    continue
+                ok, value = connection.recv()
+            except (EOFError, ConnectionError):
+                self.processes[rank].join(1)
+                problems.append(f"rank {rank}: died, exit code {self.processes[rank].exitcode}")
+                continue
+            results.append(value) if ok else problems.append(f"rank {rank}: {value}")
+        if problems:
+            raise RankFailure("\n".join(problems) + self.logs())
+        return results
+
+    def logs(self) -> str:
+        texts = [(path.name, path.read_text(errors="replace")) for path in sorted(self.folder.glob("*.log"))]
+        return "".join(f"\n--- {name} ---\n{text[-4000:]}" for name, text in texts if text.strip())
+
+    def stop(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+        for process in self.processes:
+            process.join(5)
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    """`function(*arguments)` on every rank, at the same time; the results in order of rank.
+
+    `function` must be importable (top level of a test module). Raises RankFailure.
+    """
+    if world_size not in _sets:
+        for other in list(_sets):  # idle ranks of another size only take memory
+            _sets.pop(other).stop()
+        _sets[world_size] = RankSet(world_size)
+    try:
+        return _sets[world_size].call(function, arguments, timeout)
+    except RankFailure:
+        _sets.pop(world_size).stop()
+        raise
+
+
+@atexit.register
+def stop_all() -> None:
+    """End every rank that is left."""
+    for ranks in _sets.values():
+        ranks.stop()
+    _sets.clear()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(connection: Connection, rank: int, world_size: int, port: int, log: str) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=GROUP_TIMEOUT),
+    )
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, function(*arguments))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        connection.send(answer)
