@@ -2,7 +2,7 @@
 
 Every key a person can write is a field here, with its meaning beside it. Model keys are those of Hugging
 Face's Qwen3-MoE `config.json`; training keys are those of `TrainingArguments`. Reading files, inheritance,
-overrides, aliases and the wording of errors live in `config_loading.py`. Nothing here imports torch.
+overrides, aliases and the wording of errors live in `config_loading/`. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from moe_dist.config_checks import check_data, check_model, check_optimizer, check_sections, check_train
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
-
-
-def _divisors(number: int) -> str:
-    """For error messages; bounded, so that a mistyped huge number is answered at once."""
-    return ", ".join(str(n) for n in range(1, min(number, 4096) + 1) if number % n == 0)
 
 
 class Section(BaseModel):
@@ -105,47 +102,7 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     """Attention kernel: PyTorch's fused one, or plain matmuls (the specification)."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> ModelConfig:
-        if self.num_experts:
-            if self.num_experts_per_tok > self.num_experts:
-                raise ValueError(
-                    f"num_experts_per_tok={self.num_experts_per_tok}: at most num_experts={self.num_experts}"
-                )
-            if self.num_experts_per_tok == 1 and self.norm_topk_prob and self.router == "topk":
-                raise ValueError(
-                    "norm_topk_prob=true: with num_experts_per_tok=1 the renormalised weight is always 1 and "
-                    "the router never learns; set norm_topk_prob=false or num_experts_per_tok>=2"
-                )
-            if self.num_experts % self.n_group:
-                raise ValueError(f"n_group={self.n_group}: must divide num_experts={self.num_experts}")
-            if self.topk_group > self.n_group:
-                raise ValueError(f"topk_group={self.topk_group}: at most n_group={self.n_group}")
-            reachable = self.topk_group * (self.num_experts // self.n_group)
-            if self.num_experts_per_tok > reachable:
-                raise ValueError(
-                    f"num_experts_per_tok={self.num_experts_per_tok}: topk_group={self.topk_group} of "
-                    f"n_group={self.n_group} leaves {reachable} experts to choose from"
-                )
-        heads, kv_heads = self.num_attention_heads, self.kv_heads
-        if heads % kv_heads:
-            raise ValueError(
-                f"num_key_value_heads={kv_heads}: must divide num_attention_heads={heads} "
-                f"(allowed: {_divisors(heads)})"
-            )
-        if self.head_dim is None and self.hidden_size % heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size}: not divisible by num_attention_heads={heads}; set head_dim"
-            )
-        if self.head_size % 2:
-            raise ValueError(f"head_dim={self.head_size}: must be even (rotary embedding)")
-        for layer in self.mlp_only_layers:
-            if layer >= self.num_hidden_layers:
-                raise ValueError(
-                    f"mlp_only_layers={self.mlp_only_layers}: layer {layer} is past num_hidden_layers="
-                    f"{self.num_hidden_layers} (layers count from 0)"
-                )
-        return self
+    _fits_together = model_validator(mode="after")(check_model)
 
     @property
     def kv_heads(self) -> int:
@@ -205,15 +162,7 @@ class DataConfig(Section):
     dataloader_pin_memory: bool = False
     """Page-locked host memory for batches (CUDA)."""
 
-    @model_validator(mode="after")
-    def _source_has_what_it_needs(self) -> DataConfig:
-        if self.source in ("text", "jsonl", "parquet") and not self.path:
-            raise ValueError(f"path=null: source={self.source} needs data.path (a file or a pattern)")
-        if self.source == "huggingface" and not self.name:
-            raise ValueError("name=null: source=huggingface needs data.name")
-        if self.streaming and self.source != "huggingface":
-            raise ValueError(f"streaming=true: only for source=huggingface, not {self.source}")
-        return self
+    _source_has_what_it_needs = model_validator(mode="after")(check_data)
 
 
 class ParallelConfig(Section):
@@ -288,15 +237,7 @@ class TrainConfig(Section):
     def _accept_true_and_false(cls, value: Any) -> Any:
         return {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
 
-    @model_validator(mode="after")
-    def _one_precision(self) -> TrainConfig:
-        if self.bf16 and self.pure_bf16:
-            raise ValueError("pure_bf16=true: choose one of bf16 (autocast) and pure_bf16")
-        if self.max_steps == 0:
-            raise ValueError("max_steps=0: a positive number, or -1 for num_train_epochs")
-        if self.max_steps < 0 and self.num_train_epochs is None and self.max_time is None:
-            raise ValueError("num_train_epochs=null: nothing ends the run; set it, max_steps or max_time")
-        return self
+    _one_precision_and_an_end = model_validator(mode="after")(check_train)
 
 
 class OptimizerConfig(Section):
@@ -327,13 +268,7 @@ class OptimizerConfig(Section):
     momentum: Probability = 0.9
     """SGD: momentum."""
 
-    @model_validator(mode="after")
-    def _floor_below_peak(self) -> OptimizerConfig:
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate={self.min_learning_rate}: at most learning_rate={self.learning_rate}"
-            )
-        return self
+    _floor_below_peak = model_validator(mode="after")(check_optimizer)
 
 
 class BalanceConfig(Section):
@@ -417,28 +352,7 @@ class Config(Section):
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
 
-    @model_validator(mode="after")
-    def _sections_fit_together(self) -> Config:
-        model, parallel = self.model, self.parallel
-        if parallel.ep_size > 1 and model.num_experts % parallel.ep_size:
-            raise ValueError(
-                f"parallel.ep_size={parallel.ep_size}: must divide model.num_experts={model.num_experts} "
-                f"(allowed: {_divisors(model.num_experts)})"
-            )
-        if parallel.ep_size > 1 and not model.moe_layers:
-            raise ValueError(
-                f"parallel.ep_size={parallel.ep_size}: the model has no expert layer; allowed: 1"
-            )
-        if self.data.max_seq_length > model.max_position_embeddings:
-            raise ValueError(
-                f"data.max_seq_length={self.data.max_seq_length}: at most "
-                f"model.max_position_embeddings={model.max_position_embeddings}"
-            )
-        if self.launch.backend == "nccl" and self.launch.device == "cpu":
-            raise ValueError("launch.backend=nccl: NCCL needs launch.device=cuda; use gloo on CPU")
-        if self.train.early_stopping_patience and not self.train.eval_steps:
-            raise ValueError("train.early_stopping_patience: needs train.eval_steps > 0")
-        return self
+    _sections_fit_together = model_validator(mode="after")(check_sections)
 
     def global_batch_size(self, world_size: int) -> int:
         """Sequences in one optimizer step on `world_size` ranks."""

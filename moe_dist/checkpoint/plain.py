@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ class PlainCheckpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.mesh.barrier()
-        dcp.save(state.tensors, checkpoint_id=str(temporary), no_dist=self.mesh.sparse is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: we know
+            dcp.save(state.tensors, checkpoint_id=str(temporary), no_dist=self.mesh.sparse is None)
         if self.mesh.rank == 0:
             (temporary / STATE_FILE).write_text(json.dumps({"step": step, **counters}, indent=1))
             shutil.rmtree(final, ignore_errors=True)
@@ -92,7 +95,9 @@ class PlainCheckpoints:
                     f"model.{key}={value}: {folder} was saved with {counters['model'][key]}; set it back, or "
                     "checkpoint.resume=never to start afresh"
                 )
-        dcp.load(state.tensors, checkpoint_id=str(folder), no_dist=self.mesh.sparse is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state.tensors, checkpoint_id=str(folder), no_dist=self.mesh.sparse is None)
         state.finish_reading()
         return counters
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe_dist.config import ModelConfig
+from moe_dist.models.memory import new_empty
 from moe_dist.models.registry import Registry
 
 SeedOf = Callable[[int], int]
@@ -132,14 +133,14 @@ def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 class _LoopedSwiGLU(torch.autograd.Function):
     """All experts, one after the other, through the same small scratch, which stays in the CPU's cache.
 
-    Fresh memory costs a CPU a page fault per 4 KB, as much as a third of the matmuls. So results go straight to
-    their place, and only gate_up is kept for backward, where the hidden activation is made again.
+    Fresh memory costs a CPU as much as a third of the matmuls (`memory.py`). So results go straight to their
+    place, and only gate_up is kept for backward, where the hidden activation is made again.
     """
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, counts: list[int]) -> Tensor:
-        gate_up_R = rows_RD.new_empty(rows_RD.shape[0], w_gate_up.shape[2])
-        out_RD = rows_RD.new_empty(rows_RD.shape)
+        gate_up_R = new_empty(rows_RD, (rows_RD.shape[0], w_gate_up.shape[2]))
+        out_RD = new_empty(rows_RD, rows_RD.shape)
         scratch = rows_RD.new_empty(max(counts), w_down.shape[1])
         for count, rows, gate_up, out, up_weight, down_weight in _by_expert(
             counts, rows_RD, gate_up_R, out_RD, w_gate_up, w_down
@@ -158,7 +159,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
         rows_RD, gate_up_R, w_gate_up, w_down = ctx.saved_tensors
         grad_RD = grad_RD.contiguous()
         wanted = ctx.needs_input_grad[:3]
-        results = [torch.empty_like(t) for t in (rows_RD, w_gate_up, w_down)]
+        results = [new_empty(grad_RD, tensor.shape) for tensor in (rows_RD, w_gate_up, w_down)]
         longest, width = max(ctx.counts), w_down.shape[1]
         scratch = [grad_RD.new_empty(longest, size) for size in (width, width, 2 * width)]
         for index in (index for index, count in enumerate(ctx.counts) if count == 0):
@@ -181,7 +182,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
 
 
 def _by_expert(counts: list[int], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """For each expert with rows: their number, its part of every (R, ...) tensor, its matrix of every weight."""
+    """For each expert with rows: their number, its part of every (R, ...) tensor, its matrix of each weight."""
     parts = [tensor.split(counts) if tensor.dim() == 2 else tensor.unbind(0) for tensor in tensors]
     return (row for row in zip(counts, *parts, strict=True) if row[0])
 

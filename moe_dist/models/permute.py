@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_dist.models.memory import new_empty
+
+_ROWS_IN_CACHE = 512
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,11 @@ class Permutation:
     @property
     def num_rows(self) -> int:
         return self.pair_of_row.shape[0]
+
+    @property
+    def token_of_row(self) -> Tensor:
+        """(R,) int64."""
+        return self.pair_of_row.div(self.row_of_pair.shape[1], rounding_mode="floor")
 
 
 def sort_by_expert(expert_ids_TK: Tensor, num_experts: int, num_rows: int | None) -> Permutation:
@@ -62,30 +73,54 @@ def tokens_from_rows(rows_RD: Tensor, weights_TK: Tensor, permutation: Permutati
     return _TokensFromRows.apply(rows_RD, weights_TK, permutation)
 
 
-def _rows_by_pair(rows_RD: Tensor, permutation: Permutation) -> Tensor:
-    """(R, D) -> (T, K, D), zeros for pairs without a row."""
+def _sum_by_token(rows_RD: Tensor, permutation: Permutation, weights_TK: Tensor | None) -> Tensor:
+    """(R, D) -> (T, D): each token's rows, weighted or as they are, summed over k in order.
+
+    A weighted sum of picked rows is what an embedding bag is; no (T, K, D) copy of the rows is made.
+    """
     num_tokens, top_k = permutation.row_of_pair.shape
+    if permutation.num_rows == 0:
+        return rows_RD.new_zeros(num_tokens, rows_RD.shape[1])
+    weights = None if weights_TK is None else weights_TK.flatten().to(rows_RD.dtype)
+    row, present = permutation.row_of_pair, None
     if permutation.every_pair_has_a_row:
-        picked = rows_RD.index_select(0, permutation.row_of_pair.flatten())
-    elif permutation.num_rows == 0:
-        picked = rows_RD.new_zeros(num_tokens * top_k, rows_RD.shape[1])
+        rows = row.flatten()
+        starts = torch.arange(0, rows.numel(), top_k, device=rows.device)
     else:
-        row = permutation.row_of_pair.flatten()
-        missing = row >= permutation.num_rows
-        picked = rows_RD.index_select(0, row.masked_fill(missing, 0)).masked_fill_(missing[:, None], 0)
-    return picked.view(num_tokens, top_k, rows_RD.shape[1])
+        # Bags of different lengths. Sorting finds the pairs with a row without asking the device how many.
+        present, rows = permutation.pair_of_row.sort()
+        sizes = (row < permutation.num_rows).sum(1)
+        starts = sizes.cumsum(0) - sizes
+    if weights is not None and present is not None:
+        weights = weights.index_select(0, present)
+    return F.embedding_bag(rows, rows_RD, starts, mode="sum", per_sample_weights=weights)
+
+
+def _row_dots(a_RD: Tensor, b_RD: Tensor) -> Tensor:
+    """Dot product of each row of a with the same row of b, (R,) float32 or float64."""
+    wide = torch.promote_types(a_RD.dtype, torch.float32)
+    # On a CPU the products of a few rows stay in the cache.
+    size = _ROWS_IN_CACHE if a_RD.device.type == "cpu" else max(1, a_RD.shape[0])
+    parts = zip(a_RD.split(size), b_RD.split(size), strict=True)
+    return torch.cat([(a * b).sum(1, dtype=wide) for a, b in parts])
+
+
+def _pick(tokens_TD: Tensor, token_of_row: Tensor) -> Tensor:
+    """tokens_TD[token_of_row], (R, D)."""
+    out = new_empty(tokens_TD, (token_of_row.shape[0], tokens_TD.shape[1]))
+    return torch.index_select(tokens_TD, 0, token_of_row, out=out)
 
 
 class _RowsFromTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
-        top_k = permutation.row_of_pair.shape[1]
-        return x_TD.index_select(0, permutation.pair_of_row.div(top_k, rounding_mode="floor"))
+        return _pick(x_TD, permutation.token_of_row)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _rows_by_pair(grads[0], ctx.permutation).sum(1), None
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return _sum_by_token(grad_RD.contiguous(), ctx.permutation, None), None
 
 
 class _TokensFromRows(torch.autograd.Function):
@@ -93,20 +128,22 @@ class _TokensFromRows(torch.autograd.Function):
     def forward(ctx: Any, rows_RD: Tensor, weights_TK: Tensor, permutation: Permutation) -> Tensor:
         ctx.save_for_backward(rows_RD, weights_TK)
         ctx.permutation = permutation
-        weights = weights_TK.to(rows_RD.dtype)
-        return torch.bmm(weights[:, None, :], _rows_by_pair(rows_RD, permutation)).squeeze(1)
+        return _sum_by_token(rows_RD.contiguous(), permutation, weights_TK)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_RD, weights_TK = ctx.saved_tensors
-        permutation, grad_TD = ctx.permutation, grads[0]
-        grad_rows = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            pairs = permutation.pair_of_row
-            weight_of_row = weights_TK.flatten().index_select(0, pairs).to(grad_TD.dtype)
-            token_of_row = pairs.div(weights_TK.shape[1], rounding_mode="floor")
-            grad_rows = grad_TD.index_select(0, token_of_row).mul_(weight_of_row[:, None])
+        pairs = ctx.permutation.pair_of_row
+        grad_rows = _pick(grad_TD, ctx.permutation.token_of_row)
+        grad_weights = None
         if ctx.needs_input_grad[1]:
-            rows_TKD = _rows_by_pair(rows_RD, permutation)
-            grad_weights = torch.bmm(rows_TKD, grad_TD[:, :, None]).squeeze(2).to(weights_TK.dtype)
-        return grad_rows, grad_weights, None
+            grad_weights = weights_TK.new_zeros(weights_TK.numel())
+            if pairs.numel():
+                dots = _row_dots(rows_RD, grad_rows).to(weights_TK.dtype)
+                grad_weights.index_copy_(0, pairs, dots)
+            grad_weights = grad_weights.view_as(weights_TK)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weights, None
+        weight_of_row = weights_TK.flatten().index_select(0, pairs).to(grad_TD.dtype)
+        return grad_rows.mul_(weight_of_row[:, None]), grad_weights, None

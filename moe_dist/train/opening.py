@@ -34,7 +34,7 @@ def merge_config(
             tree["model"] = {**tree.get("model", {}), **model_config}
         if training_config:
             tree["training"] = {**tree.get("training", {}), **training_config}
-        merged = load_mapping(tree)
+        merged = load_mapping(tree, notice=lambda text: None)  # sections are ours to fill in
     if output_dir is not None:
         merged.train.output_dir = Path(output_dir)
     return merged

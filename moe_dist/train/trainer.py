@@ -20,7 +20,7 @@ from moe_dist.data.baseline import unigram_loss
 from moe_dist.data.loader import eval_batches
 from moe_dist.data.packing import PackedDataset
 from moe_dist.monitor.collector import Collector
-from moe_dist.monitor.records import EvalRecord, RunSummary, TrainRecord
+from moe_dist.monitor.records import EvalRecord, LayerRecord, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.gradients import Gradients
@@ -113,8 +113,10 @@ class MoETrainer:
         self.checkpoints = PlainCheckpoints(self.output_dir, mesh, config.checkpoint.save_total_limit)
         self.stopping = Stopping(config.train, self.loader.steps_per_epoch)
         self.steps_done, self.tokens, self.skipped = 0, 0, 0
+        self.evaluated_at = self.saved_at = -1
         self.losses: list[float] = []
-        self.unigram = self.best_path = None
+        self.unigram: float | None = None
+        self.layers: list[LayerRecord] = []
         self.interval = Interval()
 
     def _open(self) -> None:
@@ -165,11 +167,10 @@ class MoETrainer:
         return min(1.0, float(self.mesh.from_rank_zero(elapsed)) / budget)
 
     def _log(self, result: StepResult, rate: float) -> None:
-        layers = self.collector.take()
+        self.layers = self.collector.take()
         interval, self.interval = self.interval, Interval()
         seconds = max(1e-9, time.perf_counter() - interval.started)
         elapsed = time.perf_counter() - self.started
-        self.last_layers = layers
         self.sinks.train(
             TrainRecord(
                 step=self.steps_done,
@@ -187,7 +188,7 @@ class MoETrainer:
                 elapsed_seconds=elapsed,
                 remaining_seconds=self._remaining(elapsed, seconds / max(1, interval.steps)),
                 memory_bytes=peak_memory(self.mesh.device),
-                layers=layers,
+                layers=self.layers,
             )
         )
 
@@ -199,10 +200,11 @@ class MoETrainer:
             ends.append(max(0.0, self.config.train.max_time - elapsed))
         return min(ends) if ends else None
 
-    def _evaluate(self) -> float | None:
+    def _evaluate(self) -> None:
         validation = self.datasets.validation
-        if validation is None:
-            return None
+        if validation is None or self.evaluated_at == self.steps_done:
+            return
+        self.evaluated_at = self.steps_done
         train = self.config.train
         before = time.perf_counter()
         batches = eval_batches(
@@ -223,7 +225,6 @@ class MoETrainer:
         )
         self.clock.take()
         self.interval.started += time.perf_counter() - before
-        return found.loss
 
     def _sample(self) -> str | None:
         train = self.config.train
@@ -245,6 +246,10 @@ class MoETrainer:
         return LogicalState(self.model, self.optimizer.named_state(), self.mesh)
 
     def _save(self) -> Path:
+        folder = self.output_dir / f"checkpoint-{self.steps_done}"
+        if self.saved_at == self.steps_done:
+            return folder
+        self.saved_at = self.steps_done
         before = time.perf_counter()
         counters = {
             "tokens": self.tokens,
@@ -254,7 +259,7 @@ class MoETrainer:
             "data": self.loader.state_dict(),
             "model": self.config.model.model_dump(mode="json"),
         }
-        folder = self.checkpoints.save(self.steps_done, self._state(), counters)
+        self.checkpoints.save(self.steps_done, self._state(), counters)
         self.interval.started += time.perf_counter() - before
         return folder
 
@@ -268,12 +273,14 @@ class MoETrainer:
         counters = self.checkpoints.load(folder, self._state(), self.config.model.model_dump(mode="json"))
         self.optimizer.follow_masters()
         self.steps_done, self.tokens, self.skipped = counters["step"], counters["tokens"], counters["skipped"]
+        self.saved_at = self.steps_done
         self.stopping.load_state_dict(counters["stopping"])
         self.loader.load_state_dict(counters["data"])
         self.sinks.message(f"resumed from {folder} at step {self.steps_done}")
 
     def _finish(self) -> TrainingResult:
-        final_eval = None if self.stopping.failed else self._evaluate()
+        if not self.stopping.failed:
+            self._evaluate()
         seconds = time.perf_counter() - self.started
         paths = {"run folder": str(self.output_dir), "metrics": str(self.output_dir / "metrics.jsonl")}
         if self.config.monitor.tensorboard:
@@ -297,7 +304,7 @@ class MoETrainer:
                 paths=paths,
                 sample_before=self.sample_before,
                 sample_after=self._sample(),
-                layers=getattr(self, "last_layers", []),
+                layers=self.layers,
             )
         )
         return TrainingResult(
@@ -305,7 +312,7 @@ class MoETrainer:
             losses[-1],
             self.losses,
             self.steps_done,
-            self.stopping.best_loss if final_eval is None else min(final_eval, self.stopping.best_loss or final_eval),
+            self.stopping.best_loss,
             self.unigram,
             reason,
             self.stopping.failed,

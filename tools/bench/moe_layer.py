@@ -165,10 +165,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: under a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: under a minute on a quiet machine")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, help="default 9, or 4 with --quick")
+    parser.add_argument("--rounds", type=int, help="default 9, or 3 with --quick")
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's time only"
     )
@@ -176,7 +176,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
-    rounds = arguments.rounds or (4 if arguments.quick else 9)
+    rounds = arguments.rounds or (3 if arguments.quick else 9)
     names = ("ours", *PEERS, "limit")
     print(
         f"ms of one forward + backward, torch {torch.__version__}, {arguments.threads} thread(s), {rounds} rounds"

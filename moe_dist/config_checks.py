@@ -1,0 +1,114 @@
+"""What no field can say alone: combinations of keys that cannot work, each refused in one line.
+
+`config.py` calls these once the fields of a section are valid. A message begins with the key to change, as
+`key=value: ` or `key: `: by it `config_loading` finds the file or override where that key was written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_dist.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+
+def _divisors(number: int) -> str:
+    """For error messages; bounded, so that a mistyped huge number is answered at once."""
+    return ", ".join(str(n) for n in range(1, min(number, 4096) + 1) if number % n == 0)
+
+
+def check_model(model: ModelConfig) -> ModelConfig:
+    """Routing, attention heads and layer numbers that one transformer can have."""
+    if model.num_experts:
+        if model.num_experts_per_tok > model.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={model.num_experts_per_tok}: at most num_experts={model.num_experts}"
+            )
+        if model.num_experts_per_tok == 1 and model.norm_topk_prob and model.router == "topk":
+            raise ValueError(
+                "norm_topk_prob=true: with num_experts_per_tok=1 the renormalised weight is always 1 and "
+                "the router never learns; set norm_topk_prob=false or num_experts_per_tok>=2"
+            )
+        if model.num_experts % model.n_group:
+            raise ValueError(f"n_group={model.n_group}: must divide num_experts={model.num_experts}")
+        if model.topk_group > model.n_group:
+            raise ValueError(f"topk_group={model.topk_group}: at most n_group={model.n_group}")
+        reachable = model.topk_group * (model.num_experts // model.n_group)
+        if model.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok={model.num_experts_per_tok}: topk_group={model.topk_group} of "
+                f"n_group={model.n_group} leaves {reachable} experts to choose from"
+            )
+    heads, kv_heads = model.num_attention_heads, model.kv_heads
+    if heads % kv_heads:
+        raise ValueError(
+            f"num_key_value_heads={kv_heads}: must divide num_attention_heads={heads} "
+            f"(allowed: {_divisors(heads)})"
+        )
+    if model.head_dim is None and model.hidden_size % heads:
+        raise ValueError(
+            f"hidden_size={model.hidden_size}: not divisible by num_attention_heads={heads}; set head_dim"
+        )
+    if model.head_size % 2:
+        raise ValueError(f"head_dim={model.head_size}: must be even (rotary embedding)")
+    for layer in model.mlp_only_layers:
+        if layer >= model.num_hidden_layers:
+            raise ValueError(
+                f"mlp_only_layers={model.mlp_only_layers}: layer {layer} is past num_hidden_layers="
+                f"{model.num_hidden_layers} (layers count from 0)"
+            )
+    return model
+
+
+def check_data(data: DataConfig) -> DataConfig:
+    """A source with what it reads from."""
+    if data.source in ("text", "jsonl", "parquet") and not data.path:
+        raise ValueError(f"path=null: source={data.source} needs data.path (a file or a pattern)")
+    if data.source == "huggingface" and not data.name:
+        raise ValueError("name=null: source=huggingface needs data.name")
+    if data.streaming and data.source != "huggingface":
+        raise ValueError(f"streaming=true: only for source=huggingface, not {data.source}")
+    return data
+
+
+def check_train(train: TrainConfig) -> TrainConfig:
+    """One precision, and something that ends the run."""
+    if train.bf16 and train.pure_bf16:
+        raise ValueError("pure_bf16=true: choose one of bf16 (autocast) and pure_bf16")
+    if train.max_steps == 0:
+        raise ValueError("max_steps=0: a positive number, or -1 for num_train_epochs")
+    if train.max_steps < 0 and train.num_train_epochs is None and train.max_time is None:
+        raise ValueError("num_train_epochs=null: nothing ends the run; set it, max_steps or max_time")
+    return train
+
+
+def check_optimizer(optimizer: OptimizerConfig) -> OptimizerConfig:
+    """A schedule that goes down."""
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        raise ValueError(
+            f"min_learning_rate={optimizer.min_learning_rate}: at most "
+            f"learning_rate={optimizer.learning_rate}"
+        )
+    return optimizer
+
+
+def check_sections(config: Config) -> Config:
+    """Sections that contradict each other."""
+    model, parallel = config.model, config.parallel
+    if parallel.ep_size > 1 and model.num_experts % parallel.ep_size:
+        raise ValueError(
+            f"parallel.ep_size={parallel.ep_size}: must divide model.num_experts={model.num_experts} "
+            f"(allowed: {_divisors(model.num_experts)})"
+        )
+    if parallel.ep_size > 1 and not model.moe_layers:
+        raise ValueError(f"parallel.ep_size={parallel.ep_size}: the model has no expert layer; allowed: 1")
+    if config.data.max_seq_length > model.max_position_embeddings:
+        raise ValueError(
+            f"data.max_seq_length={config.data.max_seq_length}: at most "
+            f"model.max_position_embeddings={model.max_position_embeddings}"
+        )
+    if config.launch.backend == "nccl" and config.launch.device == "cpu":
+        raise ValueError("launch.backend=nccl: NCCL needs launch.device=cuda; use gloo on CPU")
+    if config.train.early_stopping_patience and not config.train.eval_steps:
+        raise ValueError("train.early_stopping_patience: needs train.eval_steps > 0")
+    return config

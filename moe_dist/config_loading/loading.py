@@ -1,0 +1,183 @@
+"""From a file, the files it is based on and a few overrides to one validated `Config`."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moe_dist.config import Config
+from moe_dist.config_loading.huggingface import read_huggingface
+from moe_dist.config_loading.names import FIELDS, SECTIONS, place, spellings, takes
+from moe_dist.config_loading.wording import ConfigError, allowed, show
+from moe_dist.config_loading.yaml_text import parse_yaml, read_yaml
+
+MAX_FILES = 100
+
+
+class _Reading:
+    """One call of `load_config`: values by full key, and who said each."""
+
+    def __init__(self, notice: Callable[[str], None]) -> None:
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        self.balance_defaults: dict[str, Any] = {}
+        self._notice = notice
+        self._noticed: set[str] = set()
+        self._files = 0
+
+    def notice(self, text: str) -> None:
+        if text not in self._noticed:
+            self._noticed.add(text)
+            self._notice(text)
+
+    def file(self, path: Path, said: str = "", stack: tuple[Path, ...] = ()) -> None:
+        """Add a file's values, after those of the files it is based on."""
+        raw = read_yaml(path, said)
+        place = path.resolve()
+        if place in stack:
+            circle = " -> ".join(file.name for file in (*stack[stack.index(place) :], place))
+            raise ConfigError(f"{said}: files based on each other in a circle ({circle}); allowed: a chain")
+        self._files += 1
+        if self._files > MAX_FILES:
+            raise ConfigError(f"{said}: over {MAX_FILES} base files")
+        base = raw.pop("base", None)
+        for name in base if isinstance(base, list) else [] if base is None else [base]:
+            if not isinstance(name, str):
+                raise ConfigError(f"base={show(base)}: the path of a YAML file, or a list of them ({path})")
+            self.file(path.parent / os.path.expanduser(name), f"base={show(name)} ({path})", (*stack, place))
+        self.layer(raw, str(path), path.parent)
+
+    def layer(self, raw: Mapping[Any, Any], origin: str, folder: Path) -> None:
+        """Add what one file or the command line says, over what is there."""
+        said: dict[str, tuple[str, Any]] = {}
+        for spelling, value in spellings(raw, origin):
+            for key, meant in place(spelling, value, origin, self.notice):
+                if key in said and said[key][1] != meant:
+                    first, other = said[key]
+                    both = f"{first}={show(other)} and {spelling}={show(value)}"
+                    raise ConfigError(f"{both}: both mean {key}; allowed: one value ({origin})")
+                said[key] = (spelling, meant)
+        if (source := said.pop("model.from", ("", None))[1]) is not None:
+            if not isinstance(source, str):
+                raise ConfigError(
+                    f"model.from={show(source)}: a config.json, or the folder it is in ({origin})"
+                )
+            file = folder / os.path.expanduser(source)
+            file = file / "config.json" if file.is_dir() else file
+            model, self.balance_defaults = read_huggingface(file, f"model.from={show(source)}")
+            self.values |= model
+            self.origins |= dict.fromkeys(model, str(file))
+        self.values |= {key: value for key, (_, value) in said.items()}
+        self.origins |= dict.fromkeys(said, origin)
+
+    def check_bools(self) -> None:
+        """pydantic reads 'yes' as true, true as 1 and 0 as false; whoever wrote that meant something else."""
+        for key, value in self.values.items():
+            kind = FIELDS[key].annotation
+            words = allowed(kind)
+            for entry in value if isinstance(value, list) else [value]:
+                wants_bool = kind is bool or words in ("only true", "only false")
+                wants_number = "number" in words or words.removeprefix("only ").isdigit()
+                if wants_number if isinstance(entry, bool) else wants_bool:
+                    raise ConfigError(f"{key}={show(value)}: {takes(key)} ({self.origins[key]})")
+
+
+def _override_tree(overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """`a.b=c`, `--a.b=c` and the pair `--a.b`, `c`, each as the nested mapping a file would hold."""
+    items = iter(overrides)
+    for item in items:
+        name, equals, text = item.removeprefix("--").partition("=")
+        if not equals and not item.startswith("--"):
+            raise ConfigError(f"{item!r}: not an override; allowed: section.key=value or --section.key value")
+        if not equals:
+            following = next(items, "--")
+            if following.startswith("--"):
+                raise ConfigError(f"{item!r}: an override without a value; allowed: --section.key value")
+            text = following
+        name = name.strip().replace("-", "_")
+        if name == "base" or not all(name.split(".")):
+            raise ConfigError(f"{item!r}: not a key; allowed: section.key=value (`base` only inside a file)")
+        try:
+            value = parse_yaml(text)
+        except ConfigError as error:
+            # *.txt would be an alias in YAML: what does not begin a list or a mapping is taken as text.
+            if text.lstrip()[:1] in ("[", "{"):
+                raise ConfigError(
+                    f"{name}={text!r}: {str(error).partition(': ')[2]} (command line)"
+                ) from None
+            value = text
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        yield value
+
+
+def _reworded(error: ValidationError, reading: _Reading, origin: str) -> ConfigError:
+    """pydantic's findings in one line: the first, and how many more keys are wrong."""
+    found = error.errors()
+    first, location = found[0], found[0]["loc"]
+    key = ".".join(str(part) for part in location[:2])
+    if key in FIELDS:
+        origin = reading.origins.get(key, origin)
+        text = f"{key}={show(reading.values.get(key))}: {takes(key)}"
+    else:
+        text = str(first.get("ctx", {}).get("error", first["msg"]))
+        if key in SECTIONS and not text.startswith(f"{key}."):
+            text = f"{key}.{text}"
+        origin = reading.origins.get(re.split("[=:]", text)[0], origin)
+    more = len({item["loc"][:2] for item in found}) - 1
+    return ConfigError(f"{text} ({origin}){f' (and {more} more)' if more else ''}")
+
+
+def _print_notice(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def load_config(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    notice: Callable[[str], None] = _print_notice,
+) -> Config:
+    """Read a run file, after the files it is based on, then the overrides.
+
+    `notice` gets one line for each key that was understood under another name than its own.
+    Raises ConfigError, one line, for anything wrong.
+    """
+    file = Path(os.path.expanduser(path))
+    reading = _Reading(notice)
+    reading.file(file)
+    return _validated(reading, overrides, str(file))
+
+
+def load_mapping(
+    tree: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    notice: Callable[[str], None] = _print_notice,
+) -> Config:
+    """A configuration from Python: what a run file would hold, as a mapping. Errors as `load_config`."""
+    reading = _Reading(notice)
+    reading.layer(tree, "Python", Path())
+    return _validated(reading, overrides, "Python")
+
+
+def _validated(reading: _Reading, overrides: Sequence[str], origin: str) -> Config:
+    for tree in _override_tree(overrides):
+        reading.layer(tree, "command line", Path())
+    reading.values = reading.balance_defaults | reading.values
+    reading.origins = dict.fromkeys(reading.values, origin) | reading.origins
+    reading.check_bools()
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in reading.values.items():
+        section, _, leaf = key.partition(".")
+        nested.setdefault(section, {})[leaf] = value
+    try:
+        return Config.model_validate(nested)
+    except ValidationError as error:
+        raise _reworded(error, reading, origin) from None

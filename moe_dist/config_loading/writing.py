@@ -1,0 +1,45 @@
+"""The way back: a `Config` as YAML, as flat keys, against another one; and the reference manual."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import yaml
+
+from moe_dist.config import Config
+from moe_dist.config_loading.names import SECTIONS
+from moe_dist.config_loading.wording import allowed, show
+from moe_dist.config_loading.yaml_text import Dumper
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every full key with its value, as plain data, in the order of config.py."""
+    tree = config.model_dump(mode="json")
+    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
+
+
+def dump_config(config: Config) -> str:
+    """All keys with their values as YAML that `load_config` reads back as an equal Config."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, width=110)
+
+
+def config_difference(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+    """(full key, value in a, value in b) for every key whose values differ."""
+    one, other = flatten(a), flatten(b)
+    return [(key, one[key], other[key]) for key in one if one[key] != other[key]]
+
+
+def config_reference() -> str:
+    """The reference manual: one Markdown table of all keys, made from config.py."""
+    lines = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
+    defaults = flatten(Config())
+    for section, cls in SECTIONS.items():
+        lines.append(f"| **{section}** | | | **{' '.join((inspect.getdoc(cls) or '').split())}** |")
+        for leaf, field in cls.model_fields.items():
+            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+            words = allowed(field.annotation, field.metadata).replace("|", "\\|")
+            lines.append(
+                f"| `{section}.{leaf}` | {words} | `{show(defaults[f'{section}.{leaf}'])}` | {meaning} |"
+            )
+    return "\n".join(lines) + "\n"

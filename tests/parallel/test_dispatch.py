@@ -1,0 +1,136 @@
+"""Dispatch by all-to-all equals the all-gather specification: rows, outputs and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from ranks import RankFailure, run_ranks
+
+from moe_dist.models.router import Routing
+from moe_dist.parallel.dispatch import AllToAllDispatcher, expert_order
+from moe_dist.parallel.dispatch_specification import AllGatherDispatcher
+
+pytestmark = pytest.mark.dist
+HIDDEN = 8
+
+
+def both_ways(tokens: list[int], top_k: int, num_experts: int, dtype: str, skew: float, seed: int) -> float:
+    """Largest difference between the two dispatchers on this rank, relative to the largest number compared."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(seed * 100 + rank)
+    kind = getattr(torch, dtype)
+    num_tokens = tokens[rank]
+    x = torch.randn(num_tokens, HIDDEN, generator=generator).to(kind)
+    weights = torch.rand(num_tokens, top_k, generator=generator)
+    # Experts of a token are different; id E marks a pair that must not be computed.
+    scores = torch.rand(num_tokens, num_experts, generator=generator)
+    scores[:, : max(1, num_experts // 4)] += skew
+    ids = scores.topk(top_k, dim=1).indices
+    ids = ids.masked_fill(torch.rand(num_tokens, top_k, generator=generator) < 0.2, num_experts)
+    all_maps = torch.randn(num_experts, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(kind)
+    first = rank * (num_experts // size)
+    mine = all_maps[first : first + num_experts // size]
+    out_grad = torch.randn(num_tokens, HIDDEN, generator=generator).to(kind)
+    results = []
+    for dispatcher in (
+        AllToAllDispatcher(dist.group.WORLD, num_experts, layer=3),
+        AllGatherDispatcher(dist.group.WORLD, num_experts),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (x, weights, mine)]
+        rows, plan = dispatcher.dispatch(leaves[0], Routing(leaves[1], ids))
+        chunks = rows.split(plan.rows_per_expert.tolist())
+        out_rows = torch.cat([chunk @ matrix for chunk, matrix in zip(chunks, leaves[2].unbind(0), strict=True)])
+        out = dispatcher.combine(out_rows, plan)
+        out.backward(out_grad)
+        results.append([plan.rows_per_expert, out.detach(), *[leaf.grad for leaf in leaves]])
+    counts, wanted_counts = results[0][0], results[1][0]
+    assert torch.equal(counts, wanted_counts), f"rows per expert {counts} != {wanted_counts}"
+    worst = 0.0
+    for found, wanted in zip(results[0][1:], results[1][1:], strict=True):
+        assert found is not None, "a tensor without gradient"
+        if wanted.numel():
+            scale = float(wanted.float().abs().max()) or 1.0
+            worst = max(worst, float((found.float() - wanted.float()).abs().max()) / scale)
+    return worst
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    tokens=st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    local_experts=st.integers(1, 4),
+    top_k=st.integers(1, 4),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    skew=st.sampled_from([0.0, 0.5, 10.0]),
+    seed=st.integers(0, 1000),
+)
+def test_all_to_all_equals_all_gather(
+    tokens: list[int], local_experts: int, top_k: int, dtype: str, skew: float, seed: int
+) -> None:
+    """Random tokens per rank (also none), top-k, experts, skew (ranks and experts without a row), both dtypes.
+
+    Planted: reading arrived rows as if they were sorted by expert (no `_Reorder`) turns it red.
+    """
+    num_experts = 4 * local_experts
+    results = run_ranks(both_ways, 4, tokens, min(top_k, num_experts), num_experts, dtype, skew, seed)
+    assert max(results) < (1e-5 if dtype == "float32" else 3e-2)
+
+
+@pytest.mark.parametrize("tokens", [[0, 0, 0, 0], [5, 0, 0, 0], [0, 3, 0, 7]])
+def test_ranks_without_tokens(tokens: list[int]) -> None:
+    """Trap 5: a rank that has nothing to compute takes part in every collective, forward and backward."""
+    assert max(run_ranks(both_ways, 4, tokens, 2, 8, "float32", 10.0, 1)) < 1e-5
+
+
+def out_of_step(odd_rank: int, what: str) -> str:
+    rank = dist.get_rank()
+    layer = 5 if rank == odd_rank and what == "layer" else 4
+    hidden = HIDDEN * 2 if rank == odd_rank and what == "hidden" else HIDDEN
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 8, layer=layer)
+    try:
+        dispatcher.dispatch(torch.randn(6, hidden), Routing(torch.ones(6, 1), torch.arange(6)[:, None]))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("what", "words"), [("layer", "is at layer 5"), ("hidden", "hidden size 16")])
+def test_ranks_out_of_step_are_named(what: str, words: str) -> None:
+    """Trap 26: counts carry the layer and the width, so every rank fails at once and names the odd one.
+
+    Planted: without the comparison of headers this exchanged rows of different layers without a word.
+    """
+    messages = run_ranks(out_of_step, 4, 2, what, timeout=30)
+    for rank, message in enumerate(messages):
+        assert message, f"rank {rank} noticed nothing"
+        if rank != 2:
+            assert "rank 2" in message
+            assert words in message
+
+
+def dies(rank: int) -> None:
+    if dist.get_rank() == rank:
+        raise RuntimeError("told to fail")
+    dist.barrier()
+
+
+def test_helper_shows_every_rank() -> None:
+    """A failing rank is named and does not hang the test, though its peers wait in a collective."""
+    with pytest.raises(RankFailure, match=r"rank 1: (?s:.)*told to fail"):
+        run_ranks(dies, 2, 1, timeout=60)
+
+
+def test_expert_order() -> None:
+    """Chunks (source, expert) become (expert, source); the two orders are inverse."""
+    arriving = torch.tensor([[2, 0, 1], [1, 3, 0]])
+    order, inverse = expert_order(arriving, 7)
+    assert order.tolist() == [0, 1, 3, 4, 5, 6, 2]
+    assert order[inverse].tolist() == list(range(7))

@@ -1,0 +1,88 @@
+"""A Hugging Face `config.json` as the model: read exactly, overridden key by key, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from run_files import complaint, load
+
+QWEN3: dict[str, object] = json.loads("""{
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "torch_dtype": "bfloat16",
+    "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
+    "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
+    "num_experts": 8, "num_experts_per_tok": 4, "norm_topk_prob": true, "mlp_only_layers": [1],
+    "max_position_embeddings": 512, "rope_theta": 1e6, "rope_scaling": null, "rms_norm_eps": 1e-6,
+    "router_aux_loss_coef": 0.002, "sliding_window": 4096, "use_sliding_window": false, "qkv_bias": false,
+    "use_qk_norm": true}""")
+MIXTRAL: dict[str, object] = json.loads("""{
+    "model_type": "mixtral", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "max_position_embeddings": 1024, "rope_theta": 1e6,
+    "router_aux_loss_coef": 0.02, "router_jitter_noise": 0.1, "sliding_window": null}""")
+
+
+def hugging(folder: Path, contents: dict[str, object]) -> str:
+    (folder / "hf").mkdir(exist_ok=True)
+    (folder / "hf" / "config.json").write_text(json.dumps(contents))
+    return "model: {from: hf}"
+
+
+def test_qwen3_config_json(tmp_path: Path) -> None:
+    model = load(tmp_path, hugging(tmp_path, QWEN3))[0].model
+    for key in QWEN3.keys() & type(model).model_fields.keys():
+        assert getattr(model, key) == QWEN3[key]
+    assert model.qk_norm
+    renamed = {
+        **QWEN3,
+        "num_local_experts": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    del renamed["num_experts"], renamed["rope_theta"], renamed["rope_scaling"]
+    assert load(tmp_path, hugging(tmp_path, renamed))[0].model == model
+    del renamed["norm_topk_prob"]
+    own = "model: {from: hf/config.json, num_hidden_layers: 2}\nbalance: {router_aux_loss_coef: 0.5}"
+    hugging(tmp_path, renamed)
+    config, _ = load(tmp_path, own, ("model.mlp_only_layers=[]",))
+    assert (config.model.num_hidden_layers, config.model.mlp_only_layers) == (2, [])
+    assert (config.balance.router_aux_loss_coef, config.model.norm_topk_prob) == (0.5, False)
+
+
+def test_mixtral_config_json(tmp_path: Path) -> None:
+    config = load(tmp_path, hugging(tmp_path, MIXTRAL))[0]
+    model = config.model
+    assert (model.num_experts, model.moe_intermediate_size, model.qk_norm, model.norm_topk_prob) == (
+        8,
+        128,
+        False,
+        True,
+    )
+    assert (model.rms_norm_eps, model.head_size) == (1e-5, 16)
+    assert (config.balance.router_aux_loss_coef, config.balance.router_jitter) == (0.02, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("contents", "piece"),
+    [
+        ({**QWEN3, "model_type": "llama"}, "model_type='llama'"),
+        ({**QWEN3, "model_type": ["mixtral"]}, "allowed: mixtral, qwen3_moe"),
+        (
+            {**QWEN3, "rope_scaling": {"rope_type": "yarn", "factor": 4}},
+            "rope_scaling.rope_type='yarn': only",
+        ),
+        ({**QWEN3, "use_sliding_window": True}, "sliding_window=4096: only null"),
+        ({**MIXTRAL, "sliding_window": 4096}, "sliding_window=4096: only null"),
+        ({**QWEN3, "layer_types": ["full_attention", "sliding_attention"]}, "only full_attention"),
+        ({**QWEN3, "attention_bias": True}, "attention_bias=true: only false"),
+        ({**QWEN3, "kv_lora_rank": 5}, "kv_lora_rank=5: unknown key in a qwen3_moe model"),
+        ({**QWEN3, "hidden_act": "gelu"}, "model.hidden_act='gelu': only silu"),
+        ({k: v for k, v in QWEN3.items() if k != "hidden_size"}, "has no hidden_size"),
+        ({k: v for k, v in MIXTRAL.items() if k != "rope_theta"}, "has no rope_theta"),
+        ({**QWEN3, "num_experts_per_tok": 9}, "model.num_experts_per_tok=9: at most num_experts=8"),
+    ],
+)
+def test_config_json_of_another_model(tmp_path: Path, contents: dict[str, object], piece: str) -> None:
+    message = complaint(tmp_path, hugging(tmp_path, contents))
+    assert piece in message
+    assert "config.json" in message

@@ -1,0 +1,51 @@
+"""Learning-rate schedules: warm-up, shape, floor, time budget."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_dist.config import OptimizerConfig
+from moe_dist.train.schedule import learning_rate, warmup_steps
+
+
+def rates(total: int = 100, **options: object) -> list[float]:
+    config = OptimizerConfig(learning_rate=1.0, min_learning_rate=0.1, **options)
+    return [learning_rate(config, step, total) for step in range(total)]
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "cosine_with_restarts"])
+def test_ends_at_the_floor_and_never_below(kind: str) -> None:
+    found = rates(lr_scheduler_type=kind, warmup_steps=10)
+    assert found[-1] == pytest.approx(0.1)
+    assert max(found) == pytest.approx(1.0)
+    assert min(found[10:]) >= 0.1 - 1e-12
+    assert found[0] == pytest.approx(1 / 11)
+    assert found[:10] == sorted(found[:10])
+
+
+def test_cosine_half_way() -> None:
+    assert rates(total=101, lr_scheduler_type="cosine")[50] == pytest.approx(0.55)
+    assert rates(total=101, lr_scheduler_type="linear")[50] == pytest.approx(0.55)
+
+
+def test_constant() -> None:
+    assert set(rates(lr_scheduler_type="constant")) == {1.0}
+
+
+def test_restarts_return_to_the_peak() -> None:
+    found = rates(total=101, lr_scheduler_type="cosine_with_restarts", num_cycles=2)
+    assert found[50] == pytest.approx(1.0)
+    assert found[49] < 0.11
+
+
+def test_warmup_ratio_and_steps() -> None:
+    assert warmup_steps(OptimizerConfig(warmup_ratio=0.03), 1000) == 30
+    assert warmup_steps(OptimizerConfig(warmup_ratio=0.03, warmup_steps=7), 1000) == 7
+
+
+def test_time_budget_moves_the_schedule() -> None:
+    """Without a number of steps the clock is the progress; with both, whichever is further."""
+    config = OptimizerConfig(learning_rate=1.0, lr_scheduler_type="linear")
+    assert learning_rate(config, 5, None, time_share=0.25) == pytest.approx(0.75)
+    assert learning_rate(config, 5, 1000, time_share=0.5) == pytest.approx(0.5)
+    assert learning_rate(config, 999, 1000, time_share=0.5) == 0.0
