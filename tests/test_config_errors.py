@@ -1,4 +1,4 @@
-"""Bad files and overrides: each ends with one line that says key, value, what is allowed and where it stands."""
+"""Bad files and overrides: each ends with one line that says key, value, what is allowed and where it is."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
 
 
 def _by_expert(counts: list[int], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """For each expert with rows: their number, its part of every (R, ...) tensor, its matrix of each weight."""
+    """For each expert with rows: their number, its part of each (R, ...) tensor, its matrix of each weight."""
     parts = [tensor.split(counts) if tensor.dim() == 2 else tensor.unbind(0) for tensor in tensors]
     return (row for row in zip(counts, *parts, strict=True) if row[0])
 

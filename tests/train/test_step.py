@@ -173,7 +173,7 @@ def everything_to_one_expert(ep_size: int) -> dict:
 def test_experts_without_tokens_are_trained_too(ep_size: int) -> None:
     """Trap 4: their gradient is zero, not None; weight decay and optimizer state move as in one process.
 
-    Seen to fail with `Experts.forward` returning its empty input when no row came.
+    Seen to fail with an optimizer that leaves parameters with an all-zero gradient out of its step.
     """
     wanted = everything_to_one_expert(1)
     for found in run_ranks(everything_to_one_expert, 4, ep_size):

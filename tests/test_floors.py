@@ -1,0 +1,329 @@
+"""The code has floors and imports go down; and a few things are done in one place only, or nowhere.
+
+The checker reads source, it runs nothing, and it counts every import: lazy ones, those for type checkers and
+`importlib.import_module("...")`. Below it stand its own tests: each rule broken once in a copy of the tree.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Rooms, each with its floor. Inside a room everything may import everything; between rooms only down.
+ROOMS: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (9, ("tests",)),
+    (8, ("tools",)),
+    (7, ("launcher",)),
+    (6, ("moe_dist.finetune",)),
+    (6, ("moe_dist.evaluate",)),
+    (6, ("moe_dist.generate",)),
+    (6, ("moe_dist.serve",)),
+    (6, ("moe_dist.plan",)),
+    (5, ("moe_dist.train",)),
+    (4, ("moe_dist.checkpoint",)),
+    (4, ("moe_dist.monitor",)),
+    (3, ("moe_dist.parallel",)),
+    (2, ("moe_dist.data",)),
+    (1, ("moe_dist.models",)),
+    (0, ("moe_dist.config", "moe_dist.config_checks", "moe_dist.config_loading")),
+    (-1, ("moe_dist",)),  # the package itself: a version, and no import that everybody would pay for
+)
+# `moe-dist --help` and `moe-dist check` answer at once because these load nothing heavy, however indirectly.
+LIGHT = (
+    "moe_dist.config",
+    "moe_dist.config_checks",
+    "moe_dist.config_loading",
+    "moe_dist.models.counts",
+    "moe_dist.parallel.layout",
+    "moe_dist.train.describe",
+    "launcher.cli",
+    "launcher.environment",
+    "launcher.layout_report",
+)
+HEAVY = (
+    *("torch", "numpy", "transformers", "datasets", "tokenizers", "tensorboard"),
+    *("plotly", "pyarrow", "pandas", "deepspeed", "ray", "mpi4py"),
+)
+WITHOUT_COLLECTIVES = ("moe_dist.models", "moe_dist.monitor")
+ALL_TO_ALL_AT = "moe_dist.parallel.dispatch"
+ALL_TO_ALL = re.compile(r"all_?to_?all(_(single|base|tensor)\w*)?")
+# Ways for a file from elsewhere to run code here.
+FORBIDDEN = ("pickle", "torch.load", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load")
+UNSAFE = ("shell", "trust_remote_code", "allow_pickle")
+
+
+@dataclass(frozen=True)
+class Import:
+    line: int
+    name: str
+    """With what is taken out of it: `from a import b` is a.b."""
+    at_start: bool
+    """Runs when the module is imported."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    imports: tuple[Import, ...]
+    names: tuple[tuple[int, str], ...]
+    """What is imported and each use of it, by full name: after `import a as b`, `b.c` is a.c."""
+    arguments: tuple[tuple[int, str], ...]
+    """Keyword arguments of calls, but for those that are plainly False."""
+
+
+def within(name: str, *prefixes: str) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def is_all_to_all(name: str) -> bool:
+    return ALL_TO_ALL.fullmatch(name.rpartition(".")[2]) is not None
+
+
+@lru_cache(maxsize=4096)
+def facts_of(text: str, package: str) -> Facts:
+    """What a module imports, names and passes; `package` is the one its relative imports start from."""
+    imports: list[Import] = []
+    bound: dict[str, str] = {}
+
+    def gather(node: ast.AST, at_start: bool) -> None:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                imports.append(Import(node.lineno, alias.name, at_start))
+                first = alias.name.partition(".")[0]
+                bound[alias.asname or first] = alias.name if alias.asname else first
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            for alias in node.names:
+                name = ".".join([*above, *filter(None, [node.module]), alias.name])
+                imports.append(Import(node.lineno, name, at_start))
+                bound[alias.asname or alias.name] = name
+        elif isinstance(node, ast.Call) and full_name(node.func).endswith(("import_module", "__import__")):
+            named = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+            imports.extend(Import(node.lineno, str(name), at_start) for name in named)
+        waits: list[ast.AST] = []
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            waits = list(ast.iter_child_nodes(node))
+        elif isinstance(node, ast.If) and full_name(node.test).endswith("TYPE_CHECKING"):
+            waits = list(node.body)
+        for child in ast.iter_child_nodes(node):
+            gather(child, at_start and child not in waits)
+
+    def full_name(node: ast.AST) -> str:
+        if isinstance(node, ast.Name):
+            return bound.get(node.id, node.id)
+        return f"{full_name(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else "?"
+
+    tree = ast.parse(text)
+    gather(tree, True)
+    nodes = list(ast.walk(tree))
+    named = [(node.lineno, full_name(node)) for node in nodes if isinstance(node, (ast.Name, ast.Attribute))]
+    roots = {name.partition(".")[0] for name in bound.values()}
+    used = {item for item in named if item[1].partition(".")[0] in roots or is_all_to_all(item[1])}
+    arguments = [
+        (keyword.value.lineno, keyword.arg)
+        for node in nodes
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+    ]
+    used |= {(item.line, item.name) for item in imports}
+    return Facts(tuple(imports), tuple(used), tuple(arguments))
+
+
+def read_tree(root: Path) -> dict[str, tuple[str, Facts]]:
+    """Every module of the project by name: its file, and what is in it."""
+    modules = {}
+    for folder in ("moe_dist", "launcher", "tools", "tests"):
+        for file in sorted((root / folder).rglob("*.py")):
+            path = file.relative_to(root)
+            is_package = file.name == "__init__.py"
+            name = ".".join(path.parent.parts if is_package else path.with_suffix("").parts)
+            package = name if is_package else name.rpartition(".")[0]
+            modules[name] = (path.as_posix(), facts_of(file.read_text("utf-8"), package))
+    return modules
+
+
+def room_of(name: str) -> tuple[int, tuple[str, ...]] | None:
+    return next((room for room in ROOMS if within(name, *room[1])), None)
+
+
+def violations(root: Path) -> list[str]:
+    """All that is against the rules, each as `file:line: what`."""
+    modules = read_tree(root)
+    helpers = {name.rpartition(".")[2] for name in modules if re.fullmatch(r"tests\.\w+", name)}
+    found = set(_not_light(modules))
+    for module, (path, facts) in modules.items():
+        floor, room = room_of(module) or (-1, ())
+        if room == ("moe_dist",) and module != "moe_dist":
+            found.add(f"{path}:1: on no floor")
+        for item in facts.imports:
+            # pytest puts tests/ on the path, so its helpers are imported by their bare names.
+            name = f"tests.{item.name}" if item.name.partition(".")[0] in helpers else item.name
+            where = f"{path}:{item.line}: "
+            target = room_of(name)
+            if target is None:
+                continue
+            if target[1] == room:
+                if room == ("tests",) and re.search(r"\.test_\w+", name):
+                    found.add(f"{where}a test imports a test: {name}")
+            elif target[1] in (("tools",), ("tests",)):
+                found.add(f"{where}nothing imports {target[1][0]}: {name}")
+            elif target[0] >= floor:
+                found.add(f"{where}floor {floor} imports floor {target[0]}: {name}")
+            elif within(module, "moe_dist.data"):
+                found.add(f"{where}data stands alone, yet imports {name}")
+        if within(module, "tests"):
+            continue
+        for line, name in facts.names:
+            if within(module, *WITHOUT_COLLECTIVES) and within(name, "torch.distributed"):
+                found.add(f"{path}:{line}: {'.'.join(room)} is to know nothing of torch.distributed")
+            if is_all_to_all(name) and module != ALL_TO_ALL_AT:
+                found.add(f"{path}:{line}: all-to-all outside {ALL_TO_ALL_AT}")
+            if within(name, *FORBIDDEN):
+                found.add(f"{path}:{line}: {name} runs what a file says")
+        for line, name in facts.arguments:
+            if name in UNSAFE:
+                found.add(f"{path}:{line}: {name}= must be False")
+    return sorted(found)
+
+
+def _not_light(modules: dict[str, tuple[str, Facts]]) -> Iterator[str]:
+    """Heavy packages that importing a light module loads, also by way of other modules and of packages."""
+    waiting = [name for name in modules if within(name, *LIGHT)]
+    seen: set[str] = set()
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        path, facts = modules[module]
+        names = [item.name for item in facts.imports if item.at_start]
+        for item in facts.imports:
+            if item.at_start and within(item.name, *HEAVY):
+                yield f"{path}:{item.line}: {item.name} on the way of a module that is to load fast"
+        for name in [module, *names]:
+            parts = name.split(".")
+            above = [".".join(parts[:size]) for size in range(1, len(parts) + 1)]
+            waiting += [part for part in above if part in modules]
+
+
+def heavy_after_start(root: Path) -> list[str]:
+    """Heavy packages that are there once all light modules have been imported for real."""
+    code = f"import sys, {', '.join(LIGHT)}; print(*[name for name in {HEAVY} if name in sys.modules])"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, timeout=60, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_the_floors_stand() -> None:
+    assert violations(ROOT) == []
+
+
+def test_every_named_module_is_there() -> None:
+    modules = read_tree(ROOT)
+    assert {*LIGHT, *WITHOUT_COLLECTIVES, ALL_TO_ALL_AT} <= modules.keys()
+
+
+def test_light_modules_load_nothing_heavy() -> None:
+    assert heavy_after_start(ROOT) == []
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for folder in ("moe_dist", "launcher", "tools", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.pyc")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    return tmp_path
+
+
+# File, what is written at its end (; new line), and what the checker must say.
+PLANTS = """
+moe_dist/parallel/mesh.py | from moe_dist.train import loss | floor 3 imports floor 5: moe_dist.train.loss
+moe_dist/parallel/mesh.py | from ..train.loss import x | floor 3 imports floor 5: moe_dist.train.loss.x
+moe_dist/parallel/mesh.py | def f():;    import moe_dist.monitor.records | floor 3 imports floor 4
+moe_dist/models/moe.py | if TYPE_CHECKING:;    import moe_dist.parallel.mesh | floor 1 imports floor 3
+moe_dist/models/moe.py | importlib.import_module("moe_dist.train") | floor 1 imports floor 5: moe_dist.train
+moe_dist/models/moe.py | from moe_dist.data.batch import Batch | floor 1 imports floor 2
+moe_dist/train/loss.py | import launcher.worker | floor 5 imports floor 7
+moe_dist/monitor/records.py | from moe_dist.checkpoint import plain | floor 4 imports floor 4
+moe_dist/serve/extra.py | import moe_dist.generate | floor 6 imports floor 6
+moe_dist/config.py | from moe_dist.models import counts | floor 0 imports floor 1
+moe_dist/__init__.py | from moe_dist.config import Config | floor -1 imports floor 0
+moe_dist/extras.py | import os | on no floor
+moe_dist/data/order.py | from moe_dist.config import Config | data stands alone, yet imports
+moe_dist/models/moe.py | import torch.distributed | moe_dist.models is to know nothing
+moe_dist/models/moe.py | from torch import distributed | moe_dist.models is to know nothing
+moe_dist/models/moe.py | import torch as t;t.distributed.get_rank() | moe_dist.models is to know nothing
+moe_dist/monitor/sinks/text.py | def f():;    import torch.distributed.nn | moe_dist.monitor is to
+moe_dist/models/counts.py | import torch | torch on the way of a module that is to load fast
+moe_dist/parallel/__init__.py | from numpy import array | numpy.array on the way
+moe_dist/config_loading/extra.py | try:;    import ray;except ImportError:;    pass | ray on the way
+moe_dist/train/describe.py | import moe_dist.models.layers | layers.py
+moe_dist/parallel/mesh.py | dist.all_to_all_single(a, b) | all-to-all outside
+moe_dist/train/step.py | from torch.distributed import all_to_all | all-to-all outside
+moe_dist/train/step.py | group.alltoall_base(a, b) | all-to-all outside
+moe_dist/train/step.py | import tools.train_tokenizer | nothing imports tools
+tests/test_layout.py | from tools.bench import moe_layer | nothing imports tools
+launcher/cli.py | def f():;    import tests.tiny | nothing imports tests
+tools/train_tokenizer.py | from tiny import tiny_config | nothing imports tests: tests.tiny.tiny_config
+tests/ranks.py | from test_layout import SIZES | a test imports a test
+moe_dist/train/step.py | import pickle | pickle runs what
+tools/train_tokenizer.py | from pickle import loads | pickle.loads runs what
+moe_dist/checkpoint/plain.py | torch.load("x") | torch.load runs what
+moe_dist/checkpoint/plain.py | from torch import load as read | torch.load runs what
+launcher/local.py | import yaml as y;y.load(text, y.SafeLoader) | yaml.load runs what
+launcher/local.py | subprocess.run("ls", shell=True) | shell= must be False
+moe_dist/data/tokenizer.py | load("x", trust_remote_code=True) | trust_remote_code= must be False
+moe_dist/data/cache.py | np.load("x", allow_pickle=flag) | allow_pickle= must be False
+"""
+
+
+@pytest.mark.parametrize("plant", PLANTS.strip().splitlines())
+def test_the_checker_sees(copy: Path, plant: str) -> None:
+    before = set(violations(copy))
+    path, line, said = plant.split(" | ")
+    file = copy / path
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a") as end:
+        end.write("\n" + line.replace(";", "\n") + "\n")
+    found = set(violations(copy)) - before
+    assert found
+    assert [text for text in found if said not in text] == []
+
+
+ALLOWED = """
+moe_dist/train/step.py | import torch.distributed;from moe_dist.monitor import records;record.all_to_all_share
+moe_dist/parallel/layout.py | def f():;    import torch
+moe_dist/parallel/layout.py | if TYPE_CHECKING:;    import torch
+moe_dist/data/tokenizer.py | load("x", trust_remote_code=False);yaml.safe_load("x")
+tests/test_layout.py | import pickle, tiny
+tools/train_tokenizer.py | import launcher.worker
+"""
+
+
+@pytest.mark.parametrize("plant", ALLOWED.strip().splitlines())
+def test_the_checker_lets_pass(copy: Path, plant: str) -> None:
+    before = violations(copy)
+    path, line = plant.split(" | ")
+    with (copy / path).open("a") as end:
+        end.write("\n" + line.replace(";", "\n") + "\n")
+    assert violations(copy) == before
+
+
+def test_what_a_light_module_loads_for_real_is_seen(copy: Path) -> None:
+    with (copy / "moe_dist/models/counts.py").open("a") as end:
+        end.write("\n__import__('num' + 'py')\n")
+    assert heavy_after_start(copy) == ["numpy"]
