@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -61,3 +62,9 @@ def detect(environ: Mapping[str, str] = os.environ) -> Environment:
             if name not in environ:
                 raise ConfigError(f"{name} is not set, but WORLD_SIZE={world_size}: start with torchrun")
     return found
+
+
+def let_the_first_speak(environ: Mapping[str, str] = os.environ) -> None:
+    """Under torchrun every rank finds the same mistake: one of each machine says it, and torchrun ends the rest."""
+    if started_by_torchrun(environ) and environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(2)

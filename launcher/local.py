@@ -1,39 +1,42 @@
-"""Ranks on this machine: torchrun's elastic agent, in process."""
+"""Ranks on this machine: start them, watch them, end them all when one fails. Imports no torch.
+
+The launcher is a parent and nothing else, so that it can always answer: a rank may sit in a collective for
+minutes, the launcher never does. It opens the port of the rendezvous itself and hands it to rank 0 already open.
+Nobody can take it in between, a taken one is found at once, and only this machine can connect.
+"""
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import signal
+import socket
+import subprocess
 import sys
-import tempfile
-import uuid
-from pathlib import Path
-from typing import Any
+import time
+from contextlib import suppress
+from types import FrameType
+from typing import NamedTuple
 
-from launcher.worker import EXIT_FAILED
+from launcher.worker import CONFIG, EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, LAUNCHER, REPORTS, STORE
 from moe_dist.config import Config
-from moe_dist.config_loading import dump_config
+from moe_dist.config_loading import ConfigError
+from moe_dist.monitor.train_log import log_path
 
-EXIT_INTERRUPTED = 130
+LOOPBACK = "127.0.0.1"
+POLL = 0.05
+GRACE = 1.0
+"""Seconds in which the others may notice by themselves that a rank has failed, and write it to their logs."""
+PATIENCE = 2.0
+"""Seconds between asking a rank to end and ending it."""
 
 
-def prepare_environment(config: Config) -> None:
-    """Defaults for ranks that share one machine; what a person has set stays."""
-    ranks = config.launch.nproc_per_node
-    threads = config.launch.num_threads or max(1, (os.cpu_count() or 1) // ranks)
-    defaults = {
-        "OMP_NUM_THREADS": str(threads),
-        # Freed blocks stay with the process: repeated page faults cost grouped matmuls half their speed.
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": "100000000000",
-        # A restart that reuses the rendezvous' store fails about every third time.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    if sys.platform.startswith("linux"):
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+class Ended(NamedTuple):
+    """A rank that has ended by itself. `code`: as in subprocess, negative for a signal."""
+
+    rank: int
+    pid: int
+    code: int
 
 
 def launch(config: Config) -> int:
@@ -41,67 +44,196 @@ def launch(config: Config) -> int:
 
     When one rank fails the others are ended, and one line says which, how and where its log is.
     """
-    prepare_environment(config)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    for name in ("api", "errors"):  # their loggers are configured when imported
-        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="moe-dist-") as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(dump_config(config))
-        settings = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=config.launch.nproc_per_node,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint=f"127.0.0.1:{config.launch.master_port}",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            monitor_interval=0.1,
-        )
-        try:
-            elastic_launch(settings, sys.executable)("-u", "-m", "launcher.worker", str(file))
-        except SignalException as stop:
-            return _interrupted(stop.sigval)
-        except KeyboardInterrupt:
-            return _interrupted(signal.SIGINT)
-        except ChildFailedError as error:
-            return _failed(error, config)
-    return 0
+    with Signals() as signals, Ranks(config) as ranks:
+        ended: list[Ended] = []
+        deadline = None
+        while ranks.running and not signals.first:
+            ended += ranks.poll()
+            if deadline is None and any(end.code for end in ended):
+                deadline = time.monotonic() + GRACE
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            time.sleep(POLL)
+        # Whoever failed in this very moment is still a cause, not a casualty.
+        ended += ranks.poll()
+        ranks.end(signals)
+        if signals.first:
+            return _interrupted(signals.first)
+        return _verdict([end for end in ended if end.code], ranks, config)
 
 
-def _interrupted(sigval: int) -> int:
-    _show_cursor()
-    name = "Ctrl-C" if sigval == signal.SIGINT else signal.Signals(sigval).name
-    print(f"moe-dist: stopped by {name}; all ranks have ended", file=sys.stderr, flush=True)
-    return 128 + int(sigval)
+class Signals:
+    """Notes what the launcher is asked to do instead of being torn out of what it does."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self.count = 0
+
+    def __enter__(self) -> Signals:
+        self._before = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before = signal.getsignal(number)
+            if before != signal.SIG_IGN:  # as under nohup, or in a script's background
+                self._before[number] = before
+                signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.first = self.first or number
+        self.count += 1
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
-def _failed(error: Any, config: Config) -> int:
-    """Say what went wrong first. A rank killed from outside is the cause, whatever its peers said before."""
-    _show_cursor()
-    failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-    killed = [(rank, f) for rank, f in failures if f.exitcode < 0 and -f.exitcode != signal.SIGTERM]
-    rank, failure = (killed or failures)[0]
-    log = config.train.output_dir / ("train.log" if rank == 0 else f"logs/rank-{rank}.log")
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        text = f"rank {rank} (pid {failure.pid}) was ended by {name}; the other ranks were stopped"
-        text += " (the machine may be out of memory)" if name == "SIGKILL" else ""
-        print(f"moe-dist: error: {text}; its log: {log}", file=sys.stderr, flush=True)
+class Ranks:
+    """The processes of one run. Raises ConfigError when the port is taken."""
+
+    def __init__(self, config: Config) -> None:
+        count = config.launch.nproc_per_node
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._counted: set[int] = set()
+        self._told: dict[int, str] = {}
+        self._unread = b""
+        with _listen(config.launch.master_port) as listener:
+            self._reports, theirs = os.pipe()
+            os.set_blocking(self._reports, False)
+            shared = rank_environment(config) | {
+                CONFIG: config.model_dump_json(),
+                LAUNCHER: str(os.getpid()),
+                REPORTS: str(theirs),
+                "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count),
+                "MASTER_ADDR": LOOPBACK,
+                "MASTER_PORT": str(listener.getsockname()[1]),
+            }
+            for rank in range(count):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                files = [theirs]
+                if rank == 0:
+                    own[STORE] = str(listener.fileno())
+                    files.append(listener.fileno())
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-u", "-m", "launcher.worker"], env={**os.environ, **shared, **own}, pass_fds=files
+                    )
+                )
+            os.close(theirs)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+        os.close(self._reports)
+
+    @property
+    def running(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
+
+    @property
+    def told(self) -> dict[int, str]:
+        """What went wrong in each rank in its own words, the first to speak first."""
+        with suppress(BlockingIOError):
+            while data := os.read(self._reports, 65536):
+                self._unread += data
+        *lines, self._unread = self._unread.split(b"\n")
+        for line in lines:
+            rank, text = json.loads(line)
+            self._told.setdefault(rank, text)
+        return self._told
+
+    def poll(self) -> list[Ended]:
+        """Ranks that have ended since the last call."""
+        found = []
+        for rank, process in enumerate(self.processes):
+            code = process.poll()
+            if code is not None and rank not in self._counted:
+                self._counted.add(rank)
+                found.append(Ended(rank, process.pid, code))
+        return found
+
+    def end(self, signals: Signals) -> None:
+        """End those that still run: with a word, then with force; at once when a person asks twice."""
+        deadline = time.monotonic() + PATIENCE
+        for process in self.processes:
+            process.terminate()
+        while self.running and time.monotonic() < deadline and signals.count < 2:
+            time.sleep(POLL)
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            with suppress(subprocess.TimeoutExpired):  # one that not even the kernel can end yet
+                process.wait(PATIENCE)
+
+
+def rank_environment(config: Config) -> dict[str, str]:
+    """Defaults for ranks that share one machine; what a person has set stays."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    defaults = {
+        "OMP_NUM_THREADS": str(config.launch.num_threads or max(1, cores // config.launch.nproc_per_node)),
+        # Freed blocks stay with the process: repeated page faults cost grouped matmuls half their speed.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    }
+    if sys.platform.startswith("linux"):
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    return {name: value for name, value in defaults.items() if name not in os.environ}
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket()
+    try:
+        # Ports of a run that has just ended wait a minute for stragglers; they are free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((LOOPBACK, port))
+        listener.listen(1024)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = "it is in use" if getattr(error, "errno", None) == 98 else str(error)
+        raise ConfigError(f"launch.master_port={port}: {reason}; choose another, or 0 for a free one") from None
+    return listener
+
+
+def _interrupted(number: int) -> int:
+    _restore_terminal()
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    _say(f"stopped by {name}; every process has ended")
+    return 128 + number
+
+
+def _verdict(failed: list[Ended], ranks: Ranks, config: Config) -> int:
+    """Say what went wrong first. A rank ended from outside is the cause, whatever its peers said before."""
+    if not failed:
+        return 0
+    _restore_terminal()
+    alone, told = config.launch.nproc_per_node == 1, ranks.told
+    killed = [end for end in failed if end.code < 0]
+    spoke = [end for rank in told for end in failed if end.rank == rank]
+    cause = (killed or spoke or failed)[0]
+    who = f"the process (pid {cause.pid})" if alone else f"rank {cause.rank} (pid {cause.pid})"
+    others = "" if alone else "; the other ranks were stopped"
+    log = f"; log: {log_path(config.train.output_dir, cause.rank)}"
+    if cause.code < 0:
+        name = signal.Signals(-cause.code).name
+        hint = ", by someone or for want of memory" if name == "SIGKILL" else ""
+        _say(f"error: {who} was ended by {name}{hint}{others}{log}")
         return EXIT_FAILED
-    message = failure.message if failure.error_file_data else f"rank {rank} ended with exit code {failure.exitcode}"
-    if failure.exitcode == EXIT_FAILED:
-        message = f"{message} (log: {log})"
-    if failure.error_file_data or failure.exitcode == EXIT_FAILED:
-        print(f"moe-dist: error: {message}", file=sys.stderr, flush=True)
-    return failure.exitcode
+    if cause.rank in told:
+        _say(f"error: {told[cause.rank]}")
+    elif cause.code != EXIT_STOPPED:
+        _say(f"error: {who} ended with exit code {cause.code}{others}{log}")
+    return cause.code if cause.code in (EXIT_CONFIG, EXIT_STOPPED) else EXIT_FAILED
 
 
-def _show_cursor() -> None:
-    if sys.stdout.isatty():
-        print("\x1b[?25h", end="", flush=True)
+def _say(text: str) -> None:
+    print(f"moe-dist: {text}", file=sys.stderr, flush=True)
+
+
+def _restore_terminal() -> None:
+    """Rank 0 may have ended with its cursor hidden, in the middle of a line."""
+    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        print("\x1b[?25h", flush=True)

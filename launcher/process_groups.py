@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.environment import Environment
+from launcher.worker import REPORTS, STORE
 from moe_dist.config import Config
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
@@ -53,13 +54,32 @@ def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
     backend = config.launch.backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.launch.timeout)
     dist.init_process_group(
         backend,
+        store=_store(environment, timeout),
         rank=environment.rank,
         world_size=environment.world_size,
-        timeout=timedelta(seconds=config.launch.timeout),
+        timeout=timeout,
         device_id=device if backend == "nccl" else None,
     )
     # Not in a finally: after an error peers may be gone, and destroying groups would wait for them.
     yield Mesh.create(layout, device)
     dist.destroy_process_group()
+
+
+def _store(environment: Environment, timeout: timedelta) -> dist.Store | None:
+    """Where the ranks of the local launcher meet: rank 0 serves on the socket it was given. None under torchrun."""
+    if REPORTS not in os.environ:
+        return None
+    listener = int(os.environ[STORE]) if environment.rank == 0 else None
+    if listener is not None:
+        os.set_inheritable(listener, False)
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        environment.world_size,
+        is_master=environment.rank == 0,
+        timeout=timeout,
+        master_listen_fd=listener,
+    )

@@ -10,12 +10,14 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-from launcher.environment import Environment, detect
+from launcher.environment import Environment, detect, let_the_first_speak
 from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.config_loading import ConfigError
 
 EXIT_CONFIG = 2
 """The configuration, the data or a checkpoint cannot be used as they are; nothing was changed."""
@@ -23,7 +25,12 @@ EXIT_STOPPED = 3
 """Training stopped itself: not finite, or diverged."""
 EXIT_FAILED = 1
 """Anything unexpected."""
+
+# What the local launcher leaves in a rank's environment.
+CONFIG, LAUNCHER, REPORTS, STORE = "MOE_DIST_CONFIG", "MOE_DIST_LAUNCHER", "MOE_DIST_REPORTS", "MOE_DIST_STORE"
+
 _PR_SET_PDEATHSIG = 1
+_MAX_TEXT = 2000  # a report must go through the pipe in one piece
 
 
 def train(config: Config, environment: Environment, dataset: Any = None) -> int:
@@ -33,19 +40,21 @@ def train(config: Config, environment: Environment, dataset: Any = None) -> int:
 
     with connected(config, environment) as mesh:
         result = MoETrainer(config, mesh=mesh).train(dataset)
+    if result.failed and environment.rank == 0:
+        print(f"moe-dist: training stopped itself: {result.reason}", file=sys.stderr, flush=True)
     return EXIT_STOPPED if result.failed else 0
 
 
 def main(config: Config, environment: Environment) -> int:
     """`train`, with every error as one line: exit codes as above."""
+    # A single process saves as one on purpose.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
     try:
         return train(config, environment)
     except ConfigError as error:
-        return _report(error, environment, EXIT_CONFIG, str(error))
+        return _report(error, environment, EXIT_CONFIG)
     except ValueError as error:
-        if _is_ours(error):
-            return _report(error, environment, EXIT_CONFIG, " ".join(str(error).split()))
-        return _report(error, environment, EXIT_FAILED)
+        return _report(error, environment, EXIT_CONFIG if _is_ours(error) else EXIT_FAILED)
     except Exception as error:
         return _report(error, environment, EXIT_FAILED)
 
@@ -53,52 +62,84 @@ def main(config: Config, environment: Environment) -> int:
 def _is_ours(error: BaseException) -> bool:
     """Whether this package raised the error: then it is written for people."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return any(part in ("moe_dist", "launcher") for part in Path(last.filename).parts)
+    roots = [Path(__file__).parent, Path(sys.modules[Config.__module__].__file__ or "").parent]
+    return any(Path(last.filename).is_relative_to(root) for root in roots)
 
 
-def _report(error: BaseException, environment: Environment, code: int, text: str | None = None) -> int:
+def _report(error: BaseException, environment: Environment, code: int) -> int:
     """One line for people; the traceback goes to the rank's log file."""
-    logger = logging.getLogger("moe_dist")
-    unexpected = text is None
-    text = text or f"{type(error).__name__}: {' '.join(str(error).split())}"
-    where = f"rank {environment.rank}: " if environment.is_distributed and unexpected else ""
     details = "".join(traceback.format_exception(error))
-    for handler in logger.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.emit(logger.makeRecord("moe_dist", logging.ERROR, "", 0, details, (), None))
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:  # the launcher reads it and prints the first one
-        message = {"message": {"message": f"{where}{text}", "extraInfo": {"timestamp": str(int(time.time()))}}}
-        Path(error_file).write_text(json.dumps(message))
-    else:
-        print(f"moe-dist: error: {where}{text}", file=sys.stderr, flush=True)
-        if unexpected and os.environ.get("MOE_DIST_DEBUG") == "1":
+    text = " ".join(str(error).split())
+    if code == EXIT_FAILED:
+        where = f"rank {environment.rank}: " if environment.is_distributed else ""
+        text = f"{where}{type(error).__name__}: {text}"[:_MAX_TEXT]
+        log = _write_log(details)
+        text += f"; log: {log}" if log else "; MOE_DIST_DEBUG=1 shows where"
+        if os.environ.get("MOE_DIST_DEBUG") == "1":
             print(details, file=sys.stderr, flush=True)
+    else:
+        _write_log(f"moe-dist: error: {text}")
+    if REPORTS in os.environ:  # the launcher says the first one
+        os.write(int(os.environ[REPORTS]), json.dumps([environment.rank, text[:_MAX_TEXT]]).encode() + b"\n")
+        return code
+    if code == EXIT_CONFIG:
+        let_the_first_speak()
+    elif "Connection closed by peer" in text or "Connection reset by peer" in text:
+        time.sleep(2)  # a peer has failed and says why; torchrun ends this rank meanwhile
+    print(f"moe-dist: error: {text}", file=sys.stderr, flush=True)
     return code
 
 
-def die_with_parent() -> None:
-    """No orphans: the kernel ends this process when the launcher is gone (Linux)."""
+def _write_log(text: str) -> str | None:
+    """Append to the rank's log file; returns its path, None before there is one."""
+    logger = logging.getLogger("moe_dist")
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(logger.makeRecord("moe_dist", logging.ERROR, "", 0, text, (), None))
+            return os.path.relpath(handler.baseFilename)
+    return None
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now: threads of collectives whose peers are gone must not hold it up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    os._exit(code)
+
+
+def die_with_parent(parent: int) -> None:
+    """No orphans: the kernel ends this process when its parent is gone (Linux)."""
     if not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it went before the kernel knew
         os._exit(EXIT_FAILED)
 
 
-def run_rank(config_file: str) -> None:
-    """Entry of a rank started by the local launcher; never returns."""
-    die_with_parent()
+def run_under_torchrun(config: Config, environment: Environment) -> NoReturn:
+    """A rank that torchrun, or something in its manner, has started: one process of a person's terminal or job."""
+    die_with_parent(os.getppid())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _go if sys.stdout.isatty() else signal.SIG_DFL)
+    leave(main(config, environment))
+
+
+def _go(number: int, frame: FrameType | None) -> None:
+    os.write(1, b"\x1b[?25h\n")
+    os._exit(128 + number)
+
+
+def run_rank() -> NoReturn:
+    """Entry of a rank started by the local launcher."""
+    die_with_parent(int(os.environ.pop(LAUNCHER)))
     # Ctrl-C reaches the whole terminal group: ranks go silently, the launcher has the word.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    environment = detect()
-    code = main(load_config(config_file, notice=lambda text: None), environment)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads of collectives whose peers are gone must not hold up the end.
-    os._exit(code)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.set_inheritable(int(os.environ[REPORTS]), False)
+    leave(main(Config.model_validate_json(os.environ.pop(CONFIG)), detect()))
 
 
 if __name__ == "__main__":
-    run_rank(sys.argv[1])
+    run_rank()

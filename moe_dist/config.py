@@ -33,10 +33,6 @@ class Section(BaseModel):
         allow_inf_nan=False,
     )
 
-    def describe(self, key: str) -> str:
-        """The docstring of one field, on one line."""
-        return " ".join((type(self).model_fields[key].description or "").split())
-
 
 class ModelConfig(Section):
     """The transformer. Keys and defaults follow Hugging Face's Qwen3-MoE."""

@@ -23,4 +23,8 @@ def _no_ranks_left() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first, then those that start ranks, then slow ones."""
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None) * 2 + (item.get_closest_marker("dist") is not None))
+    items.sort(
+        key=lambda item: (
+            (item.get_closest_marker("slow") is not None) * 2 + (item.get_closest_marker("dist") is not None)
+        )
+    )

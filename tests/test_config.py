@@ -144,12 +144,8 @@ def test_override_forms(tmp_path: Path) -> None:
 
 def test_inheritance(tmp_path: Path) -> None:
     (tmp_path / "presets").mkdir()
-    (tmp_path / "presets" / "root.yaml").write_text(
-        "model: {num_layers: 2, mlp_only_layers: [0, 1]}\nlr: 1e-2"
-    )
-    (tmp_path / "presets" / "mid.yaml").write_text(
-        "base: root.yaml\nmodel: {mlp_only_layers: [1]}\ntrain: {seed: 3}"
-    )
+    (tmp_path / "presets" / "root.yaml").write_text("model: {num_layers: 2, mlp_only_layers: [0, 1]}\nlr: 1e-2")
+    (tmp_path / "presets" / "mid.yaml").write_text("base: root.yaml\nmodel: {mlp_only_layers: [1]}\ntrain: {seed: 3}")
     (tmp_path / "other.yaml").write_text("train: {seed: 4}")
     text = "base: [presets/mid.yaml, other.yaml]\noptimizer: {weight_decay: 0.5}"
     config, _ = load(tmp_path, text, ("model.hidden_size=64",))
@@ -171,9 +167,7 @@ def test_inheritance(tmp_path: Path) -> None:
 @given(
     prompt=st.text(max_size=20),
     rate=st.floats(1e-12, 1e3),
-    resume=st.sampled_from(
-        ["1e4", "yes", "null", "1_000", "010", "<<", "=", "~", "0x1F", "2026-11-21", "a: b", "-"]
-    ),
+    resume=st.sampled_from(["1e4", "yes", "null", "1_000", "010", "<<", "=", "~", "0x1F", "2026-11-21", "a: b", "-"]),
     layers=st.lists(st.integers(0, 7), max_size=3),
 )
 def test_a_dump_loads_back_equal(

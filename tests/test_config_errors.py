@@ -95,9 +95,7 @@ base: 5  =>  base=5: the path of a YAML file
 model: {from: nowhere/config.json}  =>  model.from='nowhere/config.json': no such file
 model: {from: 7}  =>  model.from=7: a config.json, or the folder it is in
 """
-BAD_FILES = [
-    line.replace("⏎", "\n").replace("→", "\t").split("  =>  ") for line in BAD.strip().splitlines()
-] + [
+BAD_FILES = [line.replace("⏎", "\n").replace("→", "\t").split("  =>  ") for line in BAD.strip().splitlines()] + [
     ["", "an empty file; allowed: sections"],
     ["a: " + "[" * 5000, "run.yaml:1: nested too deep"],
     ["train: {seed: " + "9" * 5000 + "}", "run.yaml:1: not valid YAML"],

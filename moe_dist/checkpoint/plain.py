@@ -113,7 +113,9 @@ class PlainCheckpoints:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete `checkpoint-<step>` folders of a run folder, oldest first."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _FOLDER.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _FOLDER.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found) if (path / STATE_FILE).is_file()]
 
 

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from moe_dist.config import Config, Section
 from moe_dist.config_loading.wording import ConfigError, allowed, show
 
@@ -53,11 +55,16 @@ ALIASES = {
 ALWAYS_ON = {"monitor_expert_usage", "log_expert_metrics"}
 
 
+def meaning(field: FieldInfo) -> str:
+    """The docstring of a field, on one line."""
+    return " ".join((field.description or "").split())
+
+
 def takes(key: str) -> str:
     """`allowed` for a full key; where there is no choice, the reason, which is in the docstring."""
     field = FIELDS[key]
     words = allowed(field.annotation, field.metadata)
-    return f"{words} ({' '.join((field.description or '').split())})" if words.startswith("only ") else words
+    return f"{words} ({meaning(field)})" if words.startswith("only ") else words
 
 
 def _unknown(spelling: str, value: Any, origin: str) -> ConfigError:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from moe_dist.config import Config
-from moe_dist.config_loading.names import SECTIONS
+from moe_dist.config_loading.names import SECTIONS, meaning
 from moe_dist.config_loading.wording import allowed, show
 from moe_dist.config_loading.yaml_text import Dumper
 
@@ -37,9 +37,8 @@ def config_reference() -> str:
     for section, cls in SECTIONS.items():
         lines.append(f"| **{section}** | | | **{' '.join((inspect.getdoc(cls) or '').split())}** |")
         for leaf, field in cls.model_fields.items():
-            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
             words = allowed(field.annotation, field.metadata).replace("|", "\\|")
-            lines.append(
-                f"| `{section}.{leaf}` | {words} | `{show(defaults[f'{section}.{leaf}'])}` | {meaning} |"
-            )
+            says = meaning(field).replace("|", "\\|")
+            default = show(defaults[f"{section}.{leaf}"])
+            lines.append(f"| `{section}.{leaf}` | {words} | `{default}` | {says} |")
     return "\n".join(lines) + "\n"

@@ -68,9 +68,7 @@ def filling_sample(max_seq_length: int, pad_id: int) -> Sample:
     }
 
 
-def collate(
-    samples: Sequence[Sample], sample_ids: Sequence[int], index: int, pin_memory: bool = False
-) -> Batch:
+def collate(samples: Sequence[Sample], sample_ids: Sequence[int], index: int, pin_memory: bool = False) -> Batch:
     """`samples` stacked; pinned for copies that do not block, where an accelerator is there to copy to."""
     pin = pin_memory and torch.cuda.is_available()
 

@@ -49,9 +49,7 @@ class CacheEntry:
             return None
         return tokens, starts, skipped
 
-    def save(
-        self, tokens: npt.NDArray[Any], starts: npt.NDArray[np.int64], skipped: Sequence[SkippedDocument]
-    ) -> None:
+    def save(self, tokens: npt.NDArray[Any], starts: npt.NDArray[np.int64], skipped: Sequence[SkippedDocument]) -> None:
         """Write the entry; raises OSError where the folder cannot be written."""
         self._folder.mkdir(parents=True, exist_ok=True)
         facts = {

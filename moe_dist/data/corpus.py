@@ -206,17 +206,11 @@ def documents_from(
     """
     columns = getattr(dataset, "column_names", None)
     if isinstance(columns, dict):
-        raise ValueError(
-            f"dataset {name!r} holds several splits, {sorted(columns)}: give one, e.g. dataset['train']"
-        )
+        raise ValueError(f"dataset {name!r} holds several splits, {sorted(columns)}: give one, e.g. dataset['train']")
     if columns is not None:
         file_lists.check_field(columns, text_field, f"dataset {name!r}")
         dataset = dataset.select_columns([text_field])
-    if (
-        hasattr(dataset, "__len__")
-        and hasattr(dataset, "__getitem__")
-        and not isinstance(dataset, str | bytes | dict)
-    ):
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, str | bytes | dict):
         if len(dataset) == 0:
             raise ValueError(f"dataset {name!r} is empty")
         if columns is None and isinstance(dataset[0], dict):
@@ -240,9 +234,7 @@ def documents_from(
 
 def _load_from_hub(name: str | None, config_name: str | None, split: str, streaming: bool) -> Any:
     if not name:
-        raise ValueError(
-            "data source 'huggingface' needs `name`, the name of a dataset on the Hub or a folder"
-        )
+        raise ValueError("data source 'huggingface' needs `name`, the name of a dataset on the Hub or a folder")
     from datasets import load_dataset
 
     try:

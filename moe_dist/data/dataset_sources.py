@@ -56,9 +56,7 @@ def _has_shuffle_buffer(node: Any, depth: int = 0) -> bool:
 class ParquetSource:
     """One document per row of Parquet files, each streamed through `datasets`."""
 
-    def __init__(
-        self, files: Sequence[tuple[str, str]], text_field: str, fingerprint: str | None = None
-    ) -> None:
+    def __init__(self, files: Sequence[tuple[str, str]], text_field: str, fingerprint: str | None = None) -> None:
         self._files = files
         self._text_field = text_field
         self.fingerprint = fingerprint

@@ -31,9 +31,7 @@ def standard_library_files() -> list[tuple[str, str]]:
                 path = os.path.join(folder, name)
                 found.append((Path(path).relative_to(root).as_posix(), path))
     if not found:
-        raise ValueError(
-            f"no .py file under {root}: this Python comes without library sources, use another source"
-        )
+        raise ValueError(f"no .py file under {root}: this Python comes without library sources, use another source")
     return sorted(found)
 
 
@@ -83,9 +81,7 @@ def check_field(columns: Sequence[str], text_field: str, where: str) -> None:
         return
     near = difflib.get_close_matches(text_field, [str(column) for column in columns], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        f"{where} has no field {text_field!r} (text_field); it has {sorted(map(str, columns))}{hint}"
-    )
+    raise ValueError(f"{where} has no field {text_field!r} (text_field); it has {sorted(map(str, columns))}{hint}")
 
 
 def check_jsonl_field(files: Sequence[tuple[str, str]], text_field: str) -> None:

@@ -27,9 +27,7 @@ class _Step:
     point: StreamPoint | None
 
 
-def _check_layout(
-    micro_batch_size: int, num_replicas: int, replica: int, gradient_accumulation_steps: int = 1
-) -> None:
+def _check_layout(micro_batch_size: int, num_replicas: int, replica: int, gradient_accumulation_steps: int = 1) -> None:
     sizes = {
         "micro_batch_size": micro_batch_size,
         "num_replicas": num_replicas,
@@ -164,11 +162,7 @@ class GlobalLoader:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
         self._ahead.clear()
-        if (
-            self._stream is not None
-            and self._point is not None
-            and self._point.samples != self._stream.samples
-        ):
+        if self._stream is not None and self._point is not None and self._point.samples != self._stream.samples:
             self._stream.load_state_dict(self._stream.state_dict(self._point))  # undo what was read ahead
 
     def _submit_ahead(self) -> None:
@@ -201,8 +195,7 @@ class GlobalLoader:
             samples = [sample for _, sample in zip(range(self._micro_batch_size), stream, strict=False)]
             if len(samples) < self._micro_batch_size:
                 raise ValueError(
-                    f"the stream ended after {stream.samples} samples, within a step: build it with "
-                    "repeat=True"
+                    f"the stream ended after {stream.samples} samples, within a step: build it with repeat=True"
                 )
             batches.append(collate(samples, range(first, stream.samples), index, self._pin_memory))
         return _Step(batches, stream.point())

@@ -151,9 +151,7 @@ def tokenize(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[np
     encode_batch = getattr(tokenizer, "encode_batch", None)
     while batch := list(islice(documents, DOCUMENTS_PER_BATCH if encode_batch else 1)):
         texts = [document.text for document in batch if document.text is not None]
-        encoded: Iterator[TokenIds] = iter(
-            encode_batch(texts) if encode_batch else map(tokenizer.encode, texts)
-        )
+        encoded: Iterator[TokenIds] = iter(encode_batch(texts) if encode_batch else map(tokenizer.encode, texts))
         for document in batch:
             ids = np.asarray(next(encoded) if document.text is not None else document.tokens)
             if ids.size == 0:
@@ -207,9 +205,7 @@ def pack(
     )
 
 
-def _cache_entry(
-    corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | Path | None
-) -> cache.CacheEntry | None:
+def _cache_entry(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | Path | None) -> cache.CacheEntry | None:
     encoding = getattr(tokenizer, "fingerprint", None)
     if cache_dir is None or corpus.fingerprint is None or encoding is None:
         return None

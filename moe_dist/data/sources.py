@@ -68,9 +68,7 @@ def decode_utf8(raw: bytes, where: str, offset: int = 0) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        reason = (
-            "truncated inside a UTF-8 character" if "unexpected end" in error.reason else "not UTF-8 text"
-        )
+        reason = "truncated inside a UTF-8 character" if "unexpected end" in error.reason else "not UTF-8 text"
         raise Unreadable(where, "byte", offset + error.start, f"{reason} ({error.reason})") from None
 
 
@@ -91,9 +89,7 @@ def value_of_row(row: Any, text_field: str, where: str, unit: str, offset: int) 
     value = row
     if isinstance(row, Mapping):
         if text_field not in row:
-            raise Unreadable(
-                where, unit, offset, f"no field {text_field!r} (fields: {sorted(map(str, row))})"
-            )
+            raise Unreadable(where, unit, offset, f"no field {text_field!r} (fields: {sorted(map(str, row))})")
         value = row[text_field]
     if isinstance(value, str):
         try:
@@ -105,9 +101,7 @@ def value_of_row(row: Any, text_field: str, where: str, unit: str, offset: int) 
         ids = np.asarray(value)
         if ids.ndim == 1 and (ids.size == 0 or ids.dtype.kind in "iu"):
             return ids.astype(np.int64)
-    raise Unreadable(
-        where, unit, offset, f"{text_field!r} is {type(value).__name__}, not text or a list of token ids"
-    )
+    raise Unreadable(where, unit, offset, f"{text_field!r} is {type(value).__name__}, not text or a list of token ids")
 
 
 class FileSource:
@@ -145,9 +139,7 @@ def parse_json_line(raw: bytes, path: str, line: int, offset: int, text_field: s
 class JsonlSource:
     """One document per line of JSONL files. Not through `datasets`, which cannot name a broken line."""
 
-    def __init__(
-        self, files: Sequence[tuple[str, str]], text_field: str, fingerprint: str | None = None
-    ) -> None:
+    def __init__(self, files: Sequence[tuple[str, str]], text_field: str, fingerprint: str | None = None) -> None:
         self._files = files
         self._text_field = text_field
         self.fingerprint = fingerprint

@@ -17,9 +17,7 @@ def split_corpus(corpus: Corpus, validation_split: float, seed: int = 0) -> tupl
     ValueError for a fraction outside [0, 1).
     """
     if not 0.0 <= validation_split < 1.0:
-        raise ValueError(
-            f"validation_split is {validation_split}; give a fraction of the documents in [0, 1)"
-        )
+        raise ValueError(f"validation_split is {validation_split}; give a fraction of the documents in [0, 1)")
     to_validation, to_training = _forced(corpus, validation_split, seed) if validation_split > 0 else ("", "")
 
     def is_validation(id_: str) -> bool:

@@ -51,12 +51,7 @@ class ByteTokenizer:
     def decode(self, ids: TokenIds) -> str:
         """Text of `ids`; ids that are no byte are left out, broken UTF-8 becomes U+FFFD."""
         values = np.asarray(ids, dtype=np.int64).reshape(-1)
-        return (
-            values[(values >= 0) & (values < 256)]
-            .astype(np.uint8)
-            .tobytes()
-            .decode("utf-8", errors="replace")
-        )
+        return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
 
 class HuggingFaceTokenizer:
@@ -80,9 +75,7 @@ class HuggingFaceTokenizer:
         self.pad_id = self.eos_id if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         # A slow tokenizer has no serialised form to compare: no fingerprint, hence no cache.
-        self.fingerprint = (
-            hashlib.sha256(backend.to_str().encode()).hexdigest() if backend is not None else None
-        )
+        self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest() if backend is not None else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, no special tokens added (those spelled out in the text are recognised)."""
@@ -102,9 +95,7 @@ class HuggingFaceTokenizer:
     def decode(self, ids: TokenIds) -> str:
         """Text of `ids`, special tokens left out and spaces as they were."""
         values = np.asarray(ids, dtype=np.int64).reshape(-1).tolist()
-        return str(
-            self._tokenizer.decode(values, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        return str(self._tokenizer.decode(values, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -123,9 +114,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder) if is_folder else name, local_files_only=is_folder, trust_remote_code=False
         )
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, KeyError, ... for a bad name or folder
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for a bad name or folder
         found = (
             f"the folder holds {sorted(entry.name for entry in folder.iterdir())[:8]}"
             if is_folder

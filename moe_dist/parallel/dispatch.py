@@ -62,9 +62,7 @@ class AllToAllDispatcher:
         arriving, send_splits, receive_splits = self._exchange_counts(permutation, x_TD.shape[1])
         sent = sum(send_splits)
         if sent < permutation.num_rows:  # pairs without an expert sort to the end
-            permutation = replace(
-                permutation, pair_of_row=permutation.pair_of_row[:sent], every_pair_has_a_row=False
-            )
+            permutation = replace(permutation, pair_of_row=permutation.pair_of_row[:sent], every_pair_has_a_row=False)
         arrival_of_row, row_of_arrival = expert_order(arriving, sum(receive_splits))
         plan = AllToAllPlan(
             permutation,

@@ -55,9 +55,7 @@ class Layout:
             return cls(world_size, pp_size, ep_size)
         except ConfigError as error:
             per_stage = world_size // pp_size if world_size % pp_size == 0 else 0
-            ep_sizes = [
-                n for n in range(1, min(per_stage, 4096) + 1) if per_stage % n == num_experts % n == 0
-            ]
+            ep_sizes = [n for n in range(1, min(per_stage, 4096) + 1) if per_stage % n == num_experts % n == 0]
             hint = f", or parallel.ep_size one of {', '.join(map(str, ep_sizes))}" if ep_sizes else ""
             raise ConfigError(f"{error}{hint}") from None
 

@@ -29,4 +29,4 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
     model.gradient_checkpointing_enable(config.train.gradient_checkpointing)
     if config.train.torch_compile:
         for block in model.layers.values():
-            block.compile_dense()
+            block.compile_dense()  # type: ignore[operator]

@@ -75,5 +75,3 @@ def run_info(config: Config, mesh: Mesh, datasets: Datasets) -> RunInfo:
 
 def _num_tokens(datasets: Datasets) -> int | None:
     return getattr(datasets.train, "num_tokens", None)
-
-

@@ -30,11 +30,7 @@ class Stopping:
                 "Lower optimizer.learning_rate or look at the data (train.on_nonfinite=skip goes on past it)",
                 failed=True,
             )
-        elif (
-            config.divergence_loss is not None
-            and epoch >= config.divergence_epochs
-            and loss > config.divergence_loss
-        ):
+        elif config.divergence_loss is not None and epoch >= config.divergence_epochs and loss > config.divergence_loss:
             self._stop(
                 f"diverged: loss {loss:.4f} is above train.divergence_loss={config.divergence_loss:g} "
                 f"after {epoch:.2f} epochs",

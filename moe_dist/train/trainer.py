@@ -214,9 +214,7 @@ class MoETrainer:
             self.mesh.dp_rank,
             train.eval_batches,
         )
-        found = evaluate(
-            self.model, batches, self.mesh, bf16=train.bf16, document_mask=self.config.data.document_mask
-        )
+        found = evaluate(self.model, batches, self.mesh, bf16=train.bf16, document_mask=self.config.data.document_mask)
         is_best = self.stopping.after_evaluation(found.loss)
         self.sinks.evaluation(
             EvalRecord(

@@ -49,9 +49,7 @@ def test_text_files_are_documents_named_by_their_path_below_the_glob(tmp_path):
         ("b.txt", "b.txt\r\n"),
         ("deep/c.txt", "deep/c.txt\r\n"),
     ]
-    several = load_documents(
-        "text", path=[str(tmp_path / "corpus/deep/*"), str(tmp_path / "corpus/**/*.txt")]
-    )
+    several = load_documents("text", path=[str(tmp_path / "corpus/deep/*"), str(tmp_path / "corpus/**/*.txt")])
     assert ids(several) == ["c.txt", "d.md", "a.txt", "b.txt"], "the file matched twice comes once"
     assert ids(load_documents("text", path=tmp_path / "corpus/**/*.txt", limit=2)) == ["a.txt", "b.txt"]
 

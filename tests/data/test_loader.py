@@ -238,9 +238,7 @@ def test_evaluation_sees_each_sample_once_and_every_replica_as_many_batches(num_
 @pytest.mark.parametrize("max_batches", [1, 3, 100])
 def test_a_limited_evaluation_sees_the_same_samples_at_every_layout(packed, max_batches):
     for num_replicas in (1, 2, 4):
-        per_replica = [
-            list(eval_batches(packed, 4, num_replicas, r, max_batches)) for r in range(num_replicas)
-        ]
+        per_replica = [list(eval_batches(packed, 4, num_replicas, r, max_batches)) for r in range(num_replicas)]
         assert len({len(batches) for batches in per_replica}) == 1
         seen = sorted(id_ for batches in per_replica for batch in batches for id_ in batch.sample_ids)
         assert seen == list(range(min(len(packed), 4 * max_batches)))

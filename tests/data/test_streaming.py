@@ -28,9 +28,7 @@ def corpora(texts, folder):
         rows = [json.dumps({"text": text}) for text in texts[part::3]]
         rows.insert(5, "{broken")
         path.write_text("\n".join(rows))
-        datasets.Dataset.from_dict({"text": texts[part::3]}).to_parquet(
-            folder / f"{part}.parquet", batch_size=7
-        )
+        datasets.Dataset.from_dict({"text": texts[part::3]}).to_parquet(folder / f"{part}.parquet", batch_size=7)
         (folder / f"{part}.txt").write_bytes(b"\xff" if part == 1 else texts[part + 5].encode() * 5)
     (folder / "1a.parquet").write_bytes(b"PAR1 and no more")
     return {
@@ -75,9 +73,7 @@ def test_a_resumed_stream_gives_bitwise_the_same_samples(texts, tmp_path, kind, 
     build_corpus = corpora(texts, tmp_path)[kind]
 
     def build() -> StreamingPackedDataset:
-        return StreamingPackedDataset(
-            build_corpus(), ByteTokenizer(), max_seq_length=48, repeat=repeat, keep_tail=True
-        )
+        return StreamingPackedDataset(build_corpus(), ByteTokenizer(), max_seq_length=48, repeat=repeat, keep_tail=True)
 
     reference = list(islice(build(), 150))
     assert len(reference) == 150 if repeat else len(reference) > 3

@@ -14,9 +14,7 @@ from moe_dist.monitor.collector import Collector
 CPU = torch.device("cpu")
 
 
-def facts(
-    pairs: list[int], dropped: int = 0, tokens: int = 0, sums: tuple[float, ...] = (0, 0, 0)
-) -> LoadFacts:
+def facts(pairs: list[int], dropped: int = 0, tokens: int = 0, sums: tuple[float, ...] = (0, 0, 0)) -> LoadFacts:
     made = LoadFacts.zeros(len(pairs), CPU)
     made.pairs_E += torch.tensor(pairs)
     made.dropped += dropped

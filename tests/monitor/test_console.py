@@ -179,9 +179,7 @@ def test_auto_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ConsoleSink("auto", Terminal()).mode == "plain"
 
 
-def test_none_says_nothing(
-    info: RunInfo, train_record: Make, eval_record: EvalRecord, summary: RunSummary
-) -> None:
+def test_none_says_nothing(info: RunInfo, train_record: Make, eval_record: EvalRecord, summary: RunSummary) -> None:
     stream = Terminal()
     play(ConsoleSink("none", stream), info, train_record, eval_record, summary)
     assert stream.getvalue() == ""

@@ -51,9 +51,7 @@ class Broken(Recorder):
         raise OSError("disk full")
 
 
-def test_a_failing_sink_is_named_once_and_dropped(
-    train_record: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failing_sink_is_named_once_and_dropped(train_record: Make, caplog: pytest.LogCaptureFixture) -> None:
     broken, good = Broken(), Recorder()
     sinks = Sinks([broken, good])
     with caplog.at_level(logging.WARNING, logger="moe_dist"):

@@ -10,7 +10,7 @@ very function the other tests call and demands that the comparison goes red.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.dist
 SCOPES = ("micro_batch", "sequence", "global_batch")
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference(overrides: tuple[str, ...], num_micro_batches: int, steps: int = 3) -> dict[str, Any]:
     return train_and_tell(overrides, 1, num_micro_batches, steps)
 
@@ -82,7 +82,7 @@ def test_options_agree_with_one_process(overrides: tuple[str, ...]) -> None:
 def test_auxiliary_loss_alone(scope: str) -> None:
     """Trap 10: with labels that all are ignored, only the auxiliary losses give gradients."""
     overrides = (f"balance.aux_loss_scope={scope}", "balance.router_z_loss_coef=0")
-    wanted, *_ = (without_labels(overrides, 1, 8),)
+    wanted = without_labels(overrides, 1, 8)
     for found in run_ranks(without_labels, 4, overrides, 2, 8):
         assert difference(found, wanted) < TOLERANCE
     routers = [value for name, value in wanted.items() if "router" in name]

@@ -51,7 +51,9 @@ def test_loss_is_mean_over_valid_tokens() -> None:
     batches = micro_batches(4)
     with torch.no_grad():
         parts.model.eval()
-        losses = [cross_entropy_sum(parts.model(b.input_ids, b.position_ids, b.document_ids), b.labels) for b in batches]
+        losses = [
+            cross_entropy_sum(parts.model(b.input_ids, b.position_ids, b.document_ids), b.labels) for b in batches
+        ]
     result = parts.step(batches, 0, 0.0)
     expected = float(sum(losses)) / sum(batch.num_valid for batch in batches)
     assert result.loss == pytest.approx(expected, rel=1e-5)
@@ -82,9 +84,7 @@ def test_evaluation_leaves_no_trace() -> None:
     parts.step(micro_batches(2), 0, 1e-2)
     before = state_hash(parts)
     evaluate(parts.model, micro_batches(3, step=7), parts.mesh)
-    sample_text(
-        parts.model, ByteTokenizer(), "a", 5, context=8, device=torch.device("cpu"), seed=1
-    )
+    sample_text(parts.model, ByteTokenizer(), "a", 5, context=8, device=torch.device("cpu"), seed=1)
     assert state_hash(parts) == before
 
 
@@ -101,7 +101,8 @@ def test_bias_moves_against_skew() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ["train.gradient_checkpointing=full", "balance.capacity_factor=0.5", "balance.aux_loss_scope=global_batch"]
+    "option",
+    ["train.gradient_checkpointing=full", "balance.capacity_factor=0.5", "balance.aux_loss_scope=global_batch"],
 )
 def test_bias_does_not_depend_on(option: str) -> None:
     """Trap 19: recomputation counts nothing twice, drops do not hide demand, the first pass leaves no count."""
@@ -112,8 +113,9 @@ def test_bias_does_not_depend_on(option: str) -> None:
         return parts.biases | {f"n{k}": v.pairs_E.clone() for k, v in parts.balancer.facts.items()}
 
     # One layer sees the same inputs with and without drops only where nothing dropped below it.
-    plain, changed = bias("model.num_hidden_layers=1", "model.mlp_only_layers=[]"), bias(
-        "model.num_hidden_layers=1", "model.mlp_only_layers=[]", option
+    plain, changed = (
+        bias("model.num_hidden_layers=1", "model.mlp_only_layers=[]"),
+        bias("model.num_hidden_layers=1", "model.mlp_only_layers=[]", option),
     )
     assert all(torch.equal(plain[key], changed[key]) for key in plain)
 
@@ -185,7 +187,7 @@ def poisoned(where: str) -> tuple[bool, bool]:
     mine = micro_batches(8)[parts.mesh.dp_rank :: parts.mesh.layout.dp_size]
     before = parts.weights
     if dist.get_rank() == 1:
-        name, parameter = list(parts.model.named_parameters())[3]
+        parameter = list(parts.model.parameters())[3]
         if where == "gradient":
             parameter.register_hook(lambda gradient: gradient * float("nan"))
         else:
@@ -203,10 +205,14 @@ def test_all_ranks_agree_on_a_bad_step(where: str) -> None:
     assert run_ranks(poisoned, 4, where) == [(True, True)] * 4
 
 
-def no_experts_in_one_layer(ep_size: int) -> float:
+def no_experts_in_one_layer(ep_size: int) -> list[float]:
     parts = Parts(
-        tiny_config(f"parallel.ep_size={ep_size}", "model.num_hidden_layers=5", "model.decoder_sparse_step=2",
-                    "model.mlp_only_layers=[3]"),
+        tiny_config(
+            f"parallel.ep_size={ep_size}",
+            "model.num_hidden_layers=5",
+            "model.decoder_sparse_step=2",
+            "model.mlp_only_layers=[3]",
+        ),
         mesh_of(ep_size),
     )
     mine = micro_batches(8)[parts.mesh.dp_rank :: parts.mesh.layout.dp_size]

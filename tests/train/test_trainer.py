@@ -172,9 +172,7 @@ def test_non_finite_loss(tmp_path: Path, policy: str, monkeypatch: pytest.Monkey
 
     exact = step.cross_entropy_sum
     calls = iter(range(1000))
-    monkeypatch.setattr(
-        step, "cross_entropy_sum", lambda *a: exact(*a) * (math.nan if next(calls) in (3, 4) else 1.0)
-    )
+    monkeypatch.setattr(step, "cross_entropy_sum", lambda *a: exact(*a) * (math.nan if next(calls) in (3, 4) else 1.0))
     result = run(tmp_path / "run", max_steps=8, on_nonfinite=policy)
     if policy == "stop":
         assert result.failed
@@ -208,9 +206,7 @@ def test_torch_compile(tmp_path: Path) -> None:
 
 def test_data_errors_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.vocab_size=100: the tokenizer bytes needs 258"):
-        MoETrainer(
-            model_config=MODEL | {"vocab_size": 100}, training_config=TRAINING, output_dir=tmp_path
-        ).train(TEXTS)
+        MoETrainer(model_config=MODEL | {"vocab_size": 100}, training_config=TRAINING, output_dir=tmp_path).train(TEXTS)
     with pytest.raises(ConfigError, match="num_expertz"):
         MoETrainer(model_config={"num_expertz": 4})
 

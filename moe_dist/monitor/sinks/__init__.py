@@ -15,9 +15,7 @@ from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
 __all__ = ["ConsoleSink", "JsonlSink", "Sink", "Sinks", "TensorBoardSink", "build_sinks"]
 
 
-def build_sinks(
-    output_dir: Path | str, monitor_config: MonitorConfig, *, stream: TextIO | None = None
-) -> Sinks:
+def build_sinks(output_dir: Path | str, monitor_config: MonitorConfig, *, stream: TextIO | None = None) -> Sinks:
     """The sinks of a run, for the one rank that reports. `stream`: the console's, default stdout."""
     folder = Path(output_dir)
     sinks: list[Sink] = [

@@ -25,9 +25,7 @@ class ConsoleSink(Sink):
 
     name = "console"
 
-    def __init__(
-        self, mode: Mode = "auto", stream: TextIO | None = None, console: Console | None = None
-    ) -> None:
+    def __init__(self, mode: Mode = "auto", stream: TextIO | None = None, console: Console | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._given_console = console
         self.mode = ("live" if can_draw(self._stream) else "plain") if mode == "auto" else mode

@@ -219,9 +219,7 @@ def expert_table(layers: list[LayerRecord], room: int) -> Table:
         strip = Text(text.load_strip(layer, max(8, min(64, room))), style=ACCENT)
         table.add_row(str(layer.layer), hot, cold, dead, strip)
     if len(shown) < len(layers):
-        table.add_row(
-            "", "", "", "", Text(f"the {len(shown)} most uneven of {len(layers)} layers", style=LABEL)
-        )
+        table.add_row("", "", "", "", Text(f"the {len(shown)} most uneven of {len(layers)} layers", style=LABEL))
     return table
 
 

@@ -77,9 +77,7 @@ class PlainConsole(Sink):
         for layer in shown:
             found = extremes([layer])
             hot, cold = map(text.expert, found) if found else (f"L{layer.layer} -", "-")
-            numbers = (
-                f"{layer.load_cv:>5.2f}  {layer.dead_experts:>4}  {text.percent(layer.dropped_fraction):>7}"
-            )
+            numbers = f"{layer.load_cv:>5.2f}  {layer.dead_experts:>4}  {text.percent(layer.dropped_fraction):>7}"
             self._lines([f"  {hot:<14}  {cold:<14}  {numbers}"])
 
     def _wrapped(self, paragraph: str) -> None:

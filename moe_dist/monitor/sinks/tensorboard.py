@@ -68,9 +68,7 @@ class TensorBoardSink(Sink):
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, record.step)
         if record.layers:
-            self._writer.add_image(
-                "moe/expert_load", load_heatmap(record.layers), record.step, dataformats="HWC"
-            )
+            self._writer.add_image("moe/expert_load", load_heatmap(record.layers), record.step, dataformats="HWC")
 
     def evaluation(self, record: EvalRecord) -> None:
         self._start_at(record.step)

@@ -76,8 +76,7 @@ def parameters(info: RunInfo) -> str:
     """The line of `peft`'s print_trainable_parameters."""
     share = 100 * info.trainable_params / max(1, info.total_params)
     return (
-        f"trainable params: {info.trainable_params:,} || all params: {info.total_params:,} "
-        f"|| trainable%: {share:.4f}"
+        f"trainable params: {info.trainable_params:,} || all params: {info.total_params:,} || trainable%: {share:.4f}"
     )
 
 

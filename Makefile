@@ -1,0 +1,49 @@
+# Everything a newcomer needs: `make demo`, `make test`. The environment is .venv; nothing else is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-fast test-slow lint format bench clean help
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/run  ## train a mixture-of-experts model on this machine, about two minutes
+	@$(BIN)/moe-dist train configs/demo.yaml $(ARGS)
+
+test: .venv/dev  ## every test but the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-fast: .venv/dev  ## tests in one process only
+	$(BIN)/python -m pytest -m "not slow and not dist" $(ARGS)
+
+test-slow: .venv/dev  ## the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: .venv/dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev  ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/dev  ## one mixture-of-experts layer beside its peers
+	$(BIN)/python tools/bench/moe_layer.py --quick
+
+clean:  ## remove the environment and caches; runs under outputs/ stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+.venv/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/run: .venv/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/dev: .venv/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ .venv/run

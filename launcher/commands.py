@@ -1,0 +1,127 @@
+"""`moe-dist train` and `moe-dist check`. Torch is imported by the ranks, never by the command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from launcher.environment import detect, let_the_first_speak, started_by_torchrun
+from launcher.worker import EXIT_CONFIG
+from moe_dist import __version__
+from moe_dist.config import Config
+from moe_dist.config_loading import ConfigError, dump_config, load_config
+
+app = typer.Typer(
+    name="moe-dist",
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Train [bold]mixture-of-experts[/bold] language models: the same on a laptop and on a GPU cluster.\n\n"
+        "[dim]Start here:[/dim]  moe-dist train configs/demo.yaml\n\n"
+        "[dim]Change anything:[/dim]  moe-dist train configs/demo.yaml learning_rate=1e-3 parallel.ep_size=1"
+    ),
+    epilog="Every key is explained in docs/configuration.md, starting and stopping in docs/running.md. Exit codes: "
+    "0 done, 1 failed, 2 the configuration or data cannot be used, 3 training stopped itself, 130 Ctrl-C.",
+)
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/demo.yaml.")]
+
+
+def run() -> int:
+    """Do what the command line asks; returns the exit code. What a person got wrong is one line and 2."""
+    try:
+        return app(standalone_mode=False) or 0
+    except ConfigError as error:
+        let_the_first_speak()
+        text = str(error)
+    except Exception as error:
+        # Usage errors: their class moved between releases of typer, their way of speaking did not.
+        if not hasattr(error, "format_message"):
+            raise
+        text = f"{' '.join(error.format_message().split())} (moe-dist --help shows what there is)"
+    print(f"moe-dist: error: {text}", file=sys.stderr)
+    return EXIT_CONFIG
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    if version:
+        print(f"moe-dist {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help(), end="")
+        raise typer.Exit
+
+
+@app.command(context_settings=_OVERRIDES)
+def train(context: typer.Context, config: ConfigPath) -> None:
+    """Train what CONFIG describes.
+
+    Starts [bold]launch.nproc_per_node[/bold] ranks on this machine; inside torchrun it is the rank that torchrun
+    started. Keys are overridden by [bold]key=value[/bold] after the file: train.max_steps=100, --learning_rate=1e-3.
+
+    The run folder [bold]train.output_dir[/bold] gets config.yaml, metrics.jsonl, train.log, tb/ and checkpoints;
+    starting again continues from the last one.
+
+    [dim]Example:[/dim]  moe-dist train configs/demo.yaml train.max_time=60
+    """
+    inside = started_by_torchrun()
+    settings = load_config(config, context.args, notice=_notice if os.environ.get("RANK", "0") == "0" else _nothing)
+    if inside:
+        from launcher.worker import run_under_torchrun
+
+        environment = detect()
+        _check_world(settings, environment.world_size)
+        run_under_torchrun(settings, environment)
+    _check_world(settings, settings.launch.nproc_per_node)
+    from launcher.local import launch
+
+    raise typer.Exit(launch(settings))
+
+
+@app.command(context_settings=_OVERRIDES)
+def check(
+    context: typer.Context,
+    config: ConfigPath,
+    world_size: Annotated[
+        int | None, typer.Option("--world-size", "-n", min=1, help="Ranks; default: launch.nproc_per_node.")
+    ] = None,
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print every key with its value.")] = False,
+) -> None:
+    """Validate CONFIG and print its layout, without starting anything.
+
+    Which ranks form which group, which experts live where, and how many parameters each rank holds.
+
+    [dim]Example:[/dim]  moe-dist check configs/demo.yaml --world-size 4
+    """
+    from launcher.layout_report import print_report
+
+    settings = load_config(config, context.args, notice=_notice)
+    if show_config:
+        print(dump_config(settings), end="")
+        return
+    print_report(settings, world_size or settings.launch.nproc_per_node)
+
+
+def _check_world(config: Config, world_size: int) -> None:
+    from moe_dist.parallel.layout import Layout
+
+    Layout.of(config, world_size)
+
+
+def _notice(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[dim]note: {escape(text)}[/dim]", highlight=False)
+
+
+def _nothing(text: str) -> None:
+    pass
