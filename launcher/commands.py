@@ -23,12 +23,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
-        "Train [bold]mixture-of-experts[/bold] language models: the same on a laptop and on a GPU cluster.\n\n"
+        "Train [bold]mixture-of-experts[/bold] language models: "
+        "the same on a laptop and on a GPU cluster.\n\n"
         "[dim]Start here:[/dim]  moe-dist train configs/demo.yaml\n\n"
         "[dim]Change anything:[/dim]  moe-dist train configs/demo.yaml learning_rate=1e-3 parallel.ep_size=1"
     ),
-    epilog="Every key is explained in docs/configuration.md, starting and stopping in docs/running.md. Exit codes: "
-    "0 done, 1 failed, 2 the configuration or data cannot be used, 3 training stopped itself, 130 Ctrl-C.",
+    epilog="Every key is explained in docs/configuration.md, starting and stopping in docs/running.md. "
+    "Exit codes: 0 done, 1 failed, 2 the configuration or data cannot be used, 3 training stopped itself, 130 Ctrl-C.",
 )
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/demo.yaml.")]
@@ -67,16 +68,18 @@ def top(
 def train(context: typer.Context, config: ConfigPath) -> None:
     """Train what CONFIG describes.
 
-    Starts [bold]launch.nproc_per_node[/bold] ranks on this machine; inside torchrun it is the rank that torchrun
-    started. Keys are overridden by [bold]key=value[/bold] after the file: train.max_steps=100, --learning_rate=1e-3.
+    Starts [bold]launch.nproc_per_node[/bold] ranks on this machine; inside torchrun it is the rank that
+    torchrun started. Keys are overridden by [bold]key=value[/bold] after the file: train.max_steps=100,
+    --learning_rate=1e-3.
 
-    The run folder [bold]train.output_dir[/bold] gets config.yaml, metrics.jsonl, train.log, tb/ and checkpoints;
-    starting again continues from the last one.
+    The run folder [bold]train.output_dir[/bold] gets config.yaml, metrics.jsonl, train.log, tb/ and
+    checkpoints; starting again continues from the last one.
 
     [dim]Example:[/dim]  moe-dist train configs/demo.yaml train.max_time=60
     """
     inside = started_by_torchrun()
-    settings = load_config(config, context.args, notice=_notice if os.environ.get("RANK", "0") == "0" else _nothing)
+    notice = _notice if os.environ.get("RANK", "0") == "0" else _nothing
+    settings = load_config(config, context.args, notice=notice)
     if inside:
         from launcher.worker import run_under_torchrun
 
@@ -96,7 +99,9 @@ def check(
     world_size: Annotated[
         int | None, typer.Option("--world-size", "-n", min=1, help="Ranks; default: launch.nproc_per_node.")
     ] = None,
-    show_config: Annotated[bool, typer.Option("--show-config", help="Print every key with its value.")] = False,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print every key with its value.")
+    ] = False,
 ) -> None:
     """Validate CONFIG and print its layout, without starting anything.
 

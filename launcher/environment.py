@@ -37,7 +37,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> Environment:
     def number(name: str, default: str | None = None) -> int:
         text = environ.get(name, default)
         if text is None:
-            raise ConfigError(f"{name} is not set, but RANK is: start with torchrun, or unset RANK and WORLD_SIZE")
+            raise ConfigError(f"{name} is not set, but RANK is: start with torchrun, or unset RANK")
         try:
             return int(text)
         except ValueError:
@@ -51,7 +51,9 @@ def detect(environ: Mapping[str, str] = os.environ) -> Environment:
         number("LOCAL_WORLD_SIZE", str(world_size)),
     )
     if not 0 <= found.rank < found.world_size:
-        raise ConfigError(f"RANK={found.rank}: from 0 to {found.world_size - 1} (WORLD_SIZE={found.world_size})")
+        raise ConfigError(
+            f"RANK={found.rank}: from 0 to {found.world_size - 1} (WORLD_SIZE={found.world_size})"
+        )
     if not 0 <= found.local_rank < found.local_world_size:
         raise ConfigError(
             f"LOCAL_RANK={found.local_rank}: from 0 to {found.local_world_size - 1} "
@@ -65,6 +67,6 @@ def detect(environ: Mapping[str, str] = os.environ) -> Environment:
 
 
 def let_the_first_speak(environ: Mapping[str, str] = os.environ) -> None:
-    """Under torchrun every rank finds the same mistake: one of each machine says it, and torchrun ends the rest."""
+    """Under torchrun every rank finds the same mistake: one of each machine says it, torchrun ends the rest."""
     if started_by_torchrun(environ) and environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moe_dist.config import Config
@@ -33,15 +34,17 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         groups.add_column(column, header_style="dim", overflow="fold")
     for axis, meaning in _MEANING.items():
         members = layout.groups(axis)
-        shown = " ".join("[" + " ".join(map(str, group)) + "]" for group in members[:8])
+        shown = " ".join(_group(group) for group in members[:8])
         more = f" ... {len(members)} groups" if len(members) > 8 else ""
-        groups.add_row(axis, str(len(members[0])), f"{shown}{more}".replace("[", r"\["), meaning)
+        groups.add_row(axis, str(len(members[0])), escape(shown + more), meaning)
     console.print(groups)
     console.print()
     numbers = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
     numbers.add_row("parameters", f"{counts.total:,}", amount(counts.total))
     numbers.add_row(
-        "active per token", f"{counts.active:,}", f"{amount(counts.active)}, {100 * counts.active / counts.total:.1f} %"
+        "active per token",
+        f"{counts.active:,}",
+        f"{amount(counts.active)}, {100 * counts.active / counts.total:.1f} %",
     )
     for stage in per_rank(config.model, layout):
         name = "on each rank" if layout.pp_size == 1 else f"on each rank of stage {stage.stage}"
@@ -54,7 +57,15 @@ def print_report(config: Config, world_size: int, console: Console | None = None
     numbers.add_row(
         "global batch",
         f"{batch:,} sequences",
-        f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps} accumulated x {layout.dp_size} "
-        f"data parallel = {batch * config.data.max_seq_length:,} tokens",
+        f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps} accumulated x "
+        f"{layout.dp_size} data parallel = {batch * config.data.max_seq_length:,} tokens",
     )
     console.print(numbers)
+
+
+def _group(ranks: list[int]) -> str:
+    """[0,2], [0-7], or [0,8,..,56]: short, and without a space at which a narrow terminal would break it."""
+    if len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1)):
+        return f"[{ranks[0]}-{ranks[-1]}]"
+    shown = list(map(str, ranks))
+    return "[" + ",".join(shown if len(shown) <= 8 else [*shown[:2], "..", shown[-1]]) + "]"

@@ -1,12 +1,13 @@
 """Ranks on this machine: start them, watch them, end them all when one fails. Imports no torch.
 
 The launcher is a parent and nothing else, so that it can always answer: a rank may sit in a collective for
-minutes, the launcher never does. It opens the port of the rendezvous itself and hands it to rank 0 already open.
-Nobody can take it in between, a taken one is found at once, and only this machine can connect.
+minutes, the launcher never does. It opens the port of the rendezvous itself and hands it to rank 0 already
+open: nobody can take it in between, a taken one is found at once, and only this machine can connect.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -114,11 +115,9 @@ class Ranks:
                 if rank == 0:
                     own[STORE] = str(listener.fileno())
                     files.append(listener.fileno())
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-u", "-m", "launcher.worker"], env={**os.environ, **shared, **own}, pass_fds=files
-                    )
-                )
+                command = [sys.executable, "-u", "-m", "launcher.worker"]
+                environment = {**os.environ, **shared, **own}
+                self.processes.append(subprocess.Popen(command, env=environment, pass_fds=files))
             os.close(theirs)
 
     def __enter__(self) -> Ranks:
@@ -193,8 +192,8 @@ def _listen(port: int) -> socket.socket:
         listener.listen(1024)
     except (OSError, OverflowError) as error:
         listener.close()
-        reason = "it is in use" if getattr(error, "errno", None) == 98 else str(error)
-        raise ConfigError(f"launch.master_port={port}: {reason}; choose another, or 0 for a free one") from None
+        reason = "in use" if getattr(error, "errno", None) == errno.EADDRINUSE else str(error)
+        raise ConfigError(f"launch.master_port={port}: {reason}; choose another, or 0 for a free one") from error
     return listener
 
 

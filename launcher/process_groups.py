@@ -25,8 +25,8 @@ def choose_device(config: Config, environment: Environment) -> torch.device:
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if environment.local_rank >= available:
         raise ValueError(
-            f"launch.device={wanted}: rank {environment.rank} needs CUDA device {environment.local_rank}, this "
-            f"machine has {available}; start at most {available} ranks here, or set launch.device=cpu"
+            f"launch.device={wanted}: rank {environment.rank} needs CUDA device {environment.local_rank}, "
+            f"this machine has {available}; start at most {available} ranks here, or set launch.device=cpu"
         )
     return torch.device("cuda", environment.local_rank)
 
@@ -69,7 +69,7 @@ def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
 
 
 def _store(environment: Environment, timeout: timedelta) -> dist.Store | None:
-    """Where the ranks of the local launcher meet: rank 0 serves on the socket it was given. None under torchrun."""
+    """Where ranks of the local launcher meet: rank 0 serves on the socket it was given. None under torchrun."""
     if REPORTS not in os.environ:
         return None
     listener = int(os.environ[STORE]) if environment.rank == 0 else None

@@ -27,7 +27,8 @@ EXIT_FAILED = 1
 """Anything unexpected."""
 
 # What the local launcher leaves in a rank's environment.
-CONFIG, LAUNCHER, REPORTS, STORE = "MOE_DIST_CONFIG", "MOE_DIST_LAUNCHER", "MOE_DIST_REPORTS", "MOE_DIST_STORE"
+CONFIG, LAUNCHER = "MOE_DIST_CONFIG", "MOE_DIST_LAUNCHER"
+REPORTS, STORE = "MOE_DIST_REPORTS", "MOE_DIST_STORE"
 
 _PR_SET_PDEATHSIG = 1
 _MAX_TEXT = 2000  # a report must go through the pipe in one piece
@@ -48,7 +49,7 @@ def train(config: Config, environment: Environment, dataset: Any = None) -> int:
 def main(config: Config, environment: Environment) -> int:
     """`train`, with every error as one line: exit codes as above."""
     # A single process saves as one on purpose.
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
     try:
         return train(config, environment)
     except ConfigError as error:
@@ -118,7 +119,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def run_under_torchrun(config: Config, environment: Environment) -> NoReturn:
-    """A rank that torchrun, or something in its manner, has started: one process of a person's terminal or job."""
+    """A rank that torchrun, or something in its manner, has started."""
     die_with_parent(os.getppid())
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:

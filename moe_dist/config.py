@@ -74,7 +74,7 @@ class ModelConfig(Section):
     qk_norm: bool = True
     """RMSNorm on each query and key head (Qwen3: yes, Mixtral: no)."""
     attention_bias: bool = False
-    """Bias in the q, k and v projections."""
+    """Bias in the q, k, v and output projections (as in Hugging Face's Qwen3-MoE)."""
     attention_dropout: Probability = 0.0
     """Dropout on attention weights in training."""
     tie_word_embeddings: bool = False
@@ -111,9 +111,7 @@ class ModelConfig(Section):
     def has_experts(self, layer: int) -> bool:
         """Whether block `layer` (from 0) is a mixture-of-experts block."""
         return (
-            self.num_experts > 0
-            and layer not in self.mlp_only_layers
-            and (layer + 1) % self.decoder_sparse_step == 0
+            self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
         )
 
     @property

@@ -42,13 +42,10 @@ def check_model(model: ModelConfig) -> ModelConfig:
     heads, kv_heads = model.num_attention_heads, model.kv_heads
     if heads % kv_heads:
         raise ValueError(
-            f"num_key_value_heads={kv_heads}: must divide num_attention_heads={heads} "
-            f"(allowed: {_divisors(heads)})"
+            f"num_key_value_heads={kv_heads}: must divide num_attention_heads={heads} (allowed: {_divisors(heads)})"
         )
     if model.head_dim is None and model.hidden_size % heads:
-        raise ValueError(
-            f"hidden_size={model.hidden_size}: not divisible by num_attention_heads={heads}; set head_dim"
-        )
+        raise ValueError(f"hidden_size={model.hidden_size}: not divisible by num_attention_heads={heads}; set head_dim")
     if model.head_size % 2:
         raise ValueError(f"head_dim={model.head_size}: must be even (rotary embedding)")
     for layer in model.mlp_only_layers:
@@ -86,8 +83,7 @@ def check_optimizer(optimizer: OptimizerConfig) -> OptimizerConfig:
     """A schedule that goes down."""
     if optimizer.min_learning_rate > optimizer.learning_rate:
         raise ValueError(
-            f"min_learning_rate={optimizer.min_learning_rate}: at most "
-            f"learning_rate={optimizer.learning_rate}"
+            f"min_learning_rate={optimizer.min_learning_rate}: at most learning_rate={optimizer.learning_rate}"
         )
     return optimizer
 

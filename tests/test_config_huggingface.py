@@ -74,7 +74,6 @@ def test_mixtral_config_json(tmp_path: Path) -> None:
         ({**QWEN3, "use_sliding_window": True}, "sliding_window=4096: only null"),
         ({**MIXTRAL, "sliding_window": 4096}, "sliding_window=4096: only null"),
         ({**QWEN3, "layer_types": ["full_attention", "sliding_attention"]}, "only full_attention"),
-        ({**QWEN3, "attention_bias": True}, "attention_bias=true: only false"),
         ({**QWEN3, "kv_lora_rank": 5}, "kv_lora_rank=5: unknown key in a qwen3_moe model"),
         ({**QWEN3, "hidden_act": "gelu"}, "model.hidden_act='gelu': only silu"),
         ({k: v for k, v in QWEN3.items() if k != "hidden_size"}, "has no hidden_size"),

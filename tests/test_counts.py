@@ -71,7 +71,7 @@ def test_a_model_counted_by_hand() -> None:
     )
     counts = parameter_counts(model)
     assert (counts.embedding, counts.head) == (80, 80)
-    assert counts.attention == 2 * (64 + 64 + 32 + 32 + 8 + 4 + 4)
+    assert counts.attention == 2 * (64 + 64 + 32 + 32 + 8 + 4 + 4 + 8)
     assert (counts.per_expert, counts.experts, counts.active_experts) == (72, 288, 144)
     assert (counts.shared_experts, counts.router, counts.dense_mlp) == (168, 32, 120)
     assert counts.norms == 2 * (8 + 8 + 4 + 4) + 8

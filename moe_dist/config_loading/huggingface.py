@@ -20,9 +20,7 @@ _COPIED = _words(
     "tie_word_embeddings initializer_range"
 )
 _QWEN3_ONLY = _words("intermediate_size moe_intermediate_size decoder_sparse_step mlp_only_layers")
-_NEEDED = _words(
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_experts num_experts_per_tok"
-)
+_NEEDED = _words("vocab_size hidden_size num_hidden_layers num_attention_heads num_experts num_experts_per_tok")
 # What a missing key means there, where that differs from config.py.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"max_position_embeddings": 32768, "norm_topk_prob": False},
@@ -37,9 +35,8 @@ _BOOKKEEPING = set(
         "pad_token_id problem_type return_dict torch_dtype transformers_version use_cache"
     )
 )
-# Keys this model can only have one way (attention_bias there means o_proj too, which has none here).
+# Keys this model can only have one way.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False,),
     "qkv_bias": (False,),
     "use_qk_norm": (True,),
     "shared_expert_intermediate_size": (0, None),
@@ -59,9 +56,7 @@ def read_huggingface(file: Path, said: str) -> tuple[dict[str, Any], dict[str, A
         raise ConfigError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(raw, dict) or str(raw.get("model_type")) not in _DEFAULTS:
         kind = raw.get("model_type") if isinstance(raw, dict) else None
-        raise ConfigError(
-            f"{said}: model_type={show(kind)} ({file}); allowed: {', '.join(sorted(_DEFAULTS))}"
-        )
+        raise ConfigError(f"{said}: model_type={show(kind)} ({file}); allowed: {', '.join(sorted(_DEFAULTS))}")
     kind = raw["model_type"]
     model = dict(_DEFAULTS[kind], qk_norm=kind == "qwen3_moe")
     if kind == "mixtral":

@@ -65,9 +65,7 @@ class _Reading:
                 said[key] = (spelling, meant)
         if (source := said.pop("model.from", ("", None))[1]) is not None:
             if not isinstance(source, str):
-                raise ConfigError(
-                    f"model.from={show(source)}: a config.json, or the folder it is in ({origin})"
-                )
+                raise ConfigError(f"model.from={show(source)}: a config.json, or the folder it is in ({origin})")
             file = folder / os.path.expanduser(source)
             file = file / "config.json" if file.is_dir() else file
             model, self.balance_defaults = read_huggingface(file, f"model.from={show(source)}")
@@ -108,9 +106,7 @@ def _override_tree(overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
         except ConfigError as error:
             # *.txt would be an alias in YAML: what does not begin a list or a mapping is taken as text.
             if text.lstrip()[:1] in ("[", "{"):
-                raise ConfigError(
-                    f"{name}={text!r}: {str(error).partition(': ')[2]} (command line)"
-                ) from None
+                raise ConfigError(f"{name}={text!r}: {str(error).partition(': ')[2]} (command line)") from None
             value = text
         for part in reversed(name.split(".")):
             value = {part: value}

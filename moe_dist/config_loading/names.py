@@ -86,9 +86,7 @@ def spellings(raw: Mapping[Any, Any], origin: str) -> Iterator[tuple[str, Any]]:
     for name, content in raw.items():
         if name in SECTIONS or name in OTHER_SECTIONS:
             if not isinstance(content, dict | None):
-                raise ConfigError(
-                    f"{name}={show(content)}: a section, with its keys indented under it ({origin})"
-                )
+                raise ConfigError(f"{name}={show(content)}: a section, with its keys indented under it ({origin})")
             yield from ((f"{name}.{key}", value) for key, value in (content or {}).items())
         elif isinstance(content, dict):
             sections = [*SECTIONS, *OTHER_SECTIONS]
@@ -106,9 +104,7 @@ def place(spelling: str, value: Any, origin: str, notice: Callable[[str], None])
         return [(spelling, value)]
     if leaf in ALWAYS_ON:
         if value is not True:
-            raise ConfigError(
-                f"{spelling}={show(value)}: only true; expert utilisation is always recorded ({origin})"
-            )
+            raise ConfigError(f"{spelling}={show(value)}: only true; expert utilisation is always recorded ({origin})")
         notice(f"{spelling} is not needed: expert utilisation is always recorded")
         return []
     if leaf == "mixed_precision":

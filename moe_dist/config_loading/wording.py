@@ -29,9 +29,7 @@ def allowed(kind: Any, limits: Sequence[Any] = ()) -> str:
     """What a field of this type takes, in words: `a whole number above 0`."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        found = [
-            m for extra in inner[1:] for m in (extra.metadata if isinstance(extra, FieldInfo) else [extra])
-        ]
+        found = [m for extra in inner[1:] for m in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
         return allowed(inner[0], found)
     if origin is Literal:
         choices = ", ".join(value if isinstance(value, str) else show(value) for value in inner)
@@ -40,9 +38,7 @@ def allowed(kind: Any, limits: Sequence[Any] = ()) -> str:
         return " or ".join("null" if arg is type(None) else allowed(arg) for arg in inner)
     if origin is list:
         return f"a list, each entry {allowed(inner[0])}"
-    words = {bool: "true or false", str: "text", Path: "a path", int: "a whole number", float: "a number"}[
-        kind
-    ]
+    words = {bool: "true or false", str: "text", Path: "a path", int: "a whole number", float: "a number"}[kind]
     bound = {name: getattr(m, name) for m in limits for name in ("gt", "ge", "lt", "le") if hasattr(m, name)}
     low = f"above {bound['gt']:g}" if "gt" in bound else f"{bound['ge']:g} or more" if "ge" in bound else ""
     high = f"below {bound['lt']:g}" if "lt" in bound else f"at most {bound['le']:g}" if "le" in bound else ""

@@ -76,9 +76,7 @@ def _weigh(node: yaml.Node, seen: dict[int, int | None]) -> int:
             children += [key, value]
     weight = 1 + sum(_weigh(child, seen) for child in children)
     if weight > MAX_NODES:
-        raise ConfigError(
-            f"line {node.start_mark.line + 1}: over {MAX_NODES:,} values once aliases are written out"
-        )
+        raise ConfigError(f"line {node.start_mark.line + 1}: over {MAX_NODES:,} values once aliases are written out")
     seen[id(node)] = weight
     return weight
 

@@ -91,7 +91,7 @@ def _block(model: ModelConfig, layer: int) -> tuple[int, int, int, int, int, int
     q_width, kv_width = model.num_attention_heads * C, model.kv_heads * C
     attention = 2 * D * q_width + 2 * D * kv_width
     if model.attention_bias:
-        attention += q_width + 2 * kv_width
+        attention += q_width + 2 * kv_width + D
     norms = 2 * D + (2 * C if model.qk_norm else 0)
     if not model.has_experts(layer):
         return attention, 0, 0, 0, 3 * D * model.intermediate_size, norms
@@ -155,7 +155,7 @@ def matmul_parameters(model: ModelConfig) -> int:
     """
     counts = parameter_counts(model)
     q_width, kv_width = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
-    biases = model.num_hidden_layers * (q_width + 2 * kv_width) if model.attention_bias else 0
+    biases = model.num_hidden_layers * (q_width + 2 * kv_width + model.hidden_size) if model.attention_bias else 0
     head = model.vocab_size * model.hidden_size
     return counts.active - counts.embedding - counts.head + head - counts.norms - biases
 

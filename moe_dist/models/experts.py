@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe_dist.config import ModelConfig
-from moe_dist.models.memory import new_empty
 from moe_dist.models.registry import Registry
 
 SeedOf = Callable[[int], int]
@@ -63,9 +62,7 @@ class Experts(nn.Module):
         for index in range(self.num_local):
             generator = torch.Generator().manual_seed(seed_of(self.first_expert + index))
             for parameter in (self.w_gate_up, self.w_down):
-                parameter[index].copy_(
-                    torch.empty(parameter.shape[1:]).normal_(0.0, std, generator=generator)
-                )
+                parameter[index].copy_(torch.empty(parameter.shape[1:]).normal_(0.0, std, generator=generator))
 
 
 class LoopExperts(Experts):
@@ -75,9 +72,7 @@ class LoopExperts(Experts):
         # unbind once: indexing weight[e] in the loop would build a full-size zero gradient per expert.
         weights = zip(self.w_gate_up.unbind(0), self.w_down.unbind(0), strict=True)
         chunks = rows_RD.split(rows_per_expert.tolist())
-        return torch.cat(
-            [swiglu(x @ gate_up) @ down for x, (gate_up, down) in zip(chunks, weights, strict=True)]
-        )
+        return torch.cat([swiglu(x @ gate_up) @ down for x, (gate_up, down) in zip(chunks, weights, strict=True)])
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -139,8 +134,8 @@ class _LoopedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, counts: list[int]) -> Tensor:
-        gate_up_R = new_empty(rows_RD, (rows_RD.shape[0], w_gate_up.shape[2]))
-        out_RD = new_empty(rows_RD, rows_RD.shape)
+        gate_up_R = rows_RD.new_empty(rows_RD.shape[0], w_gate_up.shape[2])
+        out_RD = rows_RD.new_empty(rows_RD.shape)
         scratch = rows_RD.new_empty(max(counts), w_down.shape[1])
         for count, rows, gate_up, out, up_weight, down_weight in _by_expert(
             counts, rows_RD, gate_up_R, out_RD, w_gate_up, w_down
@@ -159,7 +154,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
         rows_RD, gate_up_R, w_gate_up, w_down = ctx.saved_tensors
         grad_RD = grad_RD.contiguous()
         wanted = ctx.needs_input_grad[:3]
-        results = [new_empty(grad_RD, tensor.shape) for tensor in (rows_RD, w_gate_up, w_down)]
+        results = [grad_RD.new_empty(tensor.shape) for tensor in (rows_RD, w_gate_up, w_down)]
         longest, width = max(ctx.counts), w_down.shape[1]
         scratch = [grad_RD.new_empty(longest, size) for size in (width, width, 2 * width)]
         for index in (index for index, count in enumerate(ctx.counts) if count == 0):
@@ -182,7 +177,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
 
 
 def _by_expert(counts: list[int], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """For each expert with rows: their number, its part of each (R, ...) tensor, its matrix of each weight."""
+    """For each expert with rows: how many, its part of each (R, ...) tensor, its matrix of each weight."""
     parts = [tensor.split(counts) if tensor.dim() == 2 else tensor.unbind(0) for tensor in tensors]
     return (row for row in zip(counts, *parts, strict=True) if row[0])
 
@@ -216,9 +211,7 @@ class ExpertList(nn.Module):
 
     def shard(self, first: int, count: int) -> None:
         """Keep only `count` experts from global id `first` on."""
-        self.experts = nn.ModuleDict(
-            {str(index): self.experts[str(index)] for index in range(first, first + count)}
-        )
+        self.experts = nn.ModuleDict({str(index): self.experts[str(index)] for index in range(first, first + count)})
         self.first_expert, self.num_local = first, count
 
     def initialize(self, seed_of: SeedOf, std: float) -> None:

@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.models.memory import new_empty
-
 _ROWS_IN_CACHE = 512
 
 
@@ -49,9 +47,7 @@ def sort_by_expert(expert_ids_TK: Tensor, num_experts: int, num_rows: int | None
     row_of_pair[order] = torch.arange(flat.numel(), device=flat.device)
     counts = count_ids(flat, num_experts)
     complete = num_rows is None or num_rows == flat.numel()
-    return Permutation(
-        order if complete else order[:num_rows], row_of_pair.view_as(expert_ids_TK), counts, complete
-    )
+    return Permutation(order if complete else order[:num_rows], row_of_pair.view_as(expert_ids_TK), counts, complete)
 
 
 def count_ids(ids: Tensor, num_experts: int) -> Tensor:
@@ -105,17 +101,11 @@ def _row_dots(a_RD: Tensor, b_RD: Tensor) -> Tensor:
     return torch.cat([(a * b).sum(1, dtype=wide) for a, b in parts])
 
 
-def _pick(tokens_TD: Tensor, token_of_row: Tensor) -> Tensor:
-    """tokens_TD[token_of_row], (R, D)."""
-    out = new_empty(tokens_TD, (token_of_row.shape[0], tokens_TD.shape[1]))
-    return torch.index_select(tokens_TD, 0, token_of_row, out=out)
-
-
 class _RowsFromTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
-        return _pick(x_TD, permutation.token_of_row)
+        return x_TD.index_select(0, permutation.token_of_row)
 
     @staticmethod
     @once_differentiable
@@ -135,7 +125,7 @@ class _TokensFromRows(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_RD, weights_TK = ctx.saved_tensors
         pairs = ctx.permutation.pair_of_row
-        grad_rows = _pick(grad_TD, ctx.permutation.token_of_row)
+        grad_rows = grad_TD.index_select(0, ctx.permutation.token_of_row)
         grad_weights = None
         if ctx.needs_input_grad[1]:
             grad_weights = weights_TK.new_zeros(weights_TK.numel())

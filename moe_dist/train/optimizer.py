@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_dist.config import OptimizerConfig
 from moe_dist.models.transformer import Transformer
@@ -100,9 +100,3 @@ def _build(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer
     if config.optim == "adafactor":
         return torch.optim.Adafactor(groups, lr=rate)
     return torch.optim.SGD(groups, lr=rate, momentum=config.momentum)
-
-
-def describe_parameters(model: nn.Module, total: int, trainable: int) -> str:
-    """The line people look for: how much of the model is trained."""
-    share = 100.0 * trainable / max(1, total)
-    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"

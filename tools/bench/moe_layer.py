@@ -5,7 +5,8 @@
 Contenders take turns, round by round, so that a busy machine slows all of them; figures are medians. Peers: the
 sparse block of `transformers`' Qwen3-MoE with its `eager` and `grouped_mm` experts, and our own plain loop. `limit`
 is dense matmuls of the same FLOPs: what no layer can beat. Ours includes what training needs and the peers leave
-out: the auxiliary loss and the load facts. Ratios are time_peer / time_ours: above 1, ours is faster.
+out: the auxiliary loss and the load facts. Freed memory is kept, as in our workers, for all contenders;
+`--fresh-memory` measures with malloc's default. Ratios are time_peer / time_ours: above 1, ours is faster.
 
 Not covered: several ranks, skewed routing, a GPU.
 """
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.auxiliary import LoadFacts
+from moe_dist.models.memory import keep_freed_memory
 from moe_dist.models.moe import MoE
 
 PEERS = ("hf_eager", "hf_grouped_mm", "our_loop")
@@ -46,9 +48,7 @@ class Cell:
 
     def __str__(self) -> str:
         kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
-        return (
-            f"{self.experts:>3}x{self.hidden}->{self.width} top-{self.top_k} {kind} {self.tokens:>4} tokens"
-        )
+        return f"{self.experts:>3}x{self.hidden}->{self.width} top-{self.top_k} {kind} {self.tokens:>4} tokens"
 
 
 def cells(quick: bool) -> list[Cell]:
@@ -121,9 +121,7 @@ def contenders(cell: Cell) -> dict[str, torch.nn.Module]:
     return {name: module.to(cell.dtype).train() for name, module in made.items()}
 
 
-def step(
-    module: torch.nn.Module, x: Tensor, upstream: Tensor, clock: Callable[[], float]
-) -> tuple[float, Tensor]:
+def step(module: torch.nn.Module, x: Tensor, upstream: Tensor, clock: Callable[[], float]) -> tuple[float, Tensor]:
     """Seconds of one forward and backward, and the output."""
     module.zero_grad(set_to_none=True)
     x.grad = None
@@ -149,9 +147,7 @@ def measure(cell: Cell, rounds: int, quick: bool, clock: Callable[[], float]) ->
             times[name] = [seconds]
     for name in ("hf_grouped_mm", "our_loop"):
         error = (outputs[name] - outputs["ours"]).norm() / outputs["ours"].norm()
-        assert error < (1e-4 if cell.dtype == torch.float32 else 0.2), (
-            f"{name} computes something else: {error}"
-        )
+        assert error < (1e-4 if cell.dtype == torch.float32 else 0.2), f"{name} computes something else: {error}"
     once = set(times)
     for _ in range(rounds):
         gc.collect()
@@ -162,25 +158,23 @@ def measure(cell: Cell, rounds: int, quick: bool, clock: Callable[[], float]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer sizes and rounds: under a minute on a quiet machine"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: under a minute on a quiet machine")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, help="default 9, or 3 with --quick")
-    parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's time only"
-    )
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's time only")
     parser.add_argument("--only", default="", help="only cells whose name contains this")
+    parser.add_argument("--fresh-memory", action="store_true", help="let malloc return freed memory, its default")
     arguments = parser.parse_args()
+    kept = not arguments.fresh_memory and keep_freed_memory()
     torch.set_num_threads(arguments.threads)
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     rounds = arguments.rounds or (3 if arguments.quick else 9)
     names = ("ours", *PEERS, "limit")
-    print(
-        f"ms of one forward + backward, torch {torch.__version__}, {arguments.threads} thread(s), {rounds} rounds"
-    )
+    print(f"ms of one forward + backward, torch {torch.__version__}, {arguments.threads} thread(s), {rounds} rounds")
     print(f"{'':<34}" + "".join(f"{name:>14}" for name in names) + "   ratio to best peer, to limit")
     results, ratios = [], []
     for cell in cells(arguments.quick):
