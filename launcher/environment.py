@@ -25,8 +25,11 @@ class Environment:
 
 
 def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether ranks have been started already: by torchrun, by this launcher, or by hand in its manner."""
-    return "RANK" in environ and "WORLD_SIZE" in environ
+    """Whether ranks have been started already: by torchrun, by this launcher, or by hand in its manner.
+
+    Half of it counts: someone has tried, and starting ranks inside a rank would only hide it.
+    """
+    return "RANK" in environ or ("WORLD_SIZE" in environ and "MASTER_ADDR" in environ)
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> Environment:
@@ -37,22 +40,29 @@ def detect(environ: Mapping[str, str] = os.environ) -> Environment:
     def number(name: str, default: str | None = None) -> int:
         text = environ.get(name, default)
         if text is None:
-            raise ConfigError(f"{name} is not set, but RANK is: start with torchrun, or unset RANK")
+            other = "RANK" if name == "WORLD_SIZE" else "WORLD_SIZE"
+            raise ConfigError(
+                f"{name} is not set, but {other}={environ[other]}: start with torchrun, or unset {other}"
+            )
         try:
             return int(text)
         except ValueError:
             raise ConfigError(f"{name}={text}: a whole number") from None
 
     rank, world_size = number("RANK"), number("WORLD_SIZE")
+    if world_size < 1:
+        raise ConfigError(f"WORLD_SIZE={world_size}: at least 1")
     found = Environment(
         rank,
         number("LOCAL_RANK", str(rank)),
         world_size,
         number("LOCAL_WORLD_SIZE", str(world_size)),
     )
-    if not 0 <= found.rank < found.world_size:
+    if not 0 <= found.rank < world_size:
+        raise ConfigError(f"RANK={found.rank}: from 0 to {world_size - 1} (WORLD_SIZE={world_size})")
+    if not 1 <= found.local_world_size <= world_size:
         raise ConfigError(
-            f"RANK={found.rank}: from 0 to {found.world_size - 1} (WORLD_SIZE={found.world_size})"
+            f"LOCAL_WORLD_SIZE={found.local_world_size}: from 1 to {world_size} (WORLD_SIZE={world_size})"
         )
     if not 0 <= found.local_rank < found.local_world_size:
         raise ConfigError(
@@ -63,6 +73,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> Environment:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in environ:
                 raise ConfigError(f"{name} is not set, but WORLD_SIZE={world_size}: start with torchrun")
+        number("MASTER_PORT")
     return found
 
 

@@ -109,6 +109,9 @@ class Ranks:
                 "MASTER_ADDR": LOOPBACK,
                 "MASTER_PORT": str(listener.getsockname()[1]),
             }
+            # Ranks never hear of Ctrl-C, which a terminal sends to everyone: half-started they would answer with
+            # a page of code. The launcher hears it, and ends them.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             for rank in range(count):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 files = [theirs]
@@ -118,6 +121,7 @@ class Ranks:
                 command = [sys.executable, "-u", "-m", "launcher.worker"]
                 environment = {**os.environ, **shared, **own}
                 self.processes.append(subprocess.Popen(command, env=environment, pass_fds=files))
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(theirs)
 
     def __enter__(self) -> Ranks:
@@ -210,7 +214,8 @@ def _verdict(failed: list[Ended], ranks: Ranks, config: Config) -> int:
         return 0
     _restore_terminal()
     alone, told = config.launch.nproc_per_node == 1, ranks.told
-    killed = [end for end in failed if end.code < 0]
+    # Not SIGABRT: that is how libraries give up when a peer is gone.
+    killed = [end for end in failed if end.code < 0 and end.code != -signal.SIGABRT]
     spoke = [end for rank in told for end in failed if end.rank == rank]
     cause = (killed or spoke or failed)[0]
     who = f"the process (pid {cause.pid})" if alone else f"rank {cause.rank} (pid {cause.pid})"

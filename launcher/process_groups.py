@@ -64,7 +64,7 @@ def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
         device_id=device if backend == "nccl" else None,
     )
     # Not in a finally: after an error peers may be gone, and destroying groups would wait for them.
-    yield Mesh.create(layout, device)
+    yield Mesh.create(layout, device, config.parallel.shard_size)
     dist.destroy_process_group()
 
 

@@ -85,7 +85,7 @@ def _report(error: BaseException, environment: Environment, code: int) -> int:
         return code
     if code == EXIT_CONFIG:
         let_the_first_speak()
-    elif "Connection closed by peer" in text or "Connection reset by peer" in text:
+    elif "closed by peer" in text or "reset by peer" in text:
         time.sleep(2)  # a peer has failed and says why; torchrun ends this rank meanwhile
     print(f"moe-dist: error: {text}", file=sys.stderr, flush=True)
     return code
@@ -135,9 +135,8 @@ def _go(number: int, frame: FrameType | None) -> None:
 def run_rank() -> NoReturn:
     """Entry of a rank started by the local launcher."""
     die_with_parent(int(os.environ.pop(LAUNCHER)))
-    # Ctrl-C reaches the whole terminal group: ranks go silently, the launcher has the word.
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # blocked until here; Ctrl-C is for the launcher
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.set_inheritable(int(os.environ[REPORTS]), False)
     leave(main(Config.model_validate_json(os.environ.pop(CONFIG)), detect()))
 

@@ -166,8 +166,12 @@ class ParallelConfig(Section):
     """Expert parallelism: ranks over which the experts of a layer are spread."""
     pp_size: Literal[1] = 1
     """Pipeline stages. This version trains with one stage."""
-    zero_stage: Literal[0] = 0
-    """Sharding of optimizer state, gradients, parameters. This version replicates them (0)."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """0: every replica holds everything; 1: optimizer state is sharded over replicas; 2: gradients; 3: parameters."""
+    shard_size: Positive | None = None
+    """Shard inside groups of this many replicas and replicate across them (hybrid sharding); default: all replicas."""
+    cpu_offload: bool = False
+    """Keep sharded parameters, gradients and optimizer state in host memory (CUDA, zero_stage 3)."""
 
 
 class TrainConfig(Section):

@@ -98,6 +98,21 @@ def check_sections(config: Config) -> Config:
         )
     if parallel.ep_size > 1 and not model.moe_layers:
         raise ValueError(f"parallel.ep_size={parallel.ep_size}: the model has no expert layer; allowed: 1")
+    if parallel.shard_size is not None:
+        size, ep_size = parallel.shard_size, parallel.ep_size
+        if not parallel.zero_stage:
+            raise ValueError(
+                f"parallel.shard_size={size}: nothing is sharded with parallel.zero_stage=0; allowed: 1, 2, 3"
+            )
+        if size % ep_size and ep_size % size:
+            raise ValueError(f"parallel.shard_size={size}: a multiple or a divisor of parallel.ep_size={ep_size}")
+    if parallel.cpu_offload and (parallel.zero_stage != 3 or config.launch.device == "cpu"):
+        raise ValueError("parallel.cpu_offload=true: needs parallel.zero_stage=3 and a CUDA device")
+    if parallel.zero_stage and config.optimizer.optim == "adafactor":
+        raise ValueError(
+            f"optimizer.optim=adafactor: its row and column means need whole matrices, which parallel.zero_stage="
+            f"{parallel.zero_stage} cuts; allowed: adamw_torch_fused, adamw_torch, sgd, or parallel.zero_stage=0"
+        )
     if config.data.max_seq_length > model.max_position_embeddings:
         raise ValueError(
             f"data.max_seq_length={config.data.max_seq_length}: at most "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moe_dist.config import Config
 from moe_dist.config_loading import load_mapping
@@ -17,7 +18,7 @@ from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.balance import Balancer
-from moe_dist.train.build import build_model
+from moe_dist.train.build import build_gradients, build_model
 from moe_dist.train.optimizer import Optimizer
 from moe_dist.train.step import TrainStep
 
@@ -80,7 +81,9 @@ class Parts:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.model = build_model(config, mesh)
-        self.gradients = Gradients(self.model, mesh, bucket_mb=0.001)  # many buckets, so their order matters
+        self.gradients = build_gradients(self.model, config, mesh)
+        if isinstance(self.gradients, Gradients):
+            self.gradients.bucket_bytes = 1000  # many buckets, so their order matters
         self.optimizer = Optimizer(self.model, self.gradients, config.optimizer)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate)
         self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config)
@@ -90,6 +93,8 @@ class Parts:
         return {name: self._whole(name, tensor.detach()) for name, tensor in tensors.items()}
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
         group = self.mesh.group("ep")
         if group is None or name not in self.model.expert_parameter_names():
             return tensor.clone()
@@ -106,11 +111,11 @@ class Parts:
         return {str(moe.layer): moe.router.bias_E.clone() for moe in self.model.moe_layers()}
 
 
-def mesh_of(ep_size: int) -> Mesh:
+def mesh_of(ep_size: int, shard_size: int | None = None) -> Mesh:
     """This rank's mesh over all started ranks, or a single process."""
     if not dist.is_initialized():
         return Mesh.single()
-    return Mesh.create(Layout(dist.get_world_size(), 1, ep_size), torch.device("cpu"))
+    return Mesh.create(Layout(dist.get_world_size(), 1, ep_size), torch.device("cpu"), shard_size)
 
 
 def train_and_tell(
@@ -123,7 +128,7 @@ def train_and_tell(
     import plants
 
     config = tiny_config(f"parallel.ep_size={ep_size}", *overrides)
-    mesh = mesh_of(ep_size)
+    mesh = mesh_of(ep_size, config.parallel.shard_size)
     with plants.planted(plant) if plant else nullcontext():
         parts = Parts(config, mesh)
         told: dict[str, Any] = {"initial": parts.weights, "losses": [], "norms": []}
@@ -147,7 +152,7 @@ def unclipped(parts: Parts) -> Iterator[dict[str, Any]]:
     clip = parts.gradients.clip
 
     def keep(norm: Tensor, max_norm: float) -> None:
-        seen["gradients"] = parts.whole(parts.gradients.views)
+        seen["gradients"] = parts.whole(parts.gradients.logical)
         clip(norm, max_norm)
 
     parts.gradients.clip = keep  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.logical import as_stack, is_stacked_expert
+from moe_dist.parallel.logical import is_stacked_expert, like_parameter
 from moe_dist.parallel.mesh import Mesh
 
 logger = logging.getLogger("moe_dist")
@@ -36,18 +36,22 @@ class LogicalState:
     def __init__(self, model: Transformer, optimizer_state: NamedState, mesh: Mesh) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.put_back: list[tuple[list[Tensor], Tensor]] = []
+        parameters = dict(model.named_parameters())
         for name, tensor in model.state_dict().items():
-            self._add(f"model.{name}", tensor, is_stacked_expert(name, model), mesh)
+            self._add(f"model.{name}", tensor, parameters.get(name), name, model, mesh)
         for name, key, tensors, split in optimizer_state:
-            stacked = is_stacked_expert(name, model)
             tensor = tensors[0]
             if split:
                 tensor = torch.stack(tensors)
                 self.put_back.append((tensors, tensor))
-            self._add(f"optimizer.{name}.{key}", tensor, stacked and tensor.ndim > 0, mesh)
+            self._add(f"optimizer.{name}.{key}", tensor, parameters[name], name, model, mesh)
 
-    def _add(self, name: str, tensor: Tensor, stacked: bool, mesh: Mesh) -> None:
-        self.tensors[name] = as_stack(tensor, mesh) if stacked else tensor
+    def _add(
+        self, key: str, tensor: Tensor, parameter: Tensor | None, name: str, model: Transformer, mesh: Mesh
+    ) -> None:
+        if parameter is not None and tensor.ndim:
+            tensor = like_parameter(tensor, parameter, is_stacked_expert(name, model), mesh)
+        self.tensors[key] = tensor
 
     def finish_reading(self) -> None:
         for tensors, whole in self.put_back:

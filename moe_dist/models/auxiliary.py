@@ -8,8 +8,7 @@ Shape suffixes: T tokens, K top-k, E experts, G groups of tokens over which load
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +16,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import BalanceConfig
+from moe_dist.models.recompute import is_recomputing
 from moe_dist.models.router import Routing
-
-_recomputing = False
-
-
-@contextmanager
-def recomputing() -> Iterator[None]:
-    """Inside: a forward pass repeated by activation checkpointing, which must not count anything twice."""
-    global _recomputing
-    before, _recomputing = _recomputing, True
-    try:
-        yield
-    finally:
-        _recomputing = before
 
 
 class _InjectLoss(torch.autograd.Function):
@@ -161,7 +148,7 @@ class LoadBalance:
         return packed[None, :-1], packed[-1:]
 
     def _record(self, load_GE: Tensor, tokens_G: Tensor, sums: Tensor | None) -> None:
-        if self.facts is None or _recomputing:
+        if self.facts is None or is_recomputing():
             return
         self.facts.pairs_E += load_GE.sum(0)
         self.facts.tokens += tokens_G.sum()
@@ -170,5 +157,5 @@ class LoadBalance:
 
     def record_dropped(self, num_pairs: Tensor) -> None:
         """Count pairs (0-dim int64) that found no place."""
-        if self.facts is not None and not _recomputing:
+        if self.facts is not None and not is_recomputing():
             self.facts.dropped += num_pairs

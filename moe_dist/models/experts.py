@@ -5,7 +5,7 @@ Shape suffixes: R rows, D hidden, F intermediate, e experts held here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -125,25 +125,32 @@ def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([chunk @ weight for chunk, weight in zip(chunks, weights.unbind(0), strict=True)])
 
 
+_ROWS_AT_ONCE = 512
+
+
 class _LoopedSwiGLU(torch.autograd.Function):
-    """All experts, one after the other, through the same small scratch, which stays in the CPU's cache.
+    """All experts, one after the other, with a small scratch that stays in the CPU's cache.
 
     Fresh memory costs a CPU as much as a third of the matmuls (`memory.py`). So results go straight to their
-    place, and only gate_up is kept for backward, where the hidden activation is made again.
+    place, and only gate_up is kept for backward, where the hidden activation is made again. The activation is
+    computed for as many experts together as fill the scratch: calls cost, too.
     """
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, counts: list[int]) -> Tensor:
         gate_up_R = rows_RD.new_empty(rows_RD.shape[0], w_gate_up.shape[2])
         out_RD = rows_RD.new_empty(rows_RD.shape)
-        scratch = rows_RD.new_empty(max(counts), w_down.shape[1])
-        for count, rows, gate_up, out, up_weight, down_weight in _by_expert(
-            counts, rows_RD, gate_up_R, out_RD, w_gate_up, w_down
-        ):
-            torch.mm(rows, up_weight, out=gate_up)
-            gate, up = gate_up.chunk(2, dim=-1)
-            hidden = torch.ops.aten.silu.out(gate, out=scratch[:count]).mul_(up)
-            torch.mm(hidden, down_weight, out=out)
+        rows, gate_up, out = (tensor.split(counts) for tensor in (rows_RD, gate_up_R, out_RD))
+        up_weights, down_weights = w_gate_up.unbind(0), w_down.unbind(0)
+        groups = _groups(counts)
+        scratch = rows_RD.new_empty(_longest(groups), w_down.shape[1])
+        for experts, here in groups:
+            for e in experts:
+                torch.mm(rows[e], up_weights[e], out=gate_up[e])
+            gate, up = gate_up_R[here].chunk(2, dim=-1)
+            hidden = torch.ops.aten.silu.out(gate, out=scratch[: gate.shape[0]]).mul_(up)
+            for e, part in zip(experts, hidden.split([counts[e] for e in experts]), strict=True):
+                torch.mm(part, down_weights[e], out=out[e])
         ctx.save_for_backward(rows_RD, gate_up_R, w_gate_up, w_down)
         ctx.counts = counts
         return out_RD
@@ -152,34 +159,50 @@ class _LoopedSwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         rows_RD, gate_up_R, w_gate_up, w_down = ctx.saved_tensors
-        grad_RD = grad_RD.contiguous()
-        wanted = ctx.needs_input_grad[:3]
-        results = [grad_RD.new_empty(tensor.shape) for tensor in (rows_RD, w_gate_up, w_down)]
-        longest, width = max(ctx.counts), w_down.shape[1]
-        scratch = [grad_RD.new_empty(longest, size) for size in (width, width, 2 * width)]
-        for index in (index for index, count in enumerate(ctx.counts) if count == 0):
-            results[1][index].zero_()
-            results[2][index].zero_()
-        for count, rows, grad, gate_up, up_weight, down_weight, to_rows, to_up, to_down in _by_expert(
-            ctx.counts, rows_RD, grad_RD, gate_up_R, w_gate_up, w_down, *results
-        ):
-            grad_hidden, hidden, grad_gate_up = (tensor[:count] for tensor in scratch)
-            torch.mm(grad, down_weight.t(), out=grad_hidden)
-            _swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up)
-            if wanted[0]:
-                torch.mm(grad_gate_up, up_weight.t(), out=to_rows)
-            if wanted[1]:
-                torch.mm(rows.t(), grad_gate_up, out=to_up)
-            if wanted[2]:
-                torch.mm(hidden.t(), grad, out=to_down)
-        rows, up, down = (result if want else None for result, want in zip(results, wanted, strict=True))
-        return rows, up, down, None
+        counts, (want_rows, want_up, want_down, _) = ctx.counts, ctx.needs_input_grad
+        results = [torch.empty_like(tensor) for tensor in (rows_RD, w_gate_up, w_down)]
+        rows, grads, to_rows = (t.split(counts) for t in (rows_RD, grad_RD.contiguous(), results[0]))
+        up_weights, down_weights, to_up, to_down = (t.unbind(0) for t in (w_gate_up, w_down, *results[1:]))
+        for e in (e for e, count in enumerate(counts) if count == 0):
+            to_up[e].zero_()
+            to_down[e].zero_()
+        groups, width = _groups(counts), w_down.shape[1]
+        scratch = [grad_RD.new_empty(_longest(groups), size) for size in (width, width, 2 * width)]
+        for experts, here in groups:
+            grad_hidden, hidden, grad_gate_up = (tensor[: here.stop - here.start] for tensor in scratch)
+            sizes = [counts[e] for e in experts]
+            for e, part in zip(experts, grad_hidden.split(sizes), strict=True):
+                torch.mm(grads[e], down_weights[e].t(), out=part)
+            _swiglu_backward(grad_hidden, gate_up_R[here], hidden, grad_gate_up)
+            for e, h, grad in zip(experts, hidden.split(sizes), grad_gate_up.split(sizes), strict=True):
+                if want_rows:
+                    torch.mm(grad, up_weights[e].t(), out=to_rows[e])
+                if want_up:
+                    torch.mm(rows[e].t(), grad, out=to_up[e])
+                if want_down:
+                    torch.mm(h.t(), grads[e], out=to_down[e])
+        wanted = (want_rows, want_up, want_down)
+        d_rows, d_up, d_down = (result if want else None for result, want in zip(results, wanted, strict=True))
+        return d_rows, d_up, d_down, None
 
 
-def _by_expert(counts: list[int], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """For each expert with rows: how many, its part of each (R, ...) tensor, its matrix of each weight."""
-    parts = [tensor.split(counts) if tensor.dim() == 2 else tensor.unbind(0) for tensor in tensors]
-    return (row for row in zip(counts, *parts, strict=True) if row[0])
+def _groups(counts: list[int]) -> list[tuple[list[int], slice]]:
+    """Neighbouring experts with rows, about _ROWS_AT_ONCE together, and where their rows are."""
+    groups: list[tuple[list[int], slice]] = []
+    experts: list[int] = []
+    start = end = 0
+    for expert, count in enumerate(counts):
+        if experts and end - start + count > _ROWS_AT_ONCE:
+            groups.append((experts, slice(start, end)))
+            experts, start = [], end
+        if count:
+            experts.append(expert)
+            end += count
+    return [*groups, (experts, slice(start, end))] if experts else groups
+
+
+def _longest(groups: list[tuple[list[int], slice]]) -> int:
+    return max((here.stop - here.start for _, here in groups), default=0)
 
 
 class Expert(nn.Module):

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.attention import Attention
-from moe_dist.models.auxiliary import recomputing
 from moe_dist.models.experts import ExpertList, Experts
 from moe_dist.models.layers import RMSNorm, SwiGLU, rotary_table
 from moe_dist.models.moe import MoE
+from moe_dist.models.recompute import recompute
 from moe_dist.models.router import Router
 
 
@@ -45,8 +43,7 @@ class Block(nn.Module):
         token_scale: float | Tensor,
     ) -> Tensor:
         if self.recompute == "full" and torch.is_grad_enabled():
-            arguments = (x_BSD, rotary, mask, valid_BS, token_scale)
-            return checkpoint(self._forward, *arguments, use_reentrant=False, context_fn=_recompute_contexts)
+            return recompute(self._forward, x_BSD, rotary, mask, valid_BS, token_scale)
         return self._forward(x_BSD, rotary, mask, valid_BS, token_scale)
 
     def _forward(
@@ -58,7 +55,7 @@ class Block(nn.Module):
         token_scale: float | Tensor,
     ) -> Tensor:
         if self.recompute == "selective" and torch.is_grad_enabled():
-            x_BSD = checkpoint(self.attend, x_BSD, rotary, mask, use_reentrant=False)
+            x_BSD = recompute(self.attend, x_BSD, rotary, mask)
         else:
             x_BSD = self.attend(x_BSD, rotary, mask)
         if self.moe is not None:
@@ -185,32 +182,6 @@ def document_mask(document_ids: Tensor) -> Tensor:
     """(B, S) ids -> (B, 1, S, S) bool: a query sees keys of its own document that are not after it."""
     same = document_ids[:, :, None] == document_ids[:, None, :]
     return same.tril()[:, None]
-
-
-# Decisions are kept from the first forward pass: repeated arithmetic may order near-equal scores differently,
-# and rows sent to other experts than before would not fit the saved shapes.
-_KEPT = {
-    torch.ops.aten.topk.default,
-    torch.ops.aten.argmax.default,
-    torch.ops.aten.multinomial.default,
-    torch.ops.aten.sort.default,
-    torch.ops.aten.sort.stable,
-}
-
-
-def _keep_decisions(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _recompute_contexts() -> tuple:
-    forward, recompute = create_selective_checkpoint_contexts(_keep_decisions)
-    return forward, _recompute(recompute)
-
-
-@contextmanager
-def _recompute(saved_decisions: AbstractContextManager) -> Iterator[None]:
-    with saved_decisions, recomputing():
-        yield
 
 
 def _seed(seed: int, name: str, expert: int | None = None) -> int:

@@ -73,6 +73,14 @@ class Gradients:
         """Gradient of every trained parameter by name, float32."""
         return self.dense.views | self.experts.views
 
+    @property
+    def logical(self) -> dict[str, Tensor]:
+        """Gradients as parameters are laid out: here the same as `views`."""
+        return self.views
+
+    def before_backward(self, is_last: bool) -> None:
+        """Called before each micro-batch: nothing to prepare, `reduce` comes after the last."""
+
     def zero(self) -> None:
         self.dense.zero()
         self.experts.zero()

@@ -21,7 +21,8 @@ from moe_dist.parallel.layout import Layout
 class Mesh:
     """This rank's place and its groups. A group of one rank is None: nothing to communicate.
 
-    `sparse` is the DeviceMesh (pp, edp, ep), `dense` the same ranks as (pp, dp); both None in a single process.
+    `sparse` is the DeviceMesh (pp, edp, ep), `dense` the same ranks as (pp, dp); both None in a single process. With
+    hybrid sharding `hybrid_dense` is (pp, dp_replicate, dp_shard), `hybrid_sparse` (pp, edp_replicate, edp_shard, ep).
     """
 
     layout: Layout
@@ -29,6 +30,8 @@ class Mesh:
     device: torch.device
     sparse: DeviceMesh | None = None
     dense: DeviceMesh | None = None
+    hybrid_dense: DeviceMesh | None = None
+    hybrid_sparse: DeviceMesh | None = None
 
     @staticmethod
     def single(device: torch.device | str = "cpu") -> Mesh:
@@ -36,8 +39,11 @@ class Mesh:
         return Mesh(Layout(world_size=1, pp_size=1, ep_size=1), 0, torch.device(device))
 
     @staticmethod
-    def create(layout: Layout, device: torch.device) -> Mesh:
-        """Cut the groups of `layout` out of the default process group (a collective call)."""
+    def create(layout: Layout, device: torch.device, shard_size: int | None = None) -> Mesh:
+        """Cut the groups of `layout` out of the default process group (a collective call).
+
+        `shard_size`: replicas over which parameters are sharded, when it is not all of them.
+        """
         if not dist.is_initialized():
             if layout.world_size == 1:
                 return Mesh(layout, 0, device)
@@ -47,10 +53,33 @@ class Mesh:
         shape = (layout.pp_size, layout.edp_size, layout.ep_size)
         sparse = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "edp", "ep"))
         dense = init_device_mesh(device.type, (layout.pp_size, layout.dp_size), mesh_dim_names=("pp", "dp"))
-        return Mesh(layout, dist.get_rank(), device, sparse, dense)
+        if shard_size is None or shard_size == layout.dp_size:
+            return Mesh(layout, dist.get_rank(), device, sparse, dense)
+        if layout.dp_size % shard_size:
+            raise ValueError(f"parallel.shard_size={shard_size}: must divide the {layout.dp_size} replicas (dp)")
+        expert_size = max(1, shard_size // layout.ep_size)
+        hybrid_dense = init_device_mesh(
+            device.type,
+            (layout.pp_size, layout.dp_size // shard_size, shard_size),
+            mesh_dim_names=("pp", "dp_replicate", "dp_shard"),
+        )
+        hybrid_sparse = init_device_mesh(
+            device.type,
+            (layout.pp_size, layout.edp_size // expert_size, expert_size, layout.ep_size),
+            mesh_dim_names=("pp", "edp_replicate", "edp_shard", "ep"),
+        )
+        return Mesh(layout, dist.get_rank(), device, sparse, dense, hybrid_dense, hybrid_sparse)
 
     def group(self, axis: str) -> ProcessGroup | None:
-        """The process group of this rank along `pp`, `dp`, `edp` or `ep`; None when it has one member."""
+        """The process group of this rank along `pp`, `dp`, `edp`, `ep`, `dp_shard` or `edp_shard`.
+
+        None when it has one member.
+        """
+        if axis.endswith("_shard"):
+            hybrid = self.hybrid_dense if axis == "dp_shard" else self.hybrid_sparse
+            if hybrid is None:
+                return self.group(axis.removesuffix("_shard"))
+            return None if hybrid[axis].size() == 1 else hybrid.get_group(axis)
         mesh = self.dense if axis == "dp" else self.sparse
         if mesh is None or mesh[axis].size() == 1:
             return None

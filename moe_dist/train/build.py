@@ -19,8 +19,10 @@ from moe_dist.data.tokenizer import Tokenizer, load_tokenizer
 from moe_dist.models.router import Router
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import parallelize
+from moe_dist.parallel.sharding import ShardedGradients, shard_parameters
 
 
 def build_model(config: Config, mesh: Mesh, clock: Clock | None = None) -> Transformer:
@@ -29,12 +31,26 @@ def build_model(config: Config, mesh: Mesh, clock: Clock | None = None) -> Trans
         model = Transformer(config.model, config.balance)
     parallelize(model, config, mesh, clock)
     model.initialize(config.train.seed, mesh.device)
-    if config.train.pure_bf16:
+    if is_sharded(config, mesh):
+        shard_parameters(model, config, mesh)
+    elif config.train.pure_bf16:
         for module in model.modules():
             if not isinstance(module, Router):  # routers compute and learn in float32 always
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def is_sharded(config: Config, mesh: Mesh) -> bool:
+    """Whether parameters are cut over replicas; a single process has nothing to cut."""
+    return config.parallel.zero_stage > 0 and mesh.sparse is not None
+
+
+def build_gradients(model: Transformer, config: Config, mesh: Mesh) -> Gradients | ShardedGradients:
+    """The gradients of this rank, replicated or sharded."""
+    if is_sharded(config, mesh):
+        return ShardedGradients(model, mesh, config.parallel.zero_stage)
+    return Gradients(model, mesh)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_dist.config import OptimizerConfig
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.gradients import Gradients
+from moe_dist.parallel.sharding import ShardedGradients, local
 
 
 class Optimizer:
@@ -20,7 +21,7 @@ class Optimizer:
     how many experts a rank holds; it therefore sees every expert as a matrix of its own.
     """
 
-    def __init__(self, model: Transformer, gradients: Gradients, config: OptimizerConfig) -> None:
+    def __init__(self, model: Transformer, gradients: Gradients | ShardedGradients, config: OptimizerConfig) -> None:
         self.config, self.gradients = config, gradients
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
@@ -28,12 +29,10 @@ class Optimizer:
         self.split = {name for name in experts & self.parameters.keys() if self.parameters[name].ndim == 3}
         self.targets: dict[str, list[Tensor]] = {}
         for name, parameter in self.parameters.items():
-            master = parameter.detach()
+            master = local(parameter.detach())
             if parameter.dtype != torch.float32:
                 master = self.masters[name] = master.float()
             self.targets[name] = self._parts(name, master)
-            for target, gradient in zip(self.targets[name], self._parts(name, gradients.views[name]), strict=True):
-                target.grad = gradient
         decayed = {name for name, parameter in self.parameters.items() if parameter.ndim >= 2}
         groups = [
             {"params": self._tensors(decayed), "weight_decay": config.weight_decay},
@@ -54,6 +53,10 @@ class Optimizer:
     @torch.no_grad()
     def step(self) -> None:
         """One update from the gradients as they stand."""
+        views = self.gradients.views
+        for name, targets in self.targets.items():
+            for target, gradient in zip(targets, self._parts(name, views[name]), strict=True):
+                target.grad = gradient
         self.optimizer.step()
         self.follow_masters()
 
@@ -66,15 +69,12 @@ class Optimizer:
     @torch.no_grad()
     def create_state(self) -> None:
         """Allocate the state a first step would, without moving anything: loading a checkpoint needs it in place."""
-        gradients = [buffer.flat.clone() for buffer in (self.gradients.dense, self.gradients.experts)]
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.gradients.zero()
         self.set_learning_rate(0.0)
-        self.optimizer.step()
+        self.step()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        for buffer, saved in zip((self.gradients.dense, self.gradients.experts), gradients, strict=True):
-            buffer.flat.copy_(saved)
 
     def named_state(self) -> Iterator[tuple[str, str, list[Tensor], bool]]:
         """(parameter name, state key, tensors, split): one tensor, or with `split` one per local expert."""

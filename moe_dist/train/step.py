@@ -13,6 +13,7 @@ from moe_dist.data.batch import Batch
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.sharding import ShardedGradients
 from moe_dist.train.balance import Balancer
 from moe_dist.train.loss import cross_entropy_sum
 from moe_dist.train.optimizer import Optimizer
@@ -38,7 +39,7 @@ class TrainStep:
         self,
         model: Transformer,
         mesh: Mesh,
-        gradients: Gradients,
+        gradients: Gradients | ShardedGradients,
         optimizer: Optimizer,
         balancer: Balancer,
         config: Config,
@@ -79,7 +80,8 @@ class TrainStep:
                     self._forward(batch, token_scale, step)
             self.balancer.fix_global_load()
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            self.gradients.before_backward(is_last=number == len(batches))
             logits = self._forward(batch, token_scale, step)
             loss = cross_entropy_sum(logits, batch.labels, self.config.train.label_smoothing_factor) * scale
             loss.backward()

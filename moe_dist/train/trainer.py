@@ -23,10 +23,9 @@ from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.records import EvalRecord, LayerRecord, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.parallel.clock import Clock
-from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.balance import Balancer
-from moe_dist.train.build import build_datasets, build_loader, build_model
+from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model
 from moe_dist.train.evaluation import evaluate, sample_text
 from moe_dist.train.opening import merge_config, prepare_run_folder, run_info
 from moe_dist.train.optimizer import Optimizer
@@ -99,7 +98,7 @@ class MoETrainer:
         self.datasets = build_datasets(config, dataset)
         self.loader = build_loader(config, self.datasets.train, mesh)
         self.model = build_model(config, mesh, self.clock)
-        self.gradients = Gradients(self.model, mesh)
+        self.gradients = build_gradients(self.model, config, mesh)
         self.optimizer = Optimizer(self.model, self.gradients, config.optimizer)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate)
         self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config)

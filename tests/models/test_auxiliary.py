@@ -16,10 +16,10 @@ from moe_dist.models.auxiliary import (
     count_load,
     inject_loss,
     load_balancing_loss,
-    recomputing,
     z_loss,
 )
 from moe_dist.models.moe import MoE
+from moe_dist.models.recompute import recomputing
 from moe_dist.models.router import Routing, TopKRouter
 from moe_dist.models.transformer import Transformer
 
@@ -59,8 +59,8 @@ def losses_by_loop(
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_losses_and_gradients_against_a_loop(scope: Any, sigmoid: bool, padded: bool) -> None:
-    """Traps 10 and 11 within a rank, 21. Planted: mean over groups instead of the token-weighted sum; division by T
-    instead of the valid tokens of the group; padding tokens left in the scores."""
+    """Traps 10 and 11 within a rank, 21. Planted: mean over groups instead of the token-weighted sum;
+    division by T instead of the valid tokens of the group; padding tokens left in the scores."""
     torch.manual_seed(0)
     batch, length, num_experts, top_k = 3, 5, 6, 2
     logits = torch.randn(batch * length, num_experts, requires_grad=True)
@@ -81,7 +81,7 @@ def test_losses_and_gradients_against_a_loop(scope: Any, sigmoid: bool, padded: 
 
     exact = logits.detach().double().requires_grad_()
     rows = [list(range(b * length, (b + 1) * length)) for b in range(batch)]
-    groups = rows if scope == "sequence" else [sum(rows, [])]
+    groups = rows if scope == "sequence" else [[token for row in rows for token in row]]
     aux, z = losses_by_loop(exact, ids, valid.flatten(), groups, top_k, sigmoid)
     expected = (0.3 * aux + 0.07 * z) / 13
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-7)
@@ -205,9 +205,8 @@ def test_sigmoid_scores_cannot_game_the_loss() -> None:
 def test_z_loss_is_stable_and_skips_padding() -> None:
     logits = torch.tensor([[1000.0, 1000.0], [0.0, 0.0], [float("nan"), 1.0]])
     valid = torch.tensor([True, True, False])
-    torch.testing.assert_close(
-        z_loss(logits, valid), torch.tensor((1000 + math.log(2)) ** 2 + math.log(2) ** 2)
-    )
+    expected = (1000 + math.log(2)) ** 2 + math.log(2) ** 2
+    torch.testing.assert_close(z_loss(logits, valid), torch.tensor(expected))
     gradient = torch.autograd.grad(z_loss(logits.requires_grad_(), valid), logits)[0]
     assert gradient[:2].isfinite().all()
 

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models import experts as experts_module
-from moe_dist.models.experts import Expert, ExpertList, Experts, LoopExperts, build_experts, register_expert
+from moe_dist.models.experts import (
+    Expert,
+    ExpertList,
+    Experts,
+    LoopExperts,
+    build_experts,
+    grouped_swiglu,
+    register_expert,
+)
+from moe_dist.models.memory import keep_freed_memory
 from moe_dist.models.moe import MoE
 
 
@@ -66,8 +75,8 @@ def test_equal_to_the_loop(counts: list[int], hidden: int, width: int, dtype: to
     ids=lambda c: f"{len(c)}x{max(c)}",
 )
 def test_equal_to_the_loop_for_many_and_for_few_rows(counts: list[int], dtype: torch.dtype) -> None:
-    """Trap 4 (gradients of idle experts are zero, not None). Planted: `torch.zeros_like` of the weights' gradients
-    replaced by `torch.empty_like`; the early return for R = 0 made to skip the weights."""
+    """Trap 4 (gradients of idle experts are zero, not None). Planted: `torch.zeros_like` of the weights'
+    gradients replaced by `torch.empty_like`; the early return for R = 0 made to skip the weights."""
     assert_equal_to_loop(counts, 32, 16, dtype)
 
 
@@ -116,10 +125,36 @@ def test_strided_and_expanded_upstream_gradients() -> None:
     fast, loop = pair(2, 16, 16, torch.float32)
     rows, counts = torch.randn(5, 16), torch.tensor([3, 2])
     for upstream in (torch.ones(1, 1).expand(5, 16), torch.randn(16, 5).T):
-        for ours, theirs in zip(
-            run(fast, rows, counts, upstream), run(loop, rows, counts, upstream), strict=True
-        ):
+        mine, reference = run(fast, rows, counts, upstream), run(loop, rows, counts, upstream)
+        for ours, theirs in zip(mine, reference, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[7, 0, 9], [0, 0, 1], [600, 0, 3]], ids=str)
+@pytest.mark.parametrize("width", [16, 5])
+def test_the_grouped_way_of_accelerators(counts: list[int], width: int, dtype: torch.dtype) -> None:
+    """The branch CUDA takes, run on the CPU. Planted: grad_up and grad_gate exchanged in `_swiglu_backward`."""
+    torch.manual_seed(0)
+    fast, loop = pair(len(counts), 16, width, torch.float32)
+    rows, upstream = torch.randn(2, sum(counts), 16)
+
+    def grouped(rows: Tensor, split: Tensor) -> Tensor:
+        weights = fast.w_gate_up.to(dtype), fast.w_down.to(dtype)
+        return grouped_swiglu(rows.to(dtype), *weights, split.cumsum(0).to(torch.int32)).float()
+
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for gradient in (upstream, torch.ones(1, 1).expand_as(upstream)):
+        mine = rows.clone().requires_grad_()
+        out = grouped(mine, torch.tensor(counts))
+        ours = (out, *torch.autograd.grad(out, (mine, *fast.parameters()), gradient))
+        for a, b in zip(ours, run(loop, rows, torch.tensor(counts), gradient), strict=True):
+            assert (a - b).norm() <= tolerance * b.norm()
+
+
+def test_freed_memory_is_kept_only_when_asked_and_never_fails() -> None:
+    assert isinstance(keep_freed_memory(), bool)
+    assert torch.ones(1 << 20).sum() == 1 << 20
 
 
 @pytest.fixture
@@ -130,7 +165,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     real = torch._grouped_mm
 
     def grouped(*args: Any, **kwargs: Any) -> Tensor:
-        # The CPU kernel leaves rows past the last offset as malloc gave them; free NaNs are what malloc gives.
+        # The CPU kernel leaves rows past the last offset as malloc gave them; free NaNs are what malloc
+        # gives.
         del_me = [torch.full((n,), float("nan")) for n in (64, 256, 1024, 4096)]
         del del_me
         return real(*args, **kwargs)
@@ -226,9 +262,7 @@ def test_a_persons_own_expert_trains(name: str) -> None:
     if name == "dropped":
         experts_module.EXPERTS._entries.pop(name, None)
         register_expert(name)(Dropped)
-    first, last, layer = train(
-        ModelConfig(hidden_size=16, num_experts=4, moe_intermediate_size=16, expert=name)
-    )
+    first, last, layer = train(ModelConfig(hidden_size=16, num_experts=4, moe_intermediate_size=16, expert=name))
     assert last < 0.7 * first
     assert isinstance(layer.experts, ExpertList)
     layer.eval()

@@ -65,9 +65,7 @@ def test_rotation_is_complex_multiplication() -> None:
     cos, sin = rotary_table(positions, 8, 10000.0)
     ours = rotate(x, cos[:, None], sin[:, None])
     angles = positions[0].double()[:, None] * 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
-    turned = torch.complex(x[..., :4].double(), x[..., 4:].double()) * torch.polar(
-        torch.ones_like(angles), angles
-    )
+    turned = torch.complex(x[..., :4].double(), x[..., 4:].double()) * torch.polar(torch.ones_like(angles), angles)
     torch.testing.assert_close(ours.double(), torch.cat((turned.real, turned.imag), -1), rtol=1e-5, atol=1e-5)
 
 

@@ -39,9 +39,7 @@ def one_token_at_a_time(layer: MoE, x_TD: Tensor) -> Tensor:
 @pytest.mark.parametrize("shared", [0, 12])
 @pytest.mark.parametrize("experts", ["swiglu", "swiglu_loop"])
 def test_equals_its_definition(shared: int, experts: str) -> None:
-    layer = build(
-        BalanceConfig(use_auxiliary_loss=False), shared_expert_intermediate_size=shared, expert=experts
-    )
+    layer = build(BalanceConfig(use_auxiliary_loss=False), shared_expert_intermediate_size=shared, expert=experts)
     x = torch.randn(2, 7, 16, requires_grad=True)
     upstream = torch.randn(2, 7, 16)
     ours, theirs = layer(x), one_token_at_a_time(layer, x.flatten(0, 1)).view_as(x)
@@ -58,13 +56,10 @@ def test_equals_its_definition(shared: int, experts: str) -> None:
 @pytest.mark.parametrize("capacity_factor", [None, 0.6])
 @pytest.mark.parametrize("scope", ["micro_batch", "sequence"])
 def test_padding_changes_nothing(capacity_factor: float | None, scope: str) -> None:
-    """Trap 21. Planted: capacity from all tokens; padding ids not replaced before `drop_over_capacity`; the mask
-    not passed to the losses."""
+    """Trap 21. Planted: capacity from all tokens; padding ids not replaced before `drop_over_capacity`; the
+    mask not passed to the losses."""
     balance = BalanceConfig(
-        capacity_factor=capacity_factor,
-        router_aux_loss_coef=1.0,
-        router_z_loss_coef=0.1,
-        aux_loss_scope=scope,
+        capacity_factor=capacity_factor, router_aux_loss_coef=1.0, router_z_loss_coef=0.1, aux_loss_scope=scope
     )
     x = torch.randn(2, 6, 16)
     padding = torch.randn(2, 5, 16) * 3
@@ -89,9 +84,7 @@ def test_padding_changes_nothing(capacity_factor: float | None, scope: str) -> N
     assert facts is not None
     assert padded.balance.facts is not None
     for name in ("pairs_E", "dropped", "tokens", "sums"):
-        torch.testing.assert_close(
-            getattr(padded.balance.facts, name), getattr(facts, name), rtol=1e-6, atol=1e-6
-        )
+        torch.testing.assert_close(getattr(padded.balance.facts, name), getattr(facts, name), rtol=1e-6, atol=1e-6)
 
 
 def test_capacity_drops_late_pairs_and_counts_what_was_wanted() -> None:
@@ -169,9 +162,7 @@ def test_autocast_layer_is_near_float32() -> None:
 
 def test_evaluation_leaves_no_trace() -> None:
     """Traps 19 and 29. Planted: `if self.training` removed in `MoE._route`; jitter without the training check."""
-    layer = build(
-        BalanceConfig(bias_update_rate=0.1, router_jitter=0.1, expert_dropout=0.1, capacity_factor=0.5)
-    )
+    layer = build(BalanceConfig(bias_update_rate=0.1, router_jitter=0.1, expert_dropout=0.1, capacity_factor=0.5))
     layer(torch.randn(2, 8, 16))
     facts = layer.balance.facts
     assert facts is not None

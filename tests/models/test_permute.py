@@ -42,9 +42,7 @@ def test_rows_and_tokens_equal_the_one_hot_products(
     weights = torch.rand(num_tokens, top_k, dtype=torch.float64, requires_grad=True)
     order = one_hot_order(ids, num_experts)
     permutation = sort_by_expert(ids, num_experts, None if complete else int((ids < num_experts).sum()))
-    assert torch.equal(
-        permutation.rows_per_expert, (ids.flatten()[:, None] == torch.arange(num_experts)).sum(0)
-    )
+    assert torch.equal(permutation.rows_per_expert, (ids.flatten()[:, None] == torch.arange(num_experts)).sum(0))
     assert permutation.num_rows == order.shape[0]
 
     rows = rows_from_tokens(x, permutation)
@@ -119,9 +117,7 @@ def test_combine_is_bitwise_repeatable() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     # A fixed order over k: token by token the same sum, whatever else is in the batch.
     first = sort_by_expert(ids[:7], 8, None)
-    again = tokens_from_rows(
-        rows[permutation.row_of_pair[:7].flatten()][first.pair_of_row], weights[:7], first
-    )
+    again = tokens_from_rows(rows[permutation.row_of_pair[:7].flatten()][first.pair_of_row], weights[:7], first)
     assert torch.equal(again, results[0][0][:7])
 
 

@@ -1,11 +1,10 @@
-"""Logits, loss and every gradient against Hugging Face's Qwen3-MoE and Mixtral; routers against DeepSeek-V3, OLMoE.
+"""Logits, loss and every gradient against Hugging Face's Qwen3-MoE and Mixtral; DeepSeek-V3's and OLMoE's routing.
 
 One file, because importing `transformers` models takes seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -50,9 +49,7 @@ VARIANTS = {
 def build(config: ModelConfig) -> Any:
     """Hugging Face's model of this configuration, with random weights, biases and norms."""
     values = huggingface_config(config)
-    kind = {"qwen3_moe": transformers.Qwen3MoeConfig, "mixtral": transformers.MixtralConfig}[
-        values["model_type"]
-    ]
+    kind = {"qwen3_moe": transformers.Qwen3MoeConfig, "mixtral": transformers.MixtralConfig}[values["model_type"]]
     reference = getattr(transformers, values["architectures"][0])(kind(**values, attn_implementation="eager"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -62,13 +59,13 @@ def build(config: ModelConfig) -> Any:
 
 
 @pytest.fixture(params=VARIANTS, scope="module")
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[ModelConfig, Transformer, Any]]:
+def pair(request: pytest.FixtureRequest) -> tuple[ModelConfig, Transformer, Any]:
     base, changes = VARIANTS[request.param]
     config = ModelConfig.model_validate(base.model_dump() | changes)
     reference = build(config)
     model = Transformer(config, BalanceConfig(router_aux_loss_coef=0.0))
     model.load_state_dict(from_huggingface(reference.state_dict(), config))
-    yield config, model, reference
+    return config, model, reference
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -76,8 +73,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def test_logits_loss_and_all_gradients(pair: tuple[ModelConfig, Transformer, Any]) -> None:
-    """Trap 16. Planted: weights multiplied before the softmax is renormalised (top-k first, softmax second, with
-    norm_topk_prob=false), and gate/up exchanged: every Qwen variant fails."""
+    """Trap 16. Planted: softmax over the K chosen when norm_topk_prob=false; gate and up exchanged."""
     config, model, reference = pair
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, config.vocab_size, (3, 19), generator=generator)
@@ -107,9 +103,7 @@ def test_round_trip_in_both_layouts(pair: tuple[ModelConfig, Transformer, Any]) 
         back = from_huggingface(theirs, config)
         assert set(back) == set(state)
         assert all(torch.equal(back[name], state[name]) for name in state)
-    expected = {
-        name for name in reference.state_dict() if name != "lm_head.weight" or not config.tie_word_embeddings
-    }
+    expected = {name for name in reference.state_dict() if name != "lm_head.weight" or not config.tie_word_embeddings}
     assert set(to_huggingface(model, config, fused=True)) == expected
 
 
@@ -128,7 +122,8 @@ def test_public_names_are_those_of_save_pretrained(base: ModelConfig, tmp_path: 
 def test_deepseek_v3_routing() -> None:
     """Trap 16: sigmoid, group-limited top-k, selection bias, renormalisation and scale.
 
-    Planted: the bias added to the weights; the scale applied before renormalising; the bias left out of the groups.
+    Planted: the bias added to the weights; the scale applied before renormalising; the bias left out of the
+    groups.
     """
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Config, DeepseekV3TopkRouter
 
@@ -200,9 +195,7 @@ def test_wrong_states_are_named_in_one_error() -> None:
 
 
 def test_what_hugging_face_cannot_express_is_refused() -> None:
-    wrong = ModelConfig.model_validate(
-        QWEN.model_dump() | {"scoring_func": "sigmoid", "routed_scaling_factor": 2.5}
-    )
+    wrong = ModelConfig.model_validate(QWEN.model_dump() | {"scoring_func": "sigmoid", "routed_scaling_factor": 2.5})
     with pytest.raises(ValueError, match=r"scoring_func=sigmoid, routed_scaling_factor=2.5"):
         huggingface_config(wrong)
     model = Transformer(QWEN)

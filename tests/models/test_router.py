@@ -33,9 +33,7 @@ def test_example_of_the_guide() -> None:
     biased=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_against_the_definition(
-    sigmoid: bool, renormalise: bool, top_k: int, biased: bool, seed: int
-) -> None:
+def test_against_the_definition(sigmoid: bool, renormalise: bool, top_k: int, biased: bool, seed: int) -> None:
     """Trap 16. Planted: weights of the K highest logits by softmax over K when not renormalised."""
     torch.manual_seed(seed)
     logits = torch.randn(7, 6, dtype=torch.float64)
@@ -90,9 +88,7 @@ def test_top_1_renormalised_is_refused() -> None:
     """Trap 15. Planted: the check removed from `ModelConfig`."""
     with pytest.raises(ValidationError, match="the router never learns"):
         ModelConfig(num_experts_per_tok=1)
-    layer = MoE(
-        SMALL.model_copy(update={"num_experts_per_tok": 1, "norm_topk_prob": False}), BalanceConfig(), 0
-    )
+    layer = MoE(SMALL.model_copy(update={"num_experts_per_tok": 1, "norm_topk_prob": False}), BalanceConfig(), 0)
     layer.experts.initialize(lambda expert: expert, 0.1)
     layer.eval()
     layer(torch.randn(2, 8, 16)).square().sum().backward()
@@ -153,9 +149,7 @@ def test_frozen_router_has_no_gradient() -> None:
 
 def test_selection_bias_moves_the_choice_and_not_the_weights() -> None:
     """Trap 19. Planted: the bias added to the scores that become weights."""
-    router = build_router(
-        SMALL.model_copy(update={"norm_topk_prob": False}), BalanceConfig(bias_update_rate=0.1)
-    )
+    router = build_router(SMALL.model_copy(update={"norm_topk_prob": False}), BalanceConfig(bias_update_rate=0.1))
     x = torch.randn(20, 16)
     router.bias_E[3] = 10.0
     routing = router(x)

@@ -123,11 +123,8 @@ def step(model: Transformer, ids: Tensor) -> tuple[list[Tensor], list[Tensor], l
 @pytest.mark.parametrize("expert", ["swiglu", "swiglu_loop", "noisy_in_tests"])
 @pytest.mark.parametrize("ties", [False, True])
 def test_recomputation_changes_nothing(mode: str, expert: str, ties: bool) -> None:
-    """Traps 19 and 22. Planted: `_KEPT = {}` with `unstable` below (ids of ties differ); `_recomputing` not set
-    (facts counted twice)."""
-    balance = BalanceConfig(
-        router_jitter=0.1, expert_dropout=0.2, capacity_factor=1.2, router_z_loss_coef=0.01
-    )
+    """Traps 19 and 22. Planted: `_recomputing` never set (facts counted twice); `preserve_rng_state=False`."""
+    balance = BalanceConfig(router_jitter=0.1, expert_dropout=0.2, capacity_factor=1.2, router_z_loss_coef=0.01)
     model = build(CONFIG.model_copy(update={"expert": expert}), balance)
     if ties:
         for layer in model.moe_layers():

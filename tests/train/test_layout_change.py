@@ -13,10 +13,11 @@ from moe_dist.config_loading import load_mapping
 from moe_dist.train import MoETrainer
 
 pytestmark = pytest.mark.dist
+Place = int | tuple[int, int] | None
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * 12 for i in range(24)]
 
 
-def losses(folder: str, ep_size: int, max_steps: int, optim: str) -> list[float]:
+def losses(folder: str, ep_size: int, max_steps: int, optim: str, zero_stage: int = 0) -> list[float]:
     """Train to `max_steps` (resuming what is in `folder`), 8 sequences a step whatever the number of ranks."""
     mesh = mesh_of(ep_size)
     tree = {
@@ -35,7 +36,7 @@ def losses(folder: str, ep_size: int, max_steps: int, optim: str) -> list[float]
             "output_dir": folder,
         },
         "data": {"max_seq_length": 32, "validation_split": 0.0},
-        "parallel": {"ep_size": ep_size},
+        "parallel": {"ep_size": ep_size, "zero_stage": zero_stage},
         "optimizer": {"optim": optim, "lr_scheduler_type": "constant", "adam_epsilon": 1e-6},
         "balance": {"bias_update_rate": 1e-3, "aux_loss_scope": "sequence"},
         "monitor": {"progress": "none", "tensorboard": False},
@@ -46,6 +47,10 @@ def losses(folder: str, ep_size: int, max_steps: int, optim: str) -> list[float]
 @pytest.mark.parametrize(
     ("optim", "before", "after"),
     [
+        ("adamw_torch_fused", (2, 3), (4, 0)),
+        ("adamw_torch_fused", (4, 0), (1, 3)),
+        ("adamw_torch_fused", (1, 1), (2, 2)),
+        ("sgd", (2, 2), None),
         *(("adamw_torch_fused", a, b) for a, b in itertools.permutations((1, 2, 4), 2)),
         ("adamw_torch_fused", None, 4),
         ("adamw_torch_fused", 4, None),
@@ -53,16 +58,18 @@ def losses(folder: str, ep_size: int, max_steps: int, optim: str) -> list[float]
         ("sgd", 2, None),
     ],
 )
-def test_resume_in_another_layout(tmp_path: Path, optim: str, before: int | None, after: int | None) -> None:
-    """Experts keep their numbers and their optimizer state. `None`: one process; a number: ep size on 4 ranks.
+def test_resume_in_another_layout(tmp_path: Path, optim: str, before: Place, after: Place) -> None:
+    """Experts keep their numbers and their optimizer state. `None`: one process; a number: ep size on 4 ranks;
+    a pair: ep size and zero_stage.
 
     Seen to fail with stacked experts saved as plain tensors: ranks then overwrite each other's block.
     """
 
-    def go(folder: Path, ep_size: int | None, max_steps: int) -> list[float]:
-        if ep_size is None:
+    def go(folder: Path, place: Place, max_steps: int) -> list[float]:
+        if place is None:
             return losses(str(folder), 1, max_steps, optim)
-        results = run_ranks(losses, 4, str(folder), ep_size, max_steps, optim)
+        ep_size, zero_stage = place if isinstance(place, tuple) else (place, 0)
+        results = run_ranks(losses, 4, str(folder), ep_size, max_steps, optim, zero_stage)
         assert all(result == results[0] for result in results)
         return results[0]
 

@@ -2,11 +2,12 @@
 
     python tools/bench/moe_layer.py [--quick] [--json FILE] [--threads 1] [--clock wall|cpu]
 
-Contenders take turns, round by round, so that a busy machine slows all of them; figures are medians. Peers: the
-sparse block of `transformers`' Qwen3-MoE with its `eager` and `grouped_mm` experts, and our own plain loop. `limit`
-is dense matmuls of the same FLOPs: what no layer can beat. Ours includes what training needs and the peers leave
-out: the auxiliary loss and the load facts. Freed memory is kept, as in our workers, for all contenders;
-`--fresh-memory` measures with malloc's default. Ratios are time_peer / time_ours: above 1, ours is faster.
+Contenders take turns, round by round, so that a busy machine slows all of them; figures are medians. Peers:
+the sparse block of `transformers`' Qwen3-MoE with its `eager` and `grouped_mm` experts, and our own plain
+loop. `limit` is dense matmuls of the same FLOPs: what no layer can beat. Ours includes what training needs
+and the peers leave out: the auxiliary loss and the load facts. Freed memory is kept, as in our workers, for
+all contenders; `--fresh-memory` measures with malloc's default. Ratios are time_peer / time_ours: above 1,
+ours is faster.
 
 Not covered: several ranks, skewed routing, a GPU.
 """
@@ -165,16 +166,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, help="default 9, or 3 with --quick")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's time only")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: of this process only")
     parser.add_argument("--only", default="", help="only cells whose name contains this")
-    parser.add_argument("--fresh-memory", action="store_true", help="let malloc return freed memory, its default")
+    parser.add_argument("--fresh-memory", action="store_true", help="malloc's default: return freed memory")
     arguments = parser.parse_args()
     kept = not arguments.fresh_memory and keep_freed_memory()
     torch.set_num_threads(arguments.threads)
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     rounds = arguments.rounds or (3 if arguments.quick else 9)
     names = ("ours", *PEERS, "limit")
-    print(f"ms of one forward + backward, torch {torch.__version__}, {arguments.threads} thread(s), {rounds} rounds")
+    print(
+        f"ms of one forward + backward, torch {torch.__version__}, {arguments.threads} thread(s), "
+        f"{rounds} rounds, freed memory {'kept' if kept else 'returned'}"
+    )
     print(f"{'':<34}" + "".join(f"{name:>14}" for name in names) + "   ratio to best peer, to limit")
     results, ratios = [], []
     for cell in cells(arguments.quick):
@@ -190,13 +194,8 @@ def main() -> None:
             row += f"{text + (f' ({against[name]:.2f})' if name in against else ''):>14}"
         print(f"{row}   {best:.2f}, {against['limit']:.2f}", flush=True)
         results.append({"cell": str(cell), "seconds": times, "ratios": against, "ratio_to_best_peer": best})
+    summary = {"torch": torch.__version__, "threads": arguments.threads, "rounds": rounds, "cells": results}
     if arguments.json:
-        summary = {
-            "torch": torch.__version__,
-            "threads": arguments.threads,
-            "rounds": rounds,
-            "cells": results,
-        }
         arguments.json.write_text(json.dumps(summary | {"worst_ratio_to_best_peer": min(ratios)}, indent=1))
     print(f"worst_ratio_to_best_peer {min(ratios):.3f}")
 

@@ -1,0 +1,183 @@
+"""Commands as a person starts them: in a session of their own, watched, timed, and gone when a test is over."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+BIN = Path(sys.executable).parent
+HARD_LIMIT = 60.0
+"""Seconds after which a command has failed, whatever it was to do; a busy machine needs a fraction of it."""
+
+started: list[Program] = []
+
+CONFIG = """\
+model:
+  vocab_size: 272
+  hidden_size: 32
+  num_hidden_layers: 2
+  num_attention_heads: 4
+  moe_intermediate_size: 32
+  num_experts: 4
+  max_position_embeddings: 64
+data:
+  source: text
+  path: {folder}/text/*.txt
+  max_seq_length: 64
+parallel:
+  ep_size: 2
+train:
+  output_dir: {folder}/run
+  max_steps: 3
+  per_device_train_batch_size: 2
+monitor:
+  logging_steps: 1
+  progress: plain
+  tensorboard: false
+launch:
+  nproc_per_node: 2
+  device: cpu
+"""
+ONE_RANK = ("launch.nproc_per_node=1", "parallel.ep_size=1")
+FOREVER = ("train.max_steps=1000000",)
+
+
+def write_config(folder: Path) -> Path:
+    """A model that trains in milliseconds, on a little text of its own."""
+    (folder / "text").mkdir(parents=True, exist_ok=True)
+    for number in range(12):
+        words = " ".join(f"word{(number + 1) * place % 97}" for place in range(200))
+        (folder / "text" / f"{number}.txt").write_text(words)
+    path = folder / "run.yaml"
+    path.write_text(CONFIG.format(folder=folder))
+    return path
+
+
+def losses(run_folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+class Program:
+    """A command in its own session; `tty` gives it a terminal. Its whole session ends with `stop`."""
+
+    def __init__(self, *command: str | Path, tty: bool = False, **environment: str) -> None:
+        self.written = {"out": b"", "err": b""}
+        self.began = time.monotonic()
+        words = [str(word) for word in command]
+        words[0] = str(BIN / words[0]) if (BIN / words[0]).exists() else words[0]
+        surroundings = {**os.environ, "COLUMNS": "160", "TERM": "xterm", "PYTHONUTF8": "1", **environment}
+        self.terminal: int | None = None
+        streams: dict[str, int]
+        if tty:
+            self.terminal, theirs = pty.openpty()
+            streams = {"out": self.terminal}
+            given = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+            # A new session takes the terminal it opens first as its own: then Ctrl-C is typed, not sent.
+            wrapper = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execv(sys.argv[1], sys.argv[1:])"
+            words = [sys.executable, "-S", "-c", wrapper, *words]
+        else:
+            (out, to_out), (err, to_err) = os.pipe(), os.pipe()
+            streams = {"out": out, "err": err}
+            given = {"stdin": subprocess.DEVNULL, "stdout": to_out, "stderr": to_err}
+        self.process = subprocess.Popen(words, env=surroundings, start_new_session=True, **given)  # type: ignore[call-overload]
+        for number in {given["stdout"], given["stderr"]}:
+            os.close(number)
+        self.readers = [threading.Thread(target=self._read, args=item, daemon=True) for item in streams.items()]
+        for reader in self.readers:
+            reader.start()
+        started.append(self)
+
+    def _read(self, name: str, number: int) -> None:
+        with suppress(OSError):  # how a terminal says that its last writer has gone
+            while data := os.read(number, 65536):
+                self.written[name] += data
+        os.close(number)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def out(self) -> str:
+        return self.written["out"].decode(errors="replace")
+
+    @property
+    def err(self) -> str:
+        return self.written["err"].decode(errors="replace")
+
+    def type(self, text: str) -> None:
+        assert self.terminal is not None
+        os.write(self.terminal, text.encode())
+
+    def end(self, within: float = HARD_LIMIT) -> int:
+        """Wait for the end, its own and that of everything it printed through; returns the exit code."""
+        try:
+            code = self.process.wait(within)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {within} s\n{self.out}\n{self.err}") from None
+        for reader in self.readers:
+            reader.join(10)
+        return code
+
+    def wait_until(self, condition: Callable[[], Any], what: str) -> Any:
+        """The first true answer of `condition`, while the program runs."""
+        deadline = time.monotonic() + HARD_LIMIT
+        while not (answer := condition()):
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise AssertionError(f"never: {what}\n{self.out}\n{self.err}")
+            time.sleep(0.02)
+        return answer
+
+    def wait_for(self, text: str) -> None:
+        self.wait_until(lambda: text in self.out, f"{text!r} on the console")
+
+    def ranks(self) -> dict[int, int]:
+        """Rank -> pid, of the processes of this session that were told a rank."""
+        found = {}
+        for pid in self.processes():
+            with suppress(OSError):
+                for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    if item.startswith(b"RANK="):
+                        found[int(item[5:])] = pid
+        return found
+
+    def processes(self) -> list[int]:
+        """Everything alive in this session."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with suppress(OSError):
+                    state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                    if int(session) == self.process.pid and state != "Z":
+                        found.append(int(entry.name))
+        return found
+
+    def gone_within(self, seconds: float) -> float:
+        """Seconds until nothing of the session is alive."""
+        began = time.monotonic()
+        while left := self.processes():
+            assert time.monotonic() - began < seconds, f"left behind: {left}"
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+    def stop(self) -> None:
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(10)
+
+
+def stop_all() -> None:
+    while started:
+        started.pop().stop()

@@ -1,0 +1,184 @@
+"""`moe-dist --help`, `train --help` and `check`: instant, light and to the point; mistakes are one line and 2."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from programs import BIN, ONE_RANK, Program
+
+from moe_dist.config_loading import load_config
+
+DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
+HEAVY = ("torch", "ray", "deepspeed", "transformers", "datasets", "numpy")
+INSTANT = [("--help",), ("train", "--help"), ("check", DEMO)]
+
+
+def moe_dist(*arguments: str, width: int = 200) -> subprocess.CompletedProcess[str]:
+    """Run to the end; stdout and stderr as text."""
+    return subprocess.run(
+        [BIN / "moe-dist", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, "COLUMNS": str(width)},
+    )
+
+
+@pytest.mark.parametrize("arguments", INSTANT, ids=" ".join)
+def test_answers_at_once(arguments: tuple[str, ...]) -> None:
+    spent = []
+    for _ in range(2):  # the first call may compile
+        process = subprocess.Popen([BIN / "moe-dist", *arguments], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        spent.append(usage.ru_utime + usage.ru_stime)
+    assert min(spent) < 1.5
+
+
+@pytest.mark.parametrize("arguments", INSTANT, ids=" ".join)
+def test_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "launcher", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert done.returncode == 0
+    assert "pydantic" in imported, "the list of imports was not read"
+    assert not imported & set(HEAVY)
+
+
+def test_help_says_how_to_start() -> None:
+    text = moe_dist("--help").stdout
+    for words in ("train", "check", "moe-dist train configs/demo.yaml", "130 Ctrl-C"):
+        assert words in " ".join(text.split())
+    assert moe_dist().stdout.strip() == text.strip()
+    for command in ("train", "check"):
+        text = moe_dist(command, "--help").stdout
+        assert "CONFIG" in text
+        assert f"moe-dist {command} configs/demo.yaml" in text
+    assert moe_dist("--version").stdout.startswith("moe-dist ")
+
+
+LAYOUT_4 = """\
+experts 0-7 8-15
+replica 0 rank 0 rank 1
+replica 1 rank 2 rank 3
+pp 1 x edp 2 x ep 2 = 4 ranks; dense parameters on every rank of dp 4
+
+axis size groups of ranks ranks of a group ...
+ep 2 [0,1] [2,3] share out the experts of every layer
+edp 2 [0,2] [1,3] hold the same experts
+dp 4 [0-3] hold the same dense parameters, see different data
+pp 1 [0] [1] [2] [3] hold successive stages
+
+parameters"""
+LAYOUT_16 = """\
+experts 0-1 2-3 4-5 6-7 8-9 10-11 12-13 14-15
+replica 0 rank 0 rank 1 rank 2 rank 3 rank 4 rank 5 rank 6 rank 7
+replica 1 rank 8 rank 9 rank 10 rank 11 rank 12 rank 13 rank 14 rank 15
+pp 1 x edp 2 x ep 8 = 16 ranks; dense parameters on every rank of dp 16
+
+axis size groups of ranks ranks of a group ...
+ep 8 [0-7] [8-15] share out the experts of every layer
+edp 2 [0,8] [1,9] [2,10] [3,11] [4,12] [5,13] [6,14] [7,15] hold the same experts
+dp 16 [0-15] hold the same dense parameters, see different data
+pp 1 [0] [1] [2] [3] [4] [5] [6] [7] ... 16 groups hold successive stages
+
+parameters"""
+
+
+@pytest.mark.parametrize(("world", "ep_size", "wanted"), [(4, 2, LAYOUT_4), (16, 8, LAYOUT_16)])
+def test_check_shows_groups_and_experts(world: int, ep_size: int, wanted: str) -> None:
+    done = moe_dist("check", DEMO, f"--world-size={world}", f"parallel.ep_size={ep_size}")
+    assert done.returncode == 0, done.stderr
+    text = "\n".join(" ".join(line.split()) for line in done.stdout.splitlines())
+    assert wanted in text
+    assert f"8 x 1 accumulated x {world} data parallel" in text
+
+
+def test_check_never_breaks_a_group_of_ranks() -> None:
+    text = moe_dist("check", DEMO, "-n", "16", "parallel.ep_size=8", width=72).stdout
+    for first in range(8):
+        assert f"[{first},{first + 8}]" in text
+
+
+def test_check_shows_the_whole_configuration(tmp_path: Path) -> None:
+    done = moe_dist("check", DEMO, "--show-config", "optimizer.learning_rate=0.125")
+    assert done.returncode == 0
+    (tmp_path / "shown.yaml").write_text(done.stdout)
+    assert load_config(tmp_path / "shown.yaml") == load_config(DEMO, ["optimizer.learning_rate=0.125"])
+
+
+MISTAKES = {
+    "impossible world": (("check", DEMO, "-n", "3"), "world_size=3"),
+    "impossible world to train": (("train", DEMO, "launch.nproc_per_node=3"), "world_size=3"),
+    "experts do not divide": (("train", DEMO, "parallel.ep_size=5"), "parallel.ep_size=5"),
+    "unknown key": (("train", DEMO, "train.max_step=5"), "max_step"),
+    "wrong type": (("train", DEMO, "train.max_steps=many"), "max_steps"),
+    "missing file": (("train", "nowhere.yaml"), "nowhere.yaml"),
+    "unknown command": (("trian", DEMO), "trian"),
+    "no file": (("train",), "CONFIG"),
+    "port": (("train", DEMO, "launch.master_port=70000"), "launch.master_port=70000"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "named"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], named: str) -> None:
+    began = time.monotonic()
+    done = moe_dist(*arguments)
+    assert time.monotonic() - began < 2
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("moe-dist: error: ")
+    assert named in line
+
+
+def test_a_taken_port_is_said_at_once(config: Path) -> None:
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        began = time.monotonic()
+        done = moe_dist("train", str(config), f"launch.master_port={port}")
+        assert time.monotonic() - began < 5
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"launch.master_port={port}: in use" in line
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("ranks", "option", "named"),
+    [
+        (1, "data.path=/nowhere/*.txt", "'/nowhere/*.txt' matches no file"),
+        (2, "model.vocab_size=200", "model.vocab_size=200"),
+    ],
+)
+def test_what_only_ranks_see_is_one_line_too(
+    config: Path, tmp_path: Path, ranks: int, option: str, named: str
+) -> None:
+    alone = ONE_RANK if ranks == 1 else ()
+    program = Program("moe-dist", "train", config, *alone, option, f"train.output_dir={tmp_path / 'run'}")
+    assert program.end() == 2
+    (line,) = program.err.splitlines()
+    assert line.startswith("moe-dist: error: ")
+    assert named in line
+    assert program.out == ""
+    assert named in (tmp_path / "run" / "train.log").read_text()
+
+
+@pytest.mark.dist
+def test_under_torchrun_one_rank_speaks_for_all(config: Path, tmp_path: Path) -> None:
+    ours = ("-m", "launcher", "train", config, "model.vocab_size=200", f"train.output_dir={tmp_path / 'run'}")
+    program = Program("torchrun", "--standalone", "--nproc-per-node=2", *ours, GLOO_SOCKET_IFNAME="lo")
+    assert program.end() == 1
+    assert program.err.count("moe-dist: error: model.vocab_size=200") == 1

@@ -1,0 +1,94 @@
+"""Errors inside ranks: one line names the rank, the error and the log; NaN ends or is skipped on all ranks alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from programs import Program
+
+pytestmark = pytest.mark.dist
+
+EXPERTS = '''
+import os
+
+from moe_dist.models.experts import Experts
+
+
+class Second(Experts):
+    """Something happens in the second training step of rank 1."""
+
+    calls = 0
+
+    def forward(self, rows, rows_per_expert):
+        self.calls += self.training
+        out = super().forward(rows, rows_per_expert)
+        if self.calls == 2 and self.training and os.environ.get("RANK") == "1":
+            return self.happen(out)
+        return out
+
+
+class Bomb(Second):
+    def happen(self, out):
+        raise ZeroDivisionError("the fuse\\nwas short")
+
+
+class NotANumber(Second):
+    def happen(self, out):
+        return out * float("nan")
+'''
+
+
+def run(config: Path, folder: Path, expert: str, *options: str, starter: tuple[str, ...] = ()) -> Program:
+    """A run of four steps with an expert of one's own, to its end."""
+    (folder / "my_experts.py").write_text(EXPERTS)
+    command = (*(starter or ("moe-dist",)), "train", config, f"model.expert=my_experts:{expert}")
+    ours = (f"train.output_dir={folder / 'run'}", "train.max_steps=4", "checkpoint.save_at_end=false")
+    program = Program(*command, *ours, *options, PYTHONPATH=str(folder), GLOO_SOCKET_IFNAME="lo")
+    program.end()
+    return program
+
+
+def test_an_exception_in_one_rank(config: Path, tmp_path: Path) -> None:
+    program = run(config, tmp_path, "Bomb")
+    assert program.process.returncode == 1
+    (line,) = program.err.splitlines()
+    assert line.startswith("moe-dist: error: rank 1: ZeroDivisionError: the fuse was short; log: ")
+    log = Path(line.rpartition("log: ")[2])
+    assert log.name == "rank-1.log"
+    text = (tmp_path / "run" / "logs" / "rank-1.log").read_text()
+    assert "Traceback" in text
+    assert "my_experts.py" in text
+    program.gone_within(5)
+
+
+def test_an_exception_in_one_rank_of_torchrun(config: Path, tmp_path: Path) -> None:
+    starter = ("torchrun", "--standalone", "--nproc-per-node=2", "-m", "launcher")
+    program = run(config, tmp_path, "Bomb", starter=starter)
+    assert program.process.returncode == 1
+    (line,) = [line for line in program.err.splitlines() if line.startswith("moe-dist: ")]
+    assert line.startswith("moe-dist: error: rank 1: ZeroDivisionError: the fuse was short; log: ")
+    program.gone_within(5)
+
+
+def test_not_finite_stops_all_ranks(config: Path, tmp_path: Path) -> None:
+    program = run(config, tmp_path, "NotANumber")
+    assert program.process.returncode == 3
+    assert summary(tmp_path)["steps"] == 2
+    lines = [line for line in program.err.splitlines() if "training stopped itself" in line]
+    assert len(lines) == 1
+    assert "not finite at step 2" in lines[0]
+    assert "Traceback" not in program.err
+
+
+def test_not_finite_is_skipped_and_counted(config: Path, tmp_path: Path) -> None:
+    program = run(config, tmp_path, "NotANumber", "train.on_nonfinite=skip")
+    assert program.process.returncode == 0, program.err
+    found = summary(tmp_path)
+    assert (found["steps"], found["skipped_steps"]) == (4, 1)
+    assert "step 2: loss nan" in program.err
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
