@@ -99,9 +99,7 @@ def check(
     world_size: Annotated[
         int | None, typer.Option("--world-size", "-n", min=1, help="Ranks; default: launch.nproc_per_node.")
     ] = None,
-    show_config: Annotated[
-        bool, typer.Option("--show-config", help="Print every key with its value.")
-    ] = False,
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print every key with its value.")] = False,
 ) -> None:
     """Validate CONFIG and print its layout, without starting anything.
 

@@ -41,9 +41,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> Environment:
         text = environ.get(name, default)
         if text is None:
             other = "RANK" if name == "WORLD_SIZE" else "WORLD_SIZE"
-            raise ConfigError(
-                f"{name} is not set, but {other}={environ[other]}: start with torchrun, or unset {other}"
-            )
+            raise ConfigError(f"{name} is not set, but {other}={environ[other]}: start with torchrun, or unset {other}")
         try:
             return int(text)
         except ValueError:

@@ -97,7 +97,8 @@ def _write_log(text: str) -> str | None:
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(logger.makeRecord("moe_dist", logging.ERROR, "", 0, text, (), None))
-            return os.path.relpath(handler.baseFilename)
+            near = os.path.relpath(handler.baseFilename)
+            return handler.baseFilename if near.startswith("..") else near
     return None
 
 

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 from ranks import run_ranks
-from tiny import difference, train_and_tell
+from tiny import mesh_of, tiny_config
 
-TOLERANCE = 1e-5
+from moe_dist.verify.trial import Told, deviations, run_trial
 
 
 @cache
-def reference(overrides: tuple[str, ...], num_micro_batches: int, steps: int = 3) -> dict[str, Any]:
-    return train_and_tell(overrides, 1, num_micro_batches, steps)
+def reference(overrides: tuple[str, ...], num_micro_batches: int) -> Told:
+    """One process."""
+    return told(overrides, 1, num_micro_batches)
 
 
-def deviations(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
-    """Relative differences by what was compared."""
-    worst = {key: difference(found[key], wanted[key]) for key in ("initial", "gradients", "weights", "biases")}
-    for key in ("losses", "norms"):
-        worst[key] = max(abs(a - b) / abs(b) for a, b in zip(found[key], wanted[key], strict=True))
-    return worst
+def told(overrides: tuple[str, ...], ep_size: int, num_micro_batches: int, plant: str | None = None) -> Told:
+    """What this rank is told of three steps of the tiny model."""
+    config = tiny_config(f"parallel.ep_size={ep_size}", *overrides)
+    return run_trial(config, mesh_of(ep_size, config.parallel.shard_size), num_micro_batches, plant=plant)
 
 
-def compare(overrides: tuple[str, ...], ep_size: int, num_micro_batches: int, plant: str | None = None) -> dict:
+def compare(
+    overrides: tuple[str, ...], ep_size: int, num_micro_batches: int, plant: str | None = None
+) -> dict[str, float]:
+    """Largest deviations of any of four ranks from one process."""
     wanted = reference(overrides, num_micro_batches)
-    results = run_ranks(train_and_tell, 4, overrides, ep_size, num_micro_batches, 3, plant)
-    worst: dict[str, float] = {}
-    for found in results:
-        for key, value in deviations(found, wanted).items():
-            worst[key] = max(worst.get(key, 0.0), value)
-    return worst
+    found = [
+        deviations(result, wanted) for result in run_ranks(told, 4, overrides, ep_size, num_micro_batches, plant)
+    ]
+    return {name: max(worst[name] for worst in found) for name in found[0]}

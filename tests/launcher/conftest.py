@@ -66,9 +66,7 @@ def two_agents(config: Path) -> list[Run]:
     for node in range(2):
         command = ["torchrun", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1"]
         command += ["--master-addr=127.0.0.1", f"--master-port={port}", "--no-python", "moe-dist", "train"]
-        programs.append(
-            Program(*command, config, f"train.output_dir={folder}", GLOO_SOCKET_IFNAME="lo", PATH=_path())
-        )
+        programs.append(Program(*command, config, f"train.output_dir={folder}", GLOO_SOCKET_IFNAME="lo", PATH=_path()))
     return [_run(folder, program) for program in programs]
 
 

@@ -163,9 +163,7 @@ def test_a_taken_port_is_said_at_once(config: Path) -> None:
         (2, "model.vocab_size=200", "model.vocab_size=200"),
     ],
 )
-def test_what_only_ranks_see_is_one_line_too(
-    config: Path, tmp_path: Path, ranks: int, option: str, named: str
-) -> None:
+def test_what_only_ranks_see_is_one_line_too(config: Path, tmp_path: Path, ranks: int, option: str, named: str) -> None:
     alone = ONE_RANK if ranks == 1 else ()
     program = Program("moe-dist", "train", config, *alone, option, f"train.output_dir={tmp_path / 'run'}")
     assert program.end() == 2

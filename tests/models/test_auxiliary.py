@@ -20,7 +20,7 @@ from moe_dist.models.auxiliary import (
 )
 from moe_dist.models.moe import MoE
 from moe_dist.models.recompute import recomputing
-from moe_dist.models.router import Routing, TopKRouter
+from moe_dist.models.router import Router, Routing, TopKRouter
 from moe_dist.models.transformer import Transformer
 
 CONFIG = ModelConfig(
@@ -191,15 +191,16 @@ def test_sums_of_parts_are_the_whole() -> None:
 def test_sigmoid_scores_cannot_game_the_loss() -> None:
     """Trap 23. Planted: scores as `sigmoid / (sum + 1e-9)`: at logits of -60 the loss falls to 0."""
     for level in (0.0, -60.0, -110.0):
-        logits = torch.full((32, 8), level, requires_grad=True)
-        rule = TopKRouter(8, 2, scoring_func="sigmoid")
-        ids, weights = rule(logits)
-        scores = rule.log_scores(logits).softmax(-1)
+        router = Router(4, 8)
+        router.rule = TopKRouter(8, 2, scoring_func="sigmoid")
+        torch.nn.init.constant_(router.weight, level / 4)
+        routing = router(torch.ones(32, 4))
+        assert (routing.logits_TE == level).all()
         balance = LoadBalance(BalanceConfig(router_aux_loss_coef=1.0), 8, 2)
-        value = balance.losses(Routing(weights, ids, scores, logits), None, 1, token_scale=1 / 32)
+        value = balance.losses(routing, None, 1, token_scale=1 / 32)
         assert value is not None
         assert value >= 1.0 - 1e-5
-        assert torch.autograd.grad(value, logits)[0].isfinite().all()
+        assert torch.autograd.grad(value, router.weight)[0].isfinite().all()
 
 
 def test_z_loss_is_stable_and_skips_padding() -> None:
@@ -252,7 +253,7 @@ def test_router_gradient_is_that_of_the_summed_loss() -> None:
 
 
 def test_nothing_is_counted_twice_or_in_evaluation() -> None:
-    """Traps 19 and 29. Planted: `_recomputing` ignored in `_record`; `if self.training` removed in `MoE._route`."""
+    """Traps 19 and 29. Planted: `is_recomputing()` ignored in `_record`; `if self.training` removed in `MoE._route`."""
     layer = MoE(CONFIG, BalanceConfig(capacity_factor=0.5), 0)
     layer.experts.initialize(lambda expert: expert, 0.1)
     facts = layer.balance.facts = LoadFacts.zeros(4, torch.device("cpu"))

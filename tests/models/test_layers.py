@@ -41,7 +41,7 @@ def test_rms_norm_is_stable(scale: float) -> None:
 
 
 def test_rms_norm_of_bfloat16_squares_in_float32() -> None:
-    """Planted: the float32 conversion left out: the mean of squares loses digits."""
+    """Planted: x * (x.square().mean(-1) + eps).rsqrt() in bfloat16: the mean of squares loses digits."""
     x = (torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)) + 30).bfloat16()
     norm = RMSNorm(1024, 1e-6).bfloat16()
     exact = F.rms_norm(x.double(), (1024,), None, 1e-6)

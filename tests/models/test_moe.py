@@ -139,12 +139,12 @@ def test_expert_dropout_drops_contributions_in_training_only() -> None:
 
 
 def test_two_runs_are_bitwise_equal() -> None:
-    """Trap 28."""
+    """Trap 28. Planted: as in test_permute.py, an `index_add_` in random order."""
     results = []
     for _ in range(2):
-        layer = build()
-        torch.manual_seed(1)
-        x = torch.randn(4, 40, 16, requires_grad=True)
+        layer = build(num_experts=8, num_experts_per_tok=4)  # two summands would commute
+        torch.seed()
+        x = torch.randn(4, 40, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
         out = layer(x)
         out.square().sum().backward()
         results.append([out, x.grad, *(p.grad for p in layer.parameters())])

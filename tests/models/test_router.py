@@ -104,12 +104,14 @@ def test_gradient_reaches_the_router_without_auxiliary_loss() -> None:
 
 
 def test_float32_under_autocast_and_in_a_bfloat16_model() -> None:
-    """Trap 17. Planted: the `autocast(enabled=False)` and `.float()` of `Router` removed."""
+    """Trap 17. Planted: `autocast(enabled=False)` and `.float()` of `Router` removed; logits in bfloat16."""
     torch.manual_seed(0)
     config = SMALL.model_copy(update={"hidden_size": 256, "num_experts": 64, "num_experts_per_tok": 8})
     router = build_router(config, BalanceConfig())
     x = torch.randn(2000, 256)
     exact = router(x)
+    in_double = x.double() @ router.weight.double().T
+    torch.testing.assert_close(exact.logits_TE.double(), in_double, rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = router(x)
     assert torch.equal(mixed.expert_ids_TK, exact.expert_ids_TK)
@@ -124,7 +126,7 @@ def agreement(a: Tensor, b: Tensor) -> float:
 
 
 def test_routing_of_a_bfloat16_model_agrees_with_float32() -> None:
-    """Trap 17. Planted: the router's logits rounded to bfloat16."""
+    """Trap 17, through two layers of bfloat16 arithmetic. The plant is in the test above."""
     config = SMALL.model_copy(update={"num_experts": 16, "hidden_size": 64, "initializer_range": 0.1})
     model = Transformer(config)
     model.initialize(0)

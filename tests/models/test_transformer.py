@@ -123,7 +123,7 @@ def step(model: Transformer, ids: Tensor) -> tuple[list[Tensor], list[Tensor], l
 @pytest.mark.parametrize("expert", ["swiglu", "swiglu_loop", "noisy_in_tests"])
 @pytest.mark.parametrize("ties", [False, True])
 def test_recomputation_changes_nothing(mode: str, expert: str, ties: bool) -> None:
-    """Traps 19 and 22. Planted: `_recomputing` never set (facts counted twice); `preserve_rng_state=False`."""
+    """Traps 19 and 22. Planted: `recomputing()` left out of `_again` (facts counted twice)."""
     balance = BalanceConfig(router_jitter=0.1, expert_dropout=0.2, capacity_factor=1.2, router_z_loss_coef=0.01)
     model = build(CONFIG.model_copy(update={"expert": expert}), balance)
     if ties:
@@ -141,7 +141,7 @@ def test_recomputation_changes_nothing(mode: str, expert: str, ties: bool) -> No
 
 
 def test_recomputed_routing_keeps_the_first_decision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trap 22. Planted: `_KEPT = {}`. The recomputation sees logits that order ties differently."""
+    """Trap 22. Planted: top-k left out of `_DECISIONS`. The recomputation sees logits that order ties differently."""
     model = build()
     model.gradient_checkpointing_enable("full")
     calls = 0

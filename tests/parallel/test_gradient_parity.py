@@ -2,20 +2,20 @@
 
 Reference: one process, fp32, all micro-batches of the global batch accumulated. The global batches have uneven valid
 labels, padding, packed documents and a micro-batch without a single token. Compared: every gradient before clipping,
-the global norm, weights after three AdamW steps, the selection bias, initial weights. Relative tolerance 1e-5.
+the global norm, weights after three AdamW steps, the selection bias, initial weights. Tolerance 1e-5 relative (L2).
 
-Every test of a trap was seen to fail: `test_planted_bugs_are_seen` plants the bugs of `plants.py` one by one in the
-very function the other tests call and demands that the comparison goes red.
+Every test of a trap was seen to fail: `tests/verify` plants the bugs of `moe_dist/verify/plants.py` one by one in the
+very function that is compared here and demands that the comparison goes red.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from parity import TOLERANCE, compare
-from plants import PLANTS
+from parity import compare
 from ranks import run_ranks
-from tiny import difference
+
+from moe_dist.verify.trial import TOLERANCE, Trial, difference
 
 pytestmark = pytest.mark.dist
 
@@ -66,28 +66,11 @@ def test_auxiliary_loss_alone(scope: str) -> None:
 def without_labels(overrides: tuple[str, ...], ep_size: int, num_micro_batches: int) -> dict[str, torch.Tensor]:
     from dataclasses import replace
 
-    from tiny import Parts, mesh_of, micro_batches, tiny_config, unclipped
+    from tiny import mesh_of, micro_batches, tiny_config
 
-    mesh = mesh_of(ep_size)
-    parts = Parts(tiny_config(f"parallel.ep_size={ep_size}", *overrides), mesh)
-    mine = micro_batches(num_micro_batches)[mesh.dp_rank :: mesh.layout.dp_size]
+    trial = Trial(tiny_config(f"parallel.ep_size={ep_size}", *overrides), mesh_of(ep_size))
+    mine = trial.share(micro_batches(num_micro_batches))
     mine = [replace(batch, labels=torch.full_like(batch.labels, -100), num_valid=0) for batch in mine]
-    with unclipped(parts) as seen:
-        parts.step(mine, 0, 0.0)
-    return seen["gradients"]
-
-
-# Where each planted bug must show; a bug in a scope or an option needs that scope or option.
-SEEN_IN: dict[str, tuple[tuple[str, ...], int, int]] = {
-    "global_load_is_local": (("balance.aux_loss_scope=global_batch",), 2, 4),
-    "load_of_the_whole_batch_unknown": (("balance.aux_loss_scope=global_batch",), 2, 8),
-    "capacity_of_the_whole_group": (("balance.capacity_factor=0.8",), 2, 4),
-}
-
-
-@pytest.mark.parametrize("plant", sorted(PLANTS))
-def test_planted_bugs_are_seen(plant: str) -> None:
-    """The proof can fail: each known bug turns the comparison red."""
-    overrides, ep_size, num_micro_batches = SEEN_IN.get(plant, ((), 2, 8))
-    worst = compare(overrides, ep_size, num_micro_batches, plant)
-    assert max(worst.values()) > 10 * TOLERANCE, f"{plant} was not seen: {worst}"
+    with trial.unclipped() as gradients:
+        trial.step(mine, 0, 0.0)
+    return gradients

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch.distributed as dist
-from parity import TOLERANCE, compare
+from parity import compare
 from ranks import run_ranks
-from tiny import Parts, mesh_of, micro_batches, tiny_config
+from tiny import mesh_of, micro_batches, tiny_config
+
+from moe_dist.verify.trial import TOLERANCE, Trial
 
 pytestmark = pytest.mark.dist
 
@@ -41,7 +43,7 @@ def bytes_of_state(zero_stage: int, ep_size: int) -> tuple[int, int]:
     from moe_dist.parallel.sharding import local
 
     config = tiny_config(f"parallel.ep_size={ep_size}", f"parallel.zero_stage={zero_stage}")
-    parts = Parts(config, mesh_of(ep_size))
+    parts = Trial(config, mesh_of(ep_size))
     parts.step(micro_batches(4)[dist.get_rank() :][:1], 0, 1e-2)
     weights = sum(local(p).numel() * p.element_size() for p in parts.model.parameters())
     moments = sum(t.numel() * t.element_size() for _, key, ts, _ in parts.optimizer.named_state() for t in ts if t.ndim)

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from tiny import Parts, difference, mesh_of, micro_batches, tiny_config, unclipped
+from tiny import mesh_of, micro_batches, tiny_config
 
 from moe_dist.data.batch import Batch
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.evaluation import evaluate, sample_text
 from moe_dist.train.loss import cross_entropy_sum
+from moe_dist.verify.trial import Trial, difference
 
 
 def merged(batches: list[Batch]) -> Batch:
@@ -28,10 +29,10 @@ def merged(batches: list[Batch]) -> Batch:
 
 
 def gradients_of(batches: list[Batch], *overrides: str) -> dict[str, torch.Tensor]:
-    parts = Parts(tiny_config(*overrides), Mesh.single())
-    with unclipped(parts) as seen:
+    parts = Trial(tiny_config(*overrides), Mesh.single())
+    with parts.unclipped() as gradients:
         parts.step(batches, 0, 0.0)
-    return seen["gradients"]
+    return gradients
 
 
 @pytest.mark.parametrize("scope", ["sequence", "global_batch"])
@@ -47,7 +48,7 @@ def test_accumulation_changes_nothing(scope: str) -> None:
 
 
 def test_loss_is_mean_over_valid_tokens() -> None:
-    parts = Parts(tiny_config(), Mesh.single())
+    parts = Trial(tiny_config(), Mesh.single())
     batches = micro_batches(4)
     with torch.no_grad():
         parts.model.eval()
@@ -60,7 +61,7 @@ def test_loss_is_mean_over_valid_tokens() -> None:
     assert result.num_tokens == sum(batch.num_tokens for batch in batches)
 
 
-def state_hash(parts: Parts) -> str:
+def state_hash(parts: Trial) -> str:
     digest = hashlib.sha256()
     tensors = dict(parts.model.state_dict())
     for name, key, values, _ in parts.optimizer.named_state():
@@ -80,7 +81,7 @@ def test_evaluation_leaves_no_trace() -> None:
     """
     from moe_dist.data.tokenizer import ByteTokenizer
 
-    parts = Parts(tiny_config("model.vocab_size=300", "model.attention_dropout=0.1"), Mesh.single())
+    parts = Trial(tiny_config("model.vocab_size=300", "model.attention_dropout=0.1"), Mesh.single())
     parts.step(micro_batches(2), 0, 1e-2)
     before = state_hash(parts)
     evaluate(parts.model, micro_batches(3, step=7), parts.mesh)
@@ -90,7 +91,7 @@ def test_evaluation_leaves_no_trace() -> None:
 
 def test_bias_moves_against_skew() -> None:
     """Trap 19: experts above the mean lose, experts below gain, by the rate, once per step."""
-    parts = Parts(tiny_config("balance.router_aux_loss_coef=0"), Mesh.single())
+    parts = Trial(tiny_config("balance.router_aux_loss_coef=0"), Mesh.single())
     batches = micro_batches(4)
     parts.step(batches, 0, 0.0)
     for layer, facts in parts.balancer.facts.items():
@@ -108,7 +109,7 @@ def test_bias_does_not_depend_on(option: str) -> None:
     """Trap 19: recomputation counts nothing twice, drops do not hide demand, the first pass leaves no count."""
 
     def bias(*overrides: str) -> dict[str, torch.Tensor]:
-        parts = Parts(tiny_config("balance.router_aux_loss_coef=0.1", *overrides), Mesh.single())
+        parts = Trial(tiny_config("balance.router_aux_loss_coef=0.1", *overrides), Mesh.single())
         parts.step(micro_batches(4), 0, 0.0)
         return parts.biases | {f"n{k}": v.pairs_E.clone() for k, v in parts.balancer.facts.items()}
 
@@ -122,7 +123,7 @@ def test_bias_does_not_depend_on(option: str) -> None:
 
 def test_counts_are_exact_integers() -> None:
     """Trap 18: 64 x (600..700) pairs; in bfloat16 the sums lose units and flip the direction of the bias."""
-    parts = Parts(tiny_config(), Mesh.single())
+    parts = Trial(tiny_config(), Mesh.single())
     (facts, *_) = parts.balancer.facts.values()
     wanted = torch.zeros(8, dtype=torch.int64)
     for part in range(64):
@@ -137,7 +138,7 @@ def test_counts_are_exact_integers() -> None:
 
 
 def global_pairs_twice() -> tuple[list, list]:
-    parts = Parts(tiny_config("parallel.ep_size=2"), mesh_of(2))
+    parts = Trial(tiny_config("parallel.ep_size=2"), mesh_of(2))
     for facts in parts.balancer.facts.values():
         facts.pairs_E += 600 + dist.get_rank()
     first, second = parts.balancer.global_pairs(), parts.balancer.global_pairs()
@@ -158,7 +159,7 @@ def test_reducing_counts_leaves_local_counts() -> None:
 def everything_to_one_expert(ep_size: int) -> dict:
     from moe_dist.models.router import Router
 
-    parts = Parts(tiny_config(f"parallel.ep_size={ep_size}"), mesh_of(ep_size))
+    parts = Trial(tiny_config(f"parallel.ep_size={ep_size}"), mesh_of(ep_size))
     for module in parts.model.modules():
         if isinstance(module, Router):
             module.bias_E[:2] = 100.0  # every token chooses experts 0 and 1; other ranks get nothing
@@ -183,7 +184,7 @@ def test_experts_without_tokens_are_trained_too(ep_size: int) -> None:
 
 
 def poisoned(where: str) -> tuple[bool, bool]:
-    parts = Parts(tiny_config("parallel.ep_size=2"), mesh_of(2))
+    parts = Trial(tiny_config("parallel.ep_size=2"), mesh_of(2))
     mine = micro_batches(8)[parts.mesh.dp_rank :: parts.mesh.layout.dp_size]
     before = parts.weights
     if dist.get_rank() == 1:
@@ -206,7 +207,7 @@ def test_all_ranks_agree_on_a_bad_step(where: str) -> None:
 
 
 def no_experts_in_one_layer(ep_size: int) -> list[float]:
-    parts = Parts(
+    parts = Trial(
         tiny_config(
             f"parallel.ep_size={ep_size}",
             "model.num_hidden_layers=5",
@@ -230,7 +231,7 @@ def test_alternating_dense_and_expert_layers() -> None:
 
 def test_pure_bf16_keeps_float32_masters() -> None:
     """Updates too small for bfloat16 still add up; routers stay in float32."""
-    parts = Parts(tiny_config("train.pure_bf16=true", "train.max_grad_norm=0"), Mesh.single())
+    parts = Trial(tiny_config("train.pure_bf16=true", "train.max_grad_norm=0"), Mesh.single())
     kinds = {name: parameter.dtype for name, parameter in parts.model.named_parameters()}
     assert {kind for name, kind in kinds.items() if "router" in name} == {torch.float32}
     assert {kind for name, kind in kinds.items() if "router" not in name} == {torch.bfloat16}
@@ -255,7 +256,7 @@ def test_bf16_stays_near_fp32() -> None:
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"])
 def test_optimizers_learn_and_decay_matrices_only(optim: str) -> None:
-    parts = Parts(tiny_config(f"optimizer.optim={optim}"), Mesh.single())
+    parts = Trial(tiny_config(f"optimizer.optim={optim}"), Mesh.single())
     batches = micro_batches(2)
     losses = [parts.step(batches, step, 1e-2).loss for step in range(8)]
     assert losses[-1] < losses[0]
