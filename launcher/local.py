@@ -16,10 +16,11 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from types import FrameType
 from typing import NamedTuple
 
-from launcher.worker import CONFIG, EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, LAUNCHER, REPORTS, STORE
+from launcher.worker import CONFIG, EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, LAUNCHER, PROOF, REPORTS, STORE, Proof
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.monitor.train_log import log_path
@@ -40,12 +41,14 @@ class Ended(NamedTuple):
     code: int
 
 
-def launch(config: Config) -> int:
+def launch(config: Config, proof: Proof | None = None) -> int:
     """Start `launch.nproc_per_node` ranks, wait for all of them, return the exit code.
+
+    They train, or with `proof` they verify.
 
     When one rank fails the others are ended, and one line says which, how and where its log is.
     """
-    with Signals() as signals, Ranks(config) as ranks:
+    with Signals() as signals, Ranks(config, proof) as ranks:
         ended: list[Ended] = []
         deadline = None
         while ranks.running and not signals.first:
@@ -91,7 +94,7 @@ class Signals:
 class Ranks:
     """The processes of one run. Raises ConfigError when the port is taken."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, proof: Proof | None = None) -> None:
         count = config.launch.nproc_per_node
         self.processes: list[subprocess.Popen[bytes]] = []
         self._counted: set[int] = set()
@@ -102,6 +105,7 @@ class Ranks:
             os.set_blocking(self._reports, False)
             shared = rank_environment(config) | {
                 CONFIG: config.model_dump_json(),
+                PROOF: json.dumps(proof and asdict(proof)),
                 LAUNCHER: str(os.getpid()),
                 REPORTS: str(theirs),
                 "WORLD_SIZE": str(count),

@@ -11,9 +11,10 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from launcher.environment import Environment, detect, let_the_first_speak
 from moe_dist.config import Config
@@ -27,31 +28,50 @@ EXIT_FAILED = 1
 """Anything unexpected."""
 
 # What the local launcher leaves in a rank's environment.
-CONFIG, LAUNCHER = "MOE_DIST_CONFIG", "MOE_DIST_LAUNCHER"
+CONFIG, PROOF, LAUNCHER = "MOE_DIST_CONFIG", "MOE_DIST_PROOF", "MOE_DIST_LAUNCHER"
 REPORTS, STORE = "MOE_DIST_REPORTS", "MOE_DIST_STORE"
 
 _PR_SET_PDEATHSIG = 1
 _MAX_TEXT = 2000  # a report must go through the pipe in one piece
 
 
-def train(config: Config, environment: Environment, dataset: Any = None) -> int:
+@dataclass(frozen=True)
+class Proof:
+    """What `moe-dist verify` asks of every rank."""
+
+    layouts: str = "all"
+    plant: str | None = None
+    as_json: bool = False
+
+
+def train(config: Config, environment: Environment) -> int:
     """Train on this rank; returns the exit code."""
     from launcher.process_groups import connected  # torch, only once there is work to do
     from moe_dist.train.trainer import MoETrainer
 
     with connected(config, environment) as mesh:
-        result = MoETrainer(config, mesh=mesh).train(dataset)
+        result = MoETrainer(config, mesh=mesh).train()
     if result.failed and environment.rank == 0:
         print(f"moe-dist: training stopped itself: {result.reason}", file=sys.stderr, flush=True)
     return EXIT_STOPPED if result.failed else 0
 
 
-def main(config: Config, environment: Environment) -> int:
-    """`train`, with every error as one line: exit codes as above."""
+def verify(config: Config, environment: Environment, proof: Proof) -> int:
+    """Prove the arithmetic of every layout; returns the exit code."""
+    from launcher.process_groups import connected
+    from moe_dist.verify.run import verify as run
+
+    with connected(config, environment) as mesh:
+        passed = run(config, mesh, proof.layouts, proof.plant, proof.as_json)
+    return 0 if passed else EXIT_FAILED
+
+
+def main(config: Config, environment: Environment, proof: Proof | None = None) -> int:
+    """`train`, or `verify` when there is something to prove, with every error as one line: exit codes as above."""
     # A single process saves as one on purpose.
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
     try:
-        return train(config, environment)
+        return train(config, environment) if proof is None else verify(config, environment, proof)
     except ConfigError as error:
         return _report(error, environment, EXIT_CONFIG)
     except ValueError as error:
@@ -119,13 +139,13 @@ def die_with_parent(parent: int) -> None:
         os._exit(EXIT_FAILED)
 
 
-def run_under_torchrun(config: Config, environment: Environment) -> NoReturn:
+def run_under_torchrun(config: Config, environment: Environment, proof: Proof | None = None) -> NoReturn:
     """A rank that torchrun, or something in its manner, has started."""
     die_with_parent(os.getppid())
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _go if sys.stdout.isatty() else signal.SIG_DFL)
-    leave(main(config, environment))
+    leave(main(config, environment, proof))
 
 
 def _go(number: int, frame: FrameType | None) -> None:
@@ -139,7 +159,9 @@ def run_rank() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # blocked until here; Ctrl-C is for the launcher
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.set_inheritable(int(os.environ[REPORTS]), False)
-    leave(main(Config.model_validate_json(os.environ.pop(CONFIG)), detect()))
+    proof = json.loads(os.environ.pop(PROOF, "null"))
+    config = Config.model_validate_json(os.environ.pop(CONFIG))
+    leave(main(config, detect(), proof and Proof(**proof)))
 
 
 if __name__ == "__main__":

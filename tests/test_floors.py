@@ -50,6 +50,9 @@ LIGHT = (
     "moe_dist.train.describe",
     "moe_dist.verify.layouts",
     "launcher.cli",
+    "launcher.commands",
+    "launcher.local",
+    "launcher.worker",
     "launcher.environment",
     "launcher.layout_report",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from moe_dist.train.describe import layout_lines, sentence
 def merge_config(
     config: Config | Mapping[str, Any] | str | Path | None,
     model_config: Mapping[str, Any] | None,
-    training_config: Mapping[str, Any] | None,
+    training_config: Any,
     output_dir: str | Path | None,
 ) -> Config:
     """One validated configuration. Raises ConfigError as reading a file does."""
@@ -33,11 +34,24 @@ def merge_config(
         if model_config:
             tree["model"] = {**tree.get("model", {}), **model_config}
         if training_config:
-            tree["training"] = {**tree.get("training", {}), **training_config}
+            tree["training"] = {**tree.get("training", {}), **_chosen(training_config)}
         merged = load_mapping(tree, notice=lambda text: None)  # sections are ours to fill in
     if output_dir is not None:
         merged.train.output_dir = Path(output_dir)
     return merged
+
+
+def _chosen(arguments: Any) -> dict[str, Any]:
+    """A mapping as it is; of a dataclass such as `TrainingArguments` the fields that differ from their defaults."""
+    if isinstance(arguments, Mapping):
+        return dict(arguments)
+    chosen = {}
+    for field in dataclasses.fields(arguments):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        value = getattr(arguments, field.name)
+        if value != default and field.init and value is not None:
+            chosen[field.name] = value
+    return chosen
 
 
 def prepare_run_folder(config: Config, mesh: Mesh) -> None:

@@ -20,6 +20,7 @@ from moe_dist.data.baseline import unigram_loss
 from moe_dist.data.loader import eval_batches
 from moe_dist.data.packing import PackedDataset
 from moe_dist.monitor.collector import Collector
+from moe_dist.monitor.health import Health
 from moe_dist.monitor.records import EvalRecord, LayerRecord, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.parallel.clock import Clock
@@ -57,7 +58,8 @@ class MoETrainer:
         MoETrainer("configs/demo.yaml", output_dir="outputs/try").train()
 
     `config`: a `Config`, a path to a YAML file, or a mapping of sections; or give `model_config` and
-    `training_config` (mappings; training keys of any section). `mesh`: this rank's place; by default one process.
+    `training_config` (a mapping with keys of any section, or a `transformers.TrainingArguments`, of which whatever
+    differs from its defaults is taken). `mesh`: this rank's place; by default one process.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class MoETrainer:
         config: Config | Mapping[str, Any] | str | Path | None = None,
         *,
         model_config: Mapping[str, Any] | None = None,
-        training_config: Mapping[str, Any] | None = None,
+        training_config: Any = None,
         output_dir: str | Path | None = None,
         mesh: Mesh | None = None,
     ) -> None:
@@ -116,7 +118,7 @@ class MoETrainer:
         self.losses: list[float] = []
         self.unigram: float | None = None
         self.layers: list[LayerRecord] = []
-        self.interval = Interval()
+        self.health, self.interval = Health(), Interval()
 
     def _open(self) -> None:
         config = self.config
@@ -167,6 +169,8 @@ class MoETrainer:
 
     def _log(self, result: StepResult, rate: float) -> None:
         self.layers = self.collector.take()
+        for sentence in self.health.observe(self.layers) if self.mesh.rank == 0 else ():
+            logger.warning("%s", sentence)
         interval, self.interval = self.interval, Interval()
         seconds = max(1e-9, time.perf_counter() - interval.started)
         elapsed = time.perf_counter() - self.started

@@ -11,6 +11,27 @@ from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 
 
+BUGS = (
+    "expert_gradient_times_ep",
+    "expert_gradient_averaged_over_edp",
+    "expert_gradient_averaged_over_active_replicas",
+    "loss_by_local_tokens",
+    "auxiliary_loss_by_local_tokens",
+    "auxiliary_loss_times_micro_batches",
+    "norm_without_experts",
+    "norm_counts_replicas",
+    "router_cut_from_loss",
+    "auxiliary_loss_cut",
+    "global_load_is_local",
+    "load_of_the_whole_batch_unknown",
+    "bias_from_counts_after_drop",
+    "bias_from_local_counts",
+    "seeds_by_local_expert",
+    "capacity_of_the_whole_group",
+)
+"""Known bugs of parallel trainers that `moe-dist verify --plant` can plant; they are in `plants.py`."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One way to spread the same training over all ranks. `name` says it in one word per axis."""

@@ -17,9 +17,10 @@ from moe_dist.models.router import Router
 from moe_dist.parallel.gradients import GradientBuffer, Gradients
 from moe_dist.train.balance import Balancer
 from moe_dist.train.step import TrainStep
+from moe_dist.verify.layouts import BUGS
 
 
-def _after_reduce(change: Callable[[Gradients], None]) -> Any:
+def _after_reduce(change: Callable[[Gradients], object]) -> Any:
     reduce = Gradients.reduce
 
     def wrong(self: Gradients) -> None:
@@ -161,11 +162,7 @@ def _capacity_of_the_whole_group() -> Any:
     return patch.object(moe.MoE, "_capacity", wrong)
 
 
-PLANTS: dict[str, Callable[[], Any]] = {
-    name.lstrip("_"): plant
-    for name, plant in list(globals().items())
-    if name.startswith("_") and not name.startswith("__") and callable(plant) and name != "_after_reduce"
-}
+PLANTS: dict[str, Callable[[], Any]] = {name: globals()[f"_{name}"] for name in BUGS}
 
 
 @contextmanager

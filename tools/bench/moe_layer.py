@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from moe_dist.models.memory import keep_freed_memory
 from moe_dist.models.moe import MoE
 
 PEERS = ("hf_eager", "hf_grouped_mm", "our_loop")
+# bfloat16 matmuls are compiled for each number of rows; so many contenders overflow the default of 1024.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 SLOW = 0.8
 """Seconds above which a contender runs once instead of in every round."""
 
