@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from launcher.environment import detect, let_the_first_speak, started_by_torchrun
-from launcher.worker import EXIT_CONFIG
+from launcher.worker import EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED
 from moe_dist import __version__
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, dump_config, load_config
@@ -148,7 +148,8 @@ def verify(
     settings.launch.nproc_per_node = world_size
     from launcher.local import launch
 
-    raise typer.Exit(launch(settings, proof))
+    code = launch(settings, proof)
+    raise typer.Exit(EXIT_FAILED if code == EXIT_DIFFERS else code)
 
 
 def _check_world(config: Config, world_size: int) -> None:

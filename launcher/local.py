@@ -20,7 +20,18 @@ from dataclasses import asdict
 from types import FrameType
 from typing import NamedTuple
 
-from launcher.worker import CONFIG, EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, LAUNCHER, PROOF, REPORTS, STORE, Proof
+from launcher.worker import (
+    CONFIG,
+    EXIT_CONFIG,
+    EXIT_DIFFERS,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    LAUNCHER,
+    PROOF,
+    REPORTS,
+    STORE,
+    Proof,
+)
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.monitor.train_log import log_path
@@ -232,9 +243,9 @@ def _verdict(failed: list[Ended], ranks: Ranks, config: Config) -> int:
         return EXIT_FAILED
     if cause.rank in told:
         _say(f"error: {told[cause.rank]}")
-    elif cause.code != EXIT_STOPPED:
+    elif cause.code not in (EXIT_STOPPED, EXIT_DIFFERS):
         _say(f"error: {who} ended with exit code {cause.code}{others}{log}")
-    return cause.code if cause.code in (EXIT_CONFIG, EXIT_STOPPED) else EXIT_FAILED
+    return cause.code if cause.code in (EXIT_CONFIG, EXIT_STOPPED, EXIT_DIFFERS) else EXIT_FAILED
 
 
 def _say(text: str) -> None:

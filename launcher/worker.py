@@ -26,6 +26,8 @@ EXIT_STOPPED = 3
 """Training stopped itself: not finite, or diverged."""
 EXIT_FAILED = 1
 """Anything unexpected."""
+EXIT_DIFFERS = 4
+"""`verify` has told which layouts differ from one process; the command makes it 1."""
 
 # What the local launcher leaves in a rank's environment.
 CONFIG, PROOF, LAUNCHER = "MOE_DIST_CONFIG", "MOE_DIST_PROOF", "MOE_DIST_LAUNCHER"
@@ -63,7 +65,7 @@ def verify(config: Config, environment: Environment, proof: Proof) -> int:
 
     with connected(config, environment) as mesh:
         passed = run(config, mesh, proof.layouts, proof.plant, proof.as_json)
-    return 0 if passed else EXIT_FAILED
+    return 0 if passed else EXIT_DIFFERS
 
 
 def main(config: Config, environment: Environment, proof: Proof | None = None) -> int:

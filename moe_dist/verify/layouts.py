@@ -10,7 +10,6 @@ from typing import Any
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 
-
 BUGS = (
     "expert_gradient_times_ep",
     "expert_gradient_averaged_over_edp",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -91,3 +93,26 @@ def test_every_run_file_shrinks(file: Path) -> None:
     assert (small.model.kv_heads == small.model.num_attention_heads) == (
         config.model.kv_heads == config.model.num_attention_heads
     )
+
+
+@pytest.mark.dist
+def test_the_command_says_what_differs(tmp_path: Path) -> None:
+    """A table, one line of verdict, exit code 1; nothing else on standard error, nothing written."""
+    command = [sys.executable, "-m", "launcher", "verify", str(ROOT / "configs" / "demo.yaml"), "-n", "2"]
+    command += ["--layouts", "ep1-zero0,ep2-zero2", "--plant", "norm_without_experts"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("ep1-zero0") and line.endswith("FAIL") for line in lines)
+    assert any(line.startswith("ep2-zero2") and line.endswith("pass") for line in lines)
+    assert lines[-1] == "1 of 2 layouts differ from one process"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_bug_is_one_line() -> None:
+    command = [sys.executable, "-m", "launcher", "verify", "configs/demo.yaml", "--plant", "gremlin"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert "--plant gremlin: not a known bug; allowed: expert_gradient_times_ep, " in done.stderr
+    assert len(done.stderr.splitlines()) == 1
