@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from moe_dist.config import Config
-from moe_dist.data.corpus import Corpus, documents_from, load_documents
+from moe_dist.data.corpus import Corpus, SkippedDocument, documents_from, load_documents
 from moe_dist.data.loader import GlobalLoader
 from moe_dist.data.packing import PackedDataset, pack
 from moe_dist.data.split import split_corpus
@@ -55,12 +54,12 @@ def build_gradients(model: Transformer, config: Config, mesh: Mesh) -> Gradients
 
 @dataclass(frozen=True)
 class Datasets:
-    """Training and held-out samples, and how many documents could not be read."""
+    """Training and held-out samples, and the documents that could not be read."""
 
     tokenizer: Tokenizer
     train: PackedDataset | StreamingPackedDataset
     validation: PackedDataset | None
-    num_skipped: int
+    skipped: list[SkippedDocument]
 
 
 def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None = None) -> Datasets:
@@ -91,13 +90,13 @@ def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None =
         corpus, held_out = split_corpus(corpus, data.validation_split, config.train.seed)
     sizes: dict[str, Any] = {"max_seq_length": data.max_seq_length}
     if data.streaming:
-        return Datasets(tokenizer, StreamingPackedDataset(corpus, tokenizer, repeat=True, **sizes), None, 0)
+        return Datasets(tokenizer, StreamingPackedDataset(corpus, tokenizer, repeat=True, **sizes), None, [])
     train = pack(corpus, tokenizer, cache_dir=cache_dir, **sizes)
     validation = None
     if held_out is not None:
         validation = pack(held_out, tokenizer, keep_tail=True, cache_dir=cache_dir, **sizes)
-    num_skipped = len(_skipped(train)) + (len(_skipped(validation)) if validation is not None else 0)
-    return Datasets(tokenizer, train, validation, num_skipped)
+    skipped = {entry.id: entry for part in (train, validation) if part is not None for entry in part.skipped}
+    return Datasets(tokenizer, train, validation, list(skipped.values()))
 
 
 def build_loader(config: Config, dataset: PackedDataset | StreamingPackedDataset, mesh: Mesh) -> GlobalLoader:
@@ -113,7 +112,3 @@ def build_loader(config: Config, dataset: PackedDataset | StreamingPackedDataset
         num_workers=config.data.dataloader_num_workers,
         pin_memory=config.data.dataloader_pin_memory,
     )
-
-
-def _skipped(dataset: PackedDataset) -> Sequence[Any]:
-    return dataset.skipped

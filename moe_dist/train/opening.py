@@ -62,8 +62,9 @@ def prepare_run_folder(config: Config, mesh: Mesh) -> None:
     folder = config.train.output_dir
     if mesh.rank == 0:
         if config.checkpoint.resume == "never" and (folder / "config.yaml").exists():
-            aside = folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-            folder.rename(aside)
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            names = (f"{folder.name}-{stamp}{suffix}" for suffix in ("", *(f"-{number}" for number in range(1, 1000))))
+            folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists()))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(config))
     mesh.barrier()

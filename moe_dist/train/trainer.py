@@ -122,8 +122,14 @@ class MoETrainer:
 
     def _open(self) -> None:
         config = self.config
-        if self.datasets.num_skipped:
-            logger.warning("%d documents could not be read and are left out", self.datasets.num_skipped)
+        skipped = self.datasets.skipped
+        for document in skipped:
+            logger.info("left out: %s at %s: %s", document.id, document.offset, document.reason)
+        if skipped:
+            logger.warning(
+                "%d documents could not be read and are left out, the first: %s at %s: %s; train.log names all",
+                *(len(skipped), skipped[0].id, skipped[0].offset, skipped[0].reason),
+            )
         self.sinks.open(run_info(config, self.mesh, self.datasets))
         if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
             self.unigram = unigram_loss(self.datasets.train, self.datasets.validation, config.model.vocab_size)

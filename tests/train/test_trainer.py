@@ -218,3 +218,20 @@ def test_config_may_be_a_file_and_settings_may_be_changed(tmp_path: Path) -> Non
     trainer.config.train.per_device_train_batch_size = 4
     assert trainer.config.train.max_steps == 3
     assert trainer.config.train.per_device_train_batch_size == 4
+
+
+def test_unreadable_documents_are_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_text(text)
+    (tmp_path / "broken.txt").write_bytes(b"good start \xff\xfe bad end" * 50)
+
+    def go(folder: Path, on_error: str) -> TrainingResult:
+        data = {"source": "text", "path": str(tmp_path / "*.txt"), "on_error": on_error}
+        training = TRAINING | {"max_steps": 1}
+        return MoETrainer({"data": data}, model_config=MODEL, training_config=training, output_dir=folder).train()
+
+    assert go(tmp_path / "run", "skip").steps == 1
+    assert "1 documents could not be read" in capsys.readouterr().err
+    assert "broken.txt at 11" in (tmp_path / "run" / "train.log").read_text()
+    with pytest.raises(ValueError, match=r"broken\.txt"):
+        go(tmp_path / "again", "fail")
