@@ -32,6 +32,11 @@ def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in environ or ("WORLD_SIZE" in environ and "MASTER_ADDR" in environ)
 
 
+def usable_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def detect(environ: Mapping[str, str] = os.environ) -> Environment:
     """The environment of this process. Raises ConfigError naming the variable that does not fit."""
     if not started_by_torchrun(environ):

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from types import FrameType
 from typing import NamedTuple
 
+from launcher.environment import usable_cores
 from launcher.worker import (
     CONFIG,
     EXIT_CONFIG,
@@ -190,12 +191,10 @@ class Ranks:
 
 def rank_environment(config: Config) -> dict[str, str]:
     """Defaults for ranks that share one machine; what a person has set stays."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     defaults = {
-        "OMP_NUM_THREADS": str(config.launch.num_threads or max(1, cores // config.launch.nproc_per_node)),
-        # Freed blocks stay with the process: repeated page faults cost grouped matmuls half their speed.
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": "100000000000",
+        "OMP_NUM_THREADS": str(config.launch.num_threads or max(1, usable_cores() // config.launch.nproc_per_node)),
+        # bfloat16 matmuls are compiled for every number of rows an expert gets, and kept here.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",
     }
     if sys.platform.startswith("linux"):
         defaults["GLOO_SOCKET_IFNAME"] = "lo"

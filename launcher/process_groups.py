@@ -10,9 +10,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from launcher.environment import Environment
+from launcher.environment import Environment, usable_cores
 from launcher.worker import REPORTS, STORE
 from moe_dist.config import Config
+from moe_dist.models.memory import keep_freed_memory
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
 
@@ -37,7 +38,7 @@ def choose_threads(config: Config, environment: Environment) -> int:
         return config.launch.num_threads
     if "OMP_NUM_THREADS" in os.environ:
         return int(os.environ["OMP_NUM_THREADS"])
-    return max(1, len(os.sched_getaffinity(0)) // environment.local_world_size)
+    return max(1, usable_cores() // environment.local_world_size)
 
 
 @contextmanager
@@ -46,6 +47,8 @@ def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
     layout = Layout.of(config, environment.world_size)
     device = choose_device(config, environment)
     torch.set_num_threads(choose_threads(config, environment))
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not environment.is_distributed:

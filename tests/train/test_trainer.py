@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,26 @@ def test_unreadable_documents_are_named_and_counted(tmp_path: Path, capsys: pyte
     assert "broken.txt at 11" in (tmp_path / "run" / "train.log").read_text()
     with pytest.raises(ValueError, match=r"broken\.txt"):
         go(tmp_path / "again", "fail")
+
+
+@dataclass
+class Arguments:
+    """Fields and defaults as `transformers.TrainingArguments` has them (importing that takes ten seconds)."""
+
+    learning_rate: float = 5e-5
+    max_steps: int = -1
+    gradient_checkpointing: bool = False
+    dataloader_pin_memory: bool = True
+    bf16: bool = False
+    push_to_hub: bool = False
+
+
+def test_training_arguments_are_understood(tmp_path: Path) -> None:
+    """Fields that differ from their defaults are taken; one that means something else here is refused by name."""
+    arguments = Arguments(learning_rate=1e-3, max_steps=7, gradient_checkpointing=True)
+    config = MoETrainer(model_config=MODEL, training_config=arguments, output_dir=tmp_path).config
+    assert (config.optimizer.learning_rate, config.train.max_steps) == (1e-3, 7)
+    assert config.train.gradient_checkpointing == "full"
+    assert not config.train.bf16
+    with pytest.raises(ConfigError, match="push_to_hub"):
+        MoETrainer(model_config=MODEL, training_config=Arguments(push_to_hub=True))
