@@ -111,7 +111,7 @@ class ShardedGradients:
         experts = self._squared_norm([g for name, g in gradients.items() if name in self.expert_names])
         dense = self.mesh.sum_over("dp_shard", dense)
         experts = self.mesh.sum_over("ep", self.mesh.sum_over("edp_shard", experts))
-        return (dense + experts).sqrt()
+        return self.mesh.sum_over("pp", dense + experts).sqrt()
 
     def _squared_norm(self, shards: list[Tensor]) -> Tensor:
         shards = [shard for shard in shards if shard.numel()]

@@ -21,13 +21,17 @@ from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import parallelize
+from moe_dist.parallel.pipeline import PipelinedTransformer
 from moe_dist.parallel.sharding import ShardedGradients, shard_parameters
 
 
 def build_model(config: Config, mesh: Mesh, clock: Clock | None = None) -> Transformer:
     """This rank's part of the model, on its device, with the initial weights of `train.seed`."""
     with torch.device("meta"):
-        model = Transformer(config.model, config.balance)
+        if mesh.layout.pp_size > 1:
+            model: Transformer = PipelinedTransformer(config, mesh)
+        else:
+            model = Transformer(config.model, config.balance)
     parallelize(model, config, mesh, clock)
     model.initialize(config.train.seed, mesh.device)
     if is_sharded(config, mesh):
