@@ -162,8 +162,20 @@ def check_pipeline(config: Config) -> None:
         )
     if train.torch_compile:
         raise ValueError(f"train.torch_compile=true: not with parallel.pp_size={pp_size}")
-    if parallel.zero_stage:
-        raise ValueError(f"parallel.zero_stage={parallel.zero_stage}: only 0 with parallel.pp_size={pp_size}")
+    if parallel.shard_size is not None:
+        raise ValueError(f"parallel.shard_size={parallel.shard_size}: not with parallel.pp_size={pp_size}")
+    if parallel.cpu_offload:
+        raise ValueError(f"parallel.cpu_offload=true: not with parallel.pp_size={pp_size}")
+    if parallel.zero_stage == 2:
+        raise ValueError(
+            f"parallel.zero_stage=2: with parallel.pp_size={pp_size} gradients are reduced after the last micro-batch, "
+            "which is stage 1; allowed: 0, 1, 3"
+        )
+    if parallel.zero_stage == 3 and splits_backward:
+        raise ValueError(
+            f"parallel.zero_stage=3: parallel.schedule={schedule} needs whole parameters between a stage's forward and "
+            "backward; allowed: 0, 1, or gpipe, 1f1b, interleaved_1f1b"
+        )
 
 
 def _check_micro_batches(pp_size: int, schedule: str, num_stages: int, count: int) -> None:

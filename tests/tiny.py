@@ -47,8 +47,8 @@ def micro_batches(count: int, step: int = 0) -> list[Batch]:
     return trial.micro_batches(tiny_config(), count, step)
 
 
-def mesh_of(ep_size: int, shard_size: int | None = None) -> Mesh:
+def mesh_of(ep_size: int, shard_size: int | None = None, pp_size: int = 1) -> Mesh:
     """This rank's mesh over all started ranks, or a single process."""
     if not dist.is_initialized():
         return Mesh.single()
-    return Mesh.create(Layout(dist.get_world_size(), 1, ep_size), torch.device("cpu"), shard_size)
+    return Mesh.create(Layout(dist.get_world_size(), pp_size, ep_size), torch.device("cpu"), shard_size)

@@ -168,13 +168,15 @@ def split_layers(model: ModelConfig, num_stages: int) -> list[range]:
     times[-1] += V * D
     sizes[0] += V * D
     sizes[-1] += V * D
-    _, slowest = _fairest(times, times, sum(times), num_stages)
-    stages, _ = _fairest(sizes, times, slowest, num_stages)
+    _, slowest = fairest_split(times, times, sum(times), num_stages)
+    stages, _ = fairest_split(sizes, times, slowest, num_stages)
     return stages
 
 
-def _fairest(costs: list[int], times: list[int], limit: int, num_stages: int) -> tuple[list[range], int]:
-    """The split whose largest sum of `costs` is smallest, no stage's sum of `times` above `limit`; and that sum."""
+def fairest_split(costs: list[int], times: list[int], limit: int, num_stages: int) -> tuple[list[range], int]:
+    """The split into consecutive stages whose largest sum of `costs` is smallest, with no stage's sum of `times` above
+    `limit`; and that sum. There must be one.
+    """
     count = len(costs)
     cost_to, time_to = ([sum(values[:end]) for end in range(count + 1)] for values in (costs, times))
     # best[end] = (largest sum, starts of the stages) for the layers before `end`, in so many stages as rounds so far

@@ -126,7 +126,10 @@ class PipelinedTransformer(Transformer):
         """The schedule for so many micro-batches of this shape."""
         key = (count, *shape)
         if key not in self._schedules:
-            stages = [self._pipeline_stage(number, part, shape) for number, part in zip(self.numbers, self._parts, strict=True)]
+            stages = [
+                self._pipeline_stage(number, part, shape)
+                for number, part in zip(self.numbers, self._parts, strict=True)
+            ]
             several = len(self.places) > self.group.size()
             # Losses are sums over tokens already divided by those of the global batch: the schedule must not scale.
             self._schedules[key] = self.schedule_class(
