@@ -8,7 +8,7 @@ from rich.table import Table
 
 from moe_dist.config import Config
 from moe_dist.models.counts import flops_per_token, parameter_counts, per_rank
-from moe_dist.parallel.layout import Axis, Layout
+from moe_dist.parallel.layout import Axis, Layout, layers_by_place
 from moe_dist.train.describe import amount, layout_lines, sentence
 
 _MEANING: dict[Axis, str] = {
@@ -46,9 +46,12 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         f"{counts.active:,}",
         f"{amount(counts.active)}, {100 * counts.active / counts.total:.1f} %",
     )
-    for stage in per_rank(config.model, layout):
+    places = layers_by_place(config)
+    for stage, ranges in zip(per_rank(config.model, layout, places), places, strict=True):
         name = "on each rank" if layout.pp_size == 1 else f"on each rank of stage {stage.stage}"
         parts = f"{amount(stage.total)}: {amount(stage.dense)} dense, {amount(stage.experts)} in experts"
+        if layout.pp_size > 1:
+            parts = f"layers {', '.join(_layers(layers) for layers in ranges)}; {parts}"
         numbers.add_row(name, f"{stage.total:,}", parts)
     flops = flops_per_token(config.model, config.data.max_seq_length)
     numbers.add_row("FLOPs per token", f"{flops:,}", f"{amount(flops)}, forward and backward")
@@ -61,6 +64,10 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         f"{layout.dp_size} data parallel = {batch * config.data.max_seq_length:,} tokens",
     )
     console.print(numbers)
+
+
+def _layers(layers: range) -> str:
+    return f"{layers.start}-{layers.stop - 1}" if len(layers) > 1 else f"{layers.start}"
 
 
 def _group(ranks: list[int]) -> str:

@@ -164,14 +164,32 @@ class ParallelConfig(Section):
 
     ep_size: Positive = 1
     """Expert parallelism: ranks over which the experts of a layer are spread."""
-    pp_size: Literal[1] = 1
-    """Pipeline stages. This version trains with one stage."""
+    pp_size: Positive = 1
+    """Pipeline parallelism: ranks over which the layers are spread, in stages of consecutive layers."""
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "dualpipe_v"] = "1f1b"
+    """Order in which a pipeline's ranks run micro-batches forward and backward (pp_size above 1)."""
+    stages: list[Positive] | None = None
+    """Number of layers of each stage, from the first to the last; default: balanced by arithmetic, then by size."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """0: every replica holds everything; 1: optimizer state is sharded over replicas; 2: gradients; 3: parameters."""
     shard_size: Positive | None = None
     """Shard inside groups of this many replicas and replicate across them (hybrid sharding); default: all replicas."""
     cpu_offload: bool = False
     """Keep sharded parameters, gradients and optimizer state in host memory (CUDA, zero_stage 3)."""
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Stages on each rank: one, or two or more where the schedule wants several short ones."""
+        if self.pp_size == 1 or self.schedule in ("gpipe", "1f1b"):
+            return 1
+        if self.schedule == "interleaved_1f1b" and self.stages is not None:
+            return max(2, len(self.stages) // self.pp_size)
+        return 2
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole pipeline."""
+        return self.pp_size * self.stages_per_rank
 
 
 class TrainConfig(Section):

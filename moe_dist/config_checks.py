@@ -113,6 +113,7 @@ def check_sections(config: Config) -> Config:
             f"optimizer.optim=adafactor: its row and column means need whole matrices, which parallel.zero_stage="
             f"{parallel.zero_stage} cuts; allowed: adamw_torch_fused, adamw_torch, sgd, or parallel.zero_stage=0"
         )
+    check_pipeline(config)
     if config.data.max_seq_length > model.max_position_embeddings:
         raise ValueError(
             f"data.max_seq_length={config.data.max_seq_length}: at most "
@@ -123,3 +124,64 @@ def check_sections(config: Config) -> Config:
     if config.train.early_stopping_patience and not config.train.eval_steps:
         raise ValueError("train.early_stopping_patience: needs train.eval_steps > 0")
     return config
+
+
+def check_pipeline(config: Config) -> None:
+    """Stages that the layers fill, micro-batches that the schedule can run, and options it computes rightly."""
+    model, parallel, train = config.model, config.parallel, config.train
+    pp_size, schedule, stages = parallel.pp_size, parallel.schedule, parallel.stages
+    if pp_size == 1:
+        if stages is not None:
+            raise ValueError(f"parallel.stages={stages}: needs parallel.pp_size above 1")
+        return
+    num_layers, num_stages = model.num_hidden_layers, parallel.num_stages
+    if stages is not None and len(stages) != num_stages:
+        several = "; or 3, 4, ... times pp_size" if schedule == "interleaved_1f1b" else ""
+        raise ValueError(
+            f"parallel.stages={stages}: {len(stages)} stages, parallel.schedule={schedule} on parallel.pp_size="
+            f"{pp_size} ranks has {num_stages}{several}"
+        )
+    if stages is not None and sum(stages) != num_layers:
+        raise ValueError(f"parallel.stages={stages}: {sum(stages)} layers, model.num_hidden_layers={num_layers}")
+    if num_stages > num_layers:
+        raise ValueError(
+            f"parallel.pp_size={pp_size}: parallel.schedule={schedule} has {num_stages} stages of at least one layer, "
+            f"model.num_hidden_layers={num_layers}"
+        )
+    if model.tie_word_embeddings:
+        raise ValueError(
+            f"model.tie_word_embeddings=true: with parallel.pp_size={pp_size} the embedding is on the first stage and "
+            "the head on the last; set it to false"
+        )
+    _check_micro_batches(pp_size, schedule, num_stages, train.gradient_accumulation_steps)
+    splits_backward = schedule in ("zero_bubble", "dualpipe_v")
+    if splits_backward and train.pure_bf16:
+        raise ValueError(
+            f"train.pure_bf16=true: parallel.schedule={schedule} computes weight gradients apart, where they are not "
+            "summed in float32; use train.bf16, or gpipe, 1f1b, interleaved_1f1b"
+        )
+    if train.torch_compile:
+        raise ValueError(f"train.torch_compile=true: not with parallel.pp_size={pp_size}")
+    if parallel.shard_size is not None:
+        raise ValueError(f"parallel.shard_size={parallel.shard_size}: not with parallel.pp_size={pp_size}")
+    if parallel.cpu_offload:
+        raise ValueError(f"parallel.cpu_offload=true: not with parallel.pp_size={pp_size}")
+    if parallel.zero_stage == 2:
+        raise ValueError(
+            f"parallel.zero_stage=2: with parallel.pp_size={pp_size} gradients are reduced after the last micro-batch, "
+            "which is stage 1; allowed: 0, 1, 3"
+        )
+    if parallel.zero_stage == 3 and splits_backward:
+        raise ValueError(
+            f"parallel.zero_stage=3: parallel.schedule={schedule} needs whole parameters between a stage's forward and "
+            "backward; allowed: 0, 1, or gpipe, 1f1b, interleaved_1f1b"
+        )
+
+
+def _check_micro_batches(pp_size: int, schedule: str, num_stages: int, count: int) -> None:
+    key = f"train.gradient_accumulation_steps={count}: parallel.schedule={schedule} on parallel.pp_size={pp_size} ranks"
+    least = {"gpipe": 1, "zero_bubble": 2 * pp_size - 1, "dualpipe_v": num_stages}.get(schedule, pp_size)
+    if count < least:
+        raise ValueError(f"{key} needs at least {least} micro-batches")
+    if schedule == "interleaved_1f1b" and count % pp_size:
+        raise ValueError(f"{key} needs a multiple of {pp_size} micro-batches")

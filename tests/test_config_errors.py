@@ -52,9 +52,16 @@ optimizer: {optim: adam}  =>  optimizer.optim='adam': one of adamw_torch_fused, 
 train: {fp16: true}  =>  train.fp16=true: only false  &  use bf16
 train: {mixed_precision: fp16}  =>  train.fp16=true: only false  &  use bf16
 train: {mixed_precision: fp8}  =>  train.mixed_precision='fp8': one of bf16, no
-parallel: {pp_size: 2}  =>  parallel.pp_size=2: only 1  &  one stage
+parallel: {pp_size: 0}  =>  parallel.pp_size=0: a whole number above 0
+parallel: {stages: [4, 4]}  =>  parallel.stages=[4, 4]: needs parallel.pp_size above 1
+parallel: {pp_size: 2, stages: [4, 2, 2]}  =>  parallel.stages=[4, 2, 2]: 3 stages, parallel.schedule=1f1b  &  has 2
+parallel: {pp_size: 2, stages: [4, 5]}  =>  parallel.stages=[4, 5]: 9 layers, model.num_hidden_layers=8
+parallel: {pp_size: 2, stages: [8, 0]}  =>  parallel.stages=[8, 0]: a list, each entry a whole number above 0
+parallel: {pp_size: 2, schedule: 1F1B}  =>  parallel.schedule='1F1B': one of gpipe, 1f1b
+parallel: {pp_size: 9}  =>  parallel.pp_size=9: parallel.schedule=1f1b has 9 stages  &  model.num_hidden_layers=8
+parallel: {pp_size: 5, schedule: dualpipe_v}  =>  has 10 stages of at least one layer
 parallel: {zero_stage: true}  =>  parallel.zero_stage=true: only 0
-parallel: {pipeline_parallel_size: 4}  =>  parallel.pp_size=4: only 1
+parallel: {pipeline_parallel_size: 4}  =>  parallel.pp_size=4 ranks needs at least 4 micro-batches
 model: {attn_implementation: flash}  =>  model.attn_implementation='flash': one of sdpa, eager
 moe: {monitor_expert_usage: false}  =>  moe.monitor_expert_usage=false: only true  &  always recorded
 model: {num_experts: 4, top_k: 5}  =>  model.num_experts_per_tok=5: at most num_experts=4

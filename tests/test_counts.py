@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from hypothesis import strategies as st
 
 from moe_dist.config import ModelConfig
 from moe_dist.config_loading import load_config
-from moe_dist.models.counts import flops_per_token, matmul_parameters, parameter_counts, per_rank
+from moe_dist.models.counts import (
+    fairest_split,
+    flops_per_token,
+    matmul_parameters,
+    parameter_counts,
+    per_rank,
+    split_layers,
+)
 from moe_dist.parallel.layout import Layout
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -93,8 +101,36 @@ def test_ranks_add_up_to_the_model(model: ModelConfig, ep_size: int, pp_size: in
     assert sum(stage.dense for stage in stages) == counts.dense + twice
     assert sum(stage.experts for stage in stages) * ep_size == counts.experts
     assert [layer for stage in stages for layer in stage.layers] == list(range(model.num_hidden_layers))
-    sizes = [len(stage.layers) for stage in stages]
-    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=7), st.data())
+def test_no_other_split_is_fairer(layers: list[tuple[int, int]], data: st.DataObject) -> None:
+    """Against all splits there are."""
+    num_stages = data.draw(st.integers(1, len(layers)))
+    times, sizes = (list(values) for values in zip(*layers, strict=True))
+    splits = []
+    for cuts in itertools.combinations(range(1, len(layers)), num_stages - 1):
+        edges = (0, *cuts, len(layers))
+        splits.append([range(start, end) for start, end in itertools.pairwise(edges)])
+
+    def cost(split: list[range]) -> tuple[int, int]:
+        return tuple(max(sum(values[i] for i in stage) for stage in split) for values in (times, sizes))  # type: ignore
+
+    slowest = min(cost(split)[0] for split in splits)
+    found, largest = fairest_split(sizes, times, slowest, num_stages)
+    assert found in splits
+    assert cost(found) == min(map(cost, splits))
+    assert largest == cost(found)[1]
+
+
+def test_stages_of_models_that_are_known() -> None:
+    qwen = load_config(CONFIGS / "qwen3_30b_a3b.yaml").model
+    # The head multiplies as many weights as five of its layers.
+    assert [len(layers) for layers in split_layers(qwen, 4)] == [13, 14, 14, 7]
+    small = ModelConfig(vocab_size=1, num_hidden_layers=8, mlp_only_layers=[0, 1], intermediate_size=512 * 8)
+    assert [len(layers) for layers in split_layers(small, 1)] == [8]
+    with pytest.raises(ValueError, match="pp_size=9: at most num_hidden_layers=8"):
+        split_layers(small, 9)
 
 
 @given(SMALL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.distributed as dist
 
@@ -47,8 +49,9 @@ def micro_batches(count: int, step: int = 0) -> list[Batch]:
     return trial.micro_batches(tiny_config(), count, step)
 
 
-def mesh_of(ep_size: int, shard_size: int | None = None) -> Mesh:
-    """This rank's mesh over all started ranks, or a single process."""
+@cache
+def mesh_of(ep_size: int, shard_size: int | None = None, pp_size: int = 1) -> Mesh:
+    """This rank's mesh over all started ranks, or a single process. Kept: every process group has threads."""
     if not dist.is_initialized():
         return Mesh.single()
-    return Mesh.create(Layout(dist.get_world_size(), 1, ep_size), torch.device("cpu"), shard_size)
+    return Mesh.create(Layout(dist.get_world_size(), pp_size, ep_size), torch.device("cpu"), shard_size)

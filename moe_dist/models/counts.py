@@ -12,6 +12,7 @@ token, F moe_intermediate_size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,10 +73,13 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class RankCounts:
-    """Parameters on each rank of one pipeline stage; all ranks of a stage hold equally many."""
+    """Parameters on each rank of one place in the pipeline; all ranks of a place hold equally many.
+
+    `stage` is the place (a rank's `pp` coordinate), `layers` the global numbers of the layers there.
+    """
 
     stage: int
-    layers: range
+    layers: tuple[int, ...]
     dense: int
     experts: int
 
@@ -120,32 +124,78 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     )
 
 
-def per_rank(model: ModelConfig, layout: Split) -> list[RankCounts]:
-    """What each rank holds, one entry per pipeline stage: experts split over ep, the rest replicated.
+def per_rank(model: ModelConfig, layout: Split, places: Sequence[Sequence[range]] | None = None) -> list[RankCounts]:
+    """What each rank holds, one entry per place in the pipeline: experts split over ep, the rest replicated.
 
-    Stages take contiguous layers, the first ones one more when they do not come out even; the embedding is on
-    the first stage, final norm and head on the last (tied weights: on both). Raises ValueError when there are
-    more stages than layers or ep_size does not divide the experts.
+    `places`: the layers of each place, as one or several stages; default: one stage each, as `split_layers`
+    has it. The embedding is on the first stage, final norm and head on the last (tied weights: on both).
+    Raises ValueError when there are more stages than layers or ep_size does not divide the experts.
     """
-    num_layers, stages = model.num_hidden_layers, layout.pp_size
-    if stages > num_layers:
-        raise ValueError(f"pp_size={stages}: at most num_hidden_layers={num_layers}")
+    places = places or [[layers] for layers in split_layers(model, layout.pp_size)]
     if model.moe_layers and model.num_experts % layout.ep_size:
         raise ValueError(f"ep_size={layout.ep_size}: must divide num_experts={model.num_experts}")
     V, D = model.vocab_size, model.hidden_size
-    share, extra = divmod(num_layers, stages)
     counts = []
-    for stage in range(stages):
-        start = stage * share + min(stage, extra)
-        layers = range(start, start + share + (stage < extra))
+    for place, stages in enumerate(places):
+        layers = tuple(layer for stage in stages for layer in stage)
         blocks = [_block(model, layer) for layer in layers]
         experts = sum(block[1] for block in blocks)
         dense = sum(sum(block) for block in blocks) - experts
-        first, last = stage == 0, stage == stages - 1
+        first, last = 0 in layers, model.num_hidden_layers - 1 in layers
         tied_here = model.tie_word_embeddings and first and last
         dense += V * D * (first + last - tied_here) + D * last
-        counts.append(RankCounts(stage, layers, dense, experts // layout.ep_size))
+        counts.append(RankCounts(place, layers, dense, experts // layout.ep_size))
     return counts
+
+
+def split_layers(model: ModelConfig, num_stages: int) -> list[range]:
+    """Consecutive layers of each pipeline stage, such that the slowest stage is as fast as can be.
+
+    Time is counted in weights that multiply one token: attention, K of E experts, router, shared experts or the
+    dense SwiGLU, and on the last stage the head. Among equally fast splits the largest stage is as small as
+    can be, in parameters: there the embedding counts as well. Raises ValueError for more stages than layers.
+    """
+    num_layers = model.num_hidden_layers
+    if num_stages > num_layers:
+        raise ValueError(f"pp_size={num_stages}: at most num_hidden_layers={num_layers}")
+    V, D = model.vocab_size, model.hidden_size
+    times, sizes = [], []
+    for layer in range(num_layers):
+        attention, experts, shared, router, dense_mlp, norms = _block(model, layer)
+        active = experts * model.num_experts_per_tok // model.num_experts if experts else 0
+        times.append(attention + active + shared + router + dense_mlp)
+        sizes.append(attention + experts + shared + router + dense_mlp + norms)
+    times[-1] += V * D
+    sizes[0] += V * D
+    sizes[-1] += V * D
+    _, slowest = fairest_split(times, times, sum(times), num_stages)
+    stages, _ = fairest_split(sizes, times, slowest, num_stages)
+    return stages
+
+
+def fairest_split(costs: list[int], times: list[int], limit: int, num_stages: int) -> tuple[list[range], int]:
+    """The split into consecutive stages whose largest sum of `costs` is smallest, with no stage's sum of `times` above
+    `limit`; and that sum. There must be one.
+    """
+    count = len(costs)
+    cost_to, time_to = ([sum(values[:end]) for end in range(count + 1)] for values in (costs, times))
+    # best[end] = (largest sum, starts of the stages) for the layers before `end`, in so many stages as rounds so far
+    best: list[tuple[int, tuple[int, ...]] | None] = [(0, ())] + [None] * count
+    for _ in range(num_stages):
+        after: list[tuple[int, tuple[int, ...]] | None] = [None] * (count + 1)
+        for end in range(1, count + 1):
+            for start in range(end):
+                before = best[start]
+                if before is None or time_to[end] - time_to[start] > limit:
+                    continue
+                largest = max(before[0], cost_to[end] - cost_to[start])
+                if after[end] is None or largest <= after[end][0]:  # type: ignore[index]
+                    after[end] = (largest, (*before[1], start))
+        best = after
+    found = best[count]
+    assert found is not None
+    ends = (*found[1][1:], count)
+    return [range(start, end) for start, end in zip(found[1], ends, strict=True)], found[0]
 
 
 def matmul_parameters(model: ModelConfig) -> int:

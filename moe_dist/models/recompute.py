@@ -8,7 +8,7 @@ results are handed out again when the pass is repeated. Nothing is counted twice
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -49,13 +49,24 @@ def recompute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 def _contexts() -> tuple[Any, Any]:
     results: list[Any] = []
-    return _Keep(results), _again(results)
+    return _Keep(results), _Again(results)
 
 
-@contextmanager
-def _again(results: list[Any]) -> Iterator[None]:
-    with _HandOut(results), recomputing():
-        yield
+class _Again:
+    """The context of a repeated pass. A split backward (`parallel/pipeline.py`) repeats it several times."""
+
+    def __init__(self, results: list[Any]) -> None:
+        self.results = results
+        self.contexts: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(_HandOut(self.results))
+            stack.enter_context(recomputing())
+            self.contexts.append(stack.pop_all())
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.contexts.pop().__exit__(*error)
 
 
 class _Keep(TorchDispatchMode):

@@ -6,7 +6,7 @@ Shape suffixes: B batch, S sequence, D hidden, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import cast
 
@@ -75,55 +75,95 @@ class Block(nn.Module):
         self.feed_forward = torch.compile(self.feed_forward)  # type: ignore[method-assign]
 
 
-class Transformer(nn.Module):
-    """Token ids (B, S) to logits (B, S, V).
+class Stage(nn.Module):
+    """Consecutive blocks: hidden states (B, S, D) to hidden states.
 
-    Build under `torch.device("meta")` for a model without memory, then `initialize`.
+    With the embedding in front it takes token ids (B, S) int64; with the head behind it gives logits (B, S, V).
     """
 
-    def __init__(self, config: ModelConfig, balance: BalanceConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: nn.ModuleDict,
+        embed_tokens: nn.Embedding | None,
+        norm: RMSNorm | None,
+        lm_head: nn.Linear | None,
+    ) -> None:
         super().__init__()
-        balance = balance or BalanceConfig()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # Keyed by global layer number, so names stay the same when a pipeline stage holds only some layers.
-        self.layers = nn.ModuleDict(
-            {str(i): Block(config, balance, i) for i in range(config.num_hidden_layers)}
+        self.config, self.embed_tokens, self.layers, self.norm, self.lm_head = (
+            config,
+            embed_tokens,
+            layers,
+            norm,
+            lm_head,
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
         self,
-        input_ids: Tensor,
+        x: Tensor,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         valid: Tensor | None = None,
         token_scale: float | Tensor = 1.0,
+        noise: int | None = None,
     ) -> Tensor:
-        """(B, S) int64 -> (B, S, V) logits.
-
-        `position_ids` (B, S) int, None for 0..S-1. `document_ids` (B, S) int: attention stays inside runs of
+        """`position_ids` (B, S) int, None for 0..S-1. `document_ids` (B, S) int: attention stays inside runs of
         equal ids; None for one document per row. `valid` (B, S) bool, false at padding. `token_scale`: see
-        `MoE`.
+        `MoE`. `noise`: seed of everything random in this pass, by layer number, so that it is the same whatever
+        layers are here; None leaves torch's random state alone.
         """
-        length = input_ids.shape[1]
+        length = x.shape[1]
         if length > self.config.max_position_embeddings:
             raise ValueError(
-                f"sequence of {length} tokens: at most max_position_embeddings="
-                f"{self.config.max_position_embeddings}"
+                f"sequence of {length} tokens: at most max_position_embeddings={self.config.max_position_embeddings}"
             )
         if position_ids is None:
-            position_ids = torch.arange(length, device=input_ids.device)[None]
+            position_ids = torch.arange(length, device=x.device)[None]
         cos, sin = rotary_table(position_ids, self.config.head_size, self.config.rope_theta)
         rotary = (cos[:, None], sin[:, None])
         mask = None if document_ids is None else document_mask(document_ids)
-        x_BSD = self.embed_tokens(input_ids)
-        for block in self.layers.values():
+        x_BSD = x if self.embed_tokens is None else self.embed_tokens(x)
+        for layer, block in self.layers.items():
+            if noise is not None:
+                torch.manual_seed(noise + int(layer))
             x_BSD = block(x_BSD, rotary, mask, valid, token_scale)
+        if self.lm_head is None or self.norm is None:
+            return x_BSD
         return self.lm_head(self.norm(x_BSD))
+
+
+class Transformer(Stage):
+    """Token ids (B, S) to logits (B, S, V).
+
+    Build under `torch.device("meta")` for a model without memory, then `initialize`. With `layers` only those are
+    here, the embedding with the first of all layers and the head with the last; `stages` are the parts that run
+    by themselves.
+    """
+
+    def __init__(
+        self, config: ModelConfig, balance: BalanceConfig | None = None, layers: Iterable[int] | None = None
+    ) -> None:
+        numbers = list(range(config.num_hidden_layers) if layers is None else layers)
+        is_first, is_last = 0 in numbers, config.num_hidden_layers - 1 in numbers
+        super().__init__(
+            config,
+            # Keyed by global layer number, so names stay the same when a pipeline stage holds only some layers.
+            nn.ModuleDict({str(i): Block(config, balance or BalanceConfig(), i) for i in numbers}),
+            nn.Embedding(config.vocab_size, config.hidden_size) if is_first else None,
+            RMSNorm(config.hidden_size, config.rms_norm_eps) if is_last else None,
+            nn.Linear(config.hidden_size, config.vocab_size, bias=False) if is_last else None,
+        )
+        if config.tie_word_embeddings:
+            self._tie()
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The parts of this model that run by themselves: here the whole."""
+        return [self]
+
+    def _tie(self) -> None:
+        if self.embed_tokens is not None and self.lm_head is not None:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def blocks(self) -> Iterator[Block]:
         """Blocks held here, in order."""
@@ -174,8 +214,9 @@ class Transformer(nn.Module):
             elif any(True for _ in module.parameters(recurse=False)) and not _inside_experts(name):
                 _reset(module, name, _seed(seed, name))
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
-            _normal(self.lm_head.weight, std, _seed(seed, "embed_tokens"))
+            self._tie()
+            if self.embed_tokens is not None:
+                _normal(self.embed_tokens.weight, std, _seed(seed, "embed_tokens"))
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -202,8 +243,7 @@ def _reset(module: nn.Module, name: str, seed: int) -> None:
     reset = getattr(module, "reset_parameters", None)
     if reset is None:
         raise ValueError(
-            f"{name} ({type(module).__name__}) holds parameters of its own: "
-            "give the class a reset_parameters() method"
+            f"{name} ({type(module).__name__}) holds parameters of its own: give the class a reset_parameters() method"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -93,7 +93,7 @@ class Gradients:
     def norm(self) -> Tensor:
         """L2 norm over every logical parameter once, 0-dim float64, the same number on every rank."""
         experts = self.mesh.sum_over("ep", self.experts.squared_norm())
-        return (self.dense.squared_norm() + experts).sqrt()
+        return self.mesh.sum_over("pp", self.dense.squared_norm() + experts).sqrt()
 
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `max_norm`."""

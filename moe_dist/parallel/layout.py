@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
+from moe_dist.models.counts import split_layers
 
 Axis = Literal["pp", "dp", "edp", "ep"]
 
@@ -110,6 +111,29 @@ class Layout:
             raise ValueError(f"num_experts={num_experts}: not a multiple of ep_size={self.ep_size}")
         share = num_experts // self.ep_size
         return range(ep_rank * share, (ep_rank + 1) * share)
+
+
+def stages_of(config: Config) -> list[range]:
+    """Layers of every pipeline stage, first to last: as `parallel.stages` says, or balanced."""
+    if config.parallel.stages is None:
+        return split_layers(config.model, config.parallel.num_stages)
+    ends = [sum(config.parallel.stages[: count + 1]) for count in range(len(config.parallel.stages))]
+    return [range(end - size, end) for size, end in zip(config.parallel.stages, ends, strict=True)]
+
+
+def place_of_stage(config: Config) -> list[int]:
+    """The `pp` coordinate that runs each stage: round and round, or down and up again for schedules in V shape."""
+    parallel = config.parallel
+    numbers = list(range(parallel.pp_size))
+    if parallel.schedule in ("zero_bubble", "dualpipe_v"):
+        return numbers + numbers[::-1] if parallel.pp_size > 1 else numbers
+    return numbers * parallel.stages_per_rank
+
+
+def layers_by_place(config: Config) -> list[list[range]]:
+    """For each `pp` coordinate the layers of its stages."""
+    pairs = list(zip(place_of_stage(config), stages_of(config), strict=True))
+    return [[layers for at, layers in pairs if at == place] for place in range(config.parallel.pp_size)]
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,12 @@ class Mesh:
         return Mesh(layout, dist.get_rank(), device, sparse, dense, hybrid_dense, hybrid_sparse)
 
     def group(self, axis: str) -> ProcessGroup | None:
-        """The process group of this rank along `pp`, `dp`, `edp`, `ep`, `dp_shard` or `edp_shard`.
+        """The process group of this rank along `pp`, `dp`, `edp`, `ep`, `dp_shard` or `edp_shard`, or the `world`.
 
         None when it has one member.
         """
+        if axis == "world":
+            return dist.group.WORLD if self.sparse is not None and self.layout.world_size > 1 else None
         if axis.endswith("_shard"):
             hybrid = self.hybrid_dense if axis == "dp_shard" else self.hybrid_sparse
             if hybrid is None:
@@ -84,6 +86,10 @@ class Mesh:
         if mesh is None or mesh[axis].size() == 1:
             return None
         return mesh.get_group(axis)
+
+    @property
+    def pp_rank(self) -> int:
+        return self.layout.coordinates(self.rank)[0]
 
     @property
     def ep_rank(self) -> int:

@@ -53,12 +53,13 @@ def shard_parameters(model: Transformer, config: Config, mesh: Mesh) -> None:
             shard(block.moe.router, dense_mesh, exact)  # routers compute in float32 always
             shard(block.moe.experts, expert_mesh, policy, experts=True)
         shard(block, dense_mesh, policy)
-    shard(model, dense_mesh, policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # One rule for scale: sums everywhere. gloo has no other reduction that FSDP would use.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for stage in model.stages:
+        shard(stage, dense_mesh, policy)
+        for module in stage.modules():
+            if isinstance(module, FSDPModule):
+                # One rule for scale: sums everywhere. gloo has no other reduction that FSDP would use.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
 
 
 def _meshes(mesh: Mesh) -> tuple[DeviceMesh, DeviceMesh]:
@@ -95,7 +96,10 @@ class ShardedGradients:
             parameter.grad = None
 
     def before_backward(self, is_last: bool) -> None:
-        """Called before each micro-batch: stage 1 reduces once, after the last; the others every time."""
+        """Called before each micro-batch: stage 1 reduces once, after the last; the others every time.
+
+        Not for a pipeline: its schedule always reduces once, after the last.
+        """
         assert isinstance(self.model, FSDPModule)
         if self.zero_stage == 1:
             self.model.set_requires_gradient_sync(is_last)
@@ -111,7 +115,7 @@ class ShardedGradients:
         experts = self._squared_norm([g for name, g in gradients.items() if name in self.expert_names])
         dense = self.mesh.sum_over("dp_shard", dense)
         experts = self.mesh.sum_over("ep", self.mesh.sum_over("edp_shard", experts))
-        return (dense + experts).sqrt()
+        return self.mesh.sum_over("pp", dense + experts).sqrt()
 
     def _squared_norm(self, shards: list[Tensor]) -> Tensor:
         shards = [shard for shard in shards if shard.numel()]

@@ -41,6 +41,8 @@ class Balancer:
 
     def fix_global_load(self) -> None:
         """Turn what a first pass over all micro-batches has recorded into the load every layer's loss uses."""
+        if not self.layers:  # a pipeline stage without experts
+            return
         facts = list(self.facts.values())
         tokens = torch.stack([layer.tokens for layer in facts])
         packed = torch.cat((torch.stack([layer.pairs_E for layer in facts]), tokens[:, None]), dim=1)

@@ -27,7 +27,12 @@ from moe_dist.parallel.sharding import ShardedGradients, shard_parameters
 def build_model(config: Config, mesh: Mesh, clock: Clock | None = None) -> Transformer:
     """This rank's part of the model, on its device, with the initial weights of `train.seed`."""
     with torch.device("meta"):
-        model = Transformer(config.model, config.balance)
+        if mesh.layout.pp_size > 1:
+            from moe_dist.parallel.pipeline import PipelinedTransformer  # schedules take long to import
+
+            model: Transformer = PipelinedTransformer(config, mesh)
+        else:
+            model = Transformer(config.model, config.balance)
     parallelize(model, config, mesh, clock)
     model.initialize(config.train.seed, mesh.device)
     if is_sharded(config, mesh):

@@ -15,7 +15,7 @@ from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.loss import cross_entropy_sum
-from moe_dist.train.step import forward
+from moe_dist.train.step import model_inputs
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,11 @@ def evaluate(
     with evaluating(model), torch.autocast(mesh.device.type, dtype=torch.bfloat16, enabled=bf16):
         for batch in batches:
             on_device = batch.to(mesh.device, non_blocking=True)
-            logits = forward(model, on_device, document_mask=document_mask)
-            totals[0] += cross_entropy_sum(logits, on_device.labels)
-            totals[1] += batch.num_valid
-    loss, count = mesh.sum_over("dp", totals).tolist()
+            logits = model(**model_inputs(on_device, document_mask=document_mask))
+            if model.lm_head is not None:  # of a pipeline, the last stage
+                totals[0] += cross_entropy_sum(logits, on_device.labels)
+                totals[1] += batch.num_valid
+    loss, count = mesh.sum_over("world", totals).tolist()
     return Evaluation(loss / max(1.0, count), int(count), time.perf_counter() - started)
 
 
@@ -66,7 +67,7 @@ def sample_text(
     num_tokens: int,
     *,
     context: int,
-    device: torch.device,
+    mesh: Mesh,
     seed: int,
     temperature: float = 0.8,
 ) -> str:
@@ -74,12 +75,15 @@ def sample_text(
 
     Every rank must call it: experts live on all of them. All draw the same tokens, and none stops early.
     """
-    ids = torch.tensor([list(tokenizer.encode(prompt))], dtype=torch.int64, device=device)
+    ids = torch.tensor([list(tokenizer.encode(prompt))], dtype=torch.int64, device=mesh.device)
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model):
         for _ in range(num_tokens):
-            logits = model(ids[:, -context:])[0, -1, : tokenizer.vocab_size].float().cpu()
-            probabilities = (logits / temperature).softmax(-1)
-            token = torch.multinomial(probabilities, 1, generator=generator)
-            ids = torch.cat((ids, token.to(device)[None]), dim=1)
+            logits = model(ids[:, -context:])
+            token = torch.zeros(1, dtype=torch.int64)
+            if model.lm_head is not None:
+                probabilities = (logits[0, -1, : tokenizer.vocab_size].float().cpu() / temperature).softmax(-1)
+                token = torch.multinomial(probabilities, 1, generator=generator)
+            token = mesh.sum_over("pp", token.to(mesh.device))  # from the last stage of a pipeline to all
+            ids = torch.cat((ids, token[None]), dim=1)
     return tokenizer.decode(ids[0].tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from moe_dist.parallel.sharding import ShardedGradients
 from moe_dist.train.balance import Balancer
 from moe_dist.train.loss import cross_entropy_sum
 from moe_dist.train.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from moe_dist.parallel.pipeline import PipelinedTransformer
 
 
 @dataclass(frozen=True)
@@ -79,21 +83,33 @@ class TrainStep:
                 for batch in batches:
                     self._forward(batch, token_scale, step)
             self.balancer.fix_global_load()
+
+        def loss_of(logits: Tensor, number: int) -> Tensor:
+            smoothing = self.config.train.label_smoothing_factor
+            return cross_entropy_sum(logits, batches[number].labels, smoothing) * scale
+
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for number, batch in enumerate(batches, 1):
-            self.gradients.before_backward(is_last=number == len(batches))
-            logits = self._forward(batch, token_scale, step)
-            loss = cross_entropy_sum(logits, batch.labels, self.config.train.label_smoothing_factor) * scale
-            loss.backward()
-            total += loss.detach()
+        if self.mesh.layout.pp_size > 1:
+            inputs = [self._inputs(batch, token_scale, step) for batch in batches]
+            for loss in cast("PipelinedTransformer", self.model).run(inputs, loss_of):
+                total += loss
+        else:
+            for number, batch in enumerate(batches):
+                self.gradients.before_backward(is_last=number == len(batches) - 1)
+                loss = loss_of(self._forward(batch, token_scale, step), number)
+                loss.backward()
+                total += loss.detach()
         self.balancer.release_global_load()
-        return self.mesh.sum_over("dp", total)
+        return self.mesh.sum_over("world", total)  # only last stages have added to it
 
     def _forward(self, batch: Batch, token_scale: Tensor, step: int) -> Tensor:
-        # Noise (dropout, jitter) depends on the step and the micro-batch's place in it, never on the rank.
-        torch.manual_seed(noise_seed(self.config.train.seed, step, batch.index))
         with torch.autocast(self.mesh.device.type, dtype=torch.bfloat16, enabled=self.config.train.bf16):
-            return forward(self.model, batch, token_scale, document_mask=self.config.data.document_mask)
+            return self.model(**self._inputs(batch, token_scale, step))
+
+    def _inputs(self, batch: Batch, token_scale: Tensor, step: int) -> dict[str, Any]:
+        inputs = model_inputs(batch, token_scale, document_mask=self.config.data.document_mask)
+        # Noise (dropout, jitter) depends on the step and the micro-batch's place in it, never on the rank.
+        return inputs | {"noise": noise_seed(self.config.train.seed, step, batch.index)}
 
     def _needs_load_first(self, batches: list[Batch]) -> bool:
         """The global-batch load is known only after all micro-batches; with one, a reduction on the way will do."""
@@ -106,15 +122,14 @@ class TrainStep:
         return self.mesh.sum_over("dp", torch.tensor(local, dtype=torch.int64, device=self.mesh.device))
 
 
-def forward(
-    model: Transformer, batch: Batch, token_scale: float | Tensor = 1.0, *, document_mask: bool = True
-) -> Tensor:
-    """Logits (B, S, V) of one micro-batch."""
+def model_inputs(batch: Batch, token_scale: float | Tensor = 1.0, *, document_mask: bool = True) -> dict[str, Any]:
+    """Arguments of the model for one micro-batch."""
     documents = batch.document_ids
     valid = documents >= 0 if documents is not None and batch.num_tokens < documents.numel() else None
-    if not document_mask:
-        return model(batch.input_ids, valid=valid, token_scale=token_scale)
-    return model(batch.input_ids, batch.position_ids, documents, valid, token_scale)
+    inputs = {"x": batch.input_ids, "valid": valid, "token_scale": token_scale}
+    if document_mask:
+        inputs |= {"position_ids": batch.position_ids, "document_ids": documents}
+    return inputs
 
 
 def noise_seed(seed: int, step: int, micro_batch: int) -> int:

@@ -109,7 +109,7 @@ class MoETrainer:
             config.model.num_experts,
             config.model.num_experts_per_tok,
             mesh.device,
-            partial(mesh.sum_over, "dp"),
+            partial(mesh.sum_over, "world"),
         )
         self.checkpoints = PlainCheckpoints(self.output_dir, mesh, config.checkpoint.save_total_limit)
         self.stopping = Stopping(config.train, self.loader.steps_per_epoch)
@@ -243,7 +243,7 @@ class MoETrainer:
             train.sample_prompt,
             train.sample_tokens,
             context=self.config.data.max_seq_length,
-            device=self.mesh.device,
+            mesh=self.mesh,
             seed=train.seed,
         )
         self.clock.take()

@@ -113,7 +113,14 @@ def shrunken(config: Config, world_size: int) -> Config:
     tree["model"] |= small
     tree["data"]["max_seq_length"] = 16
     tree["train"] |= {"bf16": False, "pure_bf16": False, "torch_compile": False}
-    tree["parallel"] |= {"ep_size": 1, "zero_stage": 0, "shard_size": None, "cpu_offload": False}
+    tree["parallel"] |= {
+        "ep_size": 1,
+        "pp_size": 1,
+        "stages": None,
+        "zero_stage": 0,
+        "shard_size": None,
+        "cpu_offload": False,
+    }
     # AdamW divides by the gradient's own size: entries near zero would show rounding as a full step.
     tree["optimizer"] |= {"adam_epsilon": max(1e-6, config.optimizer.adam_epsilon)}
     return Config.model_validate(tree)

@@ -42,6 +42,7 @@ def verify(config: Config, world: Mesh, layouts: str = "all", plant: str | None 
     size = world.layout.world_size
     small = shrunken(config, size)
     console = Console(stderr=as_json, highlight=False)
+    meshes: dict[int, Mesh] = {}  # kept: every process group has threads
     references: dict[int, Told] = {}
     verdicts: list[Verdict] = []
     chosen = cases(small, size, layouts)
@@ -53,7 +54,9 @@ def verify(config: Config, world: Mesh, layouts: str = "all", plant: str | None 
         )
     for case in chosen:
         started = time.perf_counter()
-        found = run_trial(case.applied(small), _mesh(world, case), size * case.accumulation, plant=plant)
+        if case.ep_size not in meshes:
+            meshes[case.ep_size] = _mesh(world, case)
+        found = run_trial(case.applied(small), meshes[case.ep_size], size * case.accumulation, plant=plant)
         if world.rank == 0:
             if case.accumulation not in references:
                 single = Mesh.single(world.device)

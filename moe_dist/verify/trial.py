@@ -76,7 +76,18 @@ class Trial:
             dist.all_gather_object(parts, single, group=group)
             for part in parts:
                 gathered |= part
-        return dict(sorted(gathered.items()))
+        return dict(sorted(self._of_all_stages(gathered).items()))
+
+    def _of_all_stages(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of all ranks of a pipeline; no name may be on two of them."""
+        group = self.mesh.group("pp")
+        if group is None:
+            return tensors
+        parts: list[dict[str, Tensor]] = [{} for _ in range(group.size())]
+        dist.all_gather_object(parts, tensors, group=group)
+        gathered = {name: tensor for part in parts for name, tensor in part.items()}
+        assert len(gathered) == sum(map(len, parts))
+        return gathered
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
@@ -94,7 +105,7 @@ class Trial:
 
     @property
     def biases(self) -> dict[str, Tensor]:
-        return {str(moe.layer): moe.router.bias_E.clone() for moe in self.model.moe_layers()}
+        return self._of_all_stages({str(moe.layer): moe.router.bias_E.clone() for moe in self.model.moe_layers()})
 
     @contextmanager
     def unclipped(self) -> Iterator[dict[str, Tensor]]:
