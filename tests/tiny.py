@@ -18,8 +18,7 @@ from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.balance import Balancer
-from moe_dist.train.build import build_gradients, build_model
-from moe_dist.train.optimizer import Optimizer
+from moe_dist.train.build import build_gradients, build_model, build_optimizer
 from moe_dist.train.step import TrainStep
 
 VOCAB, LENGTH, ROWS = 64, 16, 2
@@ -84,7 +83,7 @@ class Parts:
         self.gradients = build_gradients(self.model, config, mesh)
         if isinstance(self.gradients, Gradients):
             self.gradients.bucket_bytes = 1000  # many buckets, so their order matters
-        self.optimizer = Optimizer(self.model, self.gradients, config.optimizer)
+        self.optimizer: Any = build_optimizer(self.model, self.gradients, config)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate)
         self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_dist.config import Config
 from moe_dist.data.batch import Batch
 from moe_dist.models.transformer import Transformer
+from moe_dist.parallel.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import ShardedGradients
@@ -39,8 +40,8 @@ class TrainStep:
         self,
         model: Transformer,
         mesh: Mesh,
-        gradients: Gradients | ShardedGradients,
-        optimizer: Optimizer,
+        gradients: Gradients | ShardedGradients | DeepSpeedEngine,
+        optimizer: Optimizer | DeepSpeedEngine,
         balancer: Balancer,
         config: Config,
     ) -> None:
@@ -84,7 +85,7 @@ class TrainStep:
             self.gradients.before_backward(is_last=number == len(batches))
             logits = self._forward(batch, token_scale, step)
             loss = cross_entropy_sum(logits, batch.labels, self.config.train.label_smoothing_factor) * scale
-            loss.backward()
+            self.gradients.backward(loss)
             total += loss.detach()
         self.balancer.release_global_load()
         return self.mesh.sum_over("dp", total)
