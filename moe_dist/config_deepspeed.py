@@ -79,7 +79,7 @@ def check_deepspeed(config: Config) -> None:
             )
         return
     if parallel.zero_stage not in (1, 2):
-        why = "with experts DeepSpeed averages there" if parallel.zero_stage else "it would shard nothing"
+        why = "its ZeRO 3 cannot sum gradients" if parallel.zero_stage else "0 would shard nothing"
         raise ValueError(f"parallel.zero_stage={parallel.zero_stage}: 1 or 2 with parallel.engine=deepspeed ({why})")
     if parallel.pp_size > 1:
         raise ValueError(f"parallel.pp_size={parallel.pp_size}: only 1 with parallel.engine=deepspeed")
@@ -107,7 +107,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     mine = {f"zero_optimization.{key}": value for key, value in stage_keys.items()}
     free = {k: v for k, v in _leaves(config.parallel.deepspeed_config) if k in FREE and v != "auto"}
     decided = {key: value for key, (value, _) in _decided(config).items()}
-    # Our own clipping knows that ranks hold different experts; DeepSpeed's averages their norms.
+    # We measure and clip ourselves: all ranks must have seen the norm before anyone updates.
     decided |= {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     # DeepSpeed cannot leave its own norm out when it offloads.
     decided["zero_optimization.compute_grad_norm"] = config.parallel.offload_optimizer != "none"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -167,7 +168,6 @@ class DeepSpeedEngine:
         zero.optimizer.step()
         for partition, gradient in zip(zero.single_partition_of_fp32_groups, kept, strict=True):
             partition.grad = gradient
-        zero._lazy_init_hp_params_optimizer_state()
         for group, rate in zip(zero.param_groups, rates, strict=True):
             group["lr"] = rate
 
@@ -176,6 +176,7 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self.held = []
+        self._link_state()
         for name, parameter in self.parameters.items():
             flat, state = self._state_of(parameter)
             for key, value in state.items():
@@ -197,6 +198,12 @@ class DeepSpeedEngine:
             else:
                 state[key].copy_(value)
         self.held = []
+
+    def _link_state(self) -> None:
+        """Let DeepSpeed find each parameter's part of the state. It does so itself when only the first of several
+        groups of parameters has been updated, and never again."""
+        self.zero_optimizer._hp_optimizer_states_linked = False
+        self.zero_optimizer._lazy_init_hp_params_optimizer_state()
 
     def _state_of(self, parameter: nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
         """The flat partition a parameter's group has on this rank, and its state."""
@@ -247,5 +254,6 @@ def import_deepspeed(device: torch.device) -> Any:
             "parallel.engine=deepspeed: the package is missing; pip install 'moe-dist[deepspeed]', or set torch"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})  # probing them would run the compiler
     return deepspeed
