@@ -14,6 +14,7 @@ from ranks import run_ranks
 from tiny import Parts, difference, mesh_of, micro_batches, tiny_config, train_and_tell, unclipped
 
 from moe_dist.config_loading import ConfigError
+from moe_dist.models.experts import Expert
 from moe_dist.parallel.mesh import Mesh
 
 pytestmark = pytest.mark.dist
@@ -86,6 +87,42 @@ def test_planted_bugs_are_seen(zero_stage: int, plant: str) -> None:
     """What DeepSpeed does by default, or would do without our groups, turns the comparison red."""
     worst = compare((), 2, 8, f"parallel.zero_stage={zero_stage}", plant=plant)
     assert max(worst.values()) > 10 * TOLERANCE, f"{plant} was not seen: {worst}"
+
+
+class Skipping(Expert):
+    """A person's own expert that does nothing without rows: it then has no gradient at all."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__(hidden_size, intermediate_size)
+        self.up = torch.nn.Linear(hidden_size, intermediate_size)
+        self.down = torch.nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x_RD: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x_RD).relu()) if len(x_RD) else x_RD
+
+
+def losses_and_norms(overrides: tuple[str, ...]) -> list[float]:
+    config = tiny_config(*overrides)
+    parts = Parts(config, mesh_of(config.parallel.ep_size))
+    told = []
+    for step in range(3):
+        mine = micro_batches(4, step)[parts.mesh.dp_rank :: parts.mesh.layout.dp_size]
+        result = parts.step(mine, step, 1e-2)
+        told += [result.loss, result.grad_norm]
+        parts.balancer.clear()
+    return told
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_experts_without_gradient_on_some_ranks(ep_size: int) -> None:
+    """64 experts for a handful of tokens: ranks still reduce the same parameters, as with the torch engine.
+
+    Seen to fail without the zeros of `DeepSpeedEngine.reduce`.
+    """
+    own = ("model.expert=test_deepspeed:Skipping", "model.num_experts=64")
+    wanted = run_ranks(losses_and_norms, 4, (*own, f"parallel.ep_size={ep_size}"))[0]
+    for found in run_ranks(losses_and_norms, 4, (*own, *options(1, ep_size))):
+        assert found == pytest.approx(wanted, rel=TOLERANCE)
 
 
 def options(zero_stage: int, ep_size: int, *more: str) -> tuple[str, ...]:
