@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moe_dist.config_checks import check_data, check_model, check_optimizer, check_sections, check_train
+from moe_dist.config_deepspeed import read_deepspeed_config
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -176,6 +177,14 @@ class ParallelConfig(Section):
     """Shard inside groups of this many replicas and replicate across them (hybrid sharding); default: all replicas."""
     cpu_offload: bool = False
     """Keep sharded parameters, gradients and optimizer state in host memory (CUDA, zero_stage 3)."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """What shards: PyTorch's FSDP2, or the DeepSpeed package (zero_stage 1 or 2); see docs/deepspeed.md."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """DeepSpeed: keep float32 weights and optimizer state in host memory."""
+    deepspeed_config: str | dict[str, Any] | None = None
+    """DeepSpeed: a JSON file of your own, or its content; what contradicts our keys is refused."""
+
+    _read_deepspeed_file = model_validator(mode="before")(read_deepspeed_config)
 
     @property
     def stages_per_rank(self) -> int:

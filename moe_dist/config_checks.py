@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moe_dist.config_deepspeed import check_deepspeed
+
 if TYPE_CHECKING:
     from moe_dist.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
@@ -98,6 +100,7 @@ def check_sections(config: Config) -> Config:
         )
     if parallel.ep_size > 1 and not model.moe_layers:
         raise ValueError(f"parallel.ep_size={parallel.ep_size}: the model has no expert layer; allowed: 1")
+    check_deepspeed(config)
     if parallel.shard_size is not None:
         size, ep_size = parallel.shard_size, parallel.ep_size
         if not parallel.zero_stage:

@@ -37,13 +37,14 @@ ROOMS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (3, ("moe_dist.parallel",)),
     (2, ("moe_dist.data",)),
     (1, ("moe_dist.models",)),
-    (0, ("moe_dist.config", "moe_dist.config_checks", "moe_dist.config_loading")),
+    (0, ("moe_dist.config", "moe_dist.config_checks", "moe_dist.config_deepspeed", "moe_dist.config_loading")),
     (-1, ("moe_dist",)),  # the package itself: a version, and no import that everybody would pay for
 )
 # `moe-dist --help` and `moe-dist check` answer at once because these load nothing heavy, however indirectly.
 LIGHT = (
     "moe_dist.config",
     "moe_dist.config_checks",
+    "moe_dist.config_deepspeed",
     "moe_dist.config_loading",
     "moe_dist.models.counts",
     "moe_dist.parallel.layout",

@@ -58,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     try:
-        corpus = load_documents(
-            options.source, path=options.path, text_field=options.text_field, limit=options.limit
-        )
+        corpus = load_documents(options.source, path=options.path, text_field=options.text_field, limit=options.limit)
         training, held_out = split_corpus(corpus, validation_split=0.02)
         train(texts_of(training), options.vocab_size, options.out)
     except ValueError as error:

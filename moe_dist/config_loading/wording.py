@@ -38,6 +38,8 @@ def allowed(kind: Any, limits: Sequence[Any] = ()) -> str:
         return " or ".join("null" if arg is type(None) else allowed(arg) for arg in inner)
     if origin is list:
         return f"a list, each entry {allowed(inner[0])}"
+    if origin is dict:
+        return "a mapping"
     words = {bool: "true or false", str: "text", Path: "a path", int: "a whole number", float: "a number"}[kind]
     bound = {name: getattr(m, name) for m in limits for name in ("gt", "ge", "lt", "le") if hasattr(m, name)}
     low = f"above {bound['gt']:g}" if "gt" in bound else f"{bound['ge']:g} or more" if "ge" in bound else ""

@@ -38,9 +38,7 @@ def family(config: ModelConfig) -> str:
         "shared_expert_intermediate_size": 0,
         "router": "topk",
     }
-    wrong = [
-        f"{key}={getattr(config, key)}" for key, value in neither.items() if getattr(config, key) != value
-    ]
+    wrong = [f"{key}={getattr(config, key)}" for key, value in neither.items() if getattr(config, key) != value]
     if config.expert not in ("swiglu", "swiglu_loop"):
         wrong.append(f"expert={config.expert}")
     if not config.qk_norm:
@@ -77,9 +75,7 @@ def huggingface_config(config: ModelConfig) -> dict[str, Any]:
     return values | {"architectures": ["Qwen3MoeForCausalLM"]}
 
 
-def to_huggingface(
-    model_or_state: nn.Module | State, config: ModelConfig, *, fused: bool = False
-) -> dict[str, Tensor]:
+def to_huggingface(model_or_state: nn.Module | State, config: ModelConfig, *, fused: bool = False) -> dict[str, Tensor]:
     """Our weights under Hugging Face's names; `fused`: as `transformers` 5 holds them in memory.
 
     Raises ValueError naming all missing, unexpected and ill-shaped weights, or a selection bias that is in

@@ -90,9 +90,7 @@ class MoE(nn.Module):
             else None
         )
 
-    def forward(
-        self, x_BSD: Tensor, valid_BS: Tensor | None = None, token_scale: float | Tensor = 1.0
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None, token_scale: float | Tensor = 1.0) -> Tensor:
         """(B, S, D) -> (B, S, D).
 
         `valid_BS` bool, false at padding: such tokens go to no expert and count nowhere; None: no padding.

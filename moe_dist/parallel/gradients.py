@@ -85,6 +85,10 @@ class Gradients:
         self.dense.zero()
         self.experts.zero()
 
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch, added to those before it."""
+        loss.backward()
+
     def reduce(self) -> None:
         """Sum over replicas. Call once per optimizer step, after the last micro-batch."""
         self.dense.all_reduce(self.mesh.group("dp"), self.bucket_bytes)

@@ -105,6 +105,10 @@ class ShardedGradients:
             self.model.set_requires_gradient_sync(is_last)
         self.model.set_requires_all_reduce(is_last)
 
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch, added to those before it."""
+        loss.backward()
+
     def reduce(self) -> None:
         """Nothing left to do: backward has reduced."""
 

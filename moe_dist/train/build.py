@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from moe_dist.data.tokenizer import Tokenizer, load_tokenizer
 from moe_dist.models.router import Router
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import parallelize
 from moe_dist.parallel.sharding import ShardedGradients, shard_parameters
+from moe_dist.train.optimizer import Optimizer, torch_optimizer
 
 
 def build_model(config: Config, mesh: Mesh, clock: Clock | None = None) -> Transformer:
@@ -46,15 +49,26 @@ def build_model(config: Config, mesh: Mesh, clock: Clock | None = None) -> Trans
 
 
 def is_sharded(config: Config, mesh: Mesh) -> bool:
-    """Whether parameters are cut over replicas; a single process has nothing to cut."""
-    return config.parallel.zero_stage > 0 and mesh.sparse is not None
+    """Whether FSDP cuts parameters over replicas; a single process has nothing to cut."""
+    return config.parallel.engine == "torch" and config.parallel.zero_stage > 0 and mesh.sparse is not None
 
 
-def build_gradients(model: Transformer, config: Config, mesh: Mesh) -> Gradients | ShardedGradients:
-    """The gradients of this rank, replicated or sharded."""
+def build_gradients(model: Transformer, config: Config, mesh: Mesh) -> Gradients | ShardedGradients | DeepSpeedEngine:
+    """The gradients of this rank: replicated, or sharded by FSDP or DeepSpeed."""
+    if config.parallel.engine == "deepspeed":
+        return DeepSpeedEngine(model, config, mesh, partial(torch_optimizer, config=config.optimizer))
     if is_sharded(config, mesh):
         return ShardedGradients(model, mesh, config.parallel.zero_stage)
     return Gradients(model, mesh)
+
+
+def build_optimizer(
+    model: Transformer, gradients: Gradients | ShardedGradients | DeepSpeedEngine, config: Config
+) -> Optimizer | DeepSpeedEngine:
+    """What updates the weights: DeepSpeed does so itself."""
+    if isinstance(gradients, DeepSpeedEngine):
+        return gradients
+    return Optimizer(model, gradients, config.optimizer)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Optimizer:
             {"params": self._tensors(decayed), "weight_decay": config.weight_decay},
             {"params": self._tensors(set(self.parameters) - decayed), "weight_decay": 0.0},
         ]
-        self.optimizer = _build([group for group in groups if group["params"]], config)
+        self.optimizer = torch_optimizer([group for group in groups if group["params"]], config)
 
     def _parts(self, name: str, tensor: Tensor) -> list[Tensor]:
         return list(tensor.unbind(0)) if name in self.split else [tensor]
@@ -86,7 +86,8 @@ class Optimizer:
                 yield name, "master", [self.masters[name]], False
 
 
-def _build(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
+def torch_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The configured optimizer for these parameter groups."""
     rate = config.learning_rate
     if config.optim in ("adamw_torch_fused", "adamw_torch"):
         return torch.optim.AdamW(

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_dist.config import Config
 from moe_dist.data.batch import Batch
 from moe_dist.models.transformer import Transformer
+from moe_dist.parallel.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import ShardedGradients
@@ -43,8 +44,8 @@ class TrainStep:
         self,
         model: Transformer,
         mesh: Mesh,
-        gradients: Gradients | ShardedGradients,
-        optimizer: Optimizer,
+        gradients: Gradients | ShardedGradients | DeepSpeedEngine,
+        optimizer: Optimizer | DeepSpeedEngine,
         balancer: Balancer,
         config: Config,
     ) -> None:
@@ -97,7 +98,7 @@ class TrainStep:
             for number, batch in enumerate(batches):
                 self.gradients.before_backward(is_last=number == len(batches) - 1)
                 loss = loss_of(self._forward(batch, token_scale, step), number)
-                loss.backward()
+                self.gradients.backward(loss)
                 total += loss.detach()
         self.balancer.release_global_load()
         return self.mesh.sum_over("world", total)  # only last stages have added to it

@@ -26,10 +26,9 @@ from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.balance import Balancer
-from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model
+from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer
 from moe_dist.train.evaluation import evaluate, sample_text
 from moe_dist.train.opening import merge_config, prepare_run_folder, run_info
-from moe_dist.train.optimizer import Optimizer
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.step import StepResult, TrainStep
 from moe_dist.train.stopping import Stopping
@@ -101,7 +100,7 @@ class MoETrainer:
         self.loader = build_loader(config, self.datasets.train, mesh)
         self.model = build_model(config, mesh, self.clock)
         self.gradients = build_gradients(self.model, config, mesh)
-        self.optimizer = Optimizer(self.model, self.gradients, config.optimizer)
+        self.optimizer = build_optimizer(self.model, self.gradients, config)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate)
         self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config)
         self.collector = Collector(

@@ -14,6 +14,8 @@ from torch import Tensor
 from moe_dist.models import auxiliary, moe, transformer
 from moe_dist.models.auxiliary import LoadBalance
 from moe_dist.models.router import Router
+from moe_dist.parallel import deepspeed
+from moe_dist.parallel.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.gradients import GradientBuffer, Gradients
 from moe_dist.train.balance import Balancer
 from moe_dist.train.step import TrainStep
@@ -165,8 +167,54 @@ def _capacity_of_the_whole_group() -> Any:
 PLANTS: dict[str, Callable[[], Any]] = {name: globals()[f"_{name}"] for name in BUGS}
 
 
+def deepspeed_averages() -> Any:
+    """DeepSpeed as it comes: gradients divided by the number of replicas."""
+    settings = deepspeed.deepspeed_settings
+
+    return patch.object(deepspeed, "deepspeed_settings", lambda c: settings(c) | {"gradient_allreduce_op": "mean"})
+
+
+def deepspeed_averages_experts() -> Any:
+    """The rest is summed, experts are averaged over the ranks that hold them."""
+    reduce = DeepSpeedEngine.reduce
+
+    def wrong(self: DeepSpeedEngine) -> None:
+        reduce(self)
+        for index, is_expert in enumerate(self.zero_optimizer.is_moe_param_group):
+            if is_expert:
+                torch._foreach_div_(list(self.zero_optimizer.averaged_gradients[index]), self.mesh.layout.edp_size)
+
+    return patch.object(DeepSpeedEngine, "reduce", wrong)
+
+
+def deepspeed_knows_no_experts() -> Any:
+    """Parameters of different experts reduced over all replicas, as if they were copies of one."""
+    register = DeepSpeedEngine._register_groups
+
+    def wrong(self: DeepSpeedEngine) -> None:
+        register(self)
+        self.expert_names = set()
+
+    return patch.object(DeepSpeedEngine, "_register_groups", wrong)
+
+
+def deepspeed_divides_by_accumulation() -> Any:
+    """DeepSpeed divides a loss by its gradient_accumulation_steps; ours is divided by tokens already."""
+
+    def wrong(self: DeepSpeedEngine, loss: Tensor) -> None:
+        self.engine._config.gradient_accumulation_steps = 2
+        self.engine.backward(self.engine(loss))
+
+    return patch.object(DeepSpeedEngine, "backward", wrong)
+
+
+DEEPSPEED_PLANTS: dict[str, Callable[[], Any]] = {
+    name: plant for name, plant in list(globals().items()) if name.startswith("deepspeed_") and callable(plant)
+}
+
+
 @contextmanager
 def planted(name: str) -> Iterator[None]:
     """The bug `name` is in the system inside the block."""
-    with PLANTS[name]():
+    with (PLANTS | DEEPSPEED_PLANTS)[name]():
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,7 @@ from moe_dist.data.batch import Batch
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.balance import Balancer
-from moe_dist.train.build import build_gradients, build_model
-from moe_dist.train.optimizer import Optimizer
+from moe_dist.train.build import build_gradients, build_model, build_optimizer
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.plants import planted
 
@@ -58,7 +58,7 @@ class Trial:
         self.gradients = build_gradients(self.model, config, mesh)
         if isinstance(self.gradients, Gradients):
             self.gradients.bucket_bytes = 1000  # many buckets, so their order matters
-        self.optimizer = Optimizer(self.model, self.gradients, config.optimizer)
+        self.optimizer: Any = build_optimizer(self.model, self.gradients, config)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate)
         self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config)
 

@@ -13,11 +13,13 @@ from moe_dist.config_loading import load_mapping
 from moe_dist.train import MoETrainer
 
 pytestmark = pytest.mark.dist
-Place = int | tuple[int, int] | None
+Place = int | tuple[int, int] | tuple[int, int, str] | None
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * 12 for i in range(24)]
 
 
-def losses(folder: str, ep_size: int, max_steps: int, optim: str, zero_stage: int = 0) -> list[float]:
+def losses(
+    folder: str, ep_size: int, max_steps: int, optim: str, zero_stage: int = 0, engine: str = "torch"
+) -> list[float]:
     """Train to `max_steps` (resuming what is in `folder`), 8 sequences a step whatever the number of ranks."""
     mesh = mesh_of(ep_size)
     tree = {
@@ -36,7 +38,7 @@ def losses(folder: str, ep_size: int, max_steps: int, optim: str, zero_stage: in
             "output_dir": folder,
         },
         "data": {"max_seq_length": 32, "validation_split": 0.0},
-        "parallel": {"ep_size": ep_size, "zero_stage": zero_stage},
+        "parallel": {"ep_size": ep_size, "zero_stage": zero_stage, "engine": engine},
         "optimizer": {"optim": optim, "lr_scheduler_type": "constant", "adam_epsilon": 1e-6},
         "balance": {"bias_update_rate": 1e-3, "aux_loss_scope": "sequence"},
         "monitor": {"progress": "none", "tensorboard": False},
@@ -51,6 +53,12 @@ def losses(folder: str, ep_size: int, max_steps: int, optim: str, zero_stage: in
         ("adamw_torch_fused", (4, 0), (1, 3)),
         ("adamw_torch_fused", (1, 1), (2, 2)),
         ("sgd", (2, 2), None),
+        ("adamw_torch_fused", (2, 1, "deepspeed"), (2, 1, "deepspeed")),
+        ("adamw_torch_fused", (2, 2, "deepspeed"), None),
+        ("adamw_torch_fused", 4, (1, 1, "deepspeed")),
+        ("adamw_torch_fused", (1, 3), (4, 2, "deepspeed")),
+        ("adamw_torch_fused", (4, 1, "deepspeed"), (2, 3)),
+        ("sgd", (2, 2, "deepspeed"), (4, 1, "deepspeed")),
         *(("adamw_torch_fused", a, b) for a, b in itertools.permutations((1, 2, 4), 2)),
         ("adamw_torch_fused", None, 4),
         ("adamw_torch_fused", 4, None),
@@ -60,7 +68,7 @@ def losses(folder: str, ep_size: int, max_steps: int, optim: str, zero_stage: in
 )
 def test_resume_in_another_layout(tmp_path: Path, optim: str, before: Place, after: Place) -> None:
     """Experts keep their numbers and their optimizer state. `None`: one process; a number: ep size on 4 ranks;
-    a pair: ep size and zero_stage.
+    a pair: ep size and zero_stage; a triple: these and the engine.
 
     Seen to fail with stacked experts saved as plain tensors: ranks then overwrite each other's block.
     """
@@ -68,8 +76,8 @@ def test_resume_in_another_layout(tmp_path: Path, optim: str, before: Place, aft
     def go(folder: Path, place: Place, max_steps: int) -> list[float]:
         if place is None:
             return losses(str(folder), 1, max_steps, optim)
-        ep_size, zero_stage = place if isinstance(place, tuple) else (place, 0)
-        results = run_ranks(losses, 4, str(folder), ep_size, max_steps, optim, zero_stage)
+        ep_size, *sharding = place if isinstance(place, tuple) else (place, 0)
+        results = run_ranks(losses, 4, str(folder), ep_size, max_steps, optim, *sharding)
         assert all(result == results[0] for result in results)
         return results[0]
 

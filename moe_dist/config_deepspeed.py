@@ -1,0 +1,195 @@
+"""What `parallel.engine: deepspeed` takes, and its keys in DeepSpeed's own spelling.
+
+A person's own DeepSpeed file may tune buckets and logging (`FREE`) and may repeat what our keys say; anything else
+is refused by key, so that no key is ever ignored. Called by `config_checks`; imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_dist.config import Config
+
+BUCKET_ELEMENTS = 8 * 2**20
+"""Default of DeepSpeed's buckets here: 32 MB. Its own, 2 GB, is allocated whole, whatever the model."""
+
+FREE = {
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.use_multi_rank_bucket_allreduce",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.offload_optimizer.pin_memory",
+    "comms_logger.enabled",
+    "comms_logger.verbose",
+    "comms_logger.prof_all",
+    "comms_logger.debug",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+}
+"""Keys of a DeepSpeed file that are handed on as they are."""
+
+NOT_OFFERED = {
+    "train_batch_size": "it follows from train.per_device_train_batch_size and gradient_accumulation_steps",
+    "scheduler": "optimizer.lr_scheduler_type and its keys decide",
+    "zero_optimization.offload_param": "DeepSpeed offloads parameters with ZeRO 3 only, which is not offered",
+    "zero_optimization.offload_optimizer.nvme_path": "DeepSpeed uses NVMe with ZeRO 3 only, which is not offered",
+    "checkpoint": "the checkpoint section decides",
+    "activation_checkpointing": "train.gradient_checkpointing decides",
+    "tensorboard": "monitor.tensorboard decides",
+    "expert_parallel": "parallel.ep_size decides",
+}
+"""Reasons, where a person would look for the key; every other unknown key is refused without one."""
+
+_OPTIMIZERS = {"adamw_torch_fused": ("AdamW", "Adam"), "adamw_torch": ("AdamW", "Adam"), "sgd": ("SGD",)}
+
+
+def read_deepspeed_config(raw: Any) -> Any:
+    """`parallel` as written, with the path of a DeepSpeed file replaced by what the file holds."""
+    path = raw.get("deepspeed_config") if isinstance(raw, Mapping) else None
+    if not isinstance(path, (str, Path)):
+        return raw
+    file = Path(path).expanduser()
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"deepspeed_config={path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"deepspeed_config={path}: not a JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"deepspeed_config={path}: a JSON object, as DeepSpeed takes it")
+    return {**raw, "deepspeed_config": content}
+
+
+def check_deepspeed(config: Config) -> None:
+    """What DeepSpeed cannot do, or could not be shown to do exactly; and a DeepSpeed file that says otherwise."""
+    parallel = config.parallel
+    if parallel.engine != "deepspeed":
+        if parallel.deepspeed_config is not None:
+            raise ValueError("parallel.deepspeed_config: only with parallel.engine=deepspeed")
+        if parallel.offload_optimizer != "none":
+            raise ValueError(
+                f"parallel.offload_optimizer={parallel.offload_optimizer}: only with parallel.engine=deepspeed; "
+                "parallel.cpu_offload is the key of parallel.engine=torch"
+            )
+        return
+    if parallel.zero_stage not in (1, 2):
+        why = "its ZeRO 3 cannot sum gradients" if parallel.zero_stage else "0 would shard nothing"
+        raise ValueError(f"parallel.zero_stage={parallel.zero_stage}: 1 or 2 with parallel.engine=deepspeed ({why})")
+    if parallel.pp_size > 1:
+        raise ValueError(f"parallel.pp_size={parallel.pp_size}: only 1 with parallel.engine=deepspeed")
+    if parallel.shard_size is not None:
+        raise ValueError(f"parallel.shard_size={parallel.shard_size}: null with parallel.engine=deepspeed")
+    if parallel.cpu_offload:
+        raise ValueError("parallel.cpu_offload=true: with parallel.engine=deepspeed the key is offload_optimizer")
+    if config.train.pure_bf16:
+        raise ValueError("train.pure_bf16=true: not with parallel.engine=deepspeed; allowed: train.bf16")
+    if config.train.torch_compile:
+        raise ValueError("train.torch_compile=true: not with parallel.engine=deepspeed; allowed: false")
+    if parallel.zero_stage == 2 and config.model.moe_layers and config.model.expert not in ("swiglu", "swiglu_loop"):
+        raise ValueError(
+            f"parallel.zero_stage=2: reduces each gradient as it comes, and one of model.expert={config.model.expert} "
+            "may not come on every rank; allowed with parallel.engine=deepspeed: 1"
+        )
+    for key, value in _leaves(parallel.deepspeed_config):
+        _check_key(key, value, config)
+
+
+def deepspeed_settings(config: Config) -> dict[str, Any]:
+    """The configuration DeepSpeed is started with: `FREE` keys of the person's file under the keys we decide."""
+    settings: dict[str, Any] = {}
+    stage_keys = {"reduce_bucket_size": BUCKET_ELEMENTS, "allgather_bucket_size": BUCKET_ELEMENTS}
+    mine = {f"zero_optimization.{key}": value for key, value in stage_keys.items()}
+    free = {k: v for k, v in _leaves(config.parallel.deepspeed_config) if k in FREE and v != "auto"}
+    decided = {key: value for key, (value, _) in _decided(config).items()}
+    # We measure and clip ourselves: all ranks must have seen the norm before anyone updates.
+    decided |= {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    # DeepSpeed cannot leave its own norm out when it offloads.
+    decided["zero_optimization.compute_grad_norm"] = config.parallel.offload_optimizer != "none"
+    for key, value in (mine | {"steps_per_print": None} | free | decided).items():
+        *path, leaf = key.split(".")
+        section = settings
+        for part in path:
+            section = section.setdefault(part, {})
+        section[leaf] = value
+    return settings
+
+
+def _decided(config: Config) -> dict[str, tuple[Any, str]]:
+    """DeepSpeed's keys that keys of ours decide: the value, and why."""
+    train, parallel = config.train, config.parallel
+    summed = "every reduction of gradients is a sum"
+    return {
+        "train_micro_batch_size_per_gpu": (train.per_device_train_batch_size, _decides("per_device_train_batch_size")),
+        "gradient_accumulation_steps": (train.gradient_accumulation_steps, _decides("gradient_accumulation_steps")),
+        "gradient_clipping": (train.max_grad_norm, _decides("max_grad_norm")),
+        "zero_optimization.stage": (int(parallel.zero_stage), "parallel.zero_stage decides"),
+        "zero_optimization.offload_optimizer.device": (
+            parallel.offload_optimizer,
+            "parallel.offload_optimizer decides, and NVMe needs ZeRO 3",
+        ),
+        "zero_optimization.contiguous_gradients": (True, "experts need it"),
+        "zero_optimization.reduce_scatter": (True, "experts need it"),
+        "fp16.enabled": (False, _decides("fp16")),
+        "bf16.enabled": (False, "it would hold weights in bfloat16; train.bf16 computes in it"),
+        "torch_autocast.enabled": (False, _decides("bf16")),
+        "gradient_allreduce_op": ("sum", summed),
+        "prescale_gradients": (False, summed),
+        "gradient_predivide_factor": (1.0, summed),
+        "communication_data_type": ("fp32", "gradients are reduced in float32"),
+    }
+
+
+def _decides(key: str) -> str:
+    return f"train.{key} decides"
+
+
+def _optimizer_keys(config: Config) -> dict[str, tuple[Any, str]]:
+    """The part of DeepSpeed's `optimizer` that may be repeated; our optimizer is handed to DeepSpeed as an object."""
+    optimizer = config.optimizer
+    keys: dict[str, tuple[Any, str]] = {
+        "lr": (optimizer.learning_rate, "optimizer.learning_rate decides"),
+        "weight_decay": (optimizer.weight_decay, "optimizer.weight_decay decides"),
+    }
+    if optimizer.optim == "sgd":
+        keys["momentum"] = (optimizer.momentum, "optimizer.momentum decides")
+    else:
+        keys["betas"] = ([optimizer.adam_beta1, optimizer.adam_beta2], "optimizer.adam_beta1 and adam_beta2 decide")
+        keys["eps"] = (optimizer.adam_epsilon, "optimizer.adam_epsilon decides")
+    return {f"optimizer.params.{key}": value for key, value in keys.items()}
+
+
+def _check_key(key: str, value: Any, config: Config) -> None:
+    where = f"parallel.deepspeed_config: {key}={json.dumps(value)}"
+    decided = _decided(config) | _optimizer_keys(config)
+    if key in FREE or (value == "auto" and (key in decided or key in ("train_batch_size", "optimizer.type"))):
+        return
+    if key == "optimizer.type":
+        names = _OPTIMIZERS[config.optimizer.optim]
+        if value not in names:
+            raise ValueError(f"{where}: optimizer.optim={config.optimizer.optim} decides; allowed: {names[0]}")
+        return
+    if key in decided:
+        wanted, reason = decided[key]
+        if isinstance(value, bool) != isinstance(wanted, bool) or value != wanted:
+            raise ValueError(f"{where}: {reason}; allowed: {json.dumps(wanted)}")
+        return
+    for prefix, reason in NOT_OFFERED.items():
+        if key == prefix or key.startswith(f"{prefix}."):
+            raise ValueError(f"{where}: {reason}; leave it out")
+    allowed = ", ".join(sorted(FREE))
+    raise ValueError(f"{where}: not taken over; allowed beside what our keys decide: {allowed}")
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys of a mapping as `section.key`, with their values; a path has been replaced by a mapping before."""
+    for key, value in (tree or {}).items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif not isinstance(value, Mapping):
+            yield f"{prefix}{key}", value
