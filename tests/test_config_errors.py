@@ -60,7 +60,7 @@ parallel: {pp_size: 2, stages: [8, 0]}  =>  parallel.stages=[8, 0]: a list, each
 parallel: {pp_size: 2, schedule: 1F1B}  =>  parallel.schedule='1F1B': one of gpipe, 1f1b
 parallel: {pp_size: 9}  =>  parallel.pp_size=9: parallel.schedule=1f1b has 9 stages  &  model.num_hidden_layers=8
 parallel: {pp_size: 5, schedule: dualpipe_v}  =>  has 10 stages of at least one layer
-parallel: {zero_stage: true}  =>  parallel.zero_stage=true: only 0
+parallel: {zero_stage: true}  =>  parallel.zero_stage=true: one of 0, 1, 2, 3
 parallel: {pipeline_parallel_size: 4}  =>  parallel.pp_size=4 ranks needs at least 4 micro-batches
 model: {attn_implementation: flash}  =>  model.attn_implementation='flash': one of sdpa, eager
 moe: {monitor_expert_usage: false}  =>  moe.monitor_expert_usage=false: only true  &  always recorded

@@ -81,7 +81,8 @@ class _Reading:
             words = allowed(kind)
             for entry in value if isinstance(value, list) else [value]:
                 wants_bool = kind is bool or words in ("only true", "only false")
-                wants_number = "number" in words or words.removeprefix("only ").isdigit()
+                choices = words.removeprefix("only ").removeprefix("one of ").split(", ")
+                wants_number = "number" in words or all(choice.isdigit() for choice in choices)
                 if wants_number if isinstance(entry, bool) else wants_bool:
                     raise ConfigError(f"{key}={show(value)}: {takes(key)} ({self.origins[key]})")
 
