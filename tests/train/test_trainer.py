@@ -199,6 +199,7 @@ def test_epochs_end_the_run(tmp_path: Path) -> None:
     assert row["epoch"] == pytest.approx(0.5, abs=8 / 100)
 
 
+@pytest.mark.slow
 def test_torch_compile(tmp_path: Path) -> None:
     plain = run(tmp_path / "plain", max_steps=3, attention_dropout=0.0)
     compiled = run(tmp_path / "compiled", max_steps=3, attention_dropout=0.0, torch_compile=True)

@@ -53,9 +53,9 @@ def test_a_covering_set_of_layouts_passes(config: str) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
-def test_every_layout_passes(scope: str) -> None:
-    overrides = ("balance.bias_update_rate=0.01", "balance.router_z_loss_coef=0.001", f"balance.aux_loss_scope={scope}")
+@pytest.mark.timeout(900)
+def test_every_layout_passes() -> None:
+    overrides = ("balance.bias_update_rate=0.01", "balance.router_z_loss_coef=0.001", "balance.aux_loss_scope=sequence")
     (passed, report), *_ = run_ranks(outcome, 4, "demo.yaml", overrides, "all", timeout=600)
     assert passed, report
     assert len(report["layouts"]) >= 40
