@@ -20,21 +20,11 @@ from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_exper
 from moe_dist.models.router import Routing, build_router, drop_over_capacity
 
 
-class Plan(Protocol):
-    """What `combine` needs of a `dispatch`; frozen.
-
-    `rows_per_expert` (e,) int64 counts the rows of each local expert.
-    """
-
-    @property
-    def rows_per_expert(self) -> Tensor: ...
-
-
 class Dispatcher(Protocol):
     """Brings tokens to experts and back. It keeps no state between its two verbs: the plan carries it."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Any]:
-        """(T, D) -> (R, D) rows sorted by local expert, and the plan."""
+        """(T, D) -> (R, D) rows sorted by local expert, and a frozen plan whose `rows_per_expert` (e,) counts them."""
         ...
 
     def combine(self, rows_RD: Tensor, plan: Any) -> Tensor:

@@ -28,5 +28,5 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
         moe.balance.reduce_load = partial(mesh.sum_over, "dp")
     model.gradient_checkpointing_enable(config.train.gradient_checkpointing)
     if config.train.torch_compile:
-        for block in model.layers.values():
-            block.compile_dense()  # type: ignore[operator]
+        for block in model.blocks():
+            block.compile_dense()
