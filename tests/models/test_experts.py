@@ -62,10 +62,10 @@ def assert_equal_to_loop(counts: list[int], hidden: int, width: int, dtype: torc
     counts=st.lists(st.one_of(st.just(0), st.integers(0, 40)), min_size=1, max_size=9),
     hidden=st.sampled_from([1, 3, 8, 16]),
     width=st.sampled_from([1, 5, 8, 24]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_equal_to_the_loop(counts: list[int], hidden: int, width: int, dtype: torch.dtype) -> None:
-    assert_equal_to_loop(counts, hidden, width, dtype)
+def test_equal_to_the_loop(counts: list[int], hidden: int, width: int) -> None:
+    """Any shape in float32; bfloat16 has no relative bound where one number cancels, so it is held below."""
+    assert_equal_to_loop(counts, hidden, width, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
