@@ -23,6 +23,7 @@ from typing import NamedTuple
 from launcher.environment import usable_cores
 from launcher.worker import (
     CONFIG,
+    EXIT_AGAIN,
     EXIT_CONFIG,
     EXIT_DIFFERS,
     EXIT_FAILED,
@@ -39,6 +40,8 @@ from moe_dist.monitor.train_log import log_path
 
 LOOPBACK = "127.0.0.1"
 POLL = 0.05
+HEARING = 2.5
+"""Seconds after Ctrl-C in which every rank must have heard of it; a person does not wait for one that hangs."""
 GRACE = 1.0
 """Seconds in which the others may notice by themselves that a rank has failed, and write it to their logs."""
 PATIENCE = 2.0
@@ -72,9 +75,12 @@ def launch(config: Config, proof: Proof | None = None) -> int:
             time.sleep(POLL)
         # Whoever failed in this very moment is still a cause, not a casualty.
         ended += ranks.poll()
-        ranks.end(signals)
         if signals.first:
-            return _interrupted(signals.first)
+            ranks.ask_to_stop(signals, config.launch.grace_period)
+            ranks.end()
+            return _interrupted(signals.first, ranks)
+        ranks.ask_to_stop(signals, PATIENCE)
+        ranks.end()
         return _verdict([end for end in ended if end.code], ranks, config)
 
 
@@ -87,7 +93,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         self._before = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             before = signal.getsignal(number)
             if before != signal.SIG_IGN:  # as under nohup, or in a script's background
                 self._before[number] = before
@@ -111,6 +117,7 @@ class Ranks:
         self.processes: list[subprocess.Popen[bytes]] = []
         self._counted: set[int] = set()
         self._told: dict[int, str] = {}
+        self._heard: set[int] = set()
         self._unread = b""
         with _listen(config.launch.master_port) as listener:
             self._reports, theirs = os.pipe()
@@ -162,8 +169,16 @@ class Ranks:
         *lines, self._unread = self._unread.split(b"\n")
         for line in lines:
             rank, text = json.loads(line)
-            self._told.setdefault(rank, text)
+            if text is None:
+                self._heard.add(rank)
+            else:
+                self._told.setdefault(rank, text)
         return self._told
+
+    @property
+    def all_have_heard(self) -> bool:
+        """Whether every rank knows that it is asked to stop."""
+        return bool(self.told is not None and len(self._heard) == len(self.processes))
 
     def poll(self) -> list[Ended]:
         """Ranks that have ended since the last call."""
@@ -175,13 +190,31 @@ class Ranks:
                 found.append(Ended(rank, process.pid, code))
         return found
 
-    def end(self, signals: Signals) -> None:
-        """End those that still run: with a word, then with force; at once when a person asks twice."""
-        deadline = time.monotonic() + PATIENCE
+    def ask_to_stop(self, signals: Signals, patience: float) -> None:
+        """Let ranks that train finish their step and save it, and others end in their own manner.
+
+        Returns when all have ended, when a person asks twice, and after `patience` seconds; much sooner when one
+        fails on the way, or has not heard of a person's Ctrl-C.
+        """
+        number = signal.SIGUSR1 if signals.first == signal.SIGUSR1 else signal.SIGTERM
         for process in self.processes:
-            process.terminate()
+            process.send_signal(number)
+        started, told_person = time.monotonic(), False
+        deadline = started + patience
         while self.running and time.monotonic() < deadline and signals.count < 2:
+            if any(process.poll() not in (None, 0, EXIT_AGAIN) for process in self.processes):
+                deadline = min(deadline, time.monotonic() + GRACE)
+            waited = time.monotonic() - started
+            if signals.first == signal.SIGINT and waited > HEARING:
+                if not self.all_have_heard:
+                    return
+                if not told_person:
+                    told_person = True
+                    _say("stopping after this step, and saving it; Ctrl-C again stops at once")
             time.sleep(POLL)
+
+    def end(self) -> None:
+        """End those that still run, by force."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -215,9 +248,20 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def _interrupted(number: int) -> int:
+def _interrupted(number: int, ranks: Ranks) -> int:
+    """Say what has come of it. All ranks that were training end alike: on request, saved."""
     _restore_terminal()
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    codes = {process.returncode for process in ranks.processes}
+    told = ranks.told.get(0, "")
+    if codes == {EXIT_AGAIN}:
+        _, _, after = told.partition(" after ")
+        _say(f"stopped by {name} after {after}" if after else f"stopped by {name}")
+        return 128 + number if number == signal.SIGINT else EXIT_AGAIN
+    if codes == {EXIT_STOPPED}:
+        return EXIT_STOPPED  # rank 0 has said why
+    if codes == {0}:
+        return 0  # it was at its end anyway
     _say(f"stopped by {name}; every process has ended")
     return 128 + number
 
@@ -235,6 +279,9 @@ def _verdict(failed: list[Ended], ranks: Ranks, config: Config) -> int:
     who = f"the process (pid {cause.pid})" if alone else f"rank {cause.rank} (pid {cause.pid})"
     others = "" if alone else "; the other ranks were stopped"
     log = f"; log: {log_path(config.train.output_dir, cause.rank)}"
+    if cause.code == EXIT_AGAIN:
+        _say(told.get(0, "stopped on request"))
+        return EXIT_AGAIN
     if cause.code < 0:
         name = signal.Signals(-cause.code).name
         hint = ", by someone or for want of memory" if name == "SIGKILL" else ""

@@ -26,6 +26,8 @@ EXIT_STOPPED = 3
 """Training stopped itself: not finite, or diverged."""
 EXIT_FAILED = 1
 """Anything unexpected."""
+EXIT_AGAIN = 75
+"""Asked to stop by SIGTERM or SIGUSR1; the last step is saved, and the same command goes on from it."""
 EXIT_DIFFERS = 4
 """`verify` has told which layouts differ from one process; the command makes it 1."""
 
@@ -49,13 +51,24 @@ class Proof:
 def train(config: Config, environment: Environment) -> int:
     """Train on this rank; returns the exit code."""
     from launcher.process_groups import connected  # torch, only once there is work to do
+    from moe_dist.train.agreement import StopRequests
     from moe_dist.train.trainer import MoETrainer
 
+    requests = StopRequests(heard=lambda: _tell_launcher(environment.rank, None))
     with connected(config, environment) as mesh:
-        result = MoETrainer(config, mesh=mesh).train()
-    if result.failed and environment.rank == 0:
-        print(f"moe-dist: training stopped itself: {result.reason}", file=sys.stderr, flush=True)
-    return EXIT_STOPPED if result.failed else 0
+        result = MoETrainer(config, mesh=mesh, stop_requests=requests).train()
+    if result.failed:
+        if environment.rank == 0:
+            print(f"moe-dist: training stopped itself: {result.reason}", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
+    if result.signal is None:
+        return 0
+    if environment.rank == 0:
+        kept = f"{result.checkpoint} is saved; the same command goes on from it" if result.checkpoint else "not saved"
+        text = f"{result.reason} after step {result.steps}: {kept}"
+        if not _tell_launcher(0, text):
+            print(f"moe-dist: {text}", file=sys.stderr, flush=True)
+    return 128 + signal.SIGINT if result.signal == signal.SIGINT else EXIT_AGAIN
 
 
 def verify(config: Config, environment: Environment, proof: Proof) -> int:
@@ -102,8 +115,7 @@ def _report(error: BaseException, environment: Environment, code: int) -> int:
             print(details, file=sys.stderr, flush=True)
     else:
         _write_log(f"moe-dist: error: {text}")
-    if REPORTS in os.environ:  # the launcher says the first one
-        os.write(int(os.environ[REPORTS]), json.dumps([environment.rank, text[:_MAX_TEXT]]).encode() + b"\n")
+    if _tell_launcher(environment.rank, text):  # it says the first one
         return code
     if code == EXIT_CONFIG:
         let_the_first_speak()
@@ -111,6 +123,14 @@ def _report(error: BaseException, environment: Environment, code: int) -> int:
         time.sleep(2)  # a peer has failed and says why; torchrun ends this rank meanwhile
     print(f"moe-dist: error: {text}", file=sys.stderr, flush=True)
     return code
+
+
+def _tell_launcher(rank: int, text: str | None) -> bool:
+    """Words for the local launcher, None when a signal has been heard; False when there is no such launcher."""
+    if REPORTS not in os.environ:
+        return False
+    os.write(int(os.environ[REPORTS]), json.dumps([rank, text and text[:_MAX_TEXT]]).encode() + b"\n")
+    return True
 
 
 def _write_log(text: str) -> str | None:

@@ -12,7 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from moe_dist.config_checks import check_data, check_model, check_optimizer, check_sections, check_train
+from moe_dist.config_checks import (
+    check_checkpoint,
+    check_data,
+    check_model,
+    check_optimizer,
+    check_sections,
+    check_train,
+)
 from moe_dist.config_deepspeed import read_deepspeed_config
 
 Positive = Annotated[int, Field(gt=0)]
@@ -331,9 +338,37 @@ class CheckpointConfig(Section):
     save_at_end: bool = True
     """Save the last step."""
     save_total_limit: Positive | None = None
-    """Keep at most this many checkpoints."""
+    """Keep at most this many checkpoints: the newest, or with metric_for_best_model the best (and the newest)."""
+    keep_every: NonNegative = 0
+    """Besides, keep steps that are multiples of this; 0: none."""
+    metric_for_best_model: Literal["eval_loss"] | None = None
+    """What makes a checkpoint good; default: its age."""
+    greater_is_better: bool = False
+    """Whether more of that metric is better."""
+    load_best_model_at_end: bool = False
+    """End with the weights of the best checkpoint."""
+    folder: str | None = None
+    """Where checkpoints go: a folder or a URL such as s3://bucket/run; default: output_dir."""
+    background: bool = True
+    """Write while training goes on; false: training waits until a checkpoint is committed."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """A save is due and the one before is still being written: wait for it, or leave this one out."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """A save that fails: warn and try again at the next one, or stop. The last one must succeed either way."""
+    encryption_key: str | list[str] | None = None
+    """Seal checkpoints (AES-256-GCM) with 32 bytes from a file or `env:NAME`; of a list the first seals, all open."""
     resume: str = "auto"
-    """`auto`: newest checkpoint in output_dir, if any; `never`: start afresh; or a checkpoint's path."""
+    """`auto`: the newest checkpoint that verifies, if any; `never`: start afresh; a step, or a checkpoint's path."""
+    allow_config_change: bool = False
+    """Go on although keys differ from the checkpoint's that change what is computed."""
+
+    _best_has_a_metric = model_validator(mode="after")(check_checkpoint)
+
+    @property
+    def encryption_keys(self) -> list[str]:
+        """Sources of keys, the sealing one first."""
+        keys = self.encryption_key
+        return [] if keys is None else [keys] if isinstance(keys, str) else keys
 
 
 class MonitorConfig(Section):
@@ -358,6 +393,8 @@ class LaunchConfig(Section):
     """Collective library; auto: gloo for CPU, NCCL for CUDA."""
     timeout: PositiveFloat = 120.0
     """Seconds after which a collective that does not finish is an error."""
+    grace_period: PositiveFloat = 30.0
+    """Seconds the ranks have, once asked to stop, to finish their step and save it."""
     num_threads: NonNegative = 0
     """CPU threads per rank; 0: cores divided by ranks."""
     master_port: NonNegative = 0

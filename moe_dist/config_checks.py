@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moe_dist.config_deepspeed import check_deepspeed
 
 if TYPE_CHECKING:
-    from moe_dist.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+    from moe_dist.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 
 def _divisors(number: int) -> str:
@@ -81,6 +81,13 @@ def check_train(train: TrainConfig) -> TrainConfig:
     return train
 
 
+def check_checkpoint(checkpoint: CheckpointConfig) -> CheckpointConfig:
+    """The best of what."""
+    if checkpoint.load_best_model_at_end and checkpoint.metric_for_best_model is None:
+        raise ValueError("load_best_model_at_end=true: say by what, metric_for_best_model=eval_loss")
+    return checkpoint
+
+
 def check_optimizer(optimizer: OptimizerConfig) -> OptimizerConfig:
     """A schedule that goes down."""
     if optimizer.min_learning_rate > optimizer.learning_rate:
@@ -92,7 +99,14 @@ def check_optimizer(optimizer: OptimizerConfig) -> OptimizerConfig:
 
 def check_sections(config: Config) -> Config:
     """Sections that contradict each other."""
-    model, parallel = config.model, config.parallel
+    model, parallel, checkpoint = config.model, config.parallel, config.checkpoint
+    if checkpoint.metric_for_best_model is not None:
+        save, evaluate = checkpoint.save_steps, config.train.eval_steps
+        if not save or not evaluate or save % evaluate:
+            raise ValueError(
+                f"checkpoint.metric_for_best_model={checkpoint.metric_for_best_model}: needs train.eval_steps="
+                f"{evaluate} above 0 and checkpoint.save_steps={save} to be a multiple of it"
+            )
     if parallel.ep_size > 1 and model.num_experts % parallel.ep_size:
         raise ValueError(
             f"parallel.ep_size={parallel.ep_size}: must divide model.num_experts={model.num_experts} "

@@ -46,6 +46,8 @@ LIGHT = (
     "moe_dist.config_checks",
     "moe_dist.config_deepspeed",
     "moe_dist.config_loading",
+    *(f"moe_dist.checkpoint.{name}" for name in ("changes", "encryption", "hashing", "lock", "manifest")),
+    *(f"moe_dist.checkpoint.{name}" for name in ("reading", "retention", "storage")),
     "moe_dist.models.counts",
     "moe_dist.parallel.layout",
     "moe_dist.train.describe",
@@ -288,8 +290,8 @@ tools/train_tokenizer.py | from tiny import tiny_config | nothing imports tests:
 tests/ranks.py | from test_layout import SIZES | a test imports a test
 moe_dist/train/step.py | import pickle | pickle runs what
 tools/train_tokenizer.py | from pickle import loads | pickle.loads runs what
-moe_dist/checkpoint/plain.py | torch.load("x") | torch.load runs what
-moe_dist/checkpoint/plain.py | from torch import load as read | torch.load runs what
+moe_dist/checkpoint/manager.py | torch.load("x") | torch.load runs what
+moe_dist/checkpoint/manager.py | from torch import load as read | torch.load runs what
 launcher/local.py | import yaml as y;y.load(text, y.SafeLoader) | yaml.load runs what
 launcher/local.py | subprocess.run("ls", shell=True) | shell= must be False
 moe_dist/data/tokenizer.py | load("x", trust_remote_code=True) | trust_remote_code= must be False

@@ -6,7 +6,9 @@ dp = edp x ep, experts over edp; tokens differ between all ranks of dp.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe_dist.parallel.layout import Layout
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,22 @@ class Mesh:
         if dist.is_initialized():
             dist.broadcast(tensor, src=0)
         return tensor
+
+    def ask_rank_zero(self, ask: Callable[[], Answer]) -> Answer:
+        """What `ask` gives on rank 0, on every rank; a ValueError it raises there is raised everywhere."""
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = ask()
+            except ValueError as error:
+                if self.group("world") is None:
+                    raise
+                answer[1] = error
+        if self.group("world") is not None:
+            dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -43,14 +43,29 @@ def evaluating(model: Transformer) -> Iterator[None]:
         model.train(was_training)
 
 
+ASK_EVERY = 8
+"""Batches of an evaluation between questions whether to stop."""
+
+
 def evaluate(
-    model: Transformer, batches: Iterable[Batch], mesh: Mesh, *, bf16: bool = False, document_mask: bool = True
-) -> Evaluation:
-    """Every rank calls this with as many batches as the others (`data.eval_batches` sees to it)."""
+    model: Transformer,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    *,
+    bf16: bool = False,
+    document_mask: bool = True,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Every rank calls this with as many batches as the others (`data.eval_batches` sees to it).
+
+    `stop` is asked now and then on every rank and answers the same on all; None when it has said yes.
+    """
     started = time.perf_counter()
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     with evaluating(model), torch.autocast(mesh.device.type, dtype=torch.bfloat16, enabled=bf16):
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            if number % ASK_EVERY == 0 and stop():
+                return None
             on_device = batch.to(mesh.device, non_blocking=True)
             logits = model(**model_inputs(on_device, document_mask=document_mask))
             if model.lm_head is not None:  # of a pipeline, the last stage

@@ -6,8 +6,9 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from moe_dist.checkpoint.lock import RunLock
 from moe_dist.config import Config
 from moe_dist.config_loading import dump_config, load_config, load_mapping
 from moe_dist.models.counts import parameter_counts
@@ -54,21 +55,46 @@ def _chosen(arguments: Any) -> dict[str, Any]:
     return chosen
 
 
-def prepare_run_folder(config: Config, mesh: Mesh) -> None:
-    """Create the run folder with its config.yaml and logs; every rank calls it.
+class RunPlace(NamedTuple):
+    """Who writes: the run's id and which start of it this is, the same on every rank; the lock on rank 0."""
+
+    run: str
+    generation: int
+    lock: RunLock | None
+
+
+def take_run_folder(config: Config, mesh: Mesh) -> RunPlace:
+    """Create the run folder, keep others out of it, and write logs there; every rank calls it.
 
     With `checkpoint.resume: never` an earlier run's folder is moved aside, so nothing is lost and nothing mixed.
+    Raises CheckpointError on every rank when somebody is in there.
     """
     folder = config.train.output_dir
-    if mesh.rank == 0:
+    held: list[RunLock] = []
+
+    def take() -> tuple[str, int]:
+        lock = RunLock.acquire(folder)
         if config.checkpoint.resume == "never" and (folder / "config.yaml").exists():
             stamp = time.strftime("%Y%m%d-%H%M%S")
             names = (f"{folder.name}-{stamp}{suffix}" for suffix in ("", *(f"-{number}" for number in range(1, 1000))))
             folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists()))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config))
-    mesh.barrier()
+            lock.release()
+            lock = RunLock.acquire(folder)
+        held.append(lock)
+        return lock.run, lock.generation
+
+    run, generation = mesh.ask_rank_zero(take)
     setup_logging(folder, mesh.rank)
+    return RunPlace(run, generation, held[0] if held else None)
+
+
+def write_config(config: Config, mesh: Mesh) -> None:
+    """config.yaml of the run folder, as this start of the run has it."""
+    if mesh.rank == 0:
+        path = config.train.output_dir / "config.yaml"
+        whole = path.with_suffix(".yaml.part")
+        whole.write_text(dump_config(config))
+        whole.replace(path)
 
 
 def run_info(config: Config, mesh: Mesh, datasets: Datasets) -> RunInfo:

@@ -25,21 +25,21 @@ class Stopping:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if skipped and (config.on_nonfinite == "stop" or self.skipped_in_a_row >= config.max_nonfinite_steps):
             times = "" if config.on_nonfinite == "stop" else f" {self.skipped_in_a_row} steps in a row"
-            self._stop(
+            self.stop(
                 f"loss or gradient not finite at step {step}{times}; the weights are those before it. "
                 "Lower optimizer.learning_rate or look at the data (train.on_nonfinite=skip goes on past it)",
                 failed=True,
             )
         elif config.divergence_loss is not None and epoch >= config.divergence_epochs and loss > config.divergence_loss:
-            self._stop(
+            self.stop(
                 f"diverged: loss {loss:.4f} is above train.divergence_loss={config.divergence_loss:g} "
                 f"after {epoch:.2f} epochs",
                 failed=True,
             )
         elif self.max_steps is not None and step >= self.max_steps:
-            self._stop(f"all {self.max_steps} steps done")
+            self.stop(f"all {self.max_steps} steps done")
         elif time_share >= 1.0:
-            self._stop(f"the time budget of {config.max_time:g} s is used up")
+            self.stop(f"the time budget of {config.max_time:g} s is used up")
 
     def after_evaluation(self, loss: float) -> bool:
         """Whether `loss` is the best so far."""
@@ -51,12 +51,17 @@ class Stopping:
             self.best_loss = loss
         patience = self.config.early_stopping_patience
         if patience and self.evaluations_without_improvement >= patience:
-            self._stop(f"validation loss has not improved for {patience} evaluations (best {self.best_loss:.4f})")
+            self.stop(f"validation loss has not improved for {patience} evaluations (best {self.best_loss:.4f})")
         return is_best
 
-    def _stop(self, reason: str, failed: bool = False) -> None:
+    def stop(self, reason: str, failed: bool = False) -> None:
+        """End the run after this step, unless it is ending already. `failed`: a person must look at it."""
         if self.reason is None:
             self.reason, self.failed = reason, failed
+
+    def fail(self, reason: str) -> None:
+        """The end itself has failed."""
+        self.reason, self.failed = reason, True
 
     def state_dict(self) -> dict[str, float | int | None]:
         return {

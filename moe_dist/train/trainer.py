@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moe_dist.checkpoint.plain import LogicalState, PlainCheckpoints, list_checkpoints
+from moe_dist.checkpoint.manager import Outcome
 from moe_dist.config import Config
 from moe_dist.data.baseline import unigram_loss
 from moe_dist.data.loader import eval_batches
@@ -25,10 +26,12 @@ from moe_dist.monitor.records import EvalRecord, LayerRecord, RunSummary, TrainR
 from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.agreement import StopRequests, agree
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer
 from moe_dist.train.evaluation import evaluate, sample_text
-from moe_dist.train.opening import merge_config, prepare_run_folder, run_info
+from moe_dist.train.opening import merge_config, run_info, take_run_folder, write_config
+from moe_dist.train.persistence import Counters, Persistence
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.step import StepResult, TrainStep
 from moe_dist.train.stopping import Stopping
@@ -38,7 +41,8 @@ logger = logging.getLogger("moe_dist")
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run went. Losses are nats per token; `failed`: it stopped for a reason a person must look at."""
+    """How a run went. Losses are nats per token; `failed`: it stopped for a reason a person must look at;
+    `signal`: it was asked to stop by this one; `checkpoint`: the last step saved."""
 
     initial_loss: float
     final_loss: float
@@ -49,6 +53,8 @@ class TrainingResult:
     reason: str
     failed: bool
     output_dir: Path
+    signal: int | None = None
+    checkpoint: str | None = None
 
 
 class MoETrainer:
@@ -69,9 +75,11 @@ class MoETrainer:
         training_config: Any = None,
         output_dir: str | Path | None = None,
         mesh: Mesh | None = None,
+        stop_requests: StopRequests | None = None,
     ) -> None:
         self.config = merge_config(config, model_config, training_config, output_dir)
         self.mesh = mesh or Mesh.single()
+        self.stop_requests = stop_requests or StopRequests()
         self.output_dir = self.config.train.output_dir
 
     def train(self, dataset: Any = None) -> TrainingResult:
@@ -79,20 +87,26 @@ class MoETrainer:
 
         Raises ValueError for what only the data or a checkpoint can show to be wrong.
         """
-        self._build(dataset)
+        self.place = take_run_folder(self.config, self.mesh)
         try:
-            self._resume()
-            self._open()
-            while self.stopping.reason is None:
-                self._one_step()
-            return self._finish()
+            self._build(dataset)
+            try:
+                self.persistence.restore(self.counters, self.sinks.message)
+                write_config(self.config, self.mesh)
+                self._open()
+                with self.stop_requests:
+                    while self.stopping.reason is None:
+                        self._one_step()
+                return self._finish()
+            finally:
+                self.loader.close()
+                self.sinks.close()
         finally:
-            self.loader.close()
-            self.sinks.close()
+            if self.place.lock is not None:
+                self.place.lock.release()
 
     def _build(self, dataset: Any) -> None:
         config, mesh = self.config, self.mesh
-        prepare_run_folder(config, mesh)
         torch.use_deterministic_algorithms(config.train.deterministic)
         self.sinks = build_sinks(self.output_dir, config.monitor) if mesh.rank == 0 else Sinks([])
         self.clock = Clock(mesh.device)
@@ -110,10 +124,13 @@ class MoETrainer:
             mesh.device,
             partial(mesh.sum_over, "world"),
         )
-        self.checkpoints = PlainCheckpoints(self.output_dir, mesh, config.checkpoint.save_total_limit)
         self.stopping = Stopping(config.train, self.loader.steps_per_epoch)
-        self.steps_done, self.tokens, self.skipped = 0, 0, 0
-        self.evaluated_at = self.saved_at = -1
+        self.counters = Counters()
+        self.persistence = Persistence(config, mesh, self.model, self.optimizer, self.loader, self.stopping, self.place)
+        self.persistence.check_room()
+        self.evaluated_at, self.eval_loss = -1, float("nan")
+        self.signal: int | None = None
+        self.last_saved: str | None = None
         self.losses: list[float] = []
         self.unigram: float | None = None
         self.layers: list[LayerRecord] = []
@@ -133,44 +150,56 @@ class MoETrainer:
         if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
             self.unigram = unigram_loss(self.datasets.train, self.datasets.validation, config.model.vocab_size)
         self.sample_before = self._sample()
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - self.counters.elapsed
         self.interval = Interval()
-        if self.stopping.max_steps is not None and self.steps_done >= self.stopping.max_steps:
-            self.stopping.after_step(self.steps_done, 0.0, 0.0, False, 0.0)
+        self.elapsed = self.counters.elapsed
+        done, share = self.counters.step, self._time_share()
+        if (self.stopping.max_steps is not None and done >= self.stopping.max_steps) or share >= 1.0:
+            self.stopping.after_step(done, 0.0, 0.0, False, share)
 
     def _one_step(self) -> None:
-        config, waiting = self.config, time.perf_counter()
+        config, counters, waiting = self.config, self.counters, time.perf_counter()
         batches = self.loader.next_step()
         self.interval.data_wait += time.perf_counter() - waiting
-        share = self._time_share()
-        rate = learning_rate(config.optimizer, self.steps_done, self.stopping.max_steps, share)
-        result = self.step(batches, self.steps_done, rate)
+        rate = learning_rate(config.optimizer, counters.step, self.stopping.max_steps, self._time_share())
+        result = self.step(batches, counters.step, rate)
         self.collector.add(self.balancer.facts)
         self.balancer.clear()
-        self.steps_done += 1
-        self.tokens += result.num_tokens
-        self.skipped += result.skipped
+        counters.step += 1
+        counters.tokens += result.num_tokens
+        counters.skipped += result.skipped
+        if counters.initial_loss is None:
+            counters.initial_loss = result.loss
         if result.skipped:
             logger.warning(
-                "step %d: loss %s, gradient norm %s; nothing updated", self.steps_done, result.loss, result.grad_norm
+                "step %d: loss %s, gradient norm %s; nothing updated", counters.step, result.loss, result.grad_norm
             )
         self.losses.append(result.loss)
         self.interval.add(result)
-        self.stopping.after_step(self.steps_done, result.loss, self.loader.epoch, result.skipped, share)
-        if self.steps_done % config.monitor.logging_steps == 0 or self.steps_done == 1 or self.stopping.reason:
+        self._agree()
+        self.stopping.after_step(counters.step, result.loss, self.loader.epoch, result.skipped, self._time_share())
+        if counters.step % config.monitor.logging_steps == 0 or counters.step == 1 or self.stopping.reason:
             self._log(result, rate)
-        if config.train.eval_steps and self.steps_done % config.train.eval_steps == 0:
+        if config.train.eval_steps and counters.step % config.train.eval_steps == 0:
             self._evaluate()
-        if config.checkpoint.save_steps and self.steps_done % config.checkpoint.save_steps == 0:
+        if self.persistence.is_due(counters.step):
             self._save()
+
+    def _agree(self) -> None:
+        """Between two steps: time, signals and the save in flight, the same for every rank."""
+        elapsed = time.perf_counter() - self.started
+        agreed = agree(self.mesh, elapsed, self.stop_requests.number, *self.persistence.checkpoints.status)
+        self.counters.elapsed = agreed.elapsed
+        if agreed.save_ended:
+            self._saved(self.persistence.settle())
+        if agreed.signal is not None and self.signal is None:
+            self.signal = agreed.signal
+            self.stopping.stop(f"stopped by {signal_name(agreed.signal)}")
 
     def _time_share(self) -> float:
         """Part of the time budget that has passed, by rank 0's clock: all ranks must stop at the same step."""
         budget = self.config.train.max_time
-        if budget is None:
-            return 0.0
-        elapsed = torch.tensor([time.perf_counter() - self.started], dtype=torch.float64, device=self.mesh.device)
-        return min(1.0, float(self.mesh.from_rank_zero(elapsed)) / budget)
+        return 0.0 if budget is None else min(1.0, self.counters.elapsed / budget)
 
     def _log(self, result: StepResult, rate: float) -> None:
         self.layers = self.collector.take()
@@ -178,21 +207,21 @@ class MoETrainer:
             logger.warning("%s", sentence)
         interval, self.interval = self.interval, Interval()
         seconds = max(1e-9, time.perf_counter() - interval.started)
-        elapsed = time.perf_counter() - self.started
+        elapsed = self.counters.elapsed
         self.sinks.train(
             TrainRecord(
-                step=self.steps_done,
+                step=self.counters.step,
                 max_steps=self.stopping.max_steps,
                 epoch=self.loader.epoch,
                 loss=result.loss,
                 learning_rate=rate,
                 grad_norm=result.grad_norm,
-                tokens=self.tokens,
+                tokens=self.counters.tokens,
                 tokens_per_second=interval.tokens / seconds,
                 step_seconds=seconds / max(1, interval.steps),
                 all_to_all_share=min(1.0, self.clock.take() / seconds),
                 data_wait_share=min(1.0, interval.data_wait / seconds),
-                skipped_steps=self.skipped,
+                skipped_steps=self.counters.skipped,
                 elapsed_seconds=elapsed,
                 remaining_seconds=self._remaining(elapsed, seconds / max(1, interval.steps)),
                 memory_bytes=peak_memory(self.mesh.device),
@@ -203,16 +232,15 @@ class MoETrainer:
     def _remaining(self, elapsed: float, step_seconds: float) -> float | None:
         ends = []
         if self.stopping.max_steps is not None:
-            ends.append((self.stopping.max_steps - self.steps_done) * step_seconds)
+            ends.append((self.stopping.max_steps - self.counters.step) * step_seconds)
         if self.config.train.max_time is not None:
             ends.append(max(0.0, self.config.train.max_time - elapsed))
         return min(ends) if ends else None
 
     def _evaluate(self) -> None:
         validation = self.datasets.validation
-        if validation is None or self.evaluated_at == self.steps_done:
+        if validation is None or self.evaluated_at == self.counters.step:
             return
-        self.evaluated_at = self.steps_done
         train = self.config.train
         before = time.perf_counter()
         batches = eval_batches(
@@ -222,11 +250,21 @@ class MoETrainer:
             self.mesh.dp_rank,
             train.eval_batches,
         )
-        found = evaluate(self.model, batches, self.mesh, bf16=train.bf16, document_mask=self.config.data.document_mask)
+        found = evaluate(
+            self.model,
+            batches,
+            self.mesh,
+            bf16=train.bf16,
+            document_mask=self.config.data.document_mask,
+            stop=self._asked_to_stop,
+        )
+        if found is None:  # asked to stop: an unfinished evaluation says nothing
+            return
+        self.evaluated_at, self.eval_loss = self.counters.step, found.loss
         is_best = self.stopping.after_evaluation(found.loss)
         self.sinks.evaluation(
             EvalRecord(
-                self.steps_done, found.loss, found.perplexity, found.num_tokens, found.seconds, self.unigram, is_best
+                self.counters.step, found.loss, found.perplexity, found.num_tokens, found.seconds, self.unigram, is_best
             )
         )
         self.clock.take()
@@ -248,68 +286,76 @@ class MoETrainer:
         self.clock.take()
         return text
 
-    def _state(self) -> LogicalState:
-        return LogicalState(self.model, self.optimizer.named_state(), self.mesh)
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank has been asked to stop, for use within an evaluation."""
+        if self.signal is None:
+            self._agree()
+        return self.signal is not None
 
-    def _save(self) -> Path:
-        folder = self.output_dir / f"checkpoint-{self.steps_done}"
-        if self.saved_at == self.steps_done:
-            return folder
-        self.saved_at = self.steps_done
+    def _save(self) -> None:
         before = time.perf_counter()
-        counters = {
-            "tokens": self.tokens,
-            "skipped": self.skipped,
-            "initial_loss": self.losses[0] if self.losses else None,
-            "stopping": self.stopping.state_dict(),
-            "data": self.loader.state_dict(),
-            "model": self.config.model.model_dump(mode="json"),
-        }
-        self.checkpoints.save(self.steps_done, self._state(), counters)
+        metrics = {"eval_loss": self.eval_loss} if self.evaluated_at == self.counters.step else {}
+        ended = self.persistence.save(self.counters, metrics)
+        if ended is not None:
+            self._saved(ended)
+        if not self.config.checkpoint.background and self.persistence.checkpoints.in_flight:
+            self._saved(self.persistence.settle())
         self.interval.started += time.perf_counter() - before
-        return folder
 
-    def _resume(self) -> None:
-        wanted = self.config.checkpoint.resume
-        found = list_checkpoints(self.output_dir)
-        if wanted == "never" or (wanted == "auto" and not found):
+    def _saved(self, outcome: Outcome) -> None:
+        """A save has ended, well or not."""
+        if outcome.error is None:
+            self.last_saved = outcome.path
             return
-        folder = found[-1] if wanted == "auto" else Path(wanted)
-        self.optimizer.create_state()
-        counters = self.checkpoints.load(folder, self._state(), self.config.model.model_dump(mode="json"))
-        self.optimizer.follow_masters()
-        self.steps_done, self.tokens, self.skipped = counters["step"], counters["tokens"], counters["skipped"]
-        self.saved_at = self.steps_done
-        self.stopping.load_state_dict(counters["stopping"])
-        self.loader.load_state_dict(counters["data"])
-        self.sinks.message(f"resumed from {folder} at step {self.steps_done}")
+        self.counters.saves_failed += 1
+        if self.config.checkpoint.on_failure == "stop":
+            self.stopping.stop(f"checkpoint of step {outcome.step} failed: {outcome.error}", failed=True)
+
+    def _save_the_last_step(self) -> None:
+        """The end of a run that saves: what is in flight, and this step. Both must succeed."""
+        persistence = self.persistence
+        if persistence.checkpoints.in_flight:
+            self._saved(persistence.settle())
+        at_end = self.config.checkpoint.save_at_end or (self.signal is not None and persistence.is_on)
+        if at_end and not self.stopping.failed and persistence.saved_step != self.counters.step:
+            self._save()
+        if persistence.checkpoints.in_flight:
+            outcome = persistence.settle()
+            self._saved(outcome)
+            if outcome.error is not None:
+                self.stopping.fail(f"the last checkpoint could not be written: {outcome.error}")
 
     def _finish(self) -> TrainingResult:
-        if not self.stopping.failed:
+        if not self.stopping.failed and self.signal is None:
             self._evaluate()
-        seconds = time.perf_counter() - self.started
+        self._save_the_last_step()
+        if self.config.checkpoint.load_best_model_at_end and not self.stopping.failed and self.signal is None:
+            best = self.persistence.load_best()
+            if best is not None:
+                self.sinks.message(f"the weights are those of {best}, the best one")
+        seconds = self.counters.elapsed
         paths = {"run folder": str(self.output_dir), "metrics": str(self.output_dir / "metrics.jsonl")}
         if self.config.monitor.tensorboard:
             paths["TensorBoard"] = str(self.output_dir / "tb")
-        if self.config.checkpoint.save_at_end and not self.stopping.failed:
-            paths["checkpoint"] = str(self._save())
+        if self.last_saved is not None:
+            paths["checkpoint"] = self.last_saved
         losses = [loss for loss in self.losses if loss == loss] or [float("nan")]
         reason = self.stopping.reason or ""
         self.sinks.summary(
             RunSummary(
-                steps=self.steps_done,
+                steps=self.counters.step,
                 seconds=seconds,
                 initial_loss=losses[0],
                 final_loss=losses[-1],
                 best_eval_loss=self.stopping.best_loss,
                 unigram_loss=self.unigram,
-                tokens=self.tokens,
-                tokens_per_second=self.tokens / max(1e-9, seconds),
-                skipped_steps=self.skipped,
+                tokens=self.counters.tokens,
+                tokens_per_second=self.counters.tokens / max(1e-9, seconds),
+                skipped_steps=self.counters.skipped,
                 reason=reason,
                 paths=paths,
                 sample_before=self.sample_before,
-                sample_after=self._sample(),
+                sample_after=self._sample() if self.signal is None else None,
                 layers=self.layers,
             )
         )
@@ -317,12 +363,14 @@ class MoETrainer:
             losses[0],
             losses[-1],
             self.losses,
-            self.steps_done,
+            self.counters.step,
             self.stopping.best_loss,
             self.unigram,
             reason,
             self.stopping.failed,
             self.output_dir,
+            self.signal,
+            self.last_saved,
         )
 
 
@@ -336,6 +384,11 @@ class Interval:
     def add(self, result: StepResult) -> None:
         self.steps += 1
         self.tokens += result.num_tokens
+
+
+def signal_name(number: int) -> str:
+    """As people know it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def peak_memory(device: torch.device) -> int:

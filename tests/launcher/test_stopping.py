@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import time
 from contextlib import suppress
@@ -42,12 +44,32 @@ def test_ctrl_c_to_the_launcher_alone_while_a_rank_does_not_move(config: Path, t
     assert program.err.splitlines() == ["moe-dist: stopped by Ctrl-C; every process has ended"]
 
 
-def test_terminate_a_single_process(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_told_to_stop_it_saves_and_goes_on(config: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    """FAULTS row 5: preemption. The step in hand is finished and saved, and the same command goes on from it."""
     program = start(config, tmp_path, *ONE_RANK)
-    sent = time.monotonic()
-    os.kill(program.pid, signal.SIGTERM)
-    assert ends(program, sent) == 143
-    assert program.err.splitlines() == ["moe-dist: stopped by SIGTERM; every process has ended"]
+    moment = time.monotonic()
+    os.kill(program.pid, sent)
+    assert ends(program, moment) == 75
+    (line,) = program.err.splitlines()
+    said = re.fullmatch(rf"moe-dist: stopped by {sent.name} after step (\d+): (.*) is saved; the same command .*", line)
+    assert said, line
+    assert said[2].endswith(f"checkpoint-{said[1]}")
+    assert Path(said[2], "manifest.json").is_file()
+    again = Program("moe-dist", "train", config, *FOREVER, *ONE_RANK, f"train.output_dir={tmp_path / 'run'}")
+    again.wait_for(f"resumed from {said[2]} at step {said[1]}")
+
+
+def test_one_rank_told_to_stop_is_enough(config: Path, tmp_path: Path) -> None:
+    """A scheduler may reach one process only; all ranks agree on the step, and save it together.
+
+    Seen to fail with the ranks' signals left out of `agree`: the others wait for one that has gone.
+    """
+    program = start(config, tmp_path)
+    os.kill(program.ranks()[1], signal.SIGUSR1)
+    assert program.end(LIMIT) == 75
+    (folder,) = (tmp_path / "run").glob("checkpoint-*")
+    assert json.loads((folder / "manifest.json").read_text())["layout"]["world"] == 2
 
 
 def test_ctrl_c_typed_on_a_terminal(config: Path, tmp_path: Path) -> None:
@@ -57,7 +79,7 @@ def test_ctrl_c_typed_on_a_terminal(config: Path, tmp_path: Path) -> None:
     program.type("\x03")
     assert ends(program, sent) == 130
     assert program.out.count("moe-dist: ") == 1
-    assert "moe-dist: stopped by Ctrl-C" in program.out
+    assert "moe-dist: stopped by Ctrl-C after step" in program.out
     assert program.out.rindex("\x1b[?25h") > program.out.rindex("\x1b[?25l"), "the cursor is still hidden"
     before, _, _ = program.out.rpartition("moe-dist: stopped")
     assert before.endswith("\n"), "the last word stands on the progress line"

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from moe_dist.checkpoint.inspecting import digests
+from moe_dist.checkpoint.reading import locate
+from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.config_loading import ConfigError, load_config
 from moe_dist.train import MoETrainer
 from moe_dist.train.trainer import TrainingResult
@@ -106,13 +109,8 @@ def test_ten_and_ten_steps_are_twenty(tmp_path: Path, options: dict) -> None:
     assert weights(tmp_path / "two" / "checkpoint-20") == weights(tmp_path / "straight" / "checkpoint-20")
 
 
-def weights(folder: Path) -> dict[str, bytes]:
-    from torch.distributed.checkpoint import FileSystemReader, load
-
-    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
-    load(tensors, checkpoint_id=str(folder), no_dist=True)
-    return {name: tensor.view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+def weights(folder: Path) -> dict[str, str]:
+    return digests(locate(str(folder), LocalStorage(folder.parent)))
 
 
 def test_resume_choices(tmp_path: Path) -> None:
@@ -134,7 +132,7 @@ def test_resume_choices(tmp_path: Path) -> None:
 def test_resume_refuses_another_model(tmp_path: Path) -> None:
     run(tmp_path / "run", max_steps=1)
     other = MODEL | {"num_experts": 8}
-    with pytest.raises(ValueError, match=r"model\.num_experts=8: .*saved with 4"):
+    with pytest.raises(ValueError, match=r"model\.num_experts=8 \(saved with 4\)"):
         MoETrainer(model_config=other, training_config=TRAINING, output_dir=tmp_path / "run").train(TEXTS)
 
 

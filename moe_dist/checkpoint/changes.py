@@ -1,0 +1,82 @@
+"""What is different between the configuration of a checkpoint and that of the run that goes on from it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+FREE = (
+    "checkpoint.",
+    "launch.",
+    "monitor.",
+    "parallel.",
+    "data.dataloader",
+    "data.on_error",
+    "data.path",
+    "data.validation",
+    "train.deterministic",
+    "train.divergence",
+    "train.early_stopping",
+    "train.eval_",
+    "train.gradient_checkpointing",
+    "train.max_nonfinite_steps",
+    "train.max_steps",
+    "train.max_time",
+    "train.num_train_epochs",
+    "train.on_nonfinite",
+    "train.output_dir",
+    "train.per_device_eval_batch_size",
+    "train.sample_",
+    "train.torch_compile",
+)
+"""Keys that do not change what a step computes (but for rounding); the end of a run may always be moved.
+
+Where the data lies may change; that it is the same data, the loader checks.
+"""
+_BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+
+
+class Change(NamedTuple):
+    """One key with another value. `free`: training goes on as it would have."""
+
+    key: str
+    before: Any
+    now: Any
+    free: bool
+
+    def __str__(self) -> str:
+        return f"{self.key}={_short(self.now)} (saved with {_short(self.before)})"
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any], saved_dp: int, dp: int) -> list[Change]:
+    """Keys of both trees with different values. `saved_dp`, `dp`: replicas then and now, for the global batch."""
+    before, after = dict(_flat(saved)), dict(_flat(now))
+    found = [
+        Change(key, before[key], after[key], key.startswith(FREE))
+        for key in after
+        if key in before and key not in _BATCH and before[key] != after[key]
+    ]
+    size_before, size = _product(before, saved_dp), _product(after, dp)
+    if size_before != size:
+        found.append(Change("global batch size", size_before, size, False))
+    return found
+
+
+def _product(tree: Mapping[str, Any], replicas: int) -> int:
+    size = replicas
+    for key in _BATCH:
+        size *= tree.get(key, 1)
+    return size
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Any:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,83 @@
+"""One writer per run folder. Imports no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_dist.checkpoint.manifest import CheckpointError
+
+FILE = ".run.lock"
+
+
+@dataclass
+class RunLock:
+    """Held by rank 0 for as long as a run writes. The kernel lets go of it when the process ends, however it ends.
+
+    `run` names the run for good; `generation` counts its starts. Where locks do not reach (some network file
+    systems), `check` still sees that a newer start has taken over.
+    """
+
+    path: Path
+    run: str
+    generation: int
+    _descriptor: int
+
+    @staticmethod
+    def acquire(folder: Path, at_least: int = 0) -> RunLock:
+        """Raises CheckpointError naming the process that holds `folder`. `at_least`: a generation already seen."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            held = _read(path)
+            who = f"process {held.get('pid', '?')} on {held.get('host', '?')}, started {held.get('started', '?')}"
+            raise CheckpointError(
+                f"train.output_dir={folder}: another run is writing there ({who}); stop it, or choose another folder"
+            ) from None
+        before = _read(path)
+        run = str(before.get("run") or secrets.token_hex(8))
+        generation = max(int(before.get("generation", 0)), at_least) + 1
+        content = {
+            "run": run,
+            "generation": generation,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        }
+        text = json.dumps(content, indent=1).encode() + b"\n"
+        os.pwrite(descriptor, text, 0)
+        os.ftruncate(descriptor, len(text))
+        os.fsync(descriptor)
+        return RunLock(path, run, generation, descriptor)
+
+    def check(self) -> None:
+        """Raises CheckpointError when a newer start of this run has taken over: this process must not write."""
+        now = _read(self.path)
+        if now.get("generation", self.generation) > self.generation:
+            raise CheckpointError(
+                f"{self.path.parent}: start {now['generation']} of this run (process {now.get('pid')} on "
+                f"{now.get('host')}) has taken over from start {self.generation}; nothing more is written here"
+            )
+
+    def release(self) -> None:
+        """Let others in."""
+        os.close(self._descriptor)
+
+
+def _read(path: Path) -> dict:
+    with suppress(OSError, ValueError):
+        content = json.loads(path.read_bytes()[:65536])
+        if isinstance(content, dict):
+            return content
+    return {}

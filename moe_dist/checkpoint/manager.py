@@ -1,0 +1,279 @@
+"""When a checkpoint is written, which stay, and which one a run goes on from."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.checkpoint.encryption import Keys
+from moe_dist.checkpoint.lock import RunLock
+from moe_dist.checkpoint.manifest import CheckpointError, Manifest
+from moe_dist.checkpoint.reading import Found, choose, locate, problems, read_trainer_state
+from moe_dist.checkpoint.retention import to_remove
+from moe_dist.checkpoint.shards import Shard, ShardReader, split
+from moe_dist.checkpoint.state import LogicalState, SavePlan, read_into
+from moe_dist.checkpoint.storage import Storage, step_folder
+from moe_dist.checkpoint.writing import GAVE_UP, Commit, Saving, Writer, describe
+from moe_dist.config import CheckpointConfig
+from moe_dist.parallel.mesh import Mesh
+
+logger = logging.getLogger("moe_dist")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended. `blocked_seconds`: how long training stood still for it; `error` None: committed."""
+
+    step: int
+    path: str
+    seconds: float
+    blocked_seconds: float
+    num_bytes: int
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a run goes on from."""
+
+    found: Found
+    manifest: Manifest
+    trainer_state: dict[str, Any]
+
+
+class Checkpoints:
+    """Saves and loads the steps of one run; every rank has one and calls the same methods in the same order.
+
+    A save blocks for the copy to host memory alone; one is in flight at most. `status` says, without waiting, how
+    the one in flight stands on this rank; when the ranks have put their answers together they all call `settle`.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        mesh: Mesh,
+        config: CheckpointConfig,
+        run: str = "0",
+        generation: int = 0,
+        lock: RunLock | None = None,
+    ) -> None:
+        """`lock`: held by rank 0. `run`, `generation`: as the lock says, the same on every rank."""
+        self.storage, self.mesh, self.config = storage, mesh, config
+        self.run, self.generation, self.lock = run, generation, lock
+        self.keys = Keys(config.encryption_keys)
+        self._plan: SavePlan | None = None
+        self._shards: list[Shard] | None = None
+        self._writer: Writer | None = None
+        self._started = 0.0
+        self._blocked = 0.0
+
+    # ---- saving
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save has begun and has not been settled."""
+        return self._writer is not None
+
+    @property
+    def status(self) -> tuple[bool, bool]:
+        """(this rank could not write its part, the whole save has ended: only rank 0 knows)."""
+        writer = self._writer
+        if writer is None:
+            return False, False
+        failed = writer.written.is_set() and writer.error is not None
+        return failed, writer.commit is not None and not writer.is_alive()
+
+    def begin(self, step: int, state: LogicalState, trainer_state: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Copy the state and start to write it (collective). Nothing may be in flight."""
+        assert self._writer is None
+        self._started = time.perf_counter()
+        if self._plan is None:
+            self._plan = SavePlan(state, self.mesh)
+        saving = Saving(
+            self.storage,
+            self.keys,
+            self.storage.staging(step, self.generation),
+            step,
+            self.run,
+            self.generation,
+            self.layout,
+        )
+        error = self._prepare(saving) if self.mesh.rank == 0 else None
+        if self._shards is None:
+            self._shards = split(self._plan.items, f"shard-{self.generation}-{self.mesh.rank:05d}")
+        for shard in self._shards:
+            for piece, view in zip(shard.pieces, shard.views, strict=True):
+                view.copy_(self._plan.tensor(state, piece), non_blocking=True)
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize(self.mesh.device)
+        # No rank writes before the folder is there, and none when it cannot be.
+        refused = self.mesh.sum_over("world", torch.tensor([float(error is not None)], device=self.mesh.device))
+        commit = None
+        if self.mesh.rank == 0:
+            kept = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            commit = Commit(saving, self._plan.shapes(), trainer_state, kept, self._still_ours, self._prune)
+        self._writer = Writer(saving, self._shards, self.mesh.rank, commit)
+        if refused.item():
+            self._writer.refuse(error)
+        else:
+            self._writer.start()
+        self._blocked = time.perf_counter() - self._started
+
+    def settle(self) -> Outcome:
+        """The end of the save in flight (collective): waits for it, and says how it went.
+
+        The outcome is rank 0's; `error` is the same on every rank in being None or not.
+        """
+        writer, plan = self._writer, self._plan
+        assert writer is not None
+        assert plan is not None
+        before = time.perf_counter()
+        writer.written.wait()
+        failed = torch.tensor([float(writer.error is not None)], device=self.mesh.device)
+        if self.mesh.sum_over("world", failed).item():
+            writer.abort.set()
+        writer.finish()
+        self._writer = None
+        texts = [text for lines in self._gathered([writer.error] if writer.error else []) for text in lines]
+        # The first cause: a rank that only gave up for another's sake has less to say.
+        error = min(texts, key=lambda text: text == GAVE_UP, default=None)
+        now = time.perf_counter()
+        return Outcome(
+            step=writer.saving.step,
+            path=f"{self.storage.where}/{step_folder(writer.saving.step)}",
+            seconds=now - self._started,
+            blocked_seconds=self._blocked + (now - before),
+            num_bytes=plan.num_bytes,
+            error=error,
+        )
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """Sizes as the manifest tells them."""
+        layout = self.mesh.layout
+        return {"world": layout.world_size, "pp": layout.pp_size, "edp": layout.edp_size, "ep": layout.ep_size}
+
+    def _prepare(self, saving: Saving) -> str | None:
+        """Make the folder; returns why not."""
+        assert self._plan is not None
+        try:
+            self._still_ours()
+            check_room(self.storage, self._plan.num_bytes)
+            self.storage.begin(saving.staging)
+        except Exception as error:
+            return describe(error, saving)
+        return None
+
+    def _still_ours(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
+
+    def _prune(self) -> None:
+        steps = self.storage.steps()
+        config = self.config
+        metrics: dict[int, float] | None = None
+        if config.metric_for_best_model is not None:
+            metrics = self.metrics(config.metric_for_best_model)
+        for step in to_remove(
+            steps,
+            limit=config.save_total_limit,
+            keep_every=config.keep_every,
+            metrics=metrics,
+            greater_is_better=config.greater_is_better,
+        ):
+            self.storage.remove(step_folder(step))
+
+    def metrics(self, name: str) -> dict[int, float]:
+        """A metric of each committed step that has it."""
+        found = {}
+        for step in self.storage.steps():
+            try:
+                values = self.storage.manifest(step).metrics
+            except CheckpointError:
+                continue  # whoever resumes is told; here it is only not the best
+            if name in values:
+                found[step] = values[name]
+        return found
+
+    # ---- loading
+
+    def clean_up(self) -> list[str]:
+        """Remove what saves that were cut short have left (rank 0, with the lock held). Returns their names."""
+        found = self.storage.leftovers()
+        for folder in found:
+            self.storage.remove(folder)
+        return found
+
+    def find(self, wanted: str, skipped: Callable[[str], None]) -> Found | None:
+        """The checkpoint to go on from (collective); None: start afresh, for nothing has ever been committed.
+
+        `auto`: the newest that verifies; those before it are told to `skipped`. A step or a path: that one or none.
+        Raises CheckpointError on every rank.
+        """
+        if wanted == "auto":
+            steps = self.mesh.ask_rank_zero(self.storage.steps)
+            return choose([Found(self.storage, step) for step in reversed(steps)], self.verify, skipped)
+        found = locate(wanted, self.storage)
+        wrong = self.verify(found)
+        if wrong:
+            raise CheckpointError(f"checkpoint.resume={wanted}: {wrong[0]}")
+        return found
+
+    def verify(self, found: Found) -> list[str]:
+        """Everything wrong with a checkpoint (collective): the ranks share out its files."""
+        wrong: list[str] = []
+        try:
+            manifest = found.storage.manifest(found.step)
+            self.keys.opening(manifest, str(found))
+            names = sorted(manifest.files)[self.mesh.rank :: self.mesh.layout.world_size]
+            wrong = problems(found, manifest, names)
+        except (CheckpointError, OSError) as error:
+            wrong = [str(error)]
+        return list(dict.fromkeys(line for lines in self._gathered(wrong) for line in lines))
+
+    def read_state(self, found: Found) -> Loaded:
+        """Counters and configuration of a verified checkpoint."""
+        manifest = found.storage.manifest(found.step)
+        return Loaded(found, manifest, read_trainer_state(found, manifest, self.keys))
+
+    def read_tensors(self, loaded: Loaded, state: LogicalState) -> None:
+        """Fill this rank's tensors in place, whatever layout wrote them. Raises CheckpointError on every rank."""
+        seal = self.keys.opening(loaded.manifest, str(loaded.found))
+        reader = ShardReader(loaded.found.storage, loaded.found.folder, seal and seal.open)
+        error: list[str] = []
+        try:
+            read_into(state, loaded.manifest, reader)
+        except (CheckpointError, OSError) as found:
+            error = [str(found)]
+        for lines in self._gathered(error):
+            if lines:
+                raise CheckpointError(lines[0])
+
+    def _gathered(self, lines: list[str]) -> list[list[str]]:
+        if self.mesh.group("world") is None:
+            return [lines]
+        everything: list[Any] = [None] * self.mesh.layout.world_size
+        dist.all_gather_object(everything, lines)
+        return everything
+
+
+def check_room(storage: Storage, num_bytes: int) -> None:
+    """Raises CheckpointError when a checkpoint of so many bytes will not fit."""
+    free = storage.free_bytes()
+    if free is not None and free < num_bytes * 1.01 + 2**20:
+        raise CheckpointError(f"No space left on {storage.where}: need {_size(num_bytes)}, have {_size(free)}")
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

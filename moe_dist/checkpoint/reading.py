@@ -1,0 +1,126 @@
+"""Which checkpoint to go on from: every byte is checked before any weight is touched. Imports no torch by itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_dist.checkpoint.encryption import Keys
+from moe_dist.checkpoint.hashing import hash_file
+from moe_dist.checkpoint.manifest import STATE_FILE, CheckpointError, Manifest
+from moe_dist.checkpoint.storage import Storage, open_storage, step_folder
+
+
+class Found(NamedTuple):
+    """A committed step and where it is."""
+
+    storage: Storage
+    step: int
+
+    @property
+    def folder(self) -> str:
+        return step_folder(self.step)
+
+    def __str__(self) -> str:
+        return f"{self.storage.where}/{self.folder}"
+
+
+def locate(wanted: str, storage: Storage) -> Found:
+    """The checkpoint a person means: a step of this run, or the path or URL of a checkpoint's folder.
+
+    Raises CheckpointError when the words mean none; whether it is there and whole is another question.
+    """
+    if wanted.isdigit():
+        return Found(storage, int(wanted))
+    place, _, name = wanted.rstrip("/").rpartition("/")
+    match = re.fullmatch(r"checkpoint-(\d+)", name)
+    if match is None:
+        raise CheckpointError(
+            f"checkpoint.resume={wanted}: not auto, never, a step, or the folder of a checkpoint (checkpoint-<step>)"
+        )
+    return Found(open_storage(place or "."), int(match[1]))
+
+
+def problems(found: Found, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """What is wrong with these files of a checkpoint, each line naming its file; empty when every byte is right."""
+
+    def look(name: str) -> str | None:
+        path, entry = f"{found.folder}/{name}", manifest.files[name]
+        where = f"{found.storage.where}/{path}"
+        try:
+            size = found.storage.size(path)
+            if size is None:
+                return f"{where}: missing{_of(manifest, name)}"
+            if size != entry.bytes:
+                return f"{where}: {size} bytes instead of {entry.bytes}{_of(manifest, name)}"
+            if hash_file(found.storage, path) != entry.sha256:
+                return f"{where}: its SHA-256 is not what was written{_of(manifest, name)}"
+        except OSError as error:
+            return f"{where}: {error.strerror or error}{_of(manifest, name)}"
+        return None
+
+    wanted = list(names)
+    with ThreadPoolExecutor(max(1, min(4, len(wanted)))) as pool:
+        return [line for line in pool.map(look, wanted) if line]
+
+
+def _of(manifest: Manifest, file: str) -> str:
+    """Which tensors a file holds, for the person who must know what is lost."""
+    names = [name for name, tensor in manifest.tensors.items() if any(box.file == file for box in tensor.boxes)]
+    if not names:
+        return ""
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return f" (holds {', '.join(names[:2])}{more})"
+
+
+def whole(found: Found) -> list[str]:
+    """Everything that is wrong with a checkpoint; empty when it verifies. One process does all of it."""
+    try:
+        manifest = found.storage.manifest(found.step)
+    except (CheckpointError, OSError) as error:
+        return [str(error)]
+    extra = sorted(set(found.storage.files(found.folder)) - set(manifest.files) - {"manifest.json"})
+    lines = [f"{found}/{name}: not part of the checkpoint" for name in extra]
+    return problems(found, manifest, manifest.files) + lines
+
+
+def choose(
+    candidates: Sequence[Found], check: Callable[[Found], list[str]], skipped: Callable[[str], None]
+) -> Found | None:
+    """The first candidate that verifies, those before it reported through `skipped`; None without candidates.
+
+    Raises CheckpointError when there are some and none is good: to start afresh then must be somebody's decision.
+    """
+    reasons = []
+    for found in candidates:
+        wrong = check(found)
+        if not wrong:
+            return found
+        reasons.append(wrong[0])
+        skipped(f"{found} is not used: {wrong[0]}" + (f" ({len(wrong)} problems)" if len(wrong) > 1 else ""))
+    if not reasons:
+        return None
+    raise CheckpointError(
+        f"none of the {len(reasons)} checkpoints in {candidates[0].storage.where} can be used, the newest because of "
+        f"{reasons[0]}; repair one, or start afresh with checkpoint.resume=never (they are kept, moved aside)"
+    )
+
+
+def read_trainer_state(found: Found, manifest: Manifest, keys: Keys) -> dict[str, Any]:
+    """Counters and configuration. Raises CheckpointError."""
+    path = f"{found.folder}/{STATE_FILE}"
+    seal = keys.opening(manifest, str(found))
+    content = found.storage.read(path, manifest.files[STATE_FILE].bytes)
+    try:
+        return json.loads(content if seal is None else seal.open(STATE_FILE, content))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{found.storage.where}/{path}: {error}") from error
+
+
+def as_path(found: Found) -> Path | None:
+    """The folder on this machine, None in an object store."""
+    return found.storage.local_path(found.folder)

@@ -1,0 +1,166 @@
+"""A run's tensors by logical name, planned by PyTorch's own planners: what this rank writes, what it must read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from moe_dist.checkpoint.manifest import Box, CheckpointError, Manifest
+from moe_dist.checkpoint.shards import NAMES, TORCH_DTYPES, Piece, ShardReader
+from moe_dist.models.transformer import Transformer
+from moe_dist.parallel.logical import is_stacked_expert, like_parameter
+from moe_dist.parallel.mesh import Mesh
+
+NamedState = Iterable[tuple[str, str, list[Tensor], bool]]
+"""(parameter name, key, tensors, whether they are one per expert) as `Optimizer.named_state` yields them."""
+
+
+class LogicalState:
+    """Tensors by logical name for writing or reading in place, with the copies that reading must put back."""
+
+    def __init__(self, model: Transformer, optimizer_state: NamedState, mesh: Mesh) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.put_back: list[tuple[list[Tensor], Tensor]] = []
+        parameters = dict(model.named_parameters())
+        for name, tensor in model.state_dict().items():
+            self._add(f"model.{name}", tensor, parameters.get(name), name, model, mesh)
+        for name, key, tensors, split in optimizer_state:
+            tensor = tensors[0]
+            if split:
+                tensor = torch.stack(tensors)
+                self.put_back.append((tensors, tensor))
+            self._add(f"optimizer.{name}.{key}", tensor, parameters[name], name, model, mesh)
+
+    def _add(
+        self, key: str, tensor: Tensor, parameter: Tensor | None, name: str, model: Transformer, mesh: Mesh
+    ) -> None:
+        if parameter is not None and tensor.ndim:
+            tensor = like_parameter(tensor, parameter, is_stacked_expert(name, model), mesh)
+        self.tensors[key] = tensor
+
+    def finish_reading(self) -> None:
+        """Put what was read into copies where it belongs."""
+        for tensors, whole in self.put_back:
+            for tensor, value in zip(tensors, whole.unbind(0), strict=True):
+                tensor.copy_(value)
+
+
+class SavePlan:
+    """Which pieces this rank writes. Replicas share out what they hold alike, by size; planned once for a run."""
+
+    def __init__(self, state: LogicalState, mesh: Mesh) -> None:
+        """A collective: every rank learns what all of them write."""
+        self._planner = self._planner_of(state)
+        local = self._planner.create_local_plan()
+        plans = [local]
+        if mesh.group("world") is not None:
+            plans = [local] * mesh.layout.world_size
+            dist.all_gather_object(plans, local)
+        plans, metadata = self._planner.create_global_plan(plans)  # the same on every rank
+        self.plan = self._planner.finish_plan(plans[mesh.rank])
+        self.metadata = metadata
+        self.items = {}
+        for item in self.plan.items:
+            data = item.tensor_data
+            assert data is not None
+            piece = Piece(
+                item.index.fqn,
+                tuple(data.chunk.offsets),
+                tuple(data.chunk.sizes),
+                NAMES[data.properties.dtype],
+                tuple(data.size),
+            )
+            self.items[piece] = item
+
+    @staticmethod
+    def _planner_of(state: LogicalState) -> DefaultSavePlanner:
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(state.tensors, None, is_coordinator=True)
+        return planner
+
+    def tensor(self, state: LogicalState, piece: Piece) -> Tensor:
+        """This rank's values of a piece as they are now."""
+        planner = self._planner
+        planner.state_dict = state.tensors
+        found = planner.resolve_data(self.items[piece])
+        assert isinstance(found, Tensor)
+        return found.detach()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all ranks together."""
+        total = 0
+        for entry in self.metadata.state_dict_metadata.values():
+            assert isinstance(entry, TensorStorageMetadata)
+            total += entry.size.numel() * entry.properties.dtype.itemsize
+        return total
+
+    def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """(dtype, shape) of every logical tensor of the whole run."""
+        return {
+            name: (NAMES[entry.properties.dtype], tuple(entry.size))
+            for name, entry in self.metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+
+def read_into(state: LogicalState, manifest: Manifest, reader: ShardReader) -> None:
+    """Fill this rank's tensors in place, whatever layout wrote them; no communication.
+
+    Raises CheckpointError naming the tensor that is missing or of another shape, before anything is changed.
+    """
+    _same_shapes(state, manifest)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(state.tensors, _metadata(manifest), is_coordinator=True)
+    boxes: dict[tuple[str, tuple[int, ...]], Box] = {
+        (name, box.offset): box for name, tensor in manifest.tensors.items() for box in tensor.boxes
+    }
+    plan = planner.finish_plan(planner.create_local_plan())
+    wanted = [(boxes[item.storage_index.fqn, tuple(item.storage_index.offset or ())], item) for item in plan.items]
+    for box, item in sorted(wanted, key=lambda pair: (pair[0].file, pair[1].storage_index.fqn)):
+        name = item.storage_index.fqn
+        part = None
+        if tuple(item.lengths) != box.shape:
+            part = [
+                slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True)
+            ]
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(reader.read(name, manifest.tensors[name], box, part))
+        planner.commit_tensor(item, target)
+    reader.close()
+    state.finish_reading()
+
+
+def _same_shapes(state: LogicalState, manifest: Manifest) -> None:
+    for name, tensor in state.tensors.items():
+        entry = manifest.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(f"checkpoint of step {manifest.step}: it has no tensor {name}, which this run needs")
+        if entry.shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"checkpoint of step {manifest.step}: {name} is {list(entry.shape)}, this run has {list(tensor.shape)}"
+            )
+
+
+def _metadata(manifest: Manifest) -> Metadata:
+    """The manifest as PyTorch's planners know it."""
+    return Metadata(
+        {
+            name: TensorStorageMetadata(
+                TensorProperties(TORCH_DTYPES[tensor.dtype]),
+                torch.Size(tensor.shape),
+                [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)) for box in tensor.boxes],
+            )
+            for name, tensor in manifest.tensors.items()
+        }
+    )

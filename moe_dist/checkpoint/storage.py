@@ -1,0 +1,337 @@
+"""Where checkpoints live: a folder on disk, or an object store. Imports no torch.
+
+The order of a commit is in `Storage.commit`: on disk everything is flushed under a temporary name, the manifest last,
+and one rename makes it a checkpoint; in an object store, which knows no rename, the manifest is the last object.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from moe_dist.checkpoint.manifest import FILE, MAX_BYTES, CheckpointError, Manifest, from_text, to_text
+
+CHUNK = 8 * 2**20
+"""Bytes written, read or hashed at a time."""
+_STEP = re.compile(r"checkpoint-(0|[1-9]\d{0,15})")
+_LEFTOVER = re.compile(r"\.checkpoint-\d+\.\d+\.tmp|\.trash-checkpoint-.*")
+_OURS = re.compile(r"shard-\d+-\d+(-\d+)?\.safetensors|receipt-\d+\.json|trainer_state\.json")
+
+Buffer = bytes | memoryview
+
+
+def step_folder(step: int) -> str:
+    """Name of the folder of a committed step."""
+    return f"checkpoint-{step}"
+
+
+class Storage(ABC):
+    """A place with checkpoints in it. Paths are `<folder>/<file>` relative to it."""
+
+    where: str
+    """For people."""
+
+    @abstractmethod
+    def folders(self) -> list[str]:
+        """Everything at the top that could be a checkpoint or what is left of one."""
+
+    @abstractmethod
+    def staging(self, step: int, generation: int) -> str:
+        """Name of the folder that a save fills before it is committed."""
+
+    @abstractmethod
+    def begin(self, folder: str) -> None:
+        """Make an empty staging folder."""
+
+    @abstractmethod
+    def write(self, path: str, chunks: Iterable[Buffer]) -> None:
+        """Write a file so that it survives a power cut; on failure nothing of that name is worth anything."""
+
+    @abstractmethod
+    def put(self, path: str, content: bytes) -> None:
+        """Write a small file such that whoever sees it sees all of it."""
+
+    @abstractmethod
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        """A whole file. Raises FileNotFoundError; CheckpointError when it is longer than `max_bytes`."""
+
+    @abstractmethod
+    def chunks(self, path: str) -> Iterator[Buffer]:
+        """A file piece by piece."""
+
+    @abstractmethod
+    def size(self, path: str) -> int | None:
+        """Bytes of a plain file; None when there is none (a link is none)."""
+
+    @abstractmethod
+    def files(self, folder: str) -> list[str]:
+        """Names inside a folder."""
+
+    @abstractmethod
+    def _publish(self, staging: str, step: int, manifest: bytes) -> None: ...
+
+    @abstractmethod
+    def remove(self, folder: str) -> None:
+        """Delete a folder such that a crash in between leaves no checkpoint that looks whole."""
+
+    @abstractmethod
+    def remove_file(self, path: str) -> None:
+        """Delete one file; nothing happens when it is not there."""
+
+    def free_bytes(self) -> int | None:
+        """Room left, None where nobody can say."""
+        return None
+
+    def local_path(self, path: str) -> Path | None:
+        """The file on this machine, None when it is elsewhere."""
+        return None
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first: folders of the right name with a manifest in them."""
+        found = [int(match[1]) for name in self.folders() if (match := _STEP.fullmatch(name))]
+        return sorted(step for step in found if self.size(f"{step_folder(step)}/{FILE}") is not None)
+
+    @abstractmethod
+    def leftovers(self) -> list[str]:
+        """What saves and deletions that were cut short have left behind: ours for certain, and worth nothing."""
+
+    def manifest(self, step: int) -> Manifest:
+        """The manifest of a step. Raises CheckpointError when there is none, or it is damaged or another step's."""
+        path = f"{step_folder(step)}/{FILE}"
+        where = f"{self.where}/{path}"
+        if self.size(path) is None:
+            raise CheckpointError(f"{self.where}/{step_folder(step)}: no complete checkpoint there{self._beside()}")
+        manifest = from_text(self.read(path, MAX_BYTES), where)
+        if manifest.step != step:
+            raise CheckpointError(f"{where}: damaged: it is of step {manifest.step}")
+        return manifest
+
+    def commit(self, staging: str, manifest: Manifest) -> str:
+        """Make a filled staging folder the checkpoint of its step. Returns the folder's name.
+
+        Raises CheckpointError when that step is committed already: nothing is ever overwritten.
+        """
+        final = step_folder(manifest.step)
+        if self.size(f"{final}/{FILE}") is not None:
+            raise CheckpointError(f"{self.where}/{final}: is there already, and no checkpoint is ever overwritten")
+        self._publish(staging, manifest.step, to_text(manifest))
+        return final
+
+    def _beside(self) -> str:
+        names = ", ".join(step_folder(step) for step in self.steps()[-5:])
+        return f" (complete ones beside it: {names or 'none'})"
+
+
+class LocalStorage(Storage):
+    """A folder of this machine, or one that it has mounted."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.where = root, str(root)
+
+    def folders(self) -> list[str]:
+        with suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        return []
+
+    def leftovers(self) -> list[str]:
+        return sorted(name for name in self.folders() if _LEFTOVER.fullmatch(name))
+
+    def staging(self, step: int, generation: int) -> str:
+        return f".{step_folder(step)}.{generation}.tmp"
+
+    def begin(self, folder: str) -> None:
+        shutil.rmtree(self.root / folder, ignore_errors=True)
+        (self.root / folder).mkdir(parents=True)
+
+    def write(self, path: str, chunks: Iterable[Buffer]) -> None:
+        with open(self.root / path, "xb", buffering=0) as file:
+            for chunk in chunks:
+                view = memoryview(chunk)
+                while view:  # a write may take less than it is given
+                    view = view[file.write(view) :]
+            os.fsync(file.fileno())
+
+    def put(self, path: str, content: bytes) -> None:
+        self.remove_file(f"{path}.part")
+        self.write(f"{path}.part", [content])
+        os.rename(self.root / f"{path}.part", self.root / path)
+
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        with self._open(path) as file:
+            content = file.read() if max_bytes is None else file.read(max_bytes + 1)
+        if max_bytes is not None and len(content) > max_bytes:
+            raise CheckpointError(f"{self.where}/{path}: longer than the {max_bytes} bytes it may have")
+        return content
+
+    def chunks(self, path: str) -> Iterator[Buffer]:
+        buffer = bytearray(CHUNK)
+        view = memoryview(buffer)
+        with self._open(path) as file:
+            while count := file.readinto(buffer):
+                yield view[:count]
+
+    def _open(self, path: str) -> Any:
+        return os.fdopen(os.open(self.root / path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0)
+
+    def size(self, path: str) -> int | None:
+        file = self.root / path
+        with suppress(FileNotFoundError, NotADirectoryError):
+            status = os.lstat(file)
+            if os.path.isfile(file) and not os.path.islink(file):
+                return status.st_size
+        return None
+
+    def files(self, folder: str) -> list[str]:
+        with suppress(FileNotFoundError):
+            return sorted(os.listdir(self.root / folder))
+        return []
+
+    def _publish(self, staging: str, step: int, manifest: bytes) -> None:
+        final = self.root / step_folder(step)
+        self.write(f"{staging}/{FILE}", [manifest])
+        _flush_folder(self.root / staging)
+        try:
+            os.rename(self.root / staging, final)  # replaces an empty folder, never one that holds anything
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise CheckpointError(f"{final}: is in the way and no checkpoint of ours; move it elsewhere") from error
+        _flush_folder(self.root)
+
+    def remove(self, folder: str) -> None:
+        path = self.root / folder
+        if not path.exists():
+            return
+        trash = path if folder.startswith(".trash-") else self._trash(folder)
+        if trash != path:
+            os.rename(path, trash)
+            _flush_folder(self.root)
+        shutil.rmtree(trash)
+
+    def _trash(self, folder: str) -> Path:
+        names = (f".trash-{folder.lstrip('.')}{suffix}" for suffix in ("", *(f"-{n}" for n in range(1, 10000))))
+        return next(path for name in names if not (path := self.root / name).exists())
+
+    def remove_file(self, path: str) -> None:
+        (self.root / path).unlink(missing_ok=True)
+
+    def free_bytes(self) -> int | None:
+        path = self.root
+        while not path.exists():
+            path = path.parent
+        return shutil.disk_usage(path).free
+
+    def local_path(self, path: str) -> Path | None:
+        return self.root / path
+
+
+class ObjectStorage(Storage):
+    """Anything fsspec can reach, such as `s3://bucket/run` or `memory://run`."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec  # type: ignore[import-untyped]
+
+        try:
+            self.filesystem, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise CheckpointError(f"checkpoint.folder={url}: {error}") from error
+        self.root, self.where = str(root).rstrip("/"), url.rstrip("/")
+
+    def _path(self, path: str) -> str:
+        return f"{self.root}/{path}"
+
+    def _names(self, path: str, kind: str) -> list[str]:
+        self.filesystem.invalidate_cache()
+        with suppress(FileNotFoundError):
+            entries = self.filesystem.ls(path, detail=True)
+            return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == kind)
+        return []
+
+    def folders(self) -> list[str]:
+        return self._names(self.root, "directory")
+
+    def leftovers(self) -> list[str]:
+        found = []
+        for folder in filter(_STEP.fullmatch, self.folders()):
+            names = self.files(folder)
+            if FILE not in names and names and all(map(_OURS.fullmatch, names)):
+                found.append(folder)
+        return sorted(found)
+
+    def staging(self, step: int, generation: int) -> str:
+        return step_folder(step)
+
+    def begin(self, folder: str) -> None:
+        for name in filter(_OURS.fullmatch, self.files(folder)):
+            self.remove_file(f"{folder}/{name}")
+        self.filesystem.makedirs(self._path(folder), exist_ok=True)
+
+    def write(self, path: str, chunks: Iterable[Buffer]) -> None:
+        with self.filesystem.open(self._path(path), "wb", block_size=2 * CHUNK) as file:
+            for chunk in chunks:
+                file.write(chunk)
+
+    def put(self, path: str, content: bytes) -> None:
+        self.write(path, [content])  # an object appears whole or not at all
+
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        size = self.size(path)
+        if size is None:
+            raise FileNotFoundError(f"{self.where}/{path}")
+        if max_bytes is not None and size > max_bytes:
+            raise CheckpointError(f"{self.where}/{path}: longer than the {max_bytes} bytes it may have")
+        return self.filesystem.cat_file(self._path(path))
+
+    def chunks(self, path: str) -> Iterator[Buffer]:
+        with self.filesystem.open(self._path(path), "rb", block_size=CHUNK) as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    def size(self, path: str) -> int | None:
+        self.filesystem.invalidate_cache()
+        with suppress(FileNotFoundError):
+            entry = self.filesystem.info(self._path(path))
+            return int(entry["size"]) if entry["type"] == "file" else None
+        return None
+
+    def files(self, folder: str) -> list[str]:
+        return self._names(self._path(folder), "file")
+
+    def _publish(self, staging: str, step: int, manifest: bytes) -> None:
+        self.write(f"{staging}/{FILE}", [manifest])
+
+    def remove(self, folder: str) -> None:
+        # Without its manifest it is no checkpoint any more, whatever is left.
+        self.remove_file(f"{folder}/{FILE}")
+        for name in self.files(folder):
+            self.remove_file(f"{folder}/{name}")
+        with suppress(FileNotFoundError, NotImplementedError, OSError):
+            self.filesystem.rmdir(self._path(folder))  # memory:// has folders, s3:// has not
+
+    def remove_file(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self.filesystem.rm_file(self._path(path))
+
+
+def open_storage(place: str | Path) -> Storage:
+    """The storage at a path or URL."""
+    text = str(place)
+    if "://" in text and not text.startswith("file://"):
+        return ObjectStorage(text)
+    return LocalStorage(Path(text.removeprefix("file://")))
+
+
+def _flush_folder(path: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,195 @@
+"""The run's state on disk: what is saved and when, what a run goes on from, and what may differ."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_dist.checkpoint.changes import changes
+from moe_dist.checkpoint.manager import Checkpoints, Loaded, Outcome, check_room
+from moe_dist.checkpoint.manifest import CheckpointError
+from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.state import LogicalState
+from moe_dist.checkpoint.storage import open_storage
+from moe_dist.config import Config
+from moe_dist.data.loader import GlobalLoader
+from moe_dist.models.counts import parameter_counts
+from moe_dist.models.transformer import Transformer
+from moe_dist.parallel.deepspeed import DeepSpeedEngine
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.opening import RunPlace
+from moe_dist.train.optimizer import Optimizer
+from moe_dist.train.stopping import Stopping
+
+logger = logging.getLogger("moe_dist")
+
+
+@dataclass
+class Counters:
+    """What a run has done so far, over all its starts."""
+
+    step: int = 0
+    """Optimizer steps finished."""
+    tokens: int = 0
+    """Tokens consumed, all ranks."""
+    skipped: int = 0
+    """Steps skipped for a non-finite loss or gradient."""
+    elapsed: float = 0.0
+    """Seconds of training."""
+    initial_loss: float | None = None
+    """Loss of the first step ever."""
+    saves_failed: int = 0
+    """Checkpoints that could not be committed."""
+
+
+class Persistence:
+    """Saves and restores model, optimizer, data position, schedules and counters; the same calls on every rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        model: Transformer,
+        optimizer: Optimizer | DeepSpeedEngine,
+        loader: GlobalLoader,
+        stopping: Stopping,
+        place: RunPlace,
+    ) -> None:
+        self.config, self.mesh, self.model, self.optimizer = config, mesh, model, optimizer
+        self.loader, self.stopping = loader, stopping
+        checkpoint = config.checkpoint
+        storage = open_storage(checkpoint.folder or config.train.output_dir)
+        self.checkpoints = Checkpoints(storage, mesh, checkpoint, place.run, place.generation, place.lock)
+        self.saved_step = -1
+        """Step of the last save begun, or of the checkpoint the run goes on from."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether this run saves at all."""
+        return bool(self.config.checkpoint.save_steps or self.config.checkpoint.save_at_end)
+
+    def _state(self) -> LogicalState:
+        return LogicalState(self.model, self.optimizer.named_state(), self.mesh)
+
+    # ---- going on
+
+    def restore(self, counters: Counters, message: Callable[[str], None]) -> None:
+        """Go on from what `checkpoint.resume` names, or leave everything as it is when there is nothing.
+
+        `message` tells people on rank 0. Raises CheckpointError on every rank, before any weight has changed.
+        """
+        checkpoint = self.config.checkpoint
+        if self.mesh.rank == 0:
+            for name in self.checkpoints.clean_up():
+                logger.warning("%s: a save that was cut short; removed", name)
+        if checkpoint.resume == "never":
+            return
+        found = self.checkpoints.find(checkpoint.resume, self._warn)
+        if found is None:
+            return
+        loaded = self.checkpoints.read_state(found)
+        self._compare(loaded, message)
+        self._read(loaded)
+        state = loaded.trainer_state
+        for name, value in state["counters"].items():
+            setattr(counters, name, value)
+        self.stopping.load_state_dict(state["stopping"])
+        self.loader.load_state_dict(state["data"])
+        self.saved_step = counters.step
+        message(f"resumed from {found} at step {counters.step}")
+
+    def _read(self, loaded: Loaded) -> None:
+        self.optimizer.create_state()
+        self.checkpoints.read_tensors(loaded, self._state())
+        self.optimizer.follow_masters()
+
+    def _compare(self, loaded: Loaded, message: Callable[[str], None]) -> None:
+        """Show what is configured otherwise than in the checkpoint; refuse what changes the arithmetic."""
+        layout = loaded.manifest.layout
+        saved_dp = layout["edp"] * layout["ep"]
+        now = self.config.model_dump(mode="json")
+        found = changes(loaded.trainer_state["config"], now, saved_dp, self.mesh.layout.dp_size)
+        serious = [change for change in found if not change.free]
+        if serious and not self.config.checkpoint.allow_config_change:
+            raise CheckpointError(
+                f"{'; '.join(map(str, serious))}: {loaded.found} was trained otherwise; set it back, or go on with "
+                "checkpoint.allow_config_change=true, or start afresh with checkpoint.resume=never"
+            )
+        told = [change for change in found if not change.key.startswith(("monitor.", "launch.", "checkpoint."))]
+        if told:
+            message(f"configured otherwise than {loaded.found.folder}: {'; '.join(map(str, told))}")
+
+    def _warn(self, text: str) -> None:
+        if self.mesh.rank == 0:
+            logger.warning("%s", text)
+
+    def load_best(self) -> Found | None:
+        """Take the weights of the best checkpoint (and its optimizer's state); None when there is none."""
+        name = self.config.checkpoint.metric_for_best_model
+        assert name is not None
+        metrics = self.mesh.ask_rank_zero(lambda: self.checkpoints.metrics(name))
+        if not metrics:
+            return None
+        sign = -1.0 if self.config.checkpoint.greater_is_better else 1.0
+        for step in sorted(metrics, key=lambda step: (sign * metrics[step], -step)):
+            found = Found(self.checkpoints.storage, step)
+            wrong = self.checkpoints.verify(found)
+            if not wrong:
+                self._read(self.checkpoints.read_state(found))
+                return found
+            self._warn(f"{found} is not used: {wrong[0]}")
+        return None
+
+    # ---- saving
+
+    def check_room(self) -> None:
+        """Raises CheckpointError on every rank when one checkpoint would not fit where checkpoints go."""
+        if not self.is_on:
+            return
+        weights = parameter_counts(self.config.model).total
+        per_weight = {"adafactor": 4, "sgd": 8}.get(self.config.optimizer.optim, 12)
+        storage = self.checkpoints.storage
+        self.mesh.ask_rank_zero(lambda: check_room(storage, weights * per_weight))
+
+    def is_due(self, step: int) -> bool:
+        """Whether a save belongs after this step. One that fails is tried again at the next such step."""
+        every = self.config.checkpoint.save_steps
+        return bool(every) and step % every == 0 and step != self.saved_step
+
+    def save(self, counters: Counters, metrics: dict[str, float]) -> Outcome | None:
+        """Begin to save (collective). Returns how the save before it ended, when that was still being written.
+
+        With `checkpoint.when_busy=skip` nothing is begun then.
+        """
+        before = None
+        if self.checkpoints.in_flight:
+            if self.config.checkpoint.when_busy == "skip":
+                self._warn(f"step {counters.step}: not saved, the checkpoint before is still being written")
+                return None
+            before = self.settle()
+        self.saved_step = counters.step
+        trainer_state: dict[str, Any] = {
+            "counters": vars(counters),
+            "stopping": self.stopping.state_dict(),
+            "data": self.loader.state_dict(),
+            "config": self.config.model_dump(mode="json"),
+        }
+        self.checkpoints.begin(counters.step, self._state(), trainer_state, metrics)
+        return before
+
+    def settle(self) -> Outcome:
+        """Wait for the save in flight (collective)."""
+        outcome = self.checkpoints.settle()
+        if outcome.error is not None:
+            if self.saved_step == outcome.step:
+                self.saved_step = -1
+            logger.warning("checkpoint of step %d failed: %s", outcome.step, outcome.error)
+        return outcome
+
+    @property
+    def folder(self) -> Path | str:
+        """Where checkpoints go."""
+        return self.checkpoints.storage.where
