@@ -1,0 +1,208 @@
+"""A save is killed, or refused by the disk, at every call it makes; what was committed before is always there.
+
+FAULTS rows 3 and 6. `strace` injects into real system calls of a real process: mkdir, write, fsync, rename, unlink and
+rmdir, the first, the second ... until the save no longer makes that many.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.checkpoint.encryption import Keys
+from moe_dist.checkpoint.inspecting import tensors
+from moe_dist.checkpoint.lock import RunLock
+from moe_dist.checkpoint.manager import Checkpoints, Outcome
+from moe_dist.checkpoint.reading import Found, whole
+from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.writing import Writer
+from moe_dist.config import CheckpointConfig
+from moe_dist.parallel.mesh import Mesh
+
+needs_strace = pytest.mark.skipif(
+    shutil.which("strace") is None, reason="NOT PROVEN HERE: crash points need strace (apt-get install strace)"
+)
+CALLS = ("mkdir", "write", "fsync", "rename", "unlink", "unlinkat", "rmdir")
+
+
+def state(step: int) -> Any:
+    """A few tensors that tell of which step they are."""
+    names = ("model.a", "model.b", "optimizer.a.exp_avg")
+    return SimpleNamespace(tensors={name: torch.full((64, 3), float(step)) for name in names})
+
+
+def checkpoints(folder: Path, **options: Any) -> Checkpoints:
+    return Checkpoints(LocalStorage(folder), Mesh.single(), CheckpointConfig(**options))
+
+
+def save(folder: Path, step: int, **options: Any) -> Outcome:
+    manager = checkpoints(folder, **options)
+    manager.begin(step, state(step), {"config": {}, "step": step}, {})
+    return manager.settle()
+
+
+def good_steps(folder: Path) -> list[int]:
+    """Committed steps; each must be whole and of the step it says."""
+    storage = LocalStorage(folder)
+    for step in storage.steps():
+        found = Found(storage, step)
+        assert whole(found) == []
+        for name, value in tensors(found, storage.manifest(step), Keys()):
+            assert (value == step).all(), f"{name} of checkpoint-{step} holds {value.flatten()[0]}"
+    return storage.steps()
+
+
+def under_strace(folder: Path, inject: str, step: int) -> int:
+    """Save `step` in a child whose system calls strace spoils; the child's exit code as of `os.wait`."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            Writer.start = Writer.run  # type: ignore[method-assign]  # one thread: calls are counted per thread
+            outcome = save(folder, step, save_total_limit=2)
+            said = outcome.error is None or os.strerror(getattr(errno, inject.partition("error=")[2].partition(":")[0]))
+            os._exit(0 if outcome.error is None else 7 if str(said) in outcome.error else 8)
+        finally:
+            os._exit(99)
+    os.waitpid(child, os.WUNTRACED)
+    calls = inject.partition(":")[0]
+    command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={inject}"]
+    tracer = subprocess.Popen([*command, "-p", str(child)], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 20
+        while "TracerPid:\t0" in Path(f"/proc/{child}/status").read_text():
+            if tracer.poll() is not None or time.monotonic() > deadline:
+                assert tracer.stderr is not None
+                pytest.skip(f"NOT PROVEN HERE: strace cannot attach: {tracer.stderr.read().strip()}")
+            time.sleep(0.002)
+        os.kill(child, signal.SIGCONT)
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status)
+    finally:
+        tracer.kill()
+        tracer.wait()
+
+
+@needs_strace
+@pytest.mark.parametrize("call", CALLS)
+def test_killed_at_every_call(tmp_path: Path, call: str) -> None:
+    """Steps 1 and 2 are there, 3 is being saved and 1 is to go. Whatever the moment: only whole steps, the newest of
+    before among them; then what is left over is cleared away, and the same save goes through.
+
+    Seen to fail with a step removed in place instead of renamed first, and with shards written into the final folder.
+    """
+    points = 0
+    for number in range(1, 200):
+        folder = tmp_path / str(number)
+        assert save(folder, 1).error is None
+        assert save(folder, 2).error is None
+        code = under_strace(folder, f"{call}:signal=SIGKILL:when={number}", 3)
+        assert code in (0, -signal.SIGKILL), code
+        steps = good_steps(folder)
+        assert steps in ([1, 2], [1, 2, 3], [2, 3]), steps
+        checkpoints(folder).clean_up()
+        assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-{step}" for step in steps]
+        if 3 not in steps:
+            assert save(folder, 3, save_total_limit=2).error is None
+            assert good_steps(folder) == [2, 3]
+        if code == 0:
+            break
+        points += 1
+        shutil.rmtree(folder)
+    assert code == 0
+    assert points or call in ("unlink", "unlinkat", "rmdir"), "no such call was made: nothing was tried"
+
+
+@needs_strace
+@pytest.mark.parametrize(
+    ("call", "number_of"), [("write", "ENOSPC"), ("fsync", "EIO"), ("mkdir", "EROFS"), ("rename", "EIO")]
+)
+def test_refused_by_the_disk_at_every_call(tmp_path: Path, call: str, number_of: str) -> None:
+    """The save fails and says why; older steps are untouched and no partial work is left (or it is collected later).
+
+    Seen to fail with errors of `fsync` ignored.
+    """
+    for number in range(1, 200):
+        folder = tmp_path / str(number)
+        assert save(folder, 1).error is None
+        code = under_strace(folder, f"{call}:error={number_of}:when={number}", 3)
+        steps = good_steps(folder)
+        if code == 0:
+            break
+        assert code == 7, code
+        # Only the last flush, of the folder that has just got its name, may fail and the step be there.
+        assert steps == [1] or (call, steps) == ("fsync", [1, 3])
+        checkpoints(folder).clean_up()
+        if steps == [1]:
+            assert save(folder, 3).error is None
+        shutil.rmtree(folder)
+    assert number > 1, "no such call was made: nothing was tried"
+    assert steps == [1, 3]
+    shutil.rmtree(folder)
+    assert save(folder, 1).error is None
+    code = under_strace(folder, f"{call}:signal=SIGKILL:when={number}", 3)
+    assert code == 0, f"{call} number {number} was refused and nobody noticed"
+
+
+def test_the_disk_is_full_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalStorage, "free_bytes", lambda self: 1000)
+    error = save(tmp_path, 1).error
+    assert error is not None
+    assert error.startswith(f"No space left on {tmp_path}: need 2.2 KiB, have 1000 bytes")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_nan_is_never_kept(tmp_path: Path) -> None:
+    """FAULTS row 13."""
+    manager = checkpoints(tmp_path)
+    bad = state(1)
+    bad.tensors["model.b"][5, 1] = float("nan")
+    manager.begin(1, bad, {"config": {}}, {})
+    error = manager.settle().error
+    assert error is not None
+    assert error.startswith("model.b holds a value that is not finite")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_is_never_overwritten(tmp_path: Path) -> None:
+    assert save(tmp_path, 1).error is None
+    before = (tmp_path / "checkpoint-1" / "manifest.json").read_bytes()
+    error = save(tmp_path, 1).error
+    assert error is not None
+    assert "is there already, and no checkpoint is ever overwritten" in error
+    assert (tmp_path / "checkpoint-1" / "manifest.json").read_bytes() == before
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "mine.txt").write_text("not yours")
+    error = save(tmp_path, 2).error
+    assert error is not None
+    assert "checkpoint-2: is in the way and no checkpoint of ours" in error
+    assert (tmp_path / "checkpoint-2" / "mine.txt").read_text() == "not yours"
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    """FAULTS row 19, and row 10: two starts on one folder, and one that lost its lock without knowing it."""
+    first = RunLock.acquire(tmp_path)
+    with pytest.raises(ValueError, match=rf"another run is writing there \(process {os.getpid()} on "):
+        RunLock.acquire(tmp_path)
+    first.release()
+    second = RunLock.acquire(tmp_path)
+    assert (second.run, second.generation) == (first.run, first.generation + 1)
+    manager = Checkpoints(
+        LocalStorage(tmp_path), Mesh.single(), CheckpointConfig(), first.run, first.generation, lock=first
+    )
+    manager.begin(1, state(1), {"config": {}}, {})
+    error = manager.settle().error
+    assert error is not None
+    assert f"start 2 of this run (process {os.getpid()} on " in error
+    assert LocalStorage(tmp_path).steps() == []
+    second.release()

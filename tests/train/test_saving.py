@@ -1,0 +1,246 @@
+"""What a run saves, what it goes on from, and what it does when a save or a checkpoint is bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.checkpoint.inspecting import digests
+from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.writing import Writer
+from moe_dist.train import MoETrainer
+from moe_dist.train import trainer as trainer_module
+from moe_dist.train.trainer import TrainingResult
+
+TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * 12 for i in range(24)]
+TREE: dict[str, Any] = {
+    "model": {
+        "vocab_size": 272,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "data": {"max_seq_length": 32, "validation_split": 0.2},
+    "train": {"per_device_train_batch_size": 2, "max_steps": 6},
+    "optimizer": {"lr_scheduler_type": "constant", "learning_rate": 3e-3},
+    "balance": {"bias_update_rate": 1e-3},
+    "monitor": {"tensorboard": False, "progress": "none", "logging_steps": 1},
+}
+
+
+def run(folder: Path, train: dict | None = None, **checkpoint: Any) -> TrainingResult:
+    tree = {**TREE, "train": TREE["train"] | (train or {}), "checkpoint": checkpoint}
+    return MoETrainer(tree, output_dir=folder).train(TEXTS)
+
+
+def steps(folder: Path) -> list[int]:
+    return LocalStorage(folder).steps()
+
+
+def values(folder: Path, step: int) -> dict[str, str]:
+    return digests(Found(LocalStorage(folder), step))
+
+
+def damage(folder: Path, step: int) -> str:
+    """One bit of a shard; returns the file's name."""
+    (shard,) = (folder / f"checkpoint-{step}").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    return shard.name
+
+
+def test_saving_in_the_background_is_saving(tmp_path: Path) -> None:
+    """The values of the step it was asked for, whatever training does to them meanwhile."""
+    run(tmp_path / "background", save_steps=1)
+    run(tmp_path / "waiting", save_steps=1, background=False)
+    assert steps(tmp_path / "background") == [1, 2, 3, 4, 5, 6] == steps(tmp_path / "waiting")
+    for step in range(1, 7):
+        assert values(tmp_path / "background", step) == values(tmp_path / "waiting", step)
+    assert values(tmp_path / "background", 5) != values(tmp_path / "background", 6)
+
+
+def test_what_stays(tmp_path: Path) -> None:
+    run(tmp_path / "newest", save_steps=1, save_total_limit=2, keep_every=3)
+    assert steps(tmp_path / "newest") == [3, 5, 6]
+    run(
+        tmp_path / "best",
+        {"max_steps": 8, "eval_steps": 1},
+        save_steps=1,
+        save_total_limit=2,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the first ones are the "best"
+        load_best_model_at_end=True,
+    )
+    assert steps(tmp_path / "best") == [1, 2, 8]
+
+
+def test_the_best_model_at_the_end(tmp_path: Path) -> None:
+    """With the rate blown up half-way the best checkpoint is an early one, and its weights are the ones at the end."""
+    trainer = MoETrainer(
+        {
+            **TREE,
+            "train": TREE["train"] | {"eval_steps": 2, "max_steps": 6},
+            "optimizer": {"lr_scheduler_type": "constant", "learning_rate": 1.0, "weight_decay": 0.0},
+            "checkpoint": {"save_steps": 2, "metric_for_best_model": "eval_loss", "load_best_model_at_end": True},
+        },
+        output_dir=tmp_path,
+    )
+    trainer.train(TEXTS)
+    metrics = {step: LocalStorage(tmp_path).manifest(step).metrics["eval_loss"] for step in steps(tmp_path)}
+    best = min(metrics, key=metrics.__getitem__)
+    assert best != 6, metrics
+    trainer.persistence.checkpoints.begin(99, trainer.persistence._state(), {"config": {}}, {})
+    assert trainer.persistence.checkpoints.settle().error is None
+    assert values(tmp_path, 99) == values(tmp_path, best)
+
+
+def test_the_newest_that_verifies(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """FAULTS row 7: one wrong bit, and the one before is taken; asked for by name it is refused."""
+    run(tmp_path, save_steps=2, save_total_limit=None)
+    file = damage(tmp_path, 6)
+    with pytest.raises(ValueError, match=rf"checkpoint-6/{file}: its SHA-256 is not what was written \(holds model\."):
+        run(tmp_path, {"max_steps": 8}, resume="6")
+    straight = run(tmp_path / "straight", {"max_steps": 8})
+    result = run(tmp_path, {"max_steps": 8}, resume="auto", save_at_end=False)
+    assert result.losses == straight.losses[4:]
+    log = (tmp_path / "train.log").read_text()
+    assert f"checkpoint-6 is not used: {tmp_path}/checkpoint-6/{file}: its SHA-256" in log
+
+
+def test_nothing_good_is_not_nothing(tmp_path: Path) -> None:
+    """FAULTS row 8: refuses to start afresh without being told to, and loses nothing when told."""
+    run(tmp_path / "run", save_steps=3)
+    for step in (3, 6):
+        damage(tmp_path / "run", step)
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* can be used, .* checkpoint\.resume=never"):
+        run(tmp_path / "run")
+    assert run(tmp_path / "run", resume="never").steps == 6
+    (aside,) = (path for path in tmp_path.iterdir() if path.name != "run")
+    assert steps(aside) == [3, 6]
+
+
+def test_a_save_that_fails_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on and the next one is tried; only the last one must succeed."""
+    write = Writer._write
+    spoiled = [2]
+
+    def sometimes(self: Writer) -> None:
+        if self.saving.step in spoiled:
+            raise OSError(28, "No space left on device")
+        write(self)
+
+    monkeypatch.setattr(Writer, "_write", sometimes)
+    straight = run(tmp_path / "straight", save_at_end=False)
+    result = run(tmp_path / "run", save_steps=2)
+    assert steps(tmp_path / "run") == [4, 6]
+    assert not result.failed
+    assert result.losses == straight.losses
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert f"checkpoint of step 2 failed: {tmp_path}/run/.checkpoint-2.1.tmp: No space left on device" in log
+    stopped = run(tmp_path / "stop", save_steps=2, on_failure="stop")
+    assert stopped.failed
+    assert stopped.steps < 6
+    spoiled[:] = [6]
+    last = run(tmp_path / "last", save_steps=2)
+    assert last.failed
+    assert "the last checkpoint could not be written" in last.reason
+    assert steps(tmp_path / "last") == [2, 4]
+
+
+@pytest.mark.parametrize("when_busy", ["wait", "skip"])
+def test_one_save_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when_busy: str) -> None:
+    write, gate = Writer._write, threading.Event()
+
+    def slowly(self: Writer) -> None:
+        if self.saving.step == 1:
+            assert gate.wait(20)
+        write(self)
+
+    monkeypatch.setattr(Writer, "_write", slowly)
+    if when_busy == "wait":
+        threading.Timer(0.5, gate.set).start()
+    begin = trainer_module.MoETrainer._one_step
+
+    def open_at_four(self: MoETrainer) -> None:
+        if self.counters.step == 4:
+            gate.set()
+        begin(self)
+
+    monkeypatch.setattr(trainer_module.MoETrainer, "_one_step", open_at_four)
+    run(tmp_path, save_steps=1, when_busy=when_busy)
+    expected = [1, 2, 3, 4, 5, 6]
+    if when_busy == "wait":
+        assert steps(tmp_path) == expected
+    else:
+        assert not {2, 3, 4} & set(steps(tmp_path))
+        assert {1, 6} <= set(steps(tmp_path))
+
+
+def test_a_changed_configuration(tmp_path: Path) -> None:
+    """FAULTS row 15: what changes the arithmetic needs a word; the rest is shown."""
+    run(tmp_path, {"max_steps": 2})
+    tree = {**TREE, "optimizer": TREE["optimizer"] | {"learning_rate": 1e-2}}
+    tree["train"] = tree["train"] | {"max_steps": 4, "per_device_train_batch_size": 1}
+    with pytest.raises(
+        ValueError, match=r"learning_rate=0.01 \(saved with 0.003\); global batch size=1 \(saved with 2"
+    ):
+        MoETrainer(tree, output_dir=tmp_path).train(TEXTS)
+    assert "learning_rate: 0.003" in (tmp_path / "config.yaml").read_text()
+    tree["checkpoint"] = {"allow_config_change": True}
+    assert MoETrainer(tree, output_dir=tmp_path).train(TEXTS).steps == 4
+    safe = {**TREE, "train": TREE["train"] | {"max_steps": 4, "gradient_accumulation_steps": 2}}
+    safe["train"] |= {"per_device_train_batch_size": 1}  # the same global batch
+    with pytest.raises(ValueError, match="learning_rate"):
+        MoETrainer(safe, output_dir=tmp_path).train(TEXTS)
+    safe["optimizer"] = tree["optimizer"]
+    safe["checkpoint"] = {"resume": "2"}
+    with pytest.raises(ValueError, match=r"saved with 0\.003"):
+        MoETrainer(safe, output_dir=tmp_path).train(TEXTS)
+
+
+def test_counters_go_on(tmp_path: Path) -> None:
+    first = run(tmp_path, {"max_steps": 3})
+    run(tmp_path, {"max_steps": 6})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in train] == [1, 2, 3, 4, 5, 6]
+    assert [row["tokens"] for row in train] == [64 * step for step in range(1, 7)]
+    assert sorted(row["elapsed_seconds"] for row in train) == [row["elapsed_seconds"] for row in train]
+    assert first.checkpoint == str(tmp_path / "checkpoint-3")
+
+
+def test_a_signal_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS row 5: it is not evaluated to the end first; the step is saved, and the next start goes on bitwise."""
+    from moe_dist.train import evaluation
+
+    straight = run(tmp_path / "straight", {"eval_steps": 3})
+    seen = []
+    exact = evaluation.cross_entropy_sum
+
+    def interrupt(*arguments: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return exact(*arguments)
+
+    monkeypatch.setattr(evaluation, "cross_entropy_sum", interrupt)
+    monkeypatch.setattr(evaluation, "ASK_EVERY", 1)
+    stopped = run(tmp_path / "run", {"eval_steps": 3})
+    assert (stopped.signal, stopped.steps, stopped.reason) == (signal.SIGUSR1, 3, "stopped by SIGUSR1")
+    assert len(seen) == 2
+    assert steps(tmp_path / "run") == [3]
+    again = run(tmp_path / "run", {"eval_steps": 3})
+    assert again.losses == straight.losses[3:]
+    assert values(tmp_path / "run", 6) == values(tmp_path / "straight", 6)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
