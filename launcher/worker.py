@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import logging
+import mmap
 import os
 import signal
 import sys
@@ -19,6 +21,8 @@ from typing import NoReturn
 from launcher.environment import Environment, detect, let_the_first_speak
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
+from moe_dist.monitor.train_log import log_path
+from moe_dist.parallel.status import SLOT, Status
 
 EXIT_CONFIG = 2
 """The configuration, the data or a checkpoint cannot be used as they are; nothing was changed."""
@@ -33,7 +37,7 @@ EXIT_DIFFERS = 4
 
 # What the local launcher leaves in a rank's environment.
 CONFIG, PROOF, LAUNCHER = "MOE_DIST_CONFIG", "MOE_DIST_PROOF", "MOE_DIST_LAUNCHER"
-REPORTS, STORE = "MOE_DIST_REPORTS", "MOE_DIST_STORE"
+REPORTS, STORE, STATUS = "MOE_DIST_REPORTS", "MOE_DIST_STORE", "MOE_DIST_STATUS"
 
 _PR_SET_PDEATHSIG = 1
 _MAX_TEXT = 2000  # a report must go through the pipe in one piece
@@ -56,7 +60,9 @@ def train(config: Config, environment: Environment) -> int:
 
     requests = StopRequests(heard=lambda: _tell_launcher(environment.rank, None))
     with connected(config, environment) as mesh:
-        result = MoETrainer(config, mesh=mesh, stop_requests=requests).train()
+        trainer = MoETrainer(config, mesh=mesh, stop_requests=requests, status=_status(environment))
+        _stacks_on_request(config, environment)
+        result = trainer.train()
     if result.failed:
         if environment.rank == 0:
             print(f"moe-dist: training stopped itself: {result.reason}", file=sys.stderr, flush=True)
@@ -123,6 +129,20 @@ def _report(error: BaseException, environment: Environment, code: int) -> int:
         time.sleep(2)  # a peer has failed and says why; torchrun ends this rank meanwhile
     print(f"moe-dist: error: {text}", file=sys.stderr, flush=True)
     return code
+
+
+def _status(environment: Environment) -> Status:
+    """Where the local launcher sees where this rank is; elsewhere nobody looks."""
+    if STATUS not in os.environ:
+        return Status()
+    return Status(mmap.mmap(int(os.environ[STATUS]), environment.world_size * SLOT), environment.rank)
+
+
+def _stacks_on_request(config: Config, environment: Environment) -> None:
+    """SIGUSR2 writes the Python stack of every thread into the rank's log, whatever it is doing."""
+    path = log_path(config.train.output_dir, environment.rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    faulthandler.register(signal.SIGUSR2, file=path.open("a"), all_threads=True)
 
 
 def _tell_launcher(rank: int, text: str | None) -> bool:

@@ -380,6 +380,8 @@ class MonitorConfig(Section):
     """Write TensorBoard events to tb/."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"
     """Console: a live line on a terminal, plain lines elsewhere, or nothing."""
+    stall_timeout: PositiveFloat = 60.0
+    """Seconds without any sign of life from all ranks after which a run counts as hung, and is ended."""
 
 
 class LaunchConfig(Section):
@@ -393,6 +395,9 @@ class LaunchConfig(Section):
     """Collective library; auto: gloo for CPU, NCCL for CUDA."""
     timeout: PositiveFloat = 120.0
     """Seconds after which a collective that does not finish is an error."""
+    max_restarts: NonNegative = 3
+    """A rank is lost: start again from the newest checkpoint, this often in a row without getting further (if
+    checkpoint.save_steps is set)."""
     grace_period: PositiveFloat = 30.0
     """Seconds the ranks have, once asked to stop, to finish their step and save it."""
     num_threads: NonNegative = 0

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from moe_dist.parallel.status import Status
+
 
 class Clock:
     """Adds up the seconds spent inside `measure` blocks since the last `take`.
@@ -15,13 +17,16 @@ class Clock:
     On CPU the wall clock; on CUDA pairs of events, read only in `take`. Waiting for slower peers counts.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, status: Status | None = None) -> None:
+        self.status = status or Status()
         self.cuda = device.type == "cuda"
         self.seconds = 0.0
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def measure(self) -> Iterator[None]:
+    def measure(self, layer: int | None = None) -> Iterator[None]:
+        """`layer`: the layer whose all-to-all it is."""
+        before = self.status.inside("the all-to-all", layer)
         if self.cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -32,6 +37,7 @@ class Clock:
             started = time.perf_counter()
             yield
             self.seconds += time.perf_counter() - started
+        self.status.back(before)
 
     def take(self) -> float:
         """Seconds since the last call."""

@@ -74,13 +74,15 @@ class AllToAllDispatcher:
             rows_per_expert=arriving.sum(0),
         )
         sorted_rows = rows_from_tokens(x_TD, permutation)
-        arrived_RD = _AllToAll.apply(sorted_rows, receive_splits, send_splits, self.group, self.clock)
+        arrived_RD = _AllToAll.apply(sorted_rows, receive_splits, send_splits, self.group, self.clock, self.layer)
         return _Reorder.apply(arrived_RD, arrival_of_row, row_of_arrival), plan
 
     def combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
         """(R, D) -> (T, D): rows go home, are weighted by their routing weights and summed over k in order."""
         arrived_RD = _Reorder.apply(rows_RD, plan.row_of_arrival, plan.arrival_of_row)
-        sorted_rows = _AllToAll.apply(arrived_RD, plan.send_splits, plan.receive_splits, self.group, self.clock)
+        sorted_rows = _AllToAll.apply(
+            arrived_RD, plan.send_splits, plan.receive_splits, self.group, self.clock, self.layer
+        )
         return tokens_from_rows(sorted_rows, plan.weights_TK, plan.permutation)
 
     def _exchange_counts(self, permutation: Permutation, hidden_size: int) -> tuple[Tensor, list[int], list[int]]:
@@ -90,7 +92,7 @@ class AllToAllDispatcher:
         header = totals.new_tensor([self.layer, hidden_size]).expand(self.ep_size, 2)
         outgoing = torch.cat((header, totals, counts), dim=1).contiguous()
         incoming = torch.empty_like(outgoing)
-        with self.clock.measure():
+        with self.clock.measure(self.layer):
             dist.all_to_all_single(incoming, outgoing, group=self.group)
         arriving = incoming[:, self._HEADER :]
         checks = torch.cat((incoming[:, : self._HEADER], arriving.sum(1, keepdim=True), totals), dim=1).tolist()
@@ -131,16 +133,17 @@ class _AllToAll(torch.autograd.Function):
         send_splits: list[int],
         group: ProcessGroup,
         clock: Clock,
+        layer: int,
     ) -> Tensor:
-        ctx.arguments = (send_splits, receive_splits, group, clock)
+        ctx.arguments = (send_splits, receive_splits, group, clock, layer)
         received = rows.new_empty(sum(receive_splits), rows.shape[1])
-        with clock.measure():
+        with clock.measure(layer):
             dist.all_to_all_single(received, rows.contiguous(), receive_splits, send_splits, group=group)
         return received
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _AllToAll.apply(grads[0], *ctx.arguments), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        return _AllToAll.apply(grads[0], *ctx.arguments), None, None, None, None, None
 
 
 class _Reorder(torch.autograd.Function):

@@ -16,6 +16,7 @@ from moe_dist.parallel.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import ShardedGradients
+from moe_dist.parallel.status import Status
 from moe_dist.train.balance import Balancer
 from moe_dist.train.loss import cross_entropy_sum
 from moe_dist.train.optimizer import Optimizer
@@ -48,7 +49,9 @@ class TrainStep:
         optimizer: Optimizer | DeepSpeedEngine,
         balancer: Balancer,
         config: Config,
+        status: Status | None = None,
     ) -> None:
+        self.status = status or Status()
         self.model, self.mesh, self.gradients = model, mesh, gradients
         self.optimizer, self.balancer, self.config = optimizer, balancer, config
 
@@ -58,13 +61,16 @@ class TrainStep:
         counts = self._count_tokens(batches)
         batches = [batch.to(self.mesh.device, non_blocking=True) for batch in batches]
         self.gradients.zero()
+        self.status.at("computing")
         loss = self.accumulate(batches, counts, step)
+        self.status.at("reducing gradients")
         self.gradients.reduce()
         norm = self.gradients.norm()
         # Both numbers are sums over all ranks, so every rank takes the same branch below.
         loss_value, norm_value, num_tokens = torch.stack((loss, norm, counts[1].double())).tolist()
         finite = bool(torch.isfinite(torch.tensor((loss_value, norm_value))).all())
         if finite:
+            self.status.at("updating weights")
             if self.config.train.max_grad_norm:
                 self.gradients.clip(norm, self.config.train.max_grad_norm)
             self.optimizer.set_learning_rate(rate)
@@ -96,6 +102,7 @@ class TrainStep:
                 total += loss
         else:
             for number, batch in enumerate(batches):
+                self.status.at("computing")
                 self.gradients.before_backward(is_last=number == len(batches) - 1)
                 loss = loss_of(self._forward(batch, token_scale, step), number)
                 self.gradients.backward(loss)

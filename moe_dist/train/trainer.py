@@ -26,6 +26,7 @@ from moe_dist.monitor.records import EvalRecord, LayerRecord, RunSummary, TrainR
 from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.status import Status
 from moe_dist.train.agreement import StopRequests, agree
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer
@@ -76,10 +77,12 @@ class MoETrainer:
         output_dir: str | Path | None = None,
         mesh: Mesh | None = None,
         stop_requests: StopRequests | None = None,
+        status: Status | None = None,
     ) -> None:
         self.config = merge_config(config, model_config, training_config, output_dir)
         self.mesh = mesh or Mesh.single()
         self.stop_requests = stop_requests or StopRequests()
+        self.status = status or Status()
         self.output_dir = self.config.train.output_dir
 
     def train(self, dataset: Any = None) -> TrainingResult:
@@ -109,14 +112,14 @@ class MoETrainer:
         config, mesh = self.config, self.mesh
         torch.use_deterministic_algorithms(config.train.deterministic)
         self.sinks = build_sinks(self.output_dir, config.monitor) if mesh.rank == 0 else Sinks([])
-        self.clock = Clock(mesh.device)
+        self.clock = Clock(mesh.device, self.status)
         self.datasets = build_datasets(config, dataset)
         self.loader = build_loader(config, self.datasets.train, mesh)
         self.model = build_model(config, mesh, self.clock)
         self.gradients = build_gradients(self.model, config, mesh)
         self.optimizer = build_optimizer(self.model, self.gradients, config)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate)
-        self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config)
+        self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config, self.status)
         self.collector = Collector(
             config.model.moe_layers,
             config.model.num_experts,
@@ -159,6 +162,7 @@ class MoETrainer:
 
     def _one_step(self) -> None:
         config, counters, waiting = self.config, self.counters, time.perf_counter()
+        self.status.at("waiting for data", step=counters.step + 1)
         batches = self.loader.next_step()
         self.interval.data_wait += time.perf_counter() - waiting
         rate = learning_rate(config.optimizer, counters.step, self.stopping.max_steps, self._time_share())
@@ -187,6 +191,7 @@ class MoETrainer:
 
     def _agree(self) -> None:
         """Between two steps: time, signals and the save in flight, the same for every rank."""
+        self.status.at("agreeing on the next step")
         elapsed = time.perf_counter() - self.started
         agreed = agree(self.mesh, elapsed, self.stop_requests.number, *self.persistence.checkpoints.status)
         self.counters.elapsed = agreed.elapsed
@@ -202,6 +207,7 @@ class MoETrainer:
         return 0.0 if budget is None else min(1.0, self.counters.elapsed / budget)
 
     def _log(self, result: StepResult, rate: float) -> None:
+        self.status.at("logging")
         self.layers = self.collector.take()
         for sentence in self.health.observe(self.layers) if self.mesh.rank == 0 else ():
             logger.warning("%s", sentence)
@@ -242,6 +248,7 @@ class MoETrainer:
         if validation is None or self.evaluated_at == self.counters.step:
             return
         train = self.config.train
+        self.status.at("evaluating")
         before = time.perf_counter()
         batches = eval_batches(
             validation,
@@ -293,6 +300,7 @@ class MoETrainer:
         return self.signal is not None
 
     def _save(self) -> None:
+        self.status.at("saving")
         before = time.perf_counter()
         metrics = {"eval_loss": self.eval_loss} if self.evaluated_at == self.counters.step else {}
         ended = self.persistence.save(self.counters, metrics)
@@ -326,6 +334,7 @@ class MoETrainer:
                 self.stopping.fail(f"the last checkpoint could not be written: {outcome.error}")
 
     def _finish(self) -> TrainingResult:
+        self.status.at("ending")
         if not self.stopping.failed and self.signal is None:
             self._evaluate()
         self._save_the_last_step()

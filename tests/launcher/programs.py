@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 BIN = Path(sys.executable).parent
-HARD_LIMIT = 60.0
+HARD_LIMIT = 150.0
 """Seconds after which a command has failed, whatever it was to do; a busy machine needs a fraction of it."""
 
 started: list[Program] = []
@@ -63,9 +63,13 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def losses(run_folder: Path) -> list[float]:
+def metrics(run_folder: Path, kind: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if row["kind"] == "train"]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def losses(run_folder: Path) -> list[float]:
+    return [row["loss"] for row in metrics(run_folder, "train")]
 
 
 class Program:

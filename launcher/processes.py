@@ -1,0 +1,237 @@
+"""The ranks of this machine as processes: started, listened to, asked to stop, ended. Imports no torch."""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from launcher.environment import usable_cores
+from launcher.worker import CONFIG, EXIT_AGAIN, LAUNCHER, PROOF, REPORTS, STATUS, STORE, Proof
+from moe_dist.config import Config
+from moe_dist.config_loading import ConfigError
+from moe_dist.parallel.status import SLOT, Place, read
+
+LOOPBACK = "127.0.0.1"
+POLL = 0.05
+HEARING = 2.5
+"""Seconds after Ctrl-C in which every rank must have heard of it; a person does not wait for one that hangs."""
+GRACE = 1.0
+"""Seconds in which the others may notice by themselves that a rank has failed, and write it to their logs."""
+PATIENCE = 2.0
+"""Seconds between asking a rank to end and ending it."""
+
+
+class Ended(NamedTuple):
+    """A rank that has ended by itself. `code`: as in subprocess, negative for a signal."""
+
+    rank: int
+    pid: int
+    code: int
+
+
+class Signals:
+    """Notes what the launcher is asked to do instead of being torn out of what it does."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self.count = 0
+
+    def __enter__(self) -> Signals:
+        self._before = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            before = signal.getsignal(number)
+            if before != signal.SIG_IGN:  # as under nohup, or in a script's background
+                self._before[number] = before
+                signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.first = self.first or number
+        self.count += 1
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Ranks:
+    """The processes of one run. Raises ConfigError when the port is taken."""
+
+    def __init__(self, config: Config, proof: Proof | None = None) -> None:
+        count = config.launch.nproc_per_node
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._counted: set[int] = set()
+        self._told: dict[int, str] = {}
+        self._heard: set[int] = set()
+        self._unread = b""
+        with _listen(config.launch.master_port) as listener:
+            self._reports, theirs = os.pipe()
+            os.set_blocking(self._reports, False)
+            self._status, path = tempfile.mkstemp()
+            os.unlink(path)  # shared by its number, gone with the last process that has it
+            os.ftruncate(self._status, count * SLOT)
+            self._board = mmap.mmap(self._status, count * SLOT)
+            shared = rank_environment(config) | {
+                CONFIG: config.model_dump_json(),
+                PROOF: json.dumps(proof and asdict(proof)),
+                LAUNCHER: str(os.getpid()),
+                REPORTS: str(theirs),
+                STATUS: str(self._status),
+                "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count),
+                "MASTER_ADDR": LOOPBACK,
+                "MASTER_PORT": str(listener.getsockname()[1]),
+            }
+            # Ranks never hear of Ctrl-C, which a terminal sends to everyone: half-started they would answer with
+            # a page of code. The launcher hears it, and ends them.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            for rank in range(count):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                files = [theirs, self._status]
+                if rank == 0:
+                    own[STORE] = str(listener.fileno())
+                    files.append(listener.fileno())
+                command = [sys.executable, "-u", "-m", "launcher.worker"]
+                environment = {**os.environ, **shared, **own}
+                self.processes.append(subprocess.Popen(command, env=environment, pass_fds=files))
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            os.close(theirs)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+        os.close(self._reports)
+        self._board.close()
+        os.close(self._status)
+
+    @property
+    def running(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
+
+    @property
+    def told(self) -> dict[int, str]:
+        """What went wrong in each rank in its own words, the first to speak first."""
+        with suppress(BlockingIOError):
+            while data := os.read(self._reports, 65536):
+                self._unread += data
+        *lines, self._unread = self._unread.split(b"\n")
+        for line in lines:
+            rank, text = json.loads(line)
+            if text is None:
+                self._heard.add(rank)
+            else:
+                self._told.setdefault(rank, text)
+        return self._told
+
+    @property
+    def all_have_heard(self) -> bool:
+        """Whether every rank knows that it is asked to stop."""
+        return bool(self.told is not None and len(self._heard) == len(self.processes))
+
+    @property
+    def places(self) -> dict[int, Place]:
+        """Where each rank was when it last moved; those that have said nothing yet are missing."""
+        found = {rank: read(self._board, rank) for rank in range(len(self.processes))}
+        return {rank: place for rank, place in found.items() if place is not None}
+
+    def is_stopped(self, rank: int) -> bool:
+        """Whether somebody has stopped the process (Linux)."""
+        with suppress(OSError):
+            text = Path(f"/proc/{self.processes[rank].pid}/stat").read_text()
+            return text.rpartition(")")[2].split()[0] in ("T", "t")
+        return False
+
+    def write_stacks(self) -> None:
+        """Every rank that can writes the Python stack of all its threads into its log."""
+        for process in self.processes:
+            process.send_signal(signal.SIGUSR2)
+        time.sleep(0.3)
+
+    def poll(self) -> list[Ended]:
+        """Ranks that have ended since the last call."""
+        found = []
+        for rank, process in enumerate(self.processes):
+            code = process.poll()
+            if code is not None and rank not in self._counted:
+                self._counted.add(rank)
+                found.append(Ended(rank, process.pid, code))
+        return found
+
+    def ask_to_stop(self, signals: Signals, patience: float) -> None:
+        """Let ranks that train finish their step and save it, and others end in their own manner.
+
+        Returns when all have ended, when a person asks twice, and after `patience` seconds; much sooner when one
+        fails on the way, or has not heard of a person's Ctrl-C.
+        """
+        number = signal.SIGUSR1 if signals.first == signal.SIGUSR1 else signal.SIGTERM
+        for process in self.processes:
+            process.send_signal(number)
+        started, told_person = time.monotonic(), False
+        deadline = started + patience
+        while self.running and time.monotonic() < deadline and signals.count < 2:
+            if any(process.poll() not in (None, 0, EXIT_AGAIN) for process in self.processes):
+                deadline = min(deadline, time.monotonic() + GRACE)
+            waited = time.monotonic() - started
+            if signals.first == signal.SIGINT and waited > HEARING:
+                if not self.all_have_heard:
+                    return
+                if not told_person:
+                    told_person = True
+                    say("stopping after this step, and saving it; Ctrl-C again stops at once")
+            time.sleep(POLL)
+
+    def end(self) -> None:
+        """End those that still run, by force."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            with suppress(subprocess.TimeoutExpired):  # one that not even the kernel can end yet
+                process.wait(PATIENCE)
+
+
+def rank_environment(config: Config) -> dict[str, str]:
+    """Defaults for ranks that share one machine; what a person has set stays."""
+    defaults = {
+        "OMP_NUM_THREADS": str(config.launch.num_threads or max(1, usable_cores() // config.launch.nproc_per_node)),
+        # bfloat16 matmuls are compiled for every number of rows an expert gets, and kept here.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",
+    }
+    if sys.platform.startswith("linux"):
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    return {name: value for name, value in defaults.items() if name not in os.environ}
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket()
+    try:
+        # Ports of a run that has just ended wait a minute for stragglers; they are free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((LOOPBACK, port))
+        listener.listen(1024)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = "in use" if getattr(error, "errno", None) == errno.EADDRINUSE else str(error)
+        raise ConfigError(f"launch.master_port={port}: {reason}; choose another, or 0 for a free one") from error
+    return listener
+
+
+def say(text: str) -> None:
+    """One line for people."""
+    print(f"moe-dist: {text}", file=sys.stderr, flush=True)
