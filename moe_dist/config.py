@@ -336,6 +336,19 @@ class CheckpointConfig(Section):
     """`auto`: newest checkpoint in output_dir, if any; `never`: start afresh; or a checkpoint's path."""
 
 
+class PrometheusConfig(Section):
+    """Metrics for a Prometheus server."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Serve /metrics on this port, or the next free one; 0: any free port; null: no server."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: every network of the machine."""
+    per_expert: Literal["full", "layer", "top"] = "full"
+    """Series per expert: every expert, none (layers only), or the hottest and coldest four of each layer."""
+    pushgateway: str | None = None
+    """URL of a Pushgateway that gets the metrics at every logging interval and at the end."""
+
+
 class MonitorConfig(Section):
     """Facts to people."""
 
@@ -345,6 +358,8 @@ class MonitorConfig(Section):
     """Write TensorBoard events to tb/."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"
     """Console: a live line on a terminal, plain lines elsewhere, or nothing."""
+    prometheus: PrometheusConfig = Field(default_factory=PrometheusConfig)
+    """Metrics for a Prometheus server."""
 
 
 class LaunchConfig(Section):
