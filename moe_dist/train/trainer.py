@@ -21,7 +21,7 @@ from moe_dist.data.loader import eval_batches
 from moe_dist.data.packing import PackedDataset
 from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.health import Health
-from moe_dist.monitor.records import EvalRecord, LayerRecord, RunSummary, TrainRecord
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.mesh import Mesh
@@ -266,7 +266,10 @@ class MoETrainer:
             "model": self.config.model.model_dump(mode="json"),
         }
         self.checkpoints.save(self.steps_done, self._state(), counters)
-        self.interval.started += time.perf_counter() - before
+        seconds = time.perf_counter() - before
+        self.interval.started += seconds
+        size = sum(file.stat().st_size for file in folder.iterdir()) if self.mesh.rank == 0 else 0
+        self.sinks.checkpoint(CheckpointRecord(self.steps_done, seconds, seconds, size, str(folder)))
         return folder
 
     def _resume(self) -> None:
@@ -307,6 +310,7 @@ class MoETrainer:
                 tokens_per_second=self.tokens / max(1e-9, seconds),
                 skipped_steps=self.skipped,
                 reason=reason,
+                failed=self.stopping.failed,
                 paths=paths,
                 sample_before=self.sample_before,
                 sample_after=self._sample(),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_dist.monitor.expert_stats import RATIOS, overall
-from moe_dist.monitor.records import EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks.base import Sink
 from moe_dist.monitor.sinks.heatmap import load_heatmap
 
@@ -77,6 +77,16 @@ class TensorBoardSink(Sink):
         if record.unigram_loss is not None:
             self._writer.add_scalar("eval/unigram_loss", record.unigram_loss, record.step)
         self._writer.flush()
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        self._start_at(record.step)
+        for tag, value in (
+            ("checkpoint/seconds", record.seconds),
+            ("checkpoint/blocked_seconds", record.blocked_seconds),
+            ("checkpoint/bytes", record.bytes),
+            ("checkpoint/ok", float(record.ok)),
+        ):
+            self._writer.add_scalar(tag, value, record.step)
 
     def summary(self, summary: RunSummary) -> None:
         for name, sample, step in (
