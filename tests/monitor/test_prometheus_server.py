@@ -108,7 +108,7 @@ def ask(address: str, path: str, **query: str) -> Any:
     return answer["data"]
 
 
-def until(found: Callable[[], T], what: str, within: float = 90.0) -> T:
+def until(found: Callable[[], T], what: str, within: float = 200.0) -> T:
     deadline = time.monotonic() + within
     while not (answer := found()):
         assert time.monotonic() < deadline, f"never: {what}"
