@@ -232,25 +232,14 @@ def test_off_unless_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_scrape_sees_one_moment(sink: PrometheusSink, train_record: Make) -> None:
-    """Scrapes while records come: step and tokens always belong together. Seen to fail with a snapshot per field."""
-    done = threading.Event()
-
-    def feed() -> None:
-        step = 0
-        while not done.is_set():
-            step += 1
-            sink.train(train_record(step, tokens=1000 * step, layers=[]))
-
-    feeder = threading.Thread(target=feed)
-    feeder.start()
-    try:
-        for _ in range(40):
-            got = scrape(sink)
-            if ("moe_dist_steps_total",) in got:
-                assert got[("moe_dist_tokens_total",)] == 1000 * got[("moe_dist_steps_total",)]
-    finally:
-        done.set()
-        feeder.join()
+    """A new record after every line of a scrape changes nothing in it. Seen to fail with the snapshot read per metric."""
+    sink.train(train_record(1, tokens=1000, loss=1.0))
+    got = {}
+    for later, family in enumerate(sink.metrics.collect(), start=2):
+        got |= {sample.name: sample.value for sample in family.samples}
+        sink.train(train_record(later, tokens=1000 * later, loss=float(later)))
+    assert [got[f"moe_dist_{name}"] for name in ("steps_total", "tokens_total", "train_loss")] == [1, 1000, 1.0]
+    assert scrape(sink)[("moe_dist_tokens_total",)] > 10_000
 
 
 def test_checkpoints_reach_every_sink(tmp_path: Path, info: RunInfo, capsys: pytest.CaptureFixture[str]) -> None:
