@@ -232,7 +232,7 @@ def test_off_unless_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_scrape_sees_one_moment(sink: PrometheusSink, train_record: Make) -> None:
-    """A new record after every line of a scrape changes nothing in it. Seen to fail with the snapshot read per metric."""
+    """A new record after every metric changes nothing. Seen to fail with the snapshot read once per metric."""
     sink.train(train_record(1, tokens=1000, loss=1.0))
     got = {}
     for later, family in enumerate(sink.metrics.collect(), start=2):
