@@ -30,7 +30,9 @@ EXPERTS = 8
 
 
 def healthy_layers(step: int) -> list[LayerRecord]:
-    loads = [[100 + (step * (expert + 3) * (layer + 1)) % 40 for expert in range(EXPERTS)] for layer in (0, 2)]
+    loads = [
+        [100 + (step * (expert + 3) * (layer + 1)) % (40 - 7 * layer) for expert in range(EXPERTS)] for layer in (0, 2)
+    ]
     return [
         layer_record(layer, load, 0, sum(load) // 2, [1.1 * sum(load) // 2] * 3, 2)
         for layer, load in zip((0, 2), loads, strict=True)
