@@ -31,12 +31,13 @@ def layer_record(
     """The record of one layer.
 
     `pairs_E` (E,) pairs routed to each expert before any drop; `dropped` pairs without a place; `tokens`
-    routed, each to `top_k` experts; `sums` (3,) over tokens: load-balancing loss, z-loss, router entropy.
+    routed, each to `top_k` experts; `sums` (4,) over tokens: load-balancing loss, z-loss, router entropy,
+    router confidence.
     Without tokens every ratio is 0.0 (a measured imbalance is at least 1.0) and every expert is dead.
     """
     counts = [int(count) for count in pairs_E]
     imbalance, cv, entropy = _spread(np.asarray(counts, dtype=np.float64))
-    aux, z, router_entropy = (float(total) / tokens if tokens else 0.0 for total in sums)
+    aux, z, router_entropy, confidence = (float(total) / tokens if tokens else 0.0 for total in sums)
     return LayerRecord(
         layer=int(layer),
         tokens_per_expert=counts,
@@ -48,6 +49,7 @@ def layer_record(
         aux_loss=aux,
         z_loss=z,
         router_entropy=router_entropy,
+        router_confidence=confidence,
     )
 
 
@@ -108,5 +110,6 @@ RATIOS = (
     "aux_loss",
     "z_loss",
     "router_entropy",
+    "router_confidence",
 )
 """Fields of a LayerRecord whose mean over layers means something."""

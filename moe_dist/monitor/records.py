@@ -34,6 +34,8 @@ class LayerRecord:
     """Squared log-sum-exp of the router's logits, mean over tokens, unweighted."""
     router_entropy: float
     """Entropy in nats of a token's router scores, mean over tokens."""
+    router_confidence: float = 0.0
+    """Largest of a token's router scores, mean over tokens, 1 / E .. 1; 0.0 in logs older than this field."""
 
 
 class Record:

@@ -53,7 +53,7 @@ def test_collapse_that_pooling_hides_is_told_for_every_layer() -> None:
 
     # What a trainer sees that adds the layers up before it looks: every expert exactly as busy as any other.
     pairs = [sum(counts) for counts in zip(*(record.tokens_per_expert for record in records), strict=True)]
-    pooled = layer_record(0, pairs, 0, LAYERS * STEPS * TOKENS, [0.0] * 3, TOP_K)
+    pooled = layer_record(0, pairs, 0, LAYERS * STEPS * TOKENS, [0.0] * 4, TOP_K)
     assert (pooled.load_imbalance, pooled.dead_experts, used_share(pooled)) == (1.0, 0, 1.0)
     assert Health(patience=1).observe([pooled]) == []
 
@@ -65,6 +65,7 @@ def test_collapse_that_pooling_hides_is_told_for_every_layer() -> None:
         assert record.dead_experts == EXPERTS - TOP_K
         assert used_share(record) == pytest.approx(TOP_K / EXPERTS)
         assert used_share(record) < COLLAPSE
+        assert record.router_confidence == pytest.approx(0.5, rel=1e-3)  # certain of the pair, torn between the two
     totals = overall(records)
     assert totals["aux_loss"] == pytest.approx(EXPERTS / TOP_K, rel=1e-3)
     assert totals["dead_experts"] == LAYERS * (EXPERTS - TOP_K)

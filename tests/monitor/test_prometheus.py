@@ -128,7 +128,7 @@ def test_names_and_labels_follow_the_rules(sink: PrometheusSink, train_record: M
 
 
 def test_expert_counters_grow_over_intervals(sink: PrometheusSink, train_record: Make) -> None:
-    empty = [layer_record(0, [0] * 4, 0, 0, [0.0] * 3, 2), layer_record(3, [1, 2, 3, 4], 0, 5, [1.0] * 3, 2)]
+    empty = [layer_record(0, [0] * 4, 0, 0, [0.0] * 4, 2), layer_record(3, [1, 2, 3, 4], 0, 5, [1.0] * 4, 2)]
     for layers in (train_record().layers, train_record().layers, empty):
         sink.train(train_record(layers=layers))
     got = scrape(sink)
@@ -151,7 +151,7 @@ def test_numbers_that_are_not_finite(sink: PrometheusSink, train_record: Make) -
 def test_detail_per_expert(tmp_path: Path, info: RunInfo, train_record: Make, per_expert: str, experts: int) -> None:
     sink = PrometheusSink(tmp_path, config(per_expert=per_expert))
     sink.open(info)
-    layers = [layer_record(n, [10 + e * (n + 1) for e in range(128)], 0, 9999, [1.0] * 3, 2) for n in range(3)]
+    layers = [layer_record(n, [10 + e * (n + 1) for e in range(128)], 0, 9999, [1.0] * 4, 2) for n in range(3)]
     sink.train(train_record(layers=layers))
     got = scrape(sink)
     sink.close()

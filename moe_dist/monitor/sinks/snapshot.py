@@ -64,6 +64,7 @@ LAYER_GAUGES = (
     ("aux_loss", "load_balancing_loss", "Load-balancing loss, unweighted; 1: balanced."),
     ("z_loss", "router_z_loss", "Mean squared log-sum-exp of the router's logits, unweighted."),
     ("router_entropy", "router_entropy_nats", "Mean entropy of a token's router scores."),
+    ("router_confidence", "router_confidence_ratio", "Mean of the largest of a token's router scores."),
 )
 
 
