@@ -1,4 +1,4 @@
-"""`moe-dist train`, `check` and `verify`. Torch is imported by the ranks, never by the command."""
+"""`moe-dist train`, `check`, `verify` and `report`. Torch is imported by the ranks, never by the command."""
 
 from __future__ import annotations
 
@@ -150,6 +150,26 @@ def verify(
 
     code = launch(settings, proof)
     raise typer.Exit(EXIT_FAILED if code == EXIT_DIFFERS else code)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, such as outputs/demo.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="File to write; default: report.html in the run folder.")
+    ] = None,
+) -> None:
+    """Write report.html about one run, or several side by side.
+
+    One file with everything in it: loss, throughput, the load of every expert at every step, checkpoints, and
+    findings in words. It opens in any browser, without a network. For several runs the default is report.html in the
+    current folder.
+
+    [dim]Example:[/dim]  moe-dist report outputs/demo
+    """
+    from moe_dist.monitor.report import write_report  # a plotting library, only when there is something to plot
+
+    print(write_report(runs, output))
 
 
 def _check_world(config: Config, world_size: int) -> None:
