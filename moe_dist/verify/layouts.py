@@ -210,16 +210,16 @@ def _covering(every: Iterable[Case]) -> list[Case]:
     return sorted(chosen, key=left.index)
 
 
-def shrunken(config: Config, world_size: int, plant: str | None = None) -> Config:
+def shrunken(config: Config, world_size: int, plant: str | None = None, num_stages: int | None = None) -> Config:
     """The same kind of model, small enough to train in milliseconds: layers, widths and experts shrink; routing,
     balance, optimizer and the pattern of dense and expert layers stay. Initial weights are large, so that routing is
     unbalanced and every loss has gradients worth comparing.
 
-    There are two layers for each rank, but no more than 8, so that every schedule has its stages; a model of fewer
-    repeats its pattern. `plant`: a bug that will be planted; options without which it would do nothing are set.
+    There are four layers, or as many as `num_stages`: unless given, two for each rank, but no more than 8. A model of
+    fewer repeats its pattern. `plant`: a bug that will be planted; options without which it would do nothing are set.
     """
     model = config.model
-    num_layers = max(4, min(2 * world_size, 8))
+    num_layers = max(4, min(2 * world_size, 8) if num_stages is None else num_stages)
     num_experts = 0
     dense = [layer for layer in range(num_layers) if not model.has_experts(layer % model.num_hidden_layers)]
     if model.moe_layers:
