@@ -48,6 +48,7 @@ LIGHT = (
     "moe_dist.config_loading",
     "moe_dist.models.counts",
     "moe_dist.parallel.layout",
+    "moe_dist.parallel.state_bytes",
     "moe_dist.train.describe",
     "moe_dist.verify.layouts",
     "launcher.cli",
