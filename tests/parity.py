@@ -29,13 +29,12 @@ def on_layout(
     overrides: tuple[str, ...], ep_size: int, num_micro_batches: int, pp_size: int = 1
 ) -> tuple[Config, Mesh]:
     """The tiny model's configuration and this rank's mesh."""
-    layout = [f"parallel.ep_size={ep_size}"]
-    if pp_size > 1:
-        replicas = dist.get_world_size() // pp_size
-        layout += [
-            f"parallel.pp_size={pp_size}",
-            f"train.gradient_accumulation_steps={num_micro_batches // replicas}",
-        ]
+    replicas = dist.get_world_size() // pp_size if dist.is_initialized() else 1
+    layout = [
+        f"parallel.ep_size={ep_size}",
+        f"parallel.pp_size={pp_size}",
+        f"train.gradient_accumulation_steps={num_micro_batches // replicas}",
+    ]
     config = tiny_config(*layout, *overrides)
     return config, mesh_of(ep_size, config.parallel.shard_size, pp_size)
 

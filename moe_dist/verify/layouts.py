@@ -145,8 +145,12 @@ class Case:
     def features(self) -> set[tuple[Any, ...]]:
         """What `quick` wants to see at least once: every value of every axis, and pairs that have code of their own."""
         values: set[tuple[Any, ...]] = {(field.name, getattr(self, field.name)) for field in fields(self)}
-        pairs = {(self.pp_size > 1, self.recompute), (self.engine, self.zero_stage), (self.pp_size, self.schedule)}
-        return values | pairs | {("ep, zero", self.ep_size, self.zero_stage)}
+        return values | {
+            ("pp, schedule", self.pp_size, self.schedule),
+            ("ep, zero", self.ep_size, self.zero_stage),
+            ("pipeline, recompute", self.pp_size > 1, self.recompute),
+            ("engine, zero, accumulated", self.engine, self.zero_stage, self.accumulation > self.pp_size),
+        }
 
 
 def cases(config: Config, world_size: int, which: str = "all") -> list[Case]:

@@ -15,7 +15,7 @@ from moe_dist.config import Config
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.verify.layouts import BUGS, Case, cases, shrunken
-from moe_dist.verify.trial import COMPARED, TOLERANCE, Told, deviations, passes, run_trial
+from moe_dist.verify.trial import BF16_TOLERANCE, COMPARED, TOLERANCE, Told, deviations, passes, run_trial
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Verifier:
         size = self.world.layout.world_size
         deep = shrunken(config, size, plant)
         console = Console(stderr=as_json, highlight=False)
+        if not console.is_terminal:  # nobody's window to fit into: a layout stays on its line
+            console.width = max(console.width, 120)
         verdicts: list[Verdict] = []
         chosen = cases(deep, size, layouts)
         if self.world.rank == 0:
@@ -55,7 +57,7 @@ class Verifier:
             bug = f" with the bug {plant} planted{f' ({options})' if options else ''}" if plant else ""
             console.print(
                 f"Verifying {len(chosen)} layouts of {size} ranks{bug}: three steps of a small "
-                f"{deep.model.num_experts}-expert model against one process, tolerance {TOLERANCE:g}."
+                f"{deep.model.num_experts}-expert model against one process, tolerance {TOLERANCE:g}{_bf16(chosen)}."
             )
         for case in chosen:
             started = time.perf_counter()
@@ -65,7 +67,7 @@ class Verifier:
             found = run_trial(case.applied(small, size), mesh, count, plant=plant)
             if self.world.rank == 0:
                 worst = deviations(found, self._reference(small, count))
-                passed = passes(worst)
+                passed = passes(worst, case.bf16)
                 verdicts.append(Verdict(case.name, worst, passed, time.perf_counter() - started))
                 if not as_json and console.is_terminal:
                     console.print(f"[dim]{len(verdicts)}/{len(chosen)} {case.name:<60}[/dim]", end="\r")
@@ -88,9 +90,16 @@ class Verifier:
     def _reference(self, config: Config, count: int) -> Told:
         key = (config.model_dump_json(), count)
         if key not in self._references:
-            single = Mesh.single(self.world.device)
-            self._references[key] = run_trial(config, single, count)
+            # Ranks are held against one of their kind; a single process, on a GPU perhaps, against the CPU.
+            device = self.world.device if self.world.layout.world_size > 1 else "cpu"
+            self._references[key] = run_trial(config, Mesh.single(device), count)
         return self._references[key]
+
+
+def _bf16(chosen: list[Case]) -> str:
+    if not any(case.bf16 for case in chosen):
+        return ""
+    return f" (bf16: {', '.join(f'{name} {tolerance:g}' for name, tolerance in BF16_TOLERANCE.items())})"
 
 
 def print_verdicts(verdicts: list[Verdict], console: Console, as_json: bool) -> None:
@@ -102,10 +111,10 @@ def print_verdicts(verdicts: list[Verdict], console: Console, as_json: bool) -> 
         print(flush=True)
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("layout", header_style="dim", no_wrap=True)
+    table.add_column("layout", header_style="dim", overflow="fold")
     for column in COMPARED:
-        table.add_column(column, justify="right", header_style="dim")
-    table.add_column("", header_style="dim")
+        table.add_column(column, justify="right", header_style="dim", no_wrap=True, min_width=len("gradients"))
+    table.add_column("", header_style="dim", no_wrap=True, min_width=4)
     for verdict in verdicts:
         cells = [f"{verdict.worst[column]:.1e}" if verdict.worst[column] else "0" for column in COMPARED]
         table.add_row(verdict.name, *cells, "pass" if verdict.passed else "[bold red]FAIL[/bold red]")

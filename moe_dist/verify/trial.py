@@ -23,6 +23,9 @@ from moe_dist.verify.plants import planted
 
 ROWS = 2
 TOLERANCE = 1e-5
+BF16_TOLERANCE = {"losses": 0.05, "norms": 0.25, "gradients": 0.5}
+"""For matmuls in bfloat16 against float32, of the tensor that differs most: two digits, and another expert here and
+there. What follows an update is told, not judged. A bug of a factor 2 is above it, a small one is not."""
 COMPARED = ("initial", "losses", "gradients", "norms", "weights", "biases")
 """What `deviations` compares: the first step's gradients, all steps' losses and norms, the weights at the end."""
 
@@ -180,6 +183,7 @@ def deviations(found: Told, wanted: Told) -> dict[str, float]:
     return worst
 
 
-def passes(worst: dict[str, float]) -> bool:
-    """Whether a layout computes what one process computes."""
-    return worst["initial"] == 0.0 and max(worst.values()) < TOLERANCE
+def passes(worst: dict[str, float], bf16: bool = False) -> bool:
+    """Whether a layout computes what one process computes, in float32 or (`bf16`) nearly."""
+    tolerances = BF16_TOLERANCE if bf16 else dict.fromkeys(COMPARED, TOLERANCE)
+    return worst["initial"] == 0.0 and all(worst[name] < tolerance for name, tolerance in tolerances.items())

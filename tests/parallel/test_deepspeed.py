@@ -33,6 +33,9 @@ def compare(overrides: tuple[str, ...], ep_size: int, num_micro_batches: int, *e
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_stages_agree_with_one_process(zero_stage: int, ep_size: int, num_micro_batches: int) -> None:
+    """Seen to fail for stage 1, accumulated, while DeepSpeed counted our steps as micro-batches: every second call did
+    not update.
+    """
     worst = compare((), ep_size, num_micro_batches, f"parallel.zero_stage={zero_stage}")
     assert worst["initial"] == 0.0
     assert max(worst.values()) < TOLERANCE, worst

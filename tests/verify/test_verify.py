@@ -92,6 +92,18 @@ def test_eight_ranks() -> None:
         assert passed, report
 
 
+def test_one_process_in_bfloat16() -> None:
+    """With a tolerance of its own, and red with a bug too. Both sides are on the CPU here; `moe-dist verify -n 1` on a
+    machine with CUDA holds the GPU against the CPU.
+    """
+    layouts = "ep1-zero0-bf16,ep1-zero0-acc2-full-bf16"
+    (passed, report), (_, wrong) = outcomes(run_file("demo.yaml"), [(layouts, None), (layouts, "router_cut_from_loss")])
+    assert passed, report
+    assert [row["gradients"] > 1e-3 for row in report["layouts"]] == [True, True]  # it was bfloat16
+    assert failed(wrong) == layouts.split(",")
+    assert {case.bf16 for case in cases(shrunken(run_file("demo.yaml"), 1), 1)} == {False, True}
+
+
 @cache
 def reports_of_all_plants() -> dict[str, Any]:
     asked: list[tuple[str, str | None]] = [(SEEN_IN.get(plant, "ep2-zero0-acc2"), plant) for plant in BUGS]
