@@ -86,9 +86,12 @@ def test_every_layout_passes() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_eight_ranks() -> None:
-    """pp 2 x edp 2 x ep 2: every kind of group has two ranks. More ranks than cores, so only a few layouts."""
+    """pp 2 x edp 2 x ep 2, where every kind of group has two ranks; and every schedule on pp 4 x ep 2."""
     layouts = "pp2-1f1b-ep2-zero0-acc2,pp2-dualpipe_v-ep2-zero1-acc4-full,pp2-interleaved_1f1b-ep2-zero3-acc2"
-    for ((passed, report),) in run_ranks(outcomes, 8, run_file("demo.yaml", *EVERY_OPTION), [(layouts, None)]):
+    for schedule in ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "dualpipe_v"):
+        layouts += f",pp4-{schedule}-ep2-zero0-acc8"
+    settings = run_file("demo.yaml", *EVERY_OPTION)
+    for ((passed, report),) in run_ranks(outcomes, 8, settings, [(layouts, None)], timeout=500):
         assert passed, report
 
 
