@@ -94,6 +94,9 @@ def test_only_metrics_that_are_there(
     sink.evaluation(eval_record)
     sink.checkpoint(CheckpointRecord(1, 1.0, 1.0, 1, "x"))
     exported = {sample.name for family in sink.metrics.collect() for sample in family.samples}
+    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+    short = {name.removeprefix("moe_dist_").removesuffix("_timestamp_seconds") for name in exported}
+    assert {name for name in short if f"`{name}" not in page and f"`moe_dist_{name}" not in page} == set()
     used = {name: METRIC.findall(query) for name, query in panel_queries().items()}
     used |= {rule["alert"]: METRIC.findall(rule["expr"]) for rule in rules()}
     assert all(used.values())

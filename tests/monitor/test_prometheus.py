@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from services import need, serving
 from moe_dist.config import MonitorConfig, PrometheusConfig
 from moe_dist.monitor.expert_stats import layer_record, load_ratios, used_share
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
-from moe_dist.monitor.sinks import JsonlSink, Sinks, build_sinks
+from moe_dist.monitor.sinks import JsonlSink, Sinks, build_sinks, prometheus
 from moe_dist.monitor.sinks.prometheus import PrometheusSink, PushgatewaySink
 from moe_dist.monitor.sinks.snapshot import CHECKPOINT_GAUGES, EVAL_GAUGES, LAYER_GAUGES, TRAIN_COUNTERS, TRAIN_GAUGES
 
@@ -221,6 +222,14 @@ def test_an_address_that_is_not_ours_is_one_warning(
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
 
+@pytest.mark.parametrize(
+    ("host", "port", "address"),
+    [("127.0.0.1", 9400, "127.0.0.1:9400"), ("::1", 9400, "[::1]:9400"), ("0.0.0.0", 1, f"{socket.gethostname()}:1")],
+)
+def test_the_address_is_one_that_others_can_use(host: str, port: int, address: str) -> None:
+    assert prometheus.address_of(host, port) == address
+
+
 def test_off_unless_asked_for(tmp_path: Path) -> None:
     def names(**changes: object) -> list[str]:
         return [sink.name for sink in build_sinks(tmp_path, config(**changes)).sinks][2:]
@@ -289,3 +298,24 @@ def test_a_real_pushgateway(
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(f"no push to the Pushgateway http://{address} (")
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 7
+
+
+def test_a_gateway_that_never_answers_is_waited_for_once(
+    tmp_path: Path, info: RunInfo, train_record: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail with the pause after a failed push left out: then every record waits."""
+    monkeypatch.setattr(prometheus, "PUSH_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections are taken by the kernel, and nobody reads
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        sink = PushgatewaySink(tmp_path, config(port=None, pushgateway=address))
+        sink.open(info)
+        with caplog.at_level(logging.WARNING, logger="moe_dist"):
+            for step in range(1, 11):
+                sink.train(train_record(step))
+        silent.settimeout(0.5)
+        calls = 0
+        with suppress(TimeoutError):
+            while True:
+                silent.accept()[0].close()
+                calls += 1
+    assert (calls, len(caplog.records)) == (1, 1)

@@ -64,7 +64,7 @@ class PrometheusSink(_RunSink):
         wanted = self.config.port or 0
         self._server = self._listen(wanted)
         port = self._server[0].server_port
-        self.address = _address(self.config.host, port)
+        self.address = address_of(self.config.host, port)
         if wanted not in (0, port):
             logger.warning("port %d is taken; Prometheus metrics are at http://%s/metrics", wanted, self.address)
         else:
@@ -100,7 +100,7 @@ class PrometheusSink(_RunSink):
         os.replace(temporary, self.output_dir / TARGETS)
 
 
-def _address(host: str, port: int) -> str:
+def address_of(host: str, port: int) -> str:
     """Where a Prometheus on another machine finds this one."""
     if host in ("", "0.0.0.0", "::"):
         host = socket.gethostname()
