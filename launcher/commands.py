@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from launcher.environment import detect, let_the_first_speak, started_by_torchrun
+from launcher.mpi import join_mpi
 from launcher.worker import EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED
 from moe_dist import __version__
 from moe_dist.config import Config
@@ -77,6 +78,7 @@ def train(context: typer.Context, config: ConfigPath) -> None:
 
     [dim]Example:[/dim]  moe-dist train configs/demo.yaml train.max_time=60
     """
+    join_mpi()
     inside = started_by_torchrun()
     notice = _notice if os.environ.get("RANK", "0") == "0" else _nothing
     settings = load_config(config, context.args, notice=notice)

@@ -58,6 +58,9 @@ LIGHT = (
     "launcher.local",
     "launcher.worker",
     "launcher.environment",
+    "launcher.mpi",
+    "launcher.processes",
+    "moe_dist.parallel.status",
     "launcher.layout_report",
 )
 HEAVY = (
