@@ -31,8 +31,6 @@ from moe_dist.checkpoint.storage import Storage
 
 logger = logging.getLogger("moe_dist")
 GAVE_UP = "another rank could not write its part; its log says why"
-POLL = 0.01
-"""Seconds between looks at whether the other ranks have finished."""
 
 
 class Receipt(Strict):
@@ -149,12 +147,12 @@ class Writer(threading.Thread):
                 if reason is not None:
                     raise CheckpointError(reason if rank == self.rank else f"rank {rank}: {reason}")
             if len(found) < self.saving.world_size:
-                time.sleep(POLL)
+                time.sleep(self.saving.storage.poll)
         return [found[rank] for rank in range(self.saving.world_size)]
 
     def _clear_away(self) -> None:
         try:
-            self.saving.storage.remove(self.saving.staging)
+            self.saving.storage.discard(self.saving.staging)
         except Exception as error:
             logger.info("checkpoint-%d: partial work could not be removed yet: %s", self.saving.step, error)
 
