@@ -32,6 +32,7 @@ MODEL = {
 TRAINING: dict[str, Any] = {
     "max_seq_length": 32,
     "per_device_train_batch_size": 2,
+    "seed": 1,
     "max_steps": 6,
     "save_steps": 2,
     "learning_rate": 3e-3,
