@@ -47,9 +47,9 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def train(folder: Path, **options: Any) -> TrainingResult:
+def train(run: Path, /, **options: Any) -> TrainingResult:
     """A tiny run of six steps that saves every second one."""
-    return MoETrainer(model_config=MODEL, training_config=TRAINING | options, output_dir=folder).train(TEXTS)
+    return MoETrainer(model_config=MODEL, training_config=TRAINING | options, output_dir=run).train(TEXTS)
 
 
 @cache

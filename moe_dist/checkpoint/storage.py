@@ -321,13 +321,17 @@ class ObjectStorage(Storage):
         self.filesystem.pipe_file(self._path(path), content)
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
-        size = self._size(path)
-        if max_bytes is not None and size > max_bytes:
+        if max_bytes is None:
+            return self.filesystem.cat_file(self._path(path))
+        content = self.filesystem.cat_file(self._path(path), start=0, end=max_bytes + 1)
+        if len(content) > max_bytes:
             raise CheckpointError(f"{self.where}/{path}: longer than the {max_bytes} bytes it may have")
-        return self.filesystem.cat_file(self._path(path))
+        return content
 
     def chunks(self, path: str) -> Iterator[Buffer]:
-        size = self._size(path)
+        size = self.size(path)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.where}/{path}")
         for start in range(0, size, CHUNK):
             yield self.filesystem.cat_file(self._path(path), start=start, end=min(size, start + CHUNK))
 
@@ -337,12 +341,6 @@ class ObjectStorage(Storage):
             entry = self.filesystem.info(self._path(path))
             return int(entry["size"]) if entry["type"] == "file" else None
         return None
-
-    def _size(self, path: str) -> int:
-        size = self.size(path)
-        if size is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.where}/{path}")
-        return size
 
     def files(self, folder: str) -> list[str]:
         return self._names(self._path(folder), "file")
