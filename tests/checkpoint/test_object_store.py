@@ -299,7 +299,7 @@ def test_the_commands(
 
 
 def test_a_bucket_that_is_not_there_is_one_line(server: str, tmp_path: Path) -> None:
-    """And it is not made: a typing error would else become a bucket. Seen to fail with `makedirs` in `begin`."""
+    """And it is not made: a typing error would else become a bucket. Seen to fail without the look in `folders`."""
     with pytest.raises(CheckpointError, match="s3://buckett/run: there is no bucket buckett"):
         train(tmp_path / "run", folder="s3://buckett/run")
     assert not fsspec.filesystem("s3").exists("buckett")
