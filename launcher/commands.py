@@ -1,4 +1,4 @@
-"""`moe-dist train`, `check`, `verify` and `report`. Torch is imported by the ranks, never by the command."""
+"""`moe-dist train`, `check`, `verify`, `report` and `checkpoint`. Torch is imported by the ranks, never here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from launcher import checkpoint_commands
 from launcher.environment import detect, let_the_first_speak, started_by_torchrun
 from launcher.mpi import join_mpi
 from launcher.worker import EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED
@@ -32,6 +33,7 @@ app = typer.Typer(
     epilog="Every key is explained in docs/configuration.md, starting and stopping in docs/running.md. "
     "Exit codes: 0 done, 1 failed, 2 the configuration or data cannot be used, 3 training stopped itself, 130 Ctrl-C.",
 )
+app.add_typer(checkpoint_commands.app)
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/demo.yaml.")]
 
