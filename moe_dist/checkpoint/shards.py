@@ -158,6 +158,7 @@ class ShardReader:
             return self._files[name][0]
         path = f"{self.folder}/{name}"
         local: Path | None = self.storage.local_path(path)
+        file: Any
         try:
             if local is not None and self._opened is None:
                 file, size = safe_open(local, framework="pt"), KEPT_BYTES // MAX_MAPPED
