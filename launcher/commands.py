@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -88,9 +89,8 @@ def train(context: typer.Context, config: ConfigPath) -> None:
         from launcher.worker import run_under_torchrun
 
         environment = detect()
-        _check_world(settings, environment.world_size)
-        run_under_torchrun(settings, environment)
-    _check_world(settings, settings.launch.nproc_per_node)
+        run_under_torchrun(_for_world(settings, environment.world_size, notice), environment)
+    settings = _for_world(settings, settings.launch.nproc_per_node, notice)
     from launcher.local import launch
 
     raise typer.Exit(launch(settings))
@@ -180,10 +180,16 @@ def report(
     print(write_report(runs, output))
 
 
-def _check_world(config: Config, world_size: int) -> None:
+def _for_world(config: Config, world_size: int, notice: Callable[[str], None]) -> Config:
+    """`config` as this many ranks can run it. Raises ConfigError when they cannot."""
     from moe_dist.parallel.layout import Layout
+    from moe_dist.train.elastic import replan
 
+    config, sentence = replan(config, world_size)
+    if sentence is not None:
+        notice(sentence)
     Layout.of(config, world_size)
+    return config
 
 
 def _notice(text: str) -> None:
