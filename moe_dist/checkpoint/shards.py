@@ -102,7 +102,7 @@ class Shard:
         for piece, view in zip(self.pieces, self.views, strict=True):
             if not view.is_floating_point() or not view.numel():
                 continue
-            # One pass without a temporary; a NaN comes through as both ends. isfinite().all() takes forty times as long.
+            # One pass without a temporary, forty times as fast as isfinite().all(); a NaN comes through as both ends.
             if not torch.isfinite(torch.stack(torch.aminmax(view))).all():
                 raise CheckpointError(f"{piece.key()} holds a value that is not finite; the step is not kept")
 
