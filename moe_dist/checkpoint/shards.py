@@ -163,7 +163,8 @@ class ShardReader:
         local: Path | None = self.storage.local_path(path)
         try:
             if local is not None and self._opened is None:
-                file, size = safe_open(local, framework="pt"), KEPT_BYTES // MAX_MAPPED
+                file: Any = safe_open(local, framework="pt")
+                size = KEPT_BYTES // MAX_MAPPED
             else:
                 content = self.storage.read(path)
                 file = load_bytes(content if self._opened is None else self._opened(name, content))
