@@ -164,7 +164,7 @@ class ShardReader:
         file: Any
         try:
             if local is not None and self._opened is None:
-                file: Any = safe_open(local, framework="pt")
+                file = safe_open(local, framework="pt")
                 size = KEPT_BYTES // MAX_MAPPED
             else:
                 content = self.storage.read(path)
