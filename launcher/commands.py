@@ -32,7 +32,8 @@ app = typer.Typer(
         "[dim]Change anything:[/dim]  moe-dist train configs/demo.yaml learning_rate=1e-3 parallel.ep_size=1"
     ),
     epilog="Every key is explained in docs/configuration.md, starting and stopping in docs/running.md. "
-    "Exit codes: 0 done, 1 failed, 2 the configuration or data cannot be used, 3 training stopped itself, 130 Ctrl-C.",
+    "Exit codes: 0 done, 1 failed, 2 the configuration or data cannot be used, 3 training stopped itself, "
+    "75 stopped on request and saved, 130 Ctrl-C.",
 )
 app.add_typer(checkpoint_commands.app)
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
