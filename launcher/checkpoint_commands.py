@@ -60,7 +60,7 @@ def ls(path: Place, as_json: AsJson = False) -> None:
 
 @app.command()
 def verify(path: Place, encryption_key: Key = None, as_json: AsJson = False) -> None:
-    """Read every byte and compare it with its SHA-256. Names the files and tensors that are not as written.
+    """Hash every byte and compare with the manifest. Names the files and tensors that are not as written.
 
     Hashes are of the files as stored: an encrypted checkpoint needs no key for this. With one, every seal is opened
     too.

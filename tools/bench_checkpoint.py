@@ -4,7 +4,7 @@
     python tools/bench_checkpoint.py --megabytes 200 --rounds 5 --json
 
 Every round does each of these once, one after the other, on the same sharded tensors (each rank holds half):
-our save (SHA-256 of every byte, fsync, rename), `torch.distributed.checkpoint` save and async_save (which fsync too),
+our save (BLAKE3 of every byte, fsync, rename), `torch.distributed.checkpoint` save and async_save (which fsync too),
 `torch.save` and fsync of each rank's half, and a plain write and fsync of as many bytes. Then both load; ours reads
 every byte twice, once to verify it. Medians over rounds after one that warms up. Ratios are ours to the peer's; for
 seconds less is better, for GB/s more is.

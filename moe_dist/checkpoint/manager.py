@@ -227,15 +227,19 @@ class Checkpoints:
         return found
 
     def verify(self, found: Found) -> list[str]:
-        """Everything wrong with a checkpoint (collective): the ranks share out its files."""
+        """Everything wrong with a checkpoint (collective): the ranks share out its files.
+
+        Raises CheckpointError for want of its key: a step that only cannot be opened is no reason for an older one.
+        """
         wrong: list[str] = []
         try:
             manifest = found.storage.manifest(found.step)
+        except (CheckpointError, OSError) as error:
+            wrong = [str(error)]
+        else:
             self.keys.opening(manifest, str(found))
             names = sorted(manifest.files)[self.mesh.rank :: self.mesh.layout.world_size]
             wrong = problems(found, manifest, names)
-        except (CheckpointError, OSError) as error:
-            wrong = [str(error)]
         return list(dict.fromkeys(line for lines in self._gathered(wrong) for line in lines))
 
     def read_state(self, found: Found) -> Loaded:

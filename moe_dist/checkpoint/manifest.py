@@ -39,10 +39,10 @@ class Strict(BaseModel):
 
 
 class FileEntry(Strict):
-    """One file: its length in bytes and SHA-256."""
+    """One file: its length in bytes and BLAKE3."""
 
     bytes: Size
-    sha256: Hash
+    blake3: Hash
 
 
 class Box(Strict):

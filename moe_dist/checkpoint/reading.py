@@ -57,8 +57,8 @@ def problems(found: Found, manifest: Manifest, names: Iterable[str]) -> list[str
                 return f"{where}: missing{_of(manifest, name)}"
             if size != entry.bytes:
                 return f"{where}: {size} bytes instead of {entry.bytes}{_of(manifest, name)}"
-            if hash_file(found.storage, path) != entry.sha256:
-                return f"{where}: its SHA-256 is not what was written{_of(manifest, name)}"
+            if hash_file(found.storage, path) != entry.blake3:
+                return f"{where}: its BLAKE3 is not what was written{_of(manifest, name)}"
         except OSError as error:
             return f"{where}: {error.strerror or error}{_of(manifest, name)}"
         return None

@@ -174,7 +174,7 @@ FORGED: dict[str, Callable[[dict[str, Any]], None]] = {
     "no files": lambda body: _put(body, "files", {}),
     "no tensors key": lambda body: body.pop("tensors"),
     "files is a list": lambda body: _put(body, "files", []),
-    "hash too short": lambda body: _put(body, f"files/{STATE_FILE}/sha256", "ab"),
+    "hash too short": lambda body: _put(body, f"files/{STATE_FILE}/blake3", "ab"),
     "negative bytes": lambda body: _put(body, f"files/{STATE_FILE}/bytes", -1),
     "unknown dtype": lambda body: _put(body, f"{STACK}/dtype", "OBJECT"),
     "negative shape": lambda body: _put(body, f"{STACK}/shape", [-4, 16, 16]),

@@ -217,8 +217,8 @@ def test_encryption_can_begin_and_end_with_any_start(tmp_path: Path, keys: None)
 
 def hashed_again(checkpoint: Path, name: str) -> None:
     """The manifest made to fit a changed file, as somebody without the key could do it."""
-    sha256 = hash_file(LocalStorage(checkpoint), name)
-    entry = {"bytes": (checkpoint / name).stat().st_size, "sha256": sha256}
+    blake3 = hash_file(LocalStorage(checkpoint), name)
+    entry = {"bytes": (checkpoint / name).stat().st_size, "blake3": blake3}
     rewrite_manifest(checkpoint, lambda body: body["files"].__setitem__(name, entry))
 
 

@@ -26,7 +26,7 @@ from moe_dist.checkpoint.retention import to_remove
 
 
 def tree(**changed: Any) -> dict[str, Any]:
-    entry = {"bytes": 3, "sha256": "1" * 64}
+    entry = {"bytes": 3, "blake3": "1" * 64}
     boxes = [{"file": "a.safetensors", "offset": [row, 0], "shape": [2, 2]} for row in (0, 2)]
     return {
         "format": "moe-dist-checkpoint",
@@ -75,7 +75,7 @@ def test_every_cut_counts() -> None:
 
 
 BOX = {"file": "a.safetensors", "offset": [0, 0], "shape": [4, 2]}
-FILE = {"bytes": 3, "sha256": "1" * 64}
+FILE = {"bytes": 3, "blake3": "1" * 64}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_box_key() -> None:
 
 def test_files_hold_no_more_than_they_are() -> None:
     with pytest.raises(ValueError, match="bytes"):
-        FileEntry(bytes=-1, sha256="1" * 64)
+        FileEntry(bytes=-1, blake3="1" * 64)
 
 
 @given(

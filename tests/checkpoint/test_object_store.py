@@ -256,7 +256,7 @@ def test_damage_is_found_before_it_is_loaded(storage: ObjectStorage, place: str,
     content[-9] ^= 16
     storage.put(f"checkpoint-4/{name}", bytes(content))
     (line,) = whole(found_at(place, 4))
-    assert line.startswith(f"{place}/checkpoint-4/{name}: its SHA-256 is not what was written (holds ")
+    assert line.startswith(f"{place}/checkpoint-4/{name}: its BLAKE3 is not what was written (holds ")
     result = train(tmp_path / "run", folder=place, max_steps=3, eval_steps=2, save_at_end=False)
     assert len(result.losses) == 1  # it went on from step 2
 

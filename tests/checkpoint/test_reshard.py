@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ LAYOUTS: list[Layout] = [
     (4, 2, 2, 0),
 ]
 FEW = [LAYOUTS[0], LAYOUTS[2], LAYOUTS[7], LAYOUTS[9]]
-NUM_MICRO_BATCHES = 12  # shared out evenly by 1, 2, 3 and 4 replicas
 
 
 def name_of(layout: Layout) -> str:
@@ -45,10 +45,12 @@ def name_of(layout: Layout) -> str:
 class Run:
     """A trial with a folder for its checkpoints."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, num_micro_batches: int) -> None:
+        """`num_micro_batches`: of a step, shared out evenly by the replicas of every layout."""
         world, pp, ep, zero = layout
         parallel = (f"ep_size={ep}", f"pp_size={pp}", f"zero_stage={zero}")
-        micro_batches_each = NUM_MICRO_BATCHES * pp // world
+        self.num_micro_batches = num_micro_batches
+        micro_batches_each = num_micro_batches * pp // world
         self.config: Config = tiny_config(*parallel, f"gradient_accumulation_steps={micro_batches_each}")
         self.trial = Trial(self.config, mesh_of(ep, None, pp))
 
@@ -56,7 +58,7 @@ class Run:
         return LogicalState(self.trial.model, self.trial.optimizer.named_state(), self.trial.mesh)
 
     def step(self, number: int) -> None:
-        batches = micro_batches(self.config, NUM_MICRO_BATCHES, number)
+        batches = micro_batches(self.config, self.num_micro_batches, number)
         self.trial.step(self.trial.share(batches), number, 1e-2)
         self.trial.balancer.clear()
 
@@ -78,10 +80,10 @@ class Run:
         self.trial.optimizer.follow_masters()
 
 
-def save_each(root: Path, layouts: list[Layout]) -> None:
+def save_each(root: Path, layouts: list[Layout], count: int) -> None:
     """Three steps, saved; and the step an uninterrupted run does next."""
     for layout in layouts:
-        run = Run(layout)
+        run = Run(layout, count)
         for number in range(3):
             run.step(number)
         run.save(root / name_of(layout), 3)
@@ -89,10 +91,10 @@ def save_each(root: Path, layouts: list[Layout]) -> None:
         run.save(root / name_of(layout), 4)
 
 
-def load_each(root: Path, layouts: list[Layout], sources: list[Layout]) -> None:
+def load_each(root: Path, layouts: list[Layout], count: int, sources: list[Layout]) -> None:
     """Every checkpoint into every layout, saved again as it came and after one more step."""
     for layout in layouts:
-        run = Run(layout)  # one for all: whatever a load leaves standing is seen in the next
+        run = Run(layout, count)  # one for all: whatever a load leaves standing is seen in the next
         for source in sources:
             run.load(root / name_of(source), 3)
             folder = root / f"{name_of(source)}-to-{name_of(layout)}"
@@ -112,8 +114,9 @@ def test_every_layout_into_every_other(tmp_path: Path, layouts: list[Layout]) ->
     Seen to fail with experts written as plain tensors (each rank its own block under one name), with the bias left
     out of the state, and with the offset of a box forgotten on reading.
     """
-    on_ranks(save_each, tmp_path, layouts)
-    on_ranks(load_each, tmp_path, layouts, layouts)
+    count = math.lcm(4, *(world for world, *_ in layouts))
+    on_ranks(save_each, tmp_path, layouts, count)
+    on_ranks(load_each, tmp_path, layouts, count, layouts)
     written = {layout: digests(Found(LocalStorage(tmp_path / name_of(layout)), 3)) for layout in layouts}
     names = set(written[layouts[0]])
     assert sum("w_gate_up[" in name and name.startswith("model.") for name in names) == 2 * 8

@@ -88,7 +88,7 @@ def test_verify_names_file_and_tensor(run: Path, say: Say) -> None:
     assert say("ls", run).out.count("complete") == 3  # the cheap look cannot see it
     said = say("verify", run)
     assert said.code == 1
-    assert f"{shard}: its SHA-256 is not what was written (holds " in said.out
+    assert f"{shard}: its BLAKE3 is not what was written (holds " in said.out
     assert said.out.endswith("2 of 3 checkpoints verified; not checkpoint-4\n")
     rows = json.loads(say("verify", run, "--json").out)
     assert not rows["ok"]
@@ -96,7 +96,7 @@ def test_verify_names_file_and_tensor(run: Path, say: Say) -> None:
     assert say("verify", run / "checkpoint-6").code == 0
     said = say("inspect", run / "checkpoint-4")
     assert said.code == 1
-    assert said.err.startswith(f"moe-dist: error: {shard}: its SHA-256")
+    assert said.err.startswith(f"moe-dist: error: {shard}: its BLAKE3")
 
 
 def test_inspect(run: Path, say: Say) -> None:
@@ -140,7 +140,7 @@ def test_one_changed_expert_is_the_only_difference(run: Path, tmp_path: Path, sa
     tensors = load_file(shard)
     tensors["model.layers.1.moe.experts.w_down"][2] *= 1.5
     save_file(tensors, shard)
-    entry = {"bytes": shard.stat().st_size, "sha256": hash_file(LocalStorage(other), f"checkpoint-6/{shard.name}")}
+    entry = {"bytes": shard.stat().st_size, "blake3": hash_file(LocalStorage(other), f"checkpoint-6/{shard.name}")}
     rewrite_manifest(other / "checkpoint-6", lambda body: body["files"].__setitem__(shard.name, entry))
     (row,) = json.loads(say("diff", run / "checkpoint-6", other / "checkpoint-6", "--json").out)["tensors"]
     assert (row["name"], row["expert"]) == ("model.layers.1.moe.experts.w_down", 2)

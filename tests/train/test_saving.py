@@ -109,13 +109,13 @@ def test_the_newest_that_verifies(tmp_path: Path, capsys: pytest.CaptureFixture)
     """FAULTS row 7: one wrong bit, and the one before is taken; asked for by name it is refused."""
     run(tmp_path, save_steps=2, save_total_limit=None)
     file = damage(tmp_path, 6)
-    with pytest.raises(ValueError, match=rf"checkpoint-6/{file}: its SHA-256 is not what was written \(holds model\."):
+    with pytest.raises(ValueError, match=rf"checkpoint-6/{file}: its BLAKE3 is not what was written \(holds model\."):
         run(tmp_path, {"max_steps": 8}, resume="6")
     straight = run(tmp_path / "straight", {"max_steps": 8})
     result = run(tmp_path, {"max_steps": 8}, resume="auto", save_at_end=False)
     assert result.losses == straight.losses[4:]
     log = (tmp_path / "train.log").read_text()
-    assert f"checkpoint-6 is not used: {tmp_path}/checkpoint-6/{file}: its SHA-256" in log
+    assert f"checkpoint-6 is not used: {tmp_path}/checkpoint-6/{file}: its BLAKE3" in log
 
 
 def test_nothing_good_is_not_nothing(tmp_path: Path) -> None:
