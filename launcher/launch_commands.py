@@ -1,0 +1,42 @@
+"""`moe-dist launch ...`: the same run somewhere else. One command per place; each is a few lines and a module."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Start CONFIG on a cluster, or print what would be started.", no_args_is_help=True)
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/demo.yaml.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print exactly what would be started or applied.")]
+
+
+@app.command(context_settings=_OVERRIDES)
+def k8s(
+    context: typer.Context,
+    config: ConfigPath,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Pods; default: as the manifests say.")] = None,
+    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks per pod; default: likewise.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Namespace; default: kubectl's.")] = None,
+    image: Annotated[str | None, typer.Option(help="Image with moe-dist in it; see k8s/Dockerfile.")] = None,
+    overlay: Annotated[str | None, typer.Option(metavar="NAME", help="A folder of k8s/overlays/, such as gpu.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train CONFIG on Kubernetes: the manifests of k8s/ with this run in them, given to kubectl.
+
+    [dim]Example:[/dim]  moe-dist launch k8s configs/demo.yaml --nodes 2 --dry-run
+    """
+    from launcher.kubernetes import apply, for_pods, manifests
+    from moe_dist.config_loading import load_config
+
+    settings = for_pods(load_config(config, context.args, notice=_notice), _notice)
+    text = manifests(settings, overlay, nodes, nproc_per_node, namespace, image)
+    if dry_run:
+        print(text, end="")
+        return
+    raise typer.Exit(apply(text))
+
+
+def _notice(text: str) -> None:
+    typer.echo(f"note: {text}", err=True)
