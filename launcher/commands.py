@@ -1,4 +1,4 @@
-"""`moe-dist train`, `check` and `verify`. Torch is imported by the ranks, never by the command."""
+"""`moe-dist train`, `check`, `verify` and `report`. Torch is imported by the ranks, never by the command."""
 
 from __future__ import annotations
 
@@ -123,35 +123,59 @@ def verify(
     context: typer.Context,
     config: ConfigPath,
     world_size: Annotated[int, typer.Option("--world-size", "-n", min=1, help="Ranks started on this machine.")] = 4,
-    layouts: Annotated[str, typer.Option(help="all, quick, or names such as ep2-zero3-acc2,ep4-zero0.")] = "all",
+    layouts: Annotated[
+        str, typer.Option(help="all, quick, or names such as ep2-zero3-acc2,pp2-1f1b-ep2-zero0-acc4.")
+    ] = "all",
     plant: Annotated[str | None, typer.Option(metavar="BUG", help="Plant a known bug: the proof must fail.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Numbers for programs on standard output.")] = False,
 ) -> None:
     """Prove that every layout computes what one process computes.
 
-    Trains a shrunken model of the same kind for three steps under each layout and compares gradients, norm, weights,
-    router bias and initial weights with one process. Exit code 1 when any layout differs.
+    Trains a shrunken model of the same kind for three steps under each layout (pipelines, experts, sharding,
+    accumulation, recomputation, DeepSpeed) and compares losses, gradients, norm, weights, router bias and initial
+    weights with one process. Exit code 1 when any layout differs.
 
     [dim]Example:[/dim]  moe-dist verify configs/demo.yaml --layouts quick
     """
     from launcher.worker import Proof
+    from moe_dist.config import ParallelConfig
     from moe_dist.verify.layouts import BUGS, cases, shrunken
 
     settings = load_config(config, context.args, notice=_notice if os.environ.get("RANK", "0") == "0" else _nothing)
     if plant is not None and plant not in BUGS:
         raise ConfigError(f"--plant {plant}: not a known bug; allowed: {', '.join(BUGS)}")
-    settings.parallel.ep_size, settings.parallel.shard_size = 1, None
+    settings.parallel = ParallelConfig()  # layouts have their own
     proof = Proof(layouts, plant, as_json)
     if started_by_torchrun():
         from launcher.worker import run_under_torchrun
 
         run_under_torchrun(settings, detect(), proof)
-    cases(shrunken(settings, world_size), world_size, layouts)
+    cases(shrunken(settings, world_size, plant), world_size, layouts)
     settings.launch.nproc_per_node = world_size
     from launcher.local import launch
 
     code = launch(settings, proof)
     raise typer.Exit(EXIT_FAILED if code == EXIT_DIFFERS else code)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, such as outputs/demo.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="File to write; default: report.html in the run folder.")
+    ] = None,
+) -> None:
+    """Write report.html about one run, or several side by side.
+
+    One file with everything in it: loss, throughput, the load of every expert at every step, checkpoints, and
+    findings in words. It opens in any browser, without a network. For several runs the default is report.html in the
+    current folder.
+
+    [dim]Example:[/dim]  moe-dist report outputs/demo
+    """
+    from moe_dist.monitor.report import write_report  # a plotting library, only when there is something to plot
+
+    print(write_report(runs, output))
 
 
 def _check_world(config: Config, world_size: int) -> None:

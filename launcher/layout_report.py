@@ -9,7 +9,8 @@ from rich.table import Table
 from moe_dist.config import Config
 from moe_dist.models.counts import flops_per_token, parameter_counts, per_rank
 from moe_dist.parallel.layout import Axis, Layout, layers_by_place
-from moe_dist.train.describe import amount, layout_lines, sentence
+from moe_dist.parallel.state_bytes import state_bytes
+from moe_dist.train.describe import amount, byte_size, layout_lines, sentence
 
 _MEANING: dict[Axis, str] = {
     "ep": "share out the experts of every layer",
@@ -20,7 +21,7 @@ _MEANING: dict[Axis, str] = {
 
 
 def print_report(config: Config, world_size: int, console: Console | None = None) -> None:
-    """Sentence, grid of ranks, groups, parameters. Raises ConfigError when the layout is impossible."""
+    """Sentence, grid of ranks, groups, parameters, bytes. Raises ConfigError when the layout is impossible."""
     console = console or Console(highlight=False)
     layout = Layout.of(config, world_size)
     counts = parameter_counts(config.model)
@@ -47,12 +48,15 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         f"{amount(counts.active)}, {100 * counts.active / counts.total:.1f} %",
     )
     places = layers_by_place(config)
-    for stage, ranges in zip(per_rank(config.model, layout, places), places, strict=True):
+    held = state_bytes(config, layout)
+    for stage, ranges, state in zip(per_rank(config.model, layout, places), places, held, strict=True):
         name = "on each rank" if layout.pp_size == 1 else f"on each rank of stage {stage.stage}"
         parts = f"{amount(stage.total)}: {amount(stage.dense)} dense, {amount(stage.experts)} in experts"
         if layout.pp_size > 1:
             parts = f"layers {', '.join(_layers(layers) for layers in ranges)}; {parts}"
         numbers.add_row(name, f"{stage.total:,}", parts)
+        kinds = ", ".join(f"{byte_size(getattr(state, kind))} {kind}" for kind in ("weights", "gradients", "optimizer"))
+        numbers.add_row("  bytes of it", f"{state.total:,}", f"{byte_size(state.total)}: {kinds}")
     flops = flops_per_token(config.model, config.data.max_seq_length)
     numbers.add_row("FLOPs per token", f"{flops:,}", f"{amount(flops)}, forward and backward")
     batch = config.global_batch_size(world_size)

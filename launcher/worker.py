@@ -80,10 +80,10 @@ def train(config: Config, environment: Environment) -> int:
 def verify(config: Config, environment: Environment, proof: Proof) -> int:
     """Prove the arithmetic of every layout; returns the exit code."""
     from launcher.process_groups import connected
-    from moe_dist.verify.run import verify as run
+    from moe_dist.verify.run import Verifier
 
     with connected(config, environment) as mesh:
-        passed = run(config, mesh, proof.layouts, proof.plant, proof.as_json)
+        passed = Verifier(mesh).verify(config, proof.layouts, proof.plant, proof.as_json)
     return 0 if passed else EXIT_DIFFERS
 
 

@@ -371,6 +371,19 @@ class CheckpointConfig(Section):
         return [] if keys is None else [keys] if isinstance(keys, str) else keys
 
 
+class PrometheusConfig(Section):
+    """Metrics for a Prometheus server."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Serve /metrics on this port, or the next free one; 0: any free port; null: no server."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: every network of the machine."""
+    per_expert: Literal["full", "layer", "top"] = "full"
+    """Series per expert: every expert, none (layers only), or the hottest and coldest four of each layer."""
+    pushgateway: str | None = None
+    """URL of a Pushgateway that gets the metrics at every logging interval and at the end."""
+
+
 class MonitorConfig(Section):
     """Facts to people."""
 
@@ -382,6 +395,8 @@ class MonitorConfig(Section):
     """Console: a live line on a terminal, plain lines elsewhere, or nothing."""
     stall_timeout: PositiveFloat = 60.0
     """Seconds without any sign of life from all ranks after which a run counts as hung, and is ended."""
+    prometheus: PrometheusConfig = Field(default_factory=PrometheusConfig)
+    """Metrics for a Prometheus server."""
 
 
 class LaunchConfig(Section):

@@ -19,34 +19,29 @@ def reference(overrides: tuple[str, ...], num_micro_batches: int) -> Told:
     return told(overrides, 1, num_micro_batches)
 
 
-def told(
-    overrides: tuple[str, ...], ep_size: int, num_micro_batches: int, plant: str | None = None, pp_size: int = 1
-) -> Told:
+def told(overrides: tuple[str, ...], ep_size: int, num_micro_batches: int, pp_size: int = 1) -> Told:
     """What this rank is told of three steps of the tiny model."""
     config, mesh = on_layout(overrides, ep_size, num_micro_batches, pp_size)
-    return run_trial(config, mesh, num_micro_batches, plant=plant)
+    return run_trial(config, mesh, num_micro_batches)
 
 
 def on_layout(
     overrides: tuple[str, ...], ep_size: int, num_micro_batches: int, pp_size: int = 1
 ) -> tuple[Config, Mesh]:
     """The tiny model's configuration and this rank's mesh."""
-    layout = [f"parallel.ep_size={ep_size}"]
-    if pp_size > 1:
-        replicas = dist.get_world_size() // pp_size
-        layout += [
-            f"parallel.pp_size={pp_size}",
-            f"train.gradient_accumulation_steps={num_micro_batches // replicas}",
-        ]
+    replicas = dist.get_world_size() // pp_size if dist.is_initialized() else 1
+    layout = [
+        f"parallel.ep_size={ep_size}",
+        f"parallel.pp_size={pp_size}",
+        f"train.gradient_accumulation_steps={num_micro_batches // replicas}",
+    ]
     config = tiny_config(*layout, *overrides)
     return config, mesh_of(ep_size, config.parallel.shard_size, pp_size)
 
 
-def compare(
-    overrides: tuple[str, ...], ep_size: int, num_micro_batches: int, plant: str | None = None, pp_size: int = 1
-) -> dict[str, float]:
+def compare(overrides: tuple[str, ...], ep_size: int, num_micro_batches: int, pp_size: int = 1) -> dict[str, float]:
     """Largest deviations of any of four ranks from one process. One reference serves all layouts of a pipeline."""
     wanted = reference(tuple(text for text in overrides if not text.startswith("parallel.")), num_micro_batches)
-    results = run_ranks(told, 4, overrides, ep_size, num_micro_batches, plant, pp_size)
+    results = run_ranks(told, 4, overrides, ep_size, num_micro_batches, pp_size)
     found = [deviations(result, wanted) for result in results]
     return {name: max(worst[name] for worst in found) for name in found[0]}

@@ -204,3 +204,31 @@ def test_every_key_has_one_home_and_a_meaning() -> None:
 def test_the_manual_is_up_to_date() -> None:
     manual = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     assert config_reference() in manual, "run the command at the end of docs/configuration.md"
+
+
+def test_a_group_of_keys_inside_a_section(tmp_path: Path) -> None:
+    """`monitor.prometheus.port` from the command line, from a file in two ways, and over a base file, key by key."""
+    (tmp_path / "base.yaml").write_text("monitor: {prometheus: {port: 9100, host: 0.0.0.0}}")
+    config, notices = load(tmp_path, "base: base.yaml", ("monitor.prometheus.port=9400", "prometheus.per_expert=top"))
+    found = config.monitor.prometheus
+    assert (found.port, found.host, found.per_expert, notices) == (9400, "0.0.0.0", "top", [])
+    assert config_difference(Config(), config) == [
+        ("monitor.prometheus.port", None, 9400),
+        ("monitor.prometheus.host", "127.0.0.1", "0.0.0.0"),
+        ("monitor.prometheus.per_expert", "full", "top"),
+    ]
+    assert load(tmp_path, dump_config(config))[0] == config
+    for text, words in (
+        ("monitor: {prometheus: 9400}", "monitor.prometheus=9400: a group of keys; allowed: monitor.prometheus."),
+        (
+            "monitor: {prometheus: {prot: 1}}",
+            "monitor.prometheus.prot=1: unknown key; nearest: monitor.prometheus.",
+        ),
+        (
+            "monitor: {prometheus: {port: 70000}}",
+            "monitor.prometheus.port=70000: a whole number, 0 or more and at",
+        ),
+        ("monitor: {prometheus: {port: true}}", "monitor.prometheus.port=true: a whole number"),
+        ("monitor: {prometheus: {per_expert: all}}", "monitor.prometheus.per_expert='all': one of full, layer, top"),
+    ):
+        assert complaint(tmp_path, text).startswith(words)

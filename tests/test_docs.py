@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -29,3 +30,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_commands_name_files_that_exist(page: Path) -> None:
     for config in re.findall(r"\bconfigs/[\w.]+\.yaml", page.read_text()):
         assert (ROOT / config).is_file(), f"{page.name}: {config}"
+
+
+def test_the_mesh_in_the_page_is_what_check_prints() -> None:
+    """Whole, as a terminal of 118 columns shows it."""
+    page = (ROOT / "docs" / "parallelism.md").read_text()
+    command, wanted = re.findall(r"^```\n\$ moe-dist (check .*)\n((?:.*\n)*?)```$", page, re.MULTILINE)[0]
+    run = [sys.executable, "-m", "launcher", *command.split()]
+    environment = {**os.environ, "COLUMNS": "118"}
+    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert [line.rstrip() for line in done.stdout.rstrip().splitlines()] == wanted.rstrip().splitlines()

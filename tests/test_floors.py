@@ -50,6 +50,7 @@ LIGHT = (
     *(f"moe_dist.checkpoint.{name}" for name in ("reading", "retention", "storage")),
     "moe_dist.models.counts",
     "moe_dist.parallel.layout",
+    "moe_dist.parallel.state_bytes",
     "moe_dist.train.describe",
     "moe_dist.verify.layouts",
     "launcher.cli",

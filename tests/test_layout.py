@@ -98,6 +98,17 @@ def test_what_a_world_can_hold() -> None:
     )
 
 
+def test_what_sharding_asks_of_a_world() -> None:
+    hybrid = Config.model_validate({"parallel": {"zero_stage": 3, "shard_size": 4}})
+    assert Layout.of(hybrid, 8) == Layout(8)
+    with pytest.raises(ConfigError, match=r"parallel\.shard_size=4: must divide the 6 replicas"):
+        Layout.of(hybrid, 6)
+    deepspeed = Config.model_validate({"parallel": {"zero_stage": 1, "engine": "deepspeed"}})
+    assert Layout.of(deepspeed, 2) == Layout(2)
+    with pytest.raises(ConfigError, match=r"parallel\.engine=deepspeed: needs two ranks or more"):
+        Layout.of(deepspeed, 1)
+
+
 @pytest.mark.parametrize(
     ("layout", "message"),
     [

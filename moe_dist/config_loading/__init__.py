@@ -3,7 +3,8 @@
 The way through: `yaml_text` (text to plain values) -> `names` (other people's spellings, every key to its
 one full name `section.key`) -> `loading` (base files, `huggingface`, overrides, in the order in which they
 win) -> pydantic (types, ranges, combinations), whose errors `loading` puts in one line. `writing` is the way
-back. There are exactly two levels, so merging happens on a flat dict of full names. No torch in here.
+back. There are two levels, and a third in a group such as `monitor.prometheus`, so merging happens on a flat dict of
+full names. No torch in here.
 """
 
 from moe_dist.config_loading.huggingface import read_huggingface

@@ -118,7 +118,8 @@ def _reworded(error: ValidationError, reading: _Reading, origin: str) -> ConfigE
     """pydantic's findings in one line: the first, and how many more keys are wrong."""
     found = error.errors()
     first, location = found[0], found[0]["loc"]
-    key = ".".join(str(part) for part in location[:2])
+    names = [".".join(str(part) for part in location[:depth]) for depth in (3, 2)]
+    key = next((name for name in names if name in FIELDS), names[-1])
     if key in FIELDS:
         origin = reading.origins.get(key, origin)
         text = f"{key}={show(reading.values.get(key))}: {takes(key)}"
@@ -127,7 +128,7 @@ def _reworded(error: ValidationError, reading: _Reading, origin: str) -> ConfigE
         if key in SECTIONS and not text.startswith(f"{key}."):
             text = f"{key}.{text}"
         origin = reading.origins.get(re.split("[=:]", text)[0], origin)
-    more = len({item["loc"][:2] for item in found}) - 1
+    more = len({item["loc"][: key.count(".") + 1] for item in found}) - 1
     return ConfigError(f"{text} ({origin}){f' (and {more} more)' if more else ''}")
 
 
@@ -170,10 +171,13 @@ def _validated(reading: _Reading, overrides: Sequence[str], origin: str) -> Conf
     reading.values = reading.balance_defaults | reading.values
     reading.origins = dict.fromkeys(reading.values, origin) | reading.origins
     reading.check_bools()
-    nested: dict[str, dict[str, Any]] = {}
+    nested: dict[str, Any] = {}
     for key, value in reading.values.items():
-        section, _, leaf = key.partition(".")
-        nested.setdefault(section, {})[leaf] = value
+        *sections, leaf = key.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[leaf] = value
     try:
         return Config.model_validate(nested)
     except ValidationError as error:

@@ -16,8 +16,21 @@ for _name, _field in Config.model_fields.items():
     assert isinstance(_field.annotation, type)
     assert issubclass(_field.annotation, Section)
     SECTIONS[_name] = _field.annotation
-FIELDS = {f"{name}.{key}": field for name, cls in SECTIONS.items() for key, field in cls.model_fields.items()}
-# Keys are unique over all sections, so a bare key names its full one; a test holds config.py to that.
+# Keys of a section that are sections themselves, by their full name: `monitor.prometheus`.
+GROUPS: dict[str, type[Section]] = {
+    f"{name}.{key}": field.annotation
+    for name, cls in SECTIONS.items()
+    for key, field in cls.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+FIELDS = {
+    f"{name}.{key}": field
+    for name, cls in (SECTIONS | GROUPS).items()
+    for key, field in cls.model_fields.items()
+    if f"{name}.{key}" not in GROUPS
+}
+# Keys are unique over all sections, so a bare key names its full one; a test holds config.py to that. The keys of a
+# group keep its name: `prometheus.port`.
 HOMES = {full.partition(".")[2]: full for full in FIELDS}
 # Too general to follow out of another section: `model.name` is not the dataset's name.
 GENERAL = {"limit", "name", "path", "source", "split"}
@@ -70,15 +83,27 @@ def takes(key: str) -> str:
 def _unknown(spelling: str, value: Any, origin: str) -> ConfigError:
     """The error for a key nobody knows, with the nearest that somebody does."""
     section, _, leaf = spelling.rpartition(".")
-    known = {**ALIASES, **HOMES}
+    known = {key: f"{section}.{key}" for key in GROUPS[section].model_fields} if section in GROUPS else {}
+    known = known or {**ALIASES, **HOMES}
     near = difflib.get_close_matches(leaf, known, 1, 0.6)
     if near:
         hint = f"nearest: {known[near[0]]}"
-    elif section in SECTIONS:
-        hint = f"allowed in {section}: {', '.join(SECTIONS[section].model_fields)}"
+    elif section in SECTIONS or section in GROUPS:
+        hint = f"allowed in {section}: {', '.join((SECTIONS | GROUPS)[section].model_fields)}"
     else:
         hint = f"allowed: the sections {', '.join(SECTIONS)} and their keys"
     return ConfigError(f"{spelling}={show(value)}: unknown key; {hint} ({origin})")
+
+
+def _inside(name: str, value: Any, origin: str) -> Iterator[tuple[str, Any]]:
+    """What a key of a section holds: its value, or the keys of a group."""
+    if name not in GROUPS:
+        yield name, value
+    elif isinstance(value, dict | None):
+        yield from ((f"{name}.{key}", inner) for key, inner in (value or {}).items())
+    else:
+        keys = ", ".join(f"{name}.{key}" for key in GROUPS[name].model_fields)
+        raise ConfigError(f"{name}={show(value)}: a group of keys; allowed: {keys} ({origin})")
 
 
 def spellings(raw: Mapping[Any, Any], origin: str) -> Iterator[tuple[str, Any]]:
@@ -87,7 +112,10 @@ def spellings(raw: Mapping[Any, Any], origin: str) -> Iterator[tuple[str, Any]]:
         if name in SECTIONS or name in OTHER_SECTIONS:
             if not isinstance(content, dict | None):
                 raise ConfigError(f"{name}={show(content)}: a section, with its keys indented under it ({origin})")
-            yield from ((f"{name}.{key}", value) for key, value in (content or {}).items())
+            for key, value in (content or {}).items():
+                yield from _inside(f"{name}.{key}", value, origin)
+        elif (group := next((full for full in GROUPS if full.endswith(f".{name}")), None)) is not None:
+            yield from _inside(group, content, origin)
         elif isinstance(content, dict):
             sections = [*SECTIONS, *OTHER_SECTIONS]
             near = difflib.get_close_matches(str(name), sections, 1, 0.6)

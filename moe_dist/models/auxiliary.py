@@ -74,8 +74,8 @@ class LoadFacts:
     synchronised.
 
     `pairs_E` int64 (pairs routed to each expert, before any drop), `dropped` int64, `tokens` int64; `sums`
-    (3,) float64: over tokens, the sum of the load-balancing loss (1.0 = balanced), the z-loss, and the
-    router's entropy in nats.
+    (4,) float64: over tokens, the sum of the load-balancing loss (1.0 = balanced), the z-loss, the router's
+    entropy in nats, and its confidence, the largest of a token's scores.
     """
 
     pairs_E: Tensor
@@ -90,7 +90,7 @@ class LoadFacts:
 
         # float32 on devices without float64 (Apple's); elsewhere sums over an interval keep every digit.
         wide = torch.float32 if device.type == "mps" else torch.float64
-        return LoadFacts(count(num_experts), count(), count(), torch.zeros(3, dtype=wide, device=device))
+        return LoadFacts(count(num_experts), count(), count(), torch.zeros(4, dtype=wide, device=device))
 
     def zero_(self) -> None:
         for tensor in (self.pairs_E, self.dropped, self.tokens, self.sums):
@@ -134,8 +134,9 @@ class LoadBalance:
             shares = self.global_load or self._reduced(load_GE, tokens_G)
         aux = load_balancing_loss(scores_TE, *shares, self.top_k)
         z = z_loss(logits_TE, valid_T)
-        entropy = torch.special.entr(scores_TE.detach()).sum()
-        self._record(load_GE, tokens_G, torch.stack((aux.detach(), z.detach(), entropy)))
+        scores_TE = scores_TE.detach()
+        entropy, confidence = torch.special.entr(scores_TE).sum(), scores_TE.amax(-1).sum()
+        self._record(load_GE, tokens_G, torch.stack((aux.detach(), z.detach(), entropy, confidence)))
         return (self.aux_coef * aux + self.z_coef * z) * token_scale
 
     def _tokens(self, ids_TK: Tensor, valid_T: Tensor | None, num_groups: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Facts to people.
 
 `Collector` sums what the layers saw into `LayerRecord`s; the trainer puts them into a `TrainRecord`; `Sinks`
-hands each record to the console, `metrics.jsonl` and TensorBoard. `docs/metrics.md` explains every number.
+hands each record to the console, `metrics.jsonl`, TensorBoard and Prometheus; `report` reads the file back.
+`alerts.yml` and `grafana.json` are for the servers of others. `docs/metrics.md` explains every number.
 """

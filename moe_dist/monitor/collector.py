@@ -42,7 +42,7 @@ class Collector:
         num_layers = len(self.moe_layer_numbers)
         # Columns of counts: the experts' pairs, dropped pairs, tokens.
         self._counts = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=self.device)
-        self._sums = torch.zeros(num_layers, 3, dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(num_layers, 4, dtype=torch.float64, device=self.device)
         self._rows: dict[tuple[int, ...], Tensor] = {}
 
     def add(self, facts_by_layer: Mapping[int, LoadFacts]) -> None:

@@ -31,12 +31,13 @@ def layer_record(
     """The record of one layer.
 
     `pairs_E` (E,) pairs routed to each expert before any drop; `dropped` pairs without a place; `tokens`
-    routed, each to `top_k` experts; `sums` (3,) over tokens: load-balancing loss, z-loss, router entropy.
+    routed, each to `top_k` experts; `sums` (4,) over tokens: load-balancing loss, z-loss, router entropy,
+    router confidence.
     Without tokens every ratio is 0.0 (a measured imbalance is at least 1.0) and every expert is dead.
     """
     counts = [int(count) for count in pairs_E]
     imbalance, cv, entropy = _spread(np.asarray(counts, dtype=np.float64))
-    aux, z, router_entropy = (float(total) / tokens if tokens else 0.0 for total in sums)
+    aux, z, router_entropy, confidence = (float(total) / tokens if tokens else 0.0 for total in sums)
     return LayerRecord(
         layer=int(layer),
         tokens_per_expert=counts,
@@ -48,6 +49,7 @@ def layer_record(
         aux_loss=aux,
         z_loss=z,
         router_entropy=router_entropy,
+        router_confidence=confidence,
     )
 
 
@@ -69,6 +71,11 @@ def load_ratios(record: LayerRecord) -> list[float]:
     total = sum(record.tokens_per_expert)
     scale = len(record.tokens_per_expert) / total if total else 0.0
     return [count * scale for count in record.tokens_per_expert]
+
+
+def used_share(record: LayerRecord) -> float:
+    """Share of the experts that carry the load, exp(entropy of the loads) / E: 1.0 balanced, K / E at worst."""
+    return float(len(record.tokens_per_expert) ** (record.load_entropy - 1.0))
 
 
 def extremes(layers: Sequence[LayerRecord]) -> tuple[ExpertLoad, ExpertLoad] | None:
@@ -103,5 +110,6 @@ RATIOS = (
     "aux_loss",
     "z_loss",
     "router_entropy",
+    "router_confidence",
 )
 """Fields of a LayerRecord whose mean over layers means something."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_dist.monitor.expert_stats import used_share
 from moe_dist.monitor.records import LayerRecord
 
 PATIENCE = 3
@@ -33,8 +34,7 @@ class Health:
                 said.append(
                     f"layer {record.layer}: {len(dead)} of {len(load)} experts get no tokens ({names}); {_REMEDY}"
                 )
-            used = len(load) ** (record.load_entropy - 1.0)
-            if self._lasts("collapse", record.layer, used < COLLAPSE):
+            if self._lasts("collapse", record.layer, used_share(record) < COLLAPSE):
                 shares = sorted((tokens / sum(load) for tokens in load), reverse=True)
                 said.append(
                     f"layer {record.layer}: the router has collapsed, its two busiest experts take "

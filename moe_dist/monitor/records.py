@@ -34,6 +34,8 @@ class LayerRecord:
     """Squared log-sum-exp of the router's logits, mean over tokens, unweighted."""
     router_entropy: float
     """Entropy in nats of a token's router scores, mean over tokens."""
+    router_confidence: float = 0.0
+    """Largest of a token's router scores, mean over tokens, 1 / E .. 1; 0.0 in logs older than this field."""
 
 
 class Record:
@@ -109,6 +111,28 @@ class EvalRecord(Record):
 
 
 @dataclass(frozen=True)
+class CheckpointRecord(Record):
+    """One checkpoint, written or failed."""
+
+    kind: ClassVar[str] = "checkpoint"
+
+    step: int
+    """Optimizer steps in it."""
+    seconds: float
+    """From the start of saving until it was complete, or had failed."""
+    blocked_seconds: float
+    """Part of `seconds` in which training waited."""
+    bytes: int
+    """Size on disk, all ranks; 0 when it failed."""
+    path: str
+    """Where it is, or was to be."""
+    ok: bool = True
+    """Whether it is complete and can be loaded."""
+    reason: str = ""
+    """Why it was saved (`save_steps`, `end`, a signal); when it failed, what went wrong."""
+
+
+@dataclass(frozen=True)
 class RunInfo(Record):
     """What is about to run."""
 
@@ -160,6 +184,8 @@ class RunSummary(Record):
     """Optimizer steps skipped for a non-finite loss or gradient."""
     reason: str
     """Why it ended, in words."""
+    failed: bool = False
+    """It stopped itself for a reason that a person must look at."""
     paths: dict[str, str] = field(default_factory=dict)
     """What was written: name -> path."""
     sample_before: str | None = None

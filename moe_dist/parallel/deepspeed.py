@@ -154,6 +154,9 @@ class DeepSpeedEngine:
 
     def step(self) -> None:
         """Update this rank's partitions, then gather the weights."""
+        # Called once an optimizer step; DeepSpeed counts calls, and would update at every second one with two
+        # accumulation steps.
+        self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
 
     @torch.no_grad()

@@ -45,7 +45,8 @@ class Layout:
     def of(cls, config: Config, world_size: int) -> Layout:
         """The layout a configuration asks for on this many ranks.
 
-        Raises ConfigError with the world sizes, and the ep_size values, that would do instead.
+        Raises ConfigError with the world sizes, and the ep_size values, that would do instead, and for sharding that
+        this many ranks cannot do.
         """
         pp_size, ep_size, num_experts = (
             config.parallel.pp_size,
@@ -53,12 +54,18 @@ class Layout:
             config.model.num_experts,
         )
         try:
-            return cls(world_size, pp_size, ep_size)
+            layout = cls(world_size, pp_size, ep_size)
         except ConfigError as error:
             per_stage = world_size // pp_size if world_size % pp_size == 0 else 0
             ep_sizes = [n for n in range(1, min(per_stage, 4096) + 1) if per_stage % n == num_experts % n == 0]
             hint = f", or parallel.ep_size one of {', '.join(map(str, ep_sizes))}" if ep_sizes else ""
             raise ConfigError(f"{error}{hint}") from None
+        shard_size = config.parallel.shard_size
+        if shard_size is not None and layout.dp_size % shard_size:
+            raise ConfigError(f"parallel.shard_size={shard_size}: must divide the {layout.dp_size} replicas (dp)")
+        if config.parallel.engine == "deepspeed" and world_size == 1:
+            raise ConfigError("parallel.engine=deepspeed: needs two ranks or more; allowed for one process: torch")
+        return layout
 
     @property
     def dp_size(self) -> int:

@@ -15,6 +15,14 @@ def amount(count: float) -> str:
     return f"{count:g}"
 
 
+def byte_size(count: int) -> str:
+    """Bytes as people say them: 61.9 MB, 3.2 GB; units of 1000."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} B"
+
+
 def sentence(config: Config, layout: Layout, device: str, num_tokens: int | None = None) -> str:
     """What will run, in one plain sentence."""
     model, train, counts = config.model, config.train, parameter_counts(config.model)

@@ -22,6 +22,7 @@ from moe_dist.parallel.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.opening import RunPlace
 from moe_dist.train.optimizer import Optimizer
+from moe_dist.train.step import StepResult
 from moe_dist.train.stopping import Stopping
 
 logger = logging.getLogger("moe_dist")
@@ -43,6 +44,14 @@ class Counters:
     """Loss of the first step ever."""
     saves_failed: int = 0
     """Checkpoints that could not be committed."""
+
+    def add(self, result: StepResult) -> None:
+        """One more step."""
+        self.step += 1
+        self.tokens += result.num_tokens
+        self.skipped += result.skipped
+        if self.initial_loss is None:
+            self.initial_loss = result.loss
 
 
 class Persistence:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import resource
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,6 @@ from moe_dist.config import Config
 from moe_dist.data.baseline import unigram_loss
 from moe_dist.data.loader import eval_batches
 from moe_dist.data.packing import PackedDataset
-from moe_dist.monitor.collector import Collector
-from moe_dist.monitor.health import Health
-from moe_dist.monitor.records import EvalRecord, LayerRecord, RunSummary, TrainRecord
-from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
@@ -33,8 +26,9 @@ from moe_dist.train.build import build_datasets, build_gradients, build_loader, 
 from moe_dist.train.evaluation import evaluate, sample_text
 from moe_dist.train.opening import merge_config, run_info, take_run_folder, write_config
 from moe_dist.train.persistence import Counters, Persistence
+from moe_dist.train.reporting import Reporter
 from moe_dist.train.schedule import learning_rate
-from moe_dist.train.step import StepResult, TrainStep
+from moe_dist.train.step import TrainStep
 from moe_dist.train.stopping import Stopping
 
 logger = logging.getLogger("moe_dist")
@@ -94,16 +88,16 @@ class MoETrainer:
         try:
             self._build(dataset)
             try:
-                self.persistence.restore(self.counters, self.sinks.message)
+                self.persistence.restore(self.counters, self.reporter.sinks.message)
                 write_config(self.config, self.mesh)
                 self._open()
                 with self.stop_requests:
                     while self.stopping.reason is None:
                         self._one_step()
-                return self._finish()
+                    return self._finish()
             finally:
                 self.loader.close()
-                self.sinks.close()
+                self.reporter.sinks.close()
         finally:
             if self.place.lock is not None:
                 self.place.lock.release()
@@ -111,8 +105,8 @@ class MoETrainer:
     def _build(self, dataset: Any) -> None:
         config, mesh = self.config, self.mesh
         torch.use_deterministic_algorithms(config.train.deterministic)
-        self.sinks = build_sinks(self.output_dir, config.monitor) if mesh.rank == 0 else Sinks([])
         self.clock = Clock(mesh.device, self.status)
+        self.reporter = Reporter(config, mesh, self.clock)
         self.datasets = build_datasets(config, dataset)
         self.loader = build_loader(config, self.datasets.train, mesh)
         self.model = build_model(config, mesh, self.clock)
@@ -120,13 +114,6 @@ class MoETrainer:
         self.optimizer = build_optimizer(self.model, self.gradients, config)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate)
         self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config, self.status)
-        self.collector = Collector(
-            config.model.moe_layers,
-            config.model.num_experts,
-            config.model.num_experts_per_tok,
-            mesh.device,
-            partial(mesh.sum_over, "world"),
-        )
         self.stopping = Stopping(config.train, self.loader.steps_per_epoch)
         self.counters = Counters()
         self.persistence = Persistence(config, mesh, self.model, self.optimizer, self.loader, self.stopping, self.place)
@@ -135,9 +122,6 @@ class MoETrainer:
         self.signal: int | None = None
         self.last_saved: str | None = None
         self.losses: list[float] = []
-        self.unigram: float | None = None
-        self.layers: list[LayerRecord] = []
-        self.health, self.interval = Health(), Interval()
 
     def _open(self) -> None:
         config = self.config
@@ -149,13 +133,13 @@ class MoETrainer:
                 "%d documents could not be read and are left out, the first: %s at %s: %s; train.log names all",
                 *(len(skipped), skipped[0].id, skipped[0].offset, skipped[0].reason),
             )
-        self.sinks.open(run_info(config, self.mesh, self.datasets))
+        self.reporter.sinks.open(run_info(config, self.mesh, self.datasets))
         if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
-            self.unigram = unigram_loss(self.datasets.train, self.datasets.validation, config.model.vocab_size)
+            vocabulary = config.model.vocab_size
+            self.reporter.unigram = unigram_loss(self.datasets.train, self.datasets.validation, vocabulary)
         self.sample_before = self._sample()
         self.started = time.perf_counter() - self.counters.elapsed
-        self.interval = Interval()
-        self.elapsed = self.counters.elapsed
+        self.reporter.start_interval()
         done, share = self.counters.step, self._time_share()
         if (self.stopping.max_steps is not None and done >= self.stopping.max_steps) or share >= 1.0:
             self.stopping.after_step(done, 0.0, 0.0, False, share)
@@ -164,26 +148,22 @@ class MoETrainer:
         config, counters, waiting = self.config, self.counters, time.perf_counter()
         self.status.at("waiting for data", step=counters.step + 1)
         batches = self.loader.next_step()
-        self.interval.data_wait += time.perf_counter() - waiting
+        data_wait = time.perf_counter() - waiting
         rate = learning_rate(config.optimizer, counters.step, self.stopping.max_steps, self._time_share())
         result = self.step(batches, counters.step, rate)
-        self.collector.add(self.balancer.facts)
+        self.reporter.add(result, self.balancer.facts, data_wait)
         self.balancer.clear()
-        counters.step += 1
-        counters.tokens += result.num_tokens
-        counters.skipped += result.skipped
-        if counters.initial_loss is None:
-            counters.initial_loss = result.loss
+        counters.add(result)
         if result.skipped:
             logger.warning(
                 "step %d: loss %s, gradient norm %s; nothing updated", counters.step, result.loss, result.grad_norm
             )
         self.losses.append(result.loss)
-        self.interval.add(result)
         self._agree()
         self.stopping.after_step(counters.step, result.loss, self.loader.epoch, result.skipped, self._time_share())
         if counters.step % config.monitor.logging_steps == 0 or counters.step == 1 or self.stopping.reason:
-            self._log(result, rate)
+            self.status.at("logging")
+            self.reporter.log(counters, self.stopping, result, rate, self.loader.epoch)
         if config.train.eval_steps and counters.step % config.train.eval_steps == 0:
             self._evaluate()
         if self.persistence.is_due(counters.step):
@@ -201,47 +181,16 @@ class MoETrainer:
             self.signal = agreed.signal
             self.stopping.stop(f"stopped by {signal_name(agreed.signal)}")
 
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank has been asked to stop, for use within an evaluation."""
+        if self.signal is None:
+            self._agree()
+        return self.signal is not None
+
     def _time_share(self) -> float:
         """Part of the time budget that has passed, by rank 0's clock: all ranks must stop at the same step."""
         budget = self.config.train.max_time
         return 0.0 if budget is None else min(1.0, self.counters.elapsed / budget)
-
-    def _log(self, result: StepResult, rate: float) -> None:
-        self.status.at("logging")
-        self.layers = self.collector.take()
-        for sentence in self.health.observe(self.layers) if self.mesh.rank == 0 else ():
-            logger.warning("%s", sentence)
-        interval, self.interval = self.interval, Interval()
-        seconds = max(1e-9, time.perf_counter() - interval.started)
-        elapsed = self.counters.elapsed
-        self.sinks.train(
-            TrainRecord(
-                step=self.counters.step,
-                max_steps=self.stopping.max_steps,
-                epoch=self.loader.epoch,
-                loss=result.loss,
-                learning_rate=rate,
-                grad_norm=result.grad_norm,
-                tokens=self.counters.tokens,
-                tokens_per_second=interval.tokens / seconds,
-                step_seconds=seconds / max(1, interval.steps),
-                all_to_all_share=min(1.0, self.clock.take() / seconds),
-                data_wait_share=min(1.0, interval.data_wait / seconds),
-                skipped_steps=self.counters.skipped,
-                elapsed_seconds=elapsed,
-                remaining_seconds=self._remaining(elapsed, seconds / max(1, interval.steps)),
-                memory_bytes=peak_memory(self.mesh.device),
-                layers=self.layers,
-            )
-        )
-
-    def _remaining(self, elapsed: float, step_seconds: float) -> float | None:
-        ends = []
-        if self.stopping.max_steps is not None:
-            ends.append((self.stopping.max_steps - self.counters.step) * step_seconds)
-        if self.config.train.max_time is not None:
-            ends.append(max(0.0, self.config.train.max_time - elapsed))
-        return min(ends) if ends else None
 
     def _evaluate(self) -> None:
         validation = self.datasets.validation
@@ -268,18 +217,13 @@ class MoETrainer:
         if found is None:  # asked to stop: an unfinished evaluation says nothing
             return
         self.evaluated_at, self.eval_loss = self.counters.step, found.loss
-        is_best = self.stopping.after_evaluation(found.loss)
-        self.sinks.evaluation(
-            EvalRecord(
-                self.counters.step, found.loss, found.perplexity, found.num_tokens, found.seconds, self.unigram, is_best
-            )
-        )
+        self.reporter.evaluation(self.counters.step, found, self.stopping.after_evaluation(found.loss))
         self.clock.take()
-        self.interval.started += time.perf_counter() - before
+        self.reporter.leave_out(time.perf_counter() - before)
 
     def _sample(self) -> str | None:
         train = self.config.train
-        if not train.sample_tokens:
+        if not train.sample_tokens or self.signal is not None:
             return None
         text = sample_text(
             self.model,
@@ -293,12 +237,6 @@ class MoETrainer:
         self.clock.take()
         return text
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any rank has been asked to stop, for use within an evaluation."""
-        if self.signal is None:
-            self._agree()
-        return self.signal is not None
-
     def _save(self) -> None:
         self.status.at("saving")
         before = time.perf_counter()
@@ -308,10 +246,11 @@ class MoETrainer:
             self._saved(ended)
         if not self.config.checkpoint.background and self.persistence.checkpoints.in_flight:
             self._saved(self.persistence.settle())
-        self.interval.started += time.perf_counter() - before
+        self.reporter.leave_out(time.perf_counter() - before)
 
     def _saved(self, outcome: Outcome) -> None:
         """A save has ended, well or not."""
+        self.reporter.checkpoint(outcome)
         if outcome.error is None:
             self.last_saved = outcome.path
             return
@@ -335,74 +274,37 @@ class MoETrainer:
 
     def _finish(self) -> TrainingResult:
         self.status.at("ending")
-        if not self.stopping.failed and self.signal is None:
+        stopping = self.stopping
+        if not stopping.failed and self.signal is None:
             self._evaluate()
         self._save_the_last_step()
-        if self.config.checkpoint.load_best_model_at_end and not self.stopping.failed and self.signal is None:
+        if self.config.checkpoint.load_best_model_at_end and not stopping.failed and self.signal is None:
             best = self.persistence.load_best()
             if best is not None:
-                self.sinks.message(f"the weights are those of {best}, the best one")
-        seconds = self.counters.elapsed
+                self.reporter.sinks.message(f"the weights are those of {best}, the best one")
         paths = {"run folder": str(self.output_dir), "metrics": str(self.output_dir / "metrics.jsonl")}
         if self.config.monitor.tensorboard:
             paths["TensorBoard"] = str(self.output_dir / "tb")
         if self.last_saved is not None:
             paths["checkpoint"] = self.last_saved
         losses = [loss for loss in self.losses if loss == loss] or [float("nan")]
-        reason = self.stopping.reason or ""
-        self.sinks.summary(
-            RunSummary(
-                steps=self.counters.step,
-                seconds=seconds,
-                initial_loss=losses[0],
-                final_loss=losses[-1],
-                best_eval_loss=self.stopping.best_loss,
-                unigram_loss=self.unigram,
-                tokens=self.counters.tokens,
-                tokens_per_second=self.counters.tokens / max(1e-9, seconds),
-                skipped_steps=self.counters.skipped,
-                reason=reason,
-                paths=paths,
-                sample_before=self.sample_before,
-                sample_after=self._sample() if self.signal is None else None,
-                layers=self.layers,
-            )
-        )
+        samples = {"sample_before": self.sample_before, "sample_after": self._sample()}
+        self.reporter.summary(self.counters, stopping, losses, paths=paths, **samples)
         return TrainingResult(
             losses[0],
             losses[-1],
             self.losses,
             self.counters.step,
-            self.stopping.best_loss,
-            self.unigram,
-            reason,
-            self.stopping.failed,
+            stopping.best_loss,
+            self.reporter.unigram,
+            stopping.reason or "",
+            stopping.failed,
             self.output_dir,
             self.signal,
             self.last_saved,
         )
 
 
-class Interval:
-    """What happened since the last logged line."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.steps, self.tokens, self.data_wait = 0, 0, 0.0
-
-    def add(self, result: StepResult) -> None:
-        self.steps += 1
-        self.tokens += result.num_tokens
-
-
 def signal_name(number: int) -> str:
     """As people know it."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on CUDA, resident on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

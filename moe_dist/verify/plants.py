@@ -1,4 +1,4 @@
-"""Known bugs of expert-parallel trainers, planted on purpose: proof that the parity tests can fail."""
+"""Known bugs of parallel trainers, planted on purpose: proof that the proof can fail."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from moe_dist.models.router import Router
 from moe_dist.parallel import deepspeed
 from moe_dist.parallel.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.gradients import GradientBuffer, Gradients
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.train import step
 from moe_dist.train.balance import Balancer
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.layouts import BUGS
@@ -115,6 +117,16 @@ def _auxiliary_loss_cut() -> Any:
     return patch.object(moe, "inject_loss", lambda x, loss: x)
 
 
+def _auxiliary_loss_cut_with_capacity() -> Any:
+    route = moe.MoE._route
+
+    def wrong(self: moe.MoE, *arguments: Any, **options: Any) -> Any:
+        routing, loss = route(self, *arguments, **options)
+        return routing, loss if self.capacity_factor is None else None
+
+    return patch.object(moe.MoE, "_route", wrong)
+
+
 def _global_load_is_local() -> Any:
     def wrong(self: LoadBalance, load: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return load, tokens
@@ -164,17 +176,93 @@ def _capacity_of_the_whole_group() -> Any:
     return patch.object(moe.MoE, "_capacity", wrong)
 
 
-PLANTS: dict[str, Callable[[], Any]] = {name: globals()[f"_{name}"] for name in BUGS}
+def _gradients_scaled_by_the_schedule() -> Any:
+    """What a schedule does unless it is told not to: gradients divided by the number of micro-batches."""
+    from moe_dist.parallel.pipeline import PipelinedTransformer
+
+    make = PipelinedTransformer._schedule
+
+    def wrong(self: PipelinedTransformer, *arguments: Any) -> Any:
+        schedule = make(self, *arguments)
+        schedule.scale_grads = True
+        return schedule
+
+    return patch.object(PipelinedTransformer, "_schedule", wrong)
 
 
-def deepspeed_averages() -> Any:
+def _auxiliary_loss_scaled_by_the_schedule() -> Any:
+    """The injected loss divided by the number of micro-batches, the main loss not."""
+    from moe_dist.parallel.pipeline import PipelinedTransformer
+
+    run, inject = PipelinedTransformer.run, moe.inject_loss
+
+    def wrong(self: PipelinedTransformer, micro_batches: list, loss_of: Any) -> list[Tensor]:
+        with patch.object(moe, "inject_loss", lambda x, loss: inject(x, loss / len(micro_batches))):
+            return run(self, micro_batches, loss_of)
+
+    return patch.object(PipelinedTransformer, "run", wrong)
+
+
+def _gradients_of_a_stage_reduced_twice() -> Any:
+    def again(gradients: Gradients) -> None:
+        if gradients.mesh.layout.pp_size > 1 and gradients.mesh.pp_rank == 0:
+            gradients.dense.all_reduce(gradients.mesh.group("dp"), gradients.bucket_bytes)
+
+    return _after_reduce(again)
+
+
+def _norm_of_the_last_stage() -> Any:
+    add = Mesh.sum_over
+
+    def wrong(self: Mesh, axis: str, tensor: Tensor) -> Tensor:
+        others = axis == "pp" and self.pp_rank < self.layout.pp_size - 1
+        return add(self, axis, torch.zeros_like(tensor) if others else tensor)
+
+    return patch.object(Mesh, "sum_over", wrong)
+
+
+def _loss_of_one_stage() -> Any:
+    add = Mesh.sum_over
+    return patch.object(Mesh, "sum_over", lambda self, axis, x: add(self, "dp" if axis == "world" else axis, x))
+
+
+def _seeds_by_local_layer() -> Any:
+    seed = transformer._seed
+
+    def wrong(number: int, name: str, expert: int | None = None) -> int:
+        parts = name.split(".")
+        if parts[0] == "layers" and dist.is_initialized():
+            parts[1] = str(int(parts[1]) % 3)
+        return seed(number, ".".join(parts), expert)
+
+    return patch.object(transformer, "_seed", wrong)
+
+
+def _noise_by_rank() -> Any:
+    seed = step.noise_seed
+    return patch.object(step, "noise_seed", lambda *key: seed(*key) + dist.get_rank())
+
+
+def _load_counted_by_a_pass_for_shapes() -> Any:
+    """Stages that are not told their shapes run a forward pass to find them, and routers count its tokens."""
+    from moe_dist.parallel import pipeline
+
+    make = pipeline.PipelineStage
+
+    def wrong(*arguments: Any, input_args: Any, output_args: Any, **options: Any) -> Any:
+        return make(*arguments, **options)
+
+    return patch.object(pipeline, "PipelineStage", wrong)
+
+
+def _deepspeed_averages() -> Any:
     """DeepSpeed as it comes: gradients divided by the number of replicas."""
     settings = deepspeed.deepspeed_settings
 
     return patch.object(deepspeed, "deepspeed_settings", lambda c: settings(c) | {"gradient_allreduce_op": "mean"})
 
 
-def deepspeed_averages_experts() -> Any:
+def _deepspeed_averages_experts() -> Any:
     """The rest is summed, experts are averaged over the ranks that hold them."""
     reduce = DeepSpeedEngine.reduce
 
@@ -187,7 +275,7 @@ def deepspeed_averages_experts() -> Any:
     return patch.object(DeepSpeedEngine, "reduce", wrong)
 
 
-def deepspeed_knows_no_experts() -> Any:
+def _deepspeed_knows_no_experts() -> Any:
     """Parameters of different experts reduced over all replicas, as if they were copies of one."""
     register = DeepSpeedEngine._register_groups
 
@@ -198,7 +286,7 @@ def deepspeed_knows_no_experts() -> Any:
     return patch.object(DeepSpeedEngine, "_register_groups", wrong)
 
 
-def deepspeed_divides_by_accumulation() -> Any:
+def _deepspeed_divides_by_accumulation() -> Any:
     """DeepSpeed divides a loss by its gradient_accumulation_steps; ours is divided by tokens already."""
 
     def wrong(self: DeepSpeedEngine, loss: Tensor) -> None:
@@ -208,13 +296,11 @@ def deepspeed_divides_by_accumulation() -> Any:
     return patch.object(DeepSpeedEngine, "backward", wrong)
 
 
-DEEPSPEED_PLANTS: dict[str, Callable[[], Any]] = {
-    name: plant for name, plant in list(globals().items()) if name.startswith("deepspeed_") and callable(plant)
-}
+PLANTS: dict[str, Callable[[], Any]] = {name: globals()[f"_{name}"] for name in BUGS}
 
 
 @contextmanager
 def planted(name: str) -> Iterator[None]:
     """The bug `name` is in the system inside the block."""
-    with (PLANTS | DEEPSPEED_PLANTS)[name]():
+    with PLANTS[name]():
         yield

@@ -23,6 +23,11 @@ from moe_dist.verify.plants import planted
 
 ROWS = 2
 TOLERANCE = 1e-5
+BF16_TOLERANCE = {"losses": 0.05, "norms": 0.25, "gradients": 0.5}
+"""For matmuls in bfloat16 against float32, of the tensor that differs most: two digits, and another expert here and
+there. What follows an update is told, not judged. A bug of a factor 2 is above it, a small one is not."""
+COMPARED = ("initial", "losses", "gradients", "norms", "weights", "biases")
+"""What `deviations` compares: the first step's gradients, all steps' losses and norms, the weights at the end."""
 
 
 def micro_batches(config: Config, count: int, step: int = 0) -> list[Batch]:
@@ -144,9 +149,8 @@ def run_trial(
         trial = Trial(config, mesh)
         told = Told(initial=trial.weights)
         for step in range(steps):
-            with trial.unclipped() as gradients:
+            with trial.unclipped() if step == 0 else nullcontext(told.gradients) as told.gradients:
                 result = trial.step(trial.share(micro_batches(config, num_micro_batches, step)), step, rate)
-            told.gradients = told.gradients or gradients
             told.losses.append(result.loss)
             told.norms.append(result.grad_norm)
             trial.balancer.clear()
@@ -179,6 +183,7 @@ def deviations(found: Told, wanted: Told) -> dict[str, float]:
     return worst
 
 
-def passes(worst: dict[str, float]) -> bool:
-    """Whether a layout computes what one process computes."""
-    return worst["initial"] == 0.0 and max(worst.values()) < TOLERANCE
+def passes(worst: dict[str, float], bf16: bool = False) -> bool:
+    """Whether a layout computes what one process computes, in float32 or (`bf16`) nearly."""
+    tolerances = BF16_TOLERANCE if bf16 else dict.fromkeys(COMPARED, TOLERANCE)
+    return worst["initial"] == 0.0 and all(worst[name] < tolerance for name, tolerance in tolerances.items())

@@ -95,6 +95,7 @@ def test_losses_and_gradients_against_a_loop(scope: Any, sigmoid: bool, padded: 
     torch.testing.assert_close(facts.sums[:2], torch.stack((aux, z)).detach(), rtol=1e-5, atol=1e-6)
     shares = scores.detach().double()[valid.flatten()]
     torch.testing.assert_close(facts.sums[2], -(shares * shares.log()).sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(facts.sums[3], shares.max(1).values.sum(), rtol=1e-5, atol=1e-5)
 
 
 def test_balanced_is_one_and_collapsed_is_experts_over_k() -> None:

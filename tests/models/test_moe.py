@@ -105,6 +105,25 @@ def test_capacity_drops_late_pairs_and_counts_what_was_wanted() -> None:
     assert (layer(x).abs().sum(-1) > 0).all()
 
 
+@pytest.mark.parametrize("capacity_factor", [0.25, 1.0])
+def test_capacity_leaves_auxiliary_losses_alone(capacity_factor: float) -> None:
+    """They see what the router wanted: alone, they give the router the same gradient with and without drops.
+
+    Planted: no auxiliary loss where a capacity is set; losses of those pairs only that found a place.
+    """
+    balance = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 0.1}
+    x = torch.randn(2, 16, 16)
+
+    def gradient(**more: float) -> Tensor:
+        layer = build(BalanceConfig.model_validate(balance | more))
+        (0.0 * layer(x).sum()).backward()
+        return layer.router.weight.grad
+
+    wanted = gradient()
+    assert wanted.abs().max() > 1e-3
+    torch.testing.assert_close(gradient(capacity_factor=capacity_factor), wanted, rtol=0, atol=0)
+
+
 def test_all_tokens_on_one_expert_gives_every_parameter_a_gradient() -> None:
     """Trap 4."""
     layer = build(norm_topk_prob=False, num_experts_per_tok=1)

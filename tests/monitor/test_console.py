@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from moe_dist.monitor.expert_stats import layer_record
-from moe_dist.monitor.records import EvalRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import ConsoleSink, text
 
 Make = Callable[..., TrainRecord]
@@ -22,6 +22,8 @@ def play(sink: ConsoleSink, info: RunInfo, make: Make, evaluation: EvalRecord, s
     sink.open(info)
     sink.train(make(120))
     sink.message("checkpoint-120 saved in 1.2 s")
+    sink.checkpoint(CheckpointRecord(120, 3.5, 0.5, 2_000_000, "run/checkpoint-120"))
+    sink.checkpoint(CheckpointRecord(125, 1.0, 1.0, 0, "run/checkpoint-125", ok=False, reason="No space left"))
     sink.evaluation(evaluation)
     sink.train(make(130, max_steps=None))
     sink.train(make(140, max_steps=None, remaining_seconds=None, skipped_steps=3, layers=[]))
@@ -33,7 +35,7 @@ def play(sink: ConsoleSink, info: RunInfo, make: Make, evaluation: EvalRecord, s
 @pytest.fixture
 def crowded() -> dict[str, object]:
     """A record whose every field is as long as it gets."""
-    layers = [layer_record(93, [0] * 100 + [1] * 27 + [900], 700, 464, [1.0] * 3, 2)]
+    layers = [layer_record(93, [0] * 100 + [1] * 27 + [900], 700, 464, [1.0] * 4, 2)]
     return {
         "max_steps": 5_000_000,
         "loss": 10.12345,
@@ -58,6 +60,8 @@ def test_plain_lines(info: RunInfo, train_record: Make, eval_record: EvalRecord,
         "  edp 0   rank 0  rank 1",
         "trainable params: 25,312,256 || all params: 50,624,512 || trainable%: 50.0000",
         "checkpoint-120 saved in 1.2 s",
+        "checkpoint step: 120  seconds: 3.5  blocked: 0.5  size: 2MiB  path: run/checkpoint-120",
+        "checkpoint step: 125  seconds: 1.0  blocked: 1.0  failed: No space left",
         "step: 120/5000  loss: 2.1342  lr: 2.84e-04  grad_norm: 0.92  tok/s: 18.2k  a2a: 12%  left: 1:13:04"
         "  hot: L3/E01 2.0x  cold: L0/E02 0.0x  dead: 1  dropped: 1.0%",
         "eval step: 500  loss: 2.3121  perplexity: 10.09  unigram_loss: 3.3101  below_unigram: 0.9980"
@@ -116,6 +120,8 @@ def test_live_fits_its_terminal(
         "hot L3/E01 2.0x   cold L0/E02 0.0x   dead 1   dropped 1.0%",
         "1:13:04 left",
         "checkpoint-120 saved in 1.2 s",
+        "checkpoint step 120   took 3.5 s   blocked 0.5 s   2MiB",
+        "checkpoint step 125   took 1.0 s   blocked 1.0 s   failed: No space left",
         "eval step 500   loss 2.3121   unigram 3.3101, better by 0.9980   best",
         "step 130   ━",
         "step 140   elapsed 1:48",
@@ -211,7 +217,7 @@ def test_compact_numbers(value: float, words: str) -> None:
 
 
 def test_load_strip() -> None:
-    layer = layer_record(0, [0, 10, 10, 20], 0, 20, [0.0] * 3, 2)
+    layer = layer_record(0, [0, 10, 10, 20], 0, 20, [0.0] * 4, 2)
     assert text.load_strip(layer, 4) == "·▄▄█"
     assert text.load_strip(layer, 2) == "▂▆"
     assert text.load_strip(layer, 0) == ""

@@ -199,7 +199,39 @@ def test_tensorboard_events_equal_the_records(
         for tag in ("config", "run", "sample/before", "sample/after")
     }
     assert "hidden_size: 512" in texts["config"]
+    # One image and one histogram per layer: no scalar per expert.
+    assert (events.Tags()["images"], len(events.Tags()["histograms"])) == (["moe/expert_load"], len(record.layers))
+    assert not [tag for tag in events.Tags()["scalars"] if "expert_0" in tag or "expert/" in tag]
     assert texts["sample/after"].startswith("    def parse(self, name):")
+
+
+def test_tensorboard_compares_runs_by_hyper_parameters(tmp_path: Path, info: RunInfo, train_record: Make) -> None:
+    """Every key of the configuration with its value, in the run's own events; no second run is made."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    text = "model: {hidden_size: 512, attn_implementation: sdpa, sliding_window: null, mlp_only_layers: [1, 3]}\n"
+    text += "optimizer: {learning_rate: 3.0e-4}\nbalance: {use_auxiliary_loss: true}\nmonitor: {logging_steps: 5}\n"
+    sink = TensorBoardSink(tmp_path / "tb")
+    sink.open(RunInfo(**{**vars(info), "config_text": text}))
+    sink.train(train_record())
+    sink.close()
+    assert [path.is_file() for path in (tmp_path / "tb").iterdir()] == [True]
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    content = events.PluginTagToContent("hparams")
+    started = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info.hparams
+    found = {key: getattr(value, value.WhichOneof("kind")) for key, value in started.items()}
+    assert found == {
+        "world_size": 4,
+        "model.hidden_size": 512,
+        "model.attn_implementation": "sdpa",
+        "model.mlp_only_layers": "[1, 3]",
+        "optimizer.learning_rate": 3e-4,
+        "balance.use_auxiliary_loss": True,
+    }
+    experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
+    metrics = {info.name.tag for info in experiment.metric_infos}
+    assert metrics - {"eval/loss"} <= set(events.Tags()["scalars"])
 
 
 def test_tensorboard_forgets_steps_that_a_resume_repeats(tmp_path: Path, train_record: Make) -> None:

@@ -1,4 +1,8 @@
-"""The DeepSpeed engine computes what one process computes: ep x ZeRO stage, accumulation, offload, options."""
+"""The DeepSpeed engine computes what one process computes: ep x ZeRO stage, accumulation, offload, options.
+
+What DeepSpeed does by default, or would do without our groups, is planted by `tests/verify` and turns the comparison
+red; what a rank holds is weighed in `test_state_bytes.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +19,23 @@ from tiny import mesh_of, micro_batches, tiny_config
 from moe_dist.config_loading import ConfigError
 from moe_dist.models.experts import Expert
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.verify.plants import DEEPSPEED_PLANTS
 from moe_dist.verify.trial import TOLERANCE, Trial, difference
 
 pytestmark = pytest.mark.dist
 
 
-def compare(
-    overrides: tuple[str, ...], ep_size: int, num_micro_batches: int, *engine: str, plant: str | None = None
-) -> dict[str, float]:
+def compare(overrides: tuple[str, ...], ep_size: int, num_micro_batches: int, *engine: str) -> dict[str, float]:
     """Largest deviations of DeepSpeed on four ranks from our own engine in one process."""
-    return parity.compare((*overrides, "parallel.engine=deepspeed", *engine), ep_size, num_micro_batches, plant)
+    return parity.compare((*overrides, "parallel.engine=deepspeed", *engine), ep_size, num_micro_batches)
 
 
 @pytest.mark.parametrize("num_micro_batches", [4, 8], ids=["plain", "accumulated"])
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_stages_agree_with_one_process(zero_stage: int, ep_size: int, num_micro_batches: int) -> None:
+    """Seen to fail for stage 1, accumulated, while DeepSpeed counted our steps as micro-batches: every second call did
+    not update.
+    """
     worst = compare((), ep_size, num_micro_batches, f"parallel.zero_stage={zero_stage}")
     assert worst["initial"] == 0.0
     assert max(worst.values()) < TOLERANCE, worst
@@ -77,14 +81,6 @@ def test_tuning_by_a_file_of_ones_own_changes_nothing(zero_stage: int, tuning: d
     """Buckets smaller than most parameters, reductions beside backward, one reduction per owner."""
     worst = compare((), 2, 8, f"parallel.zero_stage={zero_stage}", f"parallel.deepspeed_config={json.dumps(tuning)}")
     assert max(worst.values()) < TOLERANCE, worst
-
-
-@pytest.mark.parametrize("plant", sorted(DEEPSPEED_PLANTS))
-@pytest.mark.parametrize("zero_stage", [1, 2])
-def test_planted_bugs_are_seen(zero_stage: int, plant: str) -> None:
-    """What DeepSpeed does by default, or would do without our groups, turns the comparison red."""
-    worst = compare((), 2, 8, f"parallel.zero_stage={zero_stage}", plant=plant)
-    assert max(worst.values()) > 10 * TOLERANCE, f"{plant} was not seen: {worst}"
 
 
 class Skipping(Expert):
@@ -164,23 +160,6 @@ def test_all_ranks_agree_on_a_bad_step(zero_stage: int, where: str, offload: str
     overrides = options(zero_stage, 2, f"parallel.offload_optimizer={offload}")
     for skipped, still, deviation in run_ranks(with_a_bad_step, 4, where, overrides):
         assert (skipped, still, deviation) == (True, True, 0.0)
-
-
-def bytes_of_moments(overrides: tuple[str, ...]) -> tuple[int, int]:
-    """Bytes of optimizer moments this rank holds after a step, and of weights."""
-    config = tiny_config(*overrides)
-    parts = Trial(config, mesh_of(config.parallel.ep_size))
-    parts.step(micro_batches(4)[dist.get_rank() :][:1], 0, 1e-2)
-    state = parts.optimizer.zero_optimizer.optimizer.state
-    moments = [value for group in state.values() for value in group.values() if value.ndim]
-    return sum(m.numel() * 4 for m in moments), sum(p.numel() * 4 for p in parts.model.parameters())
-
-
-@pytest.mark.parametrize("ep_size", [1, 4])
-def test_moments_are_a_quarter_on_each_of_four_ranks(ep_size: int) -> None:
-    whole = 2 * run_ranks(bytes_of_moments, 4, options(1, 1))[0][1]
-    for moments, _ in run_ranks(bytes_of_moments, 4, options(1, ep_size)):
-        assert moments == pytest.approx(whole / 4, rel=0.05)
 
 
 def first_gradients(overrides: tuple[str, ...]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Where records go: the console, `metrics.jsonl`, TensorBoard."""
+"""Where records go: the console, `metrics.jsonl`, TensorBoard, Prometheus."""
 
 from __future__ import annotations
 
@@ -24,4 +24,12 @@ def build_sinks(output_dir: Path | str, monitor_config: MonitorConfig, *, stream
     ]
     if monitor_config.tensorboard:
         sinks.append(TensorBoardSink(folder / "tb"))
+    prometheus = monitor_config.prometheus
+    if prometheus.port is not None or prometheus.pushgateway:
+        from moe_dist.monitor.sinks.prometheus import PrometheusSink, PushgatewaySink
+
+        if prometheus.port is not None:
+            sinks.append(PrometheusSink(folder, monitor_config))
+        if prometheus.pushgateway:
+            sinks.append(PushgatewaySink(folder, monitor_config))
     return Sinks(sinks)

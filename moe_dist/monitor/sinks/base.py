@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_dist.monitor.records import EvalRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 
 
 class Sink:
@@ -21,6 +21,9 @@ class Sink:
 
     def evaluation(self, record: EvalRecord) -> None:
         """After each evaluation."""
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        """After each checkpoint, also one that failed."""
 
     def summary(self, summary: RunSummary) -> None:
         """Once, at the end."""

@@ -7,7 +7,7 @@ import sys
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from moe_dist.monitor.records import EvalRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks.base import Sink
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ class ConsoleSink(Sink):
 
     def evaluation(self, record: EvalRecord) -> None:
         self._renderer.evaluation(record)
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        self._renderer.checkpoint(record)
 
     def summary(self, summary: RunSummary) -> None:
         self._renderer.summary(summary)

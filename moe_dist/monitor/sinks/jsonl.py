@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moe_dist.monitor.records import EvalRecord, Record, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, Record, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks.base import Sink
 
 
@@ -42,6 +42,9 @@ class JsonlSink(Sink):
         self._write(record)
 
     def evaluation(self, record: EvalRecord) -> None:
+        self._write(record)
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
         self._write(record)
 
     def summary(self, summary: RunSummary) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_dist.monitor.expert_stats import extremes, overall
-from moe_dist.monitor.records import EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import text
 from moe_dist.monitor.sinks.base import Sink
 
@@ -71,6 +71,16 @@ class LiveConsole(Sink):
             cells.append(Text("best", style=ACCENT))
         cells.append(labelled("ppl", f"{record.perplexity:.2f}"))
         self._print(fit(cells, self._console.width - MARGIN))
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        cells = [
+            Text.assemble(("checkpoint ", ACCENT if record.ok else ALERT), f"step {record.step:,}"),
+            labelled("took", f"{record.seconds:.1f} s"),
+            labelled("blocked", f"{record.blocked_seconds:.1f} s"),
+            Text(text.memory(record.bytes)) if record.ok else Text(f"failed: {record.reason}", style=ALERT),
+        ]
+        # A reason may be long: it is cut, not left out.
+        self._print(Text("   ").join(cells) if not record.ok else fit(cells, self._console.width - MARGIN))
 
     def summary(self, summary: RunSummary) -> None:
         self.close()

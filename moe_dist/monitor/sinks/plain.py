@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TextIO
 
 from moe_dist.monitor.expert_stats import extremes, overall
-from moe_dist.monitor.records import EvalRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import text
 from moe_dist.monitor.sinks.base import Sink
 
@@ -50,6 +50,14 @@ class PlainConsole(Sink):
             pairs += [("unigram_loss", text.loss(record.unigram_loss)), ("below_unigram", f"{gain:.4f}")]
         pairs += [("tokens", f"{record.tokens:,}"), ("seconds", f"{record.seconds:.1f}")]
         self._lines([join_within(WIDTH, [*pairs, ("best", "yes" if record.is_best else "no")])])
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        pairs = [("checkpoint step", str(record.step)), ("seconds", f"{record.seconds:.1f}")]
+        pairs += [("blocked", f"{record.blocked_seconds:.1f}")]
+        if record.ok:
+            self._lines([join_within(WIDTH, [*pairs, ("size", text.memory(record.bytes)), ("path", record.path)])])
+        else:
+            self._lines([join_within(WIDTH, [*pairs, ("failed", record.reason)])])
 
     def summary(self, summary: RunSummary) -> None:
         rows = text.summary_rows(summary, "->")

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from moe_dist.monitor.expert_stats import RATIOS, overall
-from moe_dist.monitor.records import EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks.base import Sink
 from moe_dist.monitor.sinks.heatmap import load_heatmap
 
@@ -21,8 +22,13 @@ MOE_TAGS = {name: name for name in (*RATIOS, "dead_experts")} | {"aux_loss": "lo
 """Field of a LayerRecord -> last part of its tag."""
 
 
+HPARAM_SECTIONS = ("model", "data", "parallel", "train", "optimizer", "balance")
+HPARAM_METRICS = ("train/loss", "eval/loss", "perf/tokens_per_second", "moe/load_imbalance", "moe/dead_experts")
+"""What the table of runs shows beside their hyper-parameters."""
+
+
 class TensorBoardSink(Sink):
-    """Scalars, a histogram per layer, a heatmap over all layers, the configuration and samples as text."""
+    """Scalars, a histogram per layer, a heatmap over all layers, hyper-parameters, configuration and samples."""
 
     name = "TensorBoard"
 
@@ -43,6 +49,7 @@ class TensorBoardSink(Sink):
     def open(self, info: RunInfo) -> None:
         self._writer.add_text("run", info.sentence)
         self._writer.add_text("config", f"```yaml\n{info.config_text.strip()}\n```")
+        self._add_hparams(info)
 
     def train(self, record: TrainRecord) -> None:
         self._start_at(record.step)
@@ -78,6 +85,16 @@ class TensorBoardSink(Sink):
             self._writer.add_scalar("eval/unigram_loss", record.unigram_loss, record.step)
         self._writer.flush()
 
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        self._start_at(record.step)
+        for tag, value in (
+            ("checkpoint/seconds", record.seconds),
+            ("checkpoint/blocked_seconds", record.blocked_seconds),
+            ("checkpoint/bytes", record.bytes),
+            ("checkpoint/ok", float(record.ok)),
+        ):
+            self._writer.add_scalar(tag, value, record.step)
+
     def summary(self, summary: RunSummary) -> None:
         for name, sample, step in (
             ("before", summary.sample_before, 0),
@@ -86,6 +103,18 @@ class TensorBoardSink(Sink):
             if sample is not None:
                 self._writer.add_text(f"sample/{name}", _as_code(sample), step)
         self._writer.flush()
+
+    def _add_hparams(self, info: RunInfo) -> None:
+        """The configuration as hyper-parameters, so that runs can be compared by key in TensorBoard's HPARAMS tab.
+
+        Into this run's own events: `SummaryWriter.add_hparams` would make a second run of it.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        experiment, start, _ = hparams(hyper_parameters(info), dict.fromkeys(HPARAM_METRICS, 0.0))
+        file_writer: Any = self._writer.file_writer
+        file_writer.add_summary(experiment)
+        file_writer.add_summary(start)
 
     def close(self) -> None:
         if self._open_writer is not None:
@@ -121,6 +150,17 @@ class TensorBoardSink(Sink):
             bucket_counts=load_E.tolist(),
             global_step=step,
         )
+
+
+def hyper_parameters(info: RunInfo) -> dict[str, bool | int | float | str]:
+    """Full key -> value, of all keys that say how the model learns; keys without a value are left out."""
+    settings: Any = yaml.safe_load(info.config_text) or {}
+    found: dict[str, bool | int | float | str] = {"world_size": info.world_size}
+    for section in HPARAM_SECTIONS:
+        for key, value in (settings.get(section) or {}).items():
+            if value is not None:
+                found[f"{section}.{key}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return found
 
 
 def _as_code(text: str) -> str:

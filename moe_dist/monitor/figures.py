@@ -1,0 +1,169 @@
+"""The figures of the report, by Plotly. Every number is a number of `metrics.jsonl`; nothing is smoothed.
+
+Colours tell apart also with colour-blind eyes and have a contrast of at least 4.5 on white; runs also differ by dash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from moe_dist.monitor.expert_stats import load_ratios
+from moe_dist.monitor.run_log import Row, RunLog
+from moe_dist.monitor.sinks.heatmap import COLD, FAIR, HOT
+
+COLOURS = ("#0b57a4", "#b3400b", "#00695c", "#7b3294", "#5d4a00", "#37474f")
+DASHES = ("solid", "dash", "dot", "dashdot")
+MAX_FRAMES = 100
+"""Steps the slider of the heatmap can show: all, or this many, evenly spread, with the last."""
+MANY_LAYERS = 12
+_INK, _GRID = "#1b1b1b", "#c9c9c9"
+
+
+def figure(**layout: Any) -> go.Figure:
+    axis = {"gridcolor": _GRID, "linecolor": _INK, "zeroline": False, "automargin": True}
+    made = go.Figure()
+    made.update_layout(
+        template="none",
+        font={"family": "system-ui, sans-serif", "size": 14, "color": _INK},
+        margin={"l": 60, "r": 60, "t": 20, "b": 50},
+        height=360,
+        hovermode="x unified",
+        legend={"orientation": "h", "y": 1.12, "x": 0},
+        xaxis={"title": {"text": "step"}, **axis},
+        yaxis=axis,
+    )
+    made.update_layout(**layout)
+    return made
+
+
+def line(rows: Sequence[Row], key: str, name: str, run: int = 0, colour: str | None = None, **more: Any) -> go.Scatter:
+    """A field over steps; runs have their own colour, fields of one run their own dash."""
+    style = {"color": colour or COLOURS[run % len(COLOURS)], "width": 2} | more.pop("line", {})
+    x, y = [row["step"] for row in rows], [row[key] for row in rows]
+    return go.Scatter(x=x, y=y, name=name, mode="lines+markers" if len(rows) < 40 else "lines", line=style, **more)
+
+
+def loss(runs: Sequence[RunLog]) -> go.Figure:
+    rate_axis = {"title": {"text": "learning rate"}, "overlaying": "y", "side": "right", "showgrid": False}
+    made = figure(
+        yaxis_title="nats per token",
+        yaxis2=rate_axis | {"automargin": True, "tickformat": ".1e", "rangemode": "tozero", "zeroline": False},
+    )
+    for index, run in enumerate(runs):
+        # Alone, a run has a colour for each curve; beside others, each run has one colour and each curve its dash.
+        of, colour = (f" {run.name}", [index] * 4) if len(runs) > 1 else ("", [0, 1, 5, 2])
+        made.add_trace(line(run.train, "loss", f"training{of}", colour[0]))
+        if run.evals:
+            made.add_trace(line(run.evals, "loss", f"validation{of}", colour[1], line={"dash": "dash"}))
+            if run.evals[-1].get("unigram_loss") is not None:
+                baseline = {"dash": "dot", "width": 1}
+                made.add_trace(line(run.evals, "unigram_loss", f"unigram baseline{of}", colour[2], line=baseline))
+        rate = {"dash": "dashdot", "width": 1}
+        made.add_trace(line(run.train, "learning_rate", f"learning rate{of}", colour[3], yaxis="y2", line=rate))
+    return made
+
+
+def throughput(runs: Sequence[RunLog]) -> go.Figure:
+    made = figure(yaxis_title="tokens per second", yaxis_rangemode="tozero")
+    for index, run in enumerate(runs):
+        made.add_trace(line(run.train, "tokens_per_second", run.name, index))
+    made.update_layout(showlegend=len(runs) > 1)
+    return made
+
+
+def time_shares(run: RunLog) -> go.Figure:
+    """Dispatch and combine, waiting for data, and the rest, stacked to 1."""
+    made = figure(yaxis_title="share of step time", yaxis_range=[0, 1], yaxis_tickformat=".0%")
+    rows = [row | {"rest": max(0.0, 1.0 - row["all_to_all_share"] - row["data_wait_share"])} for row in run.train]
+    for index, (key, name) in enumerate(
+        (("all_to_all_share", "dispatch and combine"), ("data_wait_share", "waiting for data"), ("rest", "the rest"))
+    ):
+        made.add_trace(line(rows, key, name, index, stackgroup="time"))
+    return made
+
+
+def per_layer(run: RunLog, key: str, title: str) -> go.Figure:
+    """A field of every expert layer over steps: lines, or a picture when there are many layers."""
+    rows = [row for row in run.train if row["layers"]]
+    numbers = [layer["layer"] for layer in rows[0]["layers"]]
+    values = [[row["layers"][index][key] for row in rows] for index in range(len(numbers))]
+    steps = [row["step"] for row in rows]
+    if len(numbers) > MANY_LAYERS:
+        made = figure(yaxis_title="layer", hovermode="closest", height=max(360, 12 * len(numbers)))
+        made.add_trace(go.Heatmap(x=steps, y=numbers, z=values, colorscale="Cividis", colorbar={"title": title}))
+        return made
+    made = figure(yaxis_title=title)
+    for index, number in enumerate(numbers):
+        style = {"color": COLOURS[index % len(COLOURS)], "width": 2, "dash": DASHES[index // len(COLOURS)]}
+        made.add_trace(go.Scatter(x=steps, y=values[index], name=f"layer {number}", mode="lines", line=style))
+    return made
+
+
+def frames(run: RunLog) -> dict[str, Any]:
+    """What the heatmap's slider shows: steps, layer numbers, and load ratios (steps, layers, experts)."""
+    rows = [row for row in run.train if row["layers"]]
+    if len(rows) > MAX_FRAMES:
+        last = len(rows) - 1
+        rows = [rows[round(index * last / (MAX_FRAMES - 1))] for index in range(MAX_FRAMES)]
+    return {
+        "steps": [row["step"] for row in rows],
+        "layers": [layer["layer"] for layer in rows[-1]["layers"]] if rows else [],
+        "z": [[[round(ratio, 3) for ratio in load_ratios(layer)] for layer in run.layers(row)] for row in rows],
+    }
+
+
+def utilisation(shown: dict[str, Any]) -> go.Figure:
+    """Load ratio of every expert of every layer at the last step; blue below the fair share, red above."""
+    layers, ratios = shown["layers"], shown["z"][-1]
+    made = figure(
+        xaxis_title="expert",
+        hovermode="closest",
+        height=min(900, max(260, 120 + 24 * len(layers))),
+        yaxis={"title": {"text": "layer"}, "type": "category", "autorange": "reversed"},
+    )
+    scale = [[place, f"rgb{colour}"] for place, colour in ((0.0, COLD), (0.5, FAIR), (1.0, HOT))]
+    made.add_trace(
+        go.Heatmap(
+            x=list(range(max(map(len, ratios)))),
+            y=[str(layer) for layer in layers],
+            z=ratios,
+            zmin=0.0,
+            zmax=2.0,
+            colorscale=scale,
+            xgap=1,
+            ygap=1,
+            colorbar={"title": {"text": "load / fair share"}, "tickvals": [0, 0.5, 1, 1.5, 2]},
+            hovertemplate="layer %{y}, expert %{x}: %{z:.3f} of the fair share<extra></extra>",
+        )
+    )
+    return made
+
+
+def checkpoints(run: RunLog) -> go.Figure:
+    """How long each checkpoint took and how long training waited; crosses failed, lines are restarts."""
+    made = figure(yaxis_title="seconds", barmode="stack", hovermode="closest")
+    good = [row for row in run.checkpoints if row["ok"]]
+    bad = [row for row in run.checkpoints if not row["ok"]]
+    steps = [row["step"] for row in good]
+    waited = [row["blocked_seconds"] for row in good]
+    behind = [row["seconds"] - row["blocked_seconds"] for row in good]
+    made.add_trace(go.Bar(x=steps, y=waited, name="training waited", marker={"color": COLOURS[1]}))
+    made.add_trace(go.Bar(x=steps, y=behind, name="in the background", marker={"color": COLOURS[0]}))
+    if bad:
+        made.add_trace(
+            go.Scatter(
+                x=[row["step"] for row in bad],
+                y=[row["seconds"] for row in bad],
+                text=[row["reason"] for row in bad],
+                name="failed",
+                mode="markers",
+                marker={"symbol": "x", "size": 12, "color": _INK},
+            )
+        )
+    for start in run.starts[1:]:
+        if start["step"] is not None:
+            made.add_vline(x=start["step"], line={"color": _INK, "dash": "dot"}, annotation_text="restart")
+    return made

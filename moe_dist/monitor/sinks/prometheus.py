@@ -1,0 +1,141 @@
+"""Prometheus: a small web server that answers scrapes, and a client that pushes to a Pushgateway."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import socket
+import time
+from http.client import HTTPException
+from pathlib import Path
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, push_to_gateway, start_http_server
+
+from moe_dist.config import MonitorConfig
+from moe_dist.monitor.records import RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.sinks.snapshot import SnapshotSink
+
+logger = logging.getLogger(__name__)
+
+TARGETS = "targets.json"
+TRIES = 100
+"""Ports looked at, from the configured one on."""
+PUSH_SECONDS = 5.0
+"""Longest wait for a Pushgateway."""
+RETRY_SECONDS = 60.0
+"""After a push that failed, this long without another: a gateway that is away must not slow training."""
+
+
+class _RunSink(SnapshotSink):
+    """A snapshot with a registry of its own: `prometheus_client`'s global one is never touched."""
+
+    def __init__(self, output_dir: Path | str, config: MonitorConfig) -> None:
+        super().__init__(config.logging_steps, config.prometheus.per_expert)
+        self.output_dir, self.config = Path(output_dir), config.prometheus
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self.metrics)
+
+    @property
+    def run_name(self) -> str:
+        """Label `run` of everything scraped or pushed: the name of the run folder."""
+        return self.output_dir.resolve().name
+
+
+class PrometheusSink(_RunSink):
+    """Serves /metrics from `open` to `close`, and tells Prometheus where by `targets.json` in the run folder.
+
+    `targets.json` is a target list for `file_sd_configs`. A run that ended as planned leaves it empty; after any
+    other end it stays, so that Prometheus sees a target that does not answer.
+    """
+
+    name = "Prometheus"
+
+    def __init__(self, output_dir: Path | str, config: MonitorConfig) -> None:
+        super().__init__(output_dir, config)
+        self.address = ""
+        self._server: tuple[WSGIServer, Thread] | None = None
+
+    def open(self, info: RunInfo) -> None:
+        super().open(info)
+        wanted = self.config.port or 0
+        self._server = self._listen(wanted)
+        port = self._server[0].server_port
+        self.address = address_of(self.config.host, port)
+        if wanted not in (0, port):
+            logger.warning("port %d is taken; Prometheus metrics are at http://%s/metrics", wanted, self.address)
+        else:
+            logger.info("Prometheus metrics are at http://%s/metrics", self.address)
+        self._write_targets([{"targets": [self.address], "labels": {"run": self.run_name}}])
+
+    def close(self) -> None:
+        if self._server is None:
+            return
+        (server, thread), self._server = self._server, None
+        server.shutdown()
+        server.server_close()
+        thread.join(PUSH_SECONDS)
+        if self.snapshot.finished:
+            self._write_targets([])
+
+    def _listen(self, first: int) -> tuple[WSGIServer, Thread]:
+        """A server on the first free port from `first` on. Raises OSError."""
+        last = min(first + TRIES - 1, 65535)
+        for port in range(first, last + 1):
+            try:
+                return start_http_server(port, self.config.host, self.registry)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or port == last:
+                    raise
+        raise AssertionError("the last port either works or raises")
+
+    def _write_targets(self, targets: list[dict[str, object]]) -> None:
+        # Replaced in one move: Prometheus reads the file whenever it likes.
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        temporary = self.output_dir / f".{TARGETS}.tmp"
+        temporary.write_text(json.dumps(targets, indent=1) + "\n")
+        os.replace(temporary, self.output_dir / TARGETS)
+
+
+def address_of(host: str, port: int) -> str:
+    """Where a Prometheus on another machine finds this one."""
+    if host in ("", "0.0.0.0", "::"):
+        host = socket.gethostname()
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class PushgatewaySink(_RunSink):
+    """Pushes every record of training and the end to a Pushgateway, under job `moe_dist` and the run's name.
+
+    A push that fails is one warning; it is tried again later, without another word until one has worked.
+    """
+
+    name = "Pushgateway"
+
+    def __init__(self, output_dir: Path | str, config: MonitorConfig) -> None:
+        super().__init__(output_dir, config)
+        self._failing, self._not_before = False, 0.0
+
+    def train(self, record: TrainRecord) -> None:
+        super().train(record)
+        if time.monotonic() >= self._not_before:
+            self._push()
+
+    def summary(self, summary: RunSummary) -> None:
+        super().summary(summary)
+        self._push()
+
+    def _push(self) -> None:
+        gateway = self.config.pushgateway or ""
+        key = {"run": self.run_name, "instance": socket.gethostname()}
+        try:
+            push_to_gateway(gateway, "moe_dist", self.registry, key, PUSH_SECONDS)
+        except (OSError, HTTPException, ValueError) as error:  # away, refusing, or no such address
+            if not self._failing:
+                logger.warning("no push to the Pushgateway %s (%s); trying again later", gateway, error)
+            self._failing, self._not_before = True, time.monotonic() + RETRY_SECONDS
+        else:
+            self._failing = False

@@ -1,0 +1,230 @@
+"""The run as Prometheus metrics: one immutable snapshot of the latest records, turned into samples when asked.
+
+Nothing is counted or registered while the run goes on: a scrape costs training nothing but the moment in which it
+is written. Names are `moe_dist_*` in base units; the only labels are `layer` and `expert`, and those of
+`moe_dist_run_info`. `docs/metrics.md` lists all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import yaml
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from moe_dist import __version__
+from moe_dist.monitor.expert_stats import load_ratios, used_share
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.sinks.base import Sink
+
+PerExpert = Literal["full", "layer", "top"]
+NUM_TOP = 4
+"""With `per_expert: top`, this many of the hottest and as many of the coldest experts of each layer."""
+
+# Field of a record, metric, help. A field that is None has no sample.
+TRAIN_COUNTERS = (
+    ("step", "steps", "Optimizer steps finished."),
+    ("tokens", "tokens", "Tokens consumed since the start of the run, all ranks."),
+    ("skipped_steps", "skipped_steps", "Optimizer steps skipped for a non-finite loss or gradient."),
+)
+TRAIN_GAUGES = (
+    ("loss", "train_loss", "Training loss of the last logged step, nats per token."),
+    ("learning_rate", "learning_rate", "Learning rate of the last step."),
+    ("grad_norm", "grad_norm", "Global gradient norm before clipping, last step."),
+    ("epoch", "epoch", "Passes over the training data."),
+    ("max_steps", "max_steps", "Optimizer steps of the whole run."),
+    ("tokens_per_second", "tokens_per_second", "Throughput of the last logging interval, all ranks."),
+    ("step_seconds", "step_seconds", "Seconds per optimizer step, mean of the last logging interval."),
+    ("all_to_all_share", "all_to_all_ratio", "Share of step time in dispatch and combine."),
+    ("data_wait_share", "data_wait_ratio", "Share of step time waiting for a batch."),
+    ("memory_bytes", "memory_peak_bytes", "Peak memory of the reporting rank."),
+    ("remaining_seconds", "remaining_seconds", "Expected seconds to the end of the run."),
+)
+EVAL_GAUGES = (
+    ("loss", "validation_loss", "Loss on the validation set, nats per token."),
+    ("unigram_loss", "validation_unigram_loss", "Validation loss of a model that knows token frequencies only."),
+    ("seconds", "evaluation_seconds", "Duration of the last evaluation."),
+)
+CHECKPOINT_GAUGES = (
+    ("step", "last_checkpoint_step", "Optimizer steps in the last complete checkpoint."),
+    ("seconds", "checkpoint_seconds", "Duration of the last complete checkpoint."),
+    ("blocked_seconds", "checkpoint_blocked_seconds", "Seconds that training waited for the last checkpoint."),
+    ("bytes", "checkpoint_bytes", "Size of the last complete checkpoint."),
+)
+LAYER_GAUGES = (
+    ("load_imbalance", "load_imbalance_ratio", "Largest expert load / mean load; 1: balanced."),
+    ("load_cv", "load_cv_ratio", "Standard deviation / mean of expert loads; 0: balanced."),
+    ("load_entropy", "load_entropy_ratio", "Entropy of expert loads / ln E; 1: balanced."),
+    ("dead_experts", "dead_experts", "Experts that no token chose in the last logging interval."),
+    ("dropped_fraction", "dropped_ratio", "Share of (token, expert) pairs that found no place."),
+    ("aux_loss", "load_balancing_loss", "Load-balancing loss, unweighted; 1: balanced."),
+    ("z_loss", "router_z_loss", "Mean squared log-sum-exp of the router's logits, unweighted."),
+    ("router_entropy", "router_entropy_nats", "Mean entropy of a token's router scores."),
+    ("router_confidence", "router_confidence_ratio", "Mean of the largest of a token's router scores."),
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a scrape reads. Replaced as a whole, never changed: a scrape in another thread sees one moment."""
+
+    started: float
+    logging_steps: int
+    info: RunInfo | None = None
+    save_steps: int = 0
+    train: TrainRecord | None = None
+    train_time: float = 0.0
+    evaluation: EvalRecord | None = None
+    evaluation_time: float = 0.0
+    checkpoint: CheckpointRecord | None = None
+    checkpoint_time: float = 0.0
+    num_checkpoints: int = 0
+    num_failed_checkpoints: int = 0
+    tokens: Mapping[int, tuple[int, ...]] | None = None
+    """(token, expert) pairs of every expert since this start of the run, by layer."""
+    finished: bool = False
+
+
+class SnapshotSink(Sink):
+    """Keeps a snapshot of the latest records; `metrics` is the collector that shows it."""
+
+    def __init__(self, logging_steps: int, per_expert: PerExpert) -> None:
+        self.snapshot = Snapshot(time.time(), logging_steps)
+        self.metrics = RunMetrics(self, per_expert)
+
+    def open(self, info: RunInfo) -> None:
+        settings: Any = yaml.safe_load(info.config_text) or {}
+        save_steps = settings.get("checkpoint", {}).get("save_steps", 0)
+        self.snapshot = replace(self.snapshot, info=info, save_steps=save_steps)
+
+    def train(self, record: TrainRecord) -> None:
+        before = self.snapshot.tokens or {}
+        tokens = {layer.layer: _added(before.get(layer.layer), layer) for layer in record.layers}
+        self.snapshot = replace(self.snapshot, train=record, train_time=time.time(), tokens=tokens)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        self.snapshot = replace(self.snapshot, evaluation=record, evaluation_time=time.time())
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        seen = self.snapshot
+        if record.ok:
+            count = seen.num_checkpoints + 1
+            self.snapshot = replace(seen, checkpoint=record, checkpoint_time=time.time(), num_checkpoints=count)
+        else:
+            self.snapshot = replace(seen, num_failed_checkpoints=seen.num_failed_checkpoints + 1)
+
+    def summary(self, summary: RunSummary) -> None:
+        self.snapshot = replace(self.snapshot, finished=not summary.failed)
+
+
+def _added(before: tuple[int, ...] | None, layer: LayerRecord) -> tuple[int, ...]:
+    counts = layer.tokens_per_expert
+    return tuple(map(sum, zip(before, counts, strict=True))) if before else tuple(counts)
+
+
+class RunMetrics:
+    """A collector of `prometheus_client` without state: every scrape reads the sink's snapshot once."""
+
+    def __init__(self, sink: SnapshotSink, per_expert: PerExpert) -> None:
+        self._sink, self._per_expert = sink, per_expert
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: names are known without a first scrape."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        seen = self._sink.snapshot
+        yield from _of_the_run(seen)
+        if seen.train is not None:
+            for field, name, text in TRAIN_COUNTERS:
+                yield _counter(name, text, getattr(seen.train, field))
+            yield from _gauges(TRAIN_GAUGES, seen.train)
+            yield _gauge("last_step_timestamp_seconds", "When the last step was logged.", seen.train_time)
+        if seen.evaluation is not None:
+            yield from _gauges(EVAL_GAUGES, seen.evaluation)
+            yield _gauge("last_evaluation_timestamp_seconds", "End of the last evaluation.", seen.evaluation_time)
+        yield _counter("checkpoints", "Complete checkpoints of this start of the run.", seen.num_checkpoints)
+        yield _counter("checkpoint_failures", "Checkpoints that failed.", seen.num_failed_checkpoints)
+        if seen.checkpoint is not None:
+            yield from _gauges(CHECKPOINT_GAUGES, seen.checkpoint)
+            yield _gauge(
+                "last_checkpoint_timestamp_seconds", "When the last checkpoint was complete.", seen.checkpoint_time
+            )
+        # A layer that routed nothing in the interval has no ratios, and its experts are not dead.
+        layers = [layer for layer in seen.train.layers if any(layer.tokens_per_expert)] if seen.train else []
+        if layers:
+            yield from _of_layers(layers)
+            if self._per_expert != "layer":
+                yield from _of_experts(layers, seen.tokens or {}, self._per_expert)
+
+
+def _of_the_run(seen: Snapshot) -> Iterator[Metric]:
+    if seen.info is not None:
+        info = InfoMetricFamily("moe_dist_run", "What is running.")
+        names = ("output_dir", "device", "world_size", "total_params", "active_params")
+        labels = {name: str(getattr(seen.info, name)) for name in names}
+        info.add_metric([], {"version": __version__} | labels)
+        yield info
+    yield _gauge("run_start_timestamp_seconds", "When this start of the run began.", seen.started)
+    yield _gauge("run_finished", "1 after the run has ended as planned.", float(seen.finished))
+    yield _gauge("logging_interval_steps", "Steps between two updates of these metrics.", seen.logging_steps)
+    if seen.save_steps:
+        yield _gauge("checkpoint_interval_steps", "Steps between two checkpoints.", seen.save_steps)
+
+
+def _of_layers(layers: list[LayerRecord]) -> Iterator[Metric]:
+    for field, name, text in LAYER_GAUGES:
+        family = GaugeMetricFamily(f"moe_dist_{name}", text, labels=["layer"])
+        for layer in layers:
+            family.add_metric([str(layer.layer)], getattr(layer, field))
+        yield family
+    used = GaugeMetricFamily("moe_dist_used_experts_ratio", "exp(entropy of loads) / E; 1: balanced.", labels=["layer"])
+    for layer in layers:
+        used.add_metric([str(layer.layer)], used_share(layer))
+    yield used
+
+
+def _of_experts(
+    layers: list[LayerRecord], tokens: Mapping[int, tuple[int, ...]], per_expert: PerExpert
+) -> Iterator[Metric]:
+    labels = ["layer", "expert"]
+    counts = CounterMetricFamily(
+        "moe_dist_expert_tokens", "(token, expert) pairs routed since this start of the run.", labels=labels
+    )
+    loads = GaugeMetricFamily(
+        "moe_dist_expert_load_ratio", "Load / the layer's mean load; 1: fair share.", labels=labels
+    )
+    for layer in layers:
+        ratios, name = load_ratios(layer), str(layer.layer)
+        for expert in _shown(ratios, per_expert):
+            counts.add_metric([name, str(expert)], tokens[layer.layer][expert])
+            loads.add_metric([name, str(expert)], ratios[expert])
+    yield counts
+    yield loads
+
+
+def _shown(ratios: list[float], per_expert: PerExpert) -> Iterable[int]:
+    """The experts with series of their own."""
+    if per_expert == "full" or len(ratios) <= 2 * NUM_TOP:
+        return range(len(ratios))
+    by_load = sorted(range(len(ratios)), key=ratios.__getitem__)
+    return sorted(by_load[:NUM_TOP] + by_load[-NUM_TOP:])
+
+
+def _gauges(table: Iterable[tuple[str, str, str]], record: object) -> Iterator[Metric]:
+    for field, name, text in table:
+        value = getattr(record, field)
+        if value is not None:
+            yield _gauge(name, text, value)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"moe_dist_{name}", text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"moe_dist_{name}", text, value=value)

@@ -1,0 +1,54 @@
+"""How many bytes of weights, gradients and optimizer state a rank holds: the formulas of docs/parallelism.md. No torch.
+
+D dense parameters and E expert parameters of the layers that are on this rank's stages, N replicas over which they are
+sharded: all dp of them, or `parallel.shard_size`. Between steps, that is: after an update, before the next batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_dist.config import Config
+from moe_dist.models.counts import per_rank
+from moe_dist.parallel.layout import Layout, layers_by_place
+
+MOMENTS = {"adamw_torch_fused": 2, "adamw_torch": 2, "sgd": 1, "adafactor": 0}
+"""Float32 numbers that the optimizer keeps for each parameter. Adafactor's row and column means are not counted."""
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes on one rank. `optimizer`: moments, and float32 copies of weights where there are some."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def state_bytes(config: Config, layout: Layout) -> list[StateBytes]:
+    """For every place in the pipeline, what each of its ranks holds.
+
+    Without what sharding pads, activations, communication buffers and what is gathered while a step runs.
+    """
+    parallel = config.parallel
+    replicas = layout.dp_size if parallel.shard_size is None else parallel.shard_size
+    over = replicas if parallel.zero_stage else 1
+    over_experts = max(1, over // layout.ep_size)
+    moments = (
+        0 if config.optimizer.optim == "sgd" and not config.optimizer.momentum else MOMENTS[config.optimizer.optim]
+    )
+    found = []
+    for place in per_rank(config.model, layout, layers_by_place(config)):
+        whole, part = place.total, place.dense // over + place.experts // over_experts
+        if parallel.engine == "deepspeed":
+            found.append(StateBytes(4 * whole, 4 * part, 4 * part * (1 + moments)))
+        elif parallel.zero_stage == 0 and config.train.pure_bf16:
+            found.append(StateBytes(2 * whole, 4 * whole, 4 * whole * (1 + moments)))
+        else:
+            found.append(StateBytes(4 * part, 4 * part, 4 * part * moments))
+    return found

@@ -1,0 +1,149 @@
+"""What has happened since the last logged line, made into the records that the sinks are told."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import torch
+
+from moe_dist.checkpoint.manager import Outcome
+from moe_dist.config import Config
+from moe_dist.models.auxiliary import LoadFacts
+from moe_dist.monitor.collector import Collector
+from moe_dist.monitor.health import Health
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunSummary, TrainRecord
+from moe_dist.monitor.sinks import Sinks, build_sinks
+from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.evaluation import Evaluation
+from moe_dist.train.persistence import Counters
+from moe_dist.train.step import StepResult
+from moe_dist.train.stopping import Stopping
+
+logger = logging.getLogger("moe_dist")
+
+
+class Reporter:
+    """Gathers facts step by step on every rank; rank 0 tells them to the sinks, once per logging interval."""
+
+    def __init__(self, config: Config, mesh: Mesh, clock: Clock, unigram: float | None = None) -> None:
+        self.config, self.mesh, self.clock = config, mesh, clock
+        self.sinks = build_sinks(config.train.output_dir, config.monitor) if mesh.rank == 0 else Sinks([])
+        self.unigram = unigram
+        self.health = Health()
+        self.collector = Collector(
+            config.model.moe_layers,
+            config.model.num_experts,
+            config.model.num_experts_per_tok,
+            mesh.device,
+            partial(mesh.sum_over, "world"),
+        )
+        self.layers: list[LayerRecord] = []
+        self.start_interval()
+
+    def start_interval(self) -> None:
+        """Nothing has happened yet."""
+        self._started = time.perf_counter()
+        self._steps, self._tokens, self._data_wait = 0, 0, 0.0
+
+    def add(self, result: StepResult, facts: dict[int, LoadFacts], data_wait: float) -> None:
+        """One step, which has waited `data_wait` seconds for its batch."""
+        self.collector.add(facts)
+        self._steps += 1
+        self._tokens += result.num_tokens
+        self._data_wait += data_wait
+
+    def leave_out(self, seconds: float) -> None:
+        """An evaluation or a save is no training time."""
+        self._started += seconds
+
+    def log(self, counters: Counters, stopping: Stopping, result: StepResult, rate: float, epoch: float) -> None:
+        """End the interval and tell the sinks (collective: one reduction of the load facts)."""
+        self.layers = self.collector.take()
+        for sentence in self.health.observe(self.layers) if self.mesh.rank == 0 else ():
+            logger.warning("%s", sentence)
+        seconds = max(1e-9, time.perf_counter() - self._started)
+        step_seconds = seconds / max(1, self._steps)
+        self.sinks.train(
+            TrainRecord(
+                step=counters.step,
+                max_steps=stopping.max_steps,
+                epoch=epoch,
+                loss=result.loss,
+                learning_rate=rate,
+                grad_norm=result.grad_norm,
+                tokens=counters.tokens,
+                tokens_per_second=self._tokens / seconds,
+                step_seconds=step_seconds,
+                all_to_all_share=min(1.0, self.clock.take() / seconds),
+                data_wait_share=min(1.0, self._data_wait / seconds),
+                skipped_steps=counters.skipped,
+                elapsed_seconds=counters.elapsed,
+                remaining_seconds=self._remaining(counters, stopping, step_seconds),
+                memory_bytes=peak_memory(self.mesh.device),
+                layers=self.layers,
+            )
+        )
+        self.start_interval()
+
+    def _remaining(self, counters: Counters, stopping: Stopping, step_seconds: float) -> float | None:
+        ends = []
+        if stopping.max_steps is not None:
+            ends.append((stopping.max_steps - counters.step) * step_seconds)
+        if self.config.train.max_time is not None:
+            ends.append(max(0.0, self.config.train.max_time - counters.elapsed))
+        return min(ends) if ends else None
+
+    def evaluation(self, step: int, found: Evaluation, is_best: bool) -> None:
+        """A finished evaluation."""
+        self.sinks.evaluation(
+            EvalRecord(step, found.loss, found.perplexity, found.num_tokens, found.seconds, self.unigram, is_best)
+        )
+
+    def checkpoint(self, outcome: Outcome) -> None:
+        """A save that has ended, well or not."""
+        ok = outcome.error is None
+        self.sinks.checkpoint(
+            CheckpointRecord(
+                step=outcome.step,
+                seconds=outcome.seconds,
+                blocked_seconds=outcome.blocked_seconds,
+                bytes=outcome.num_bytes if ok else 0,
+                path=outcome.path,
+                ok=ok,
+                reason=outcome.error or "",
+            )
+        )
+
+    def summary(self, counters: Counters, stopping: Stopping, losses: list[float], **more: Any) -> None:
+        """The end of a run. `more`: paths and samples of text, as `RunSummary` names them."""
+        self.sinks.summary(
+            RunSummary(
+                steps=counters.step,
+                seconds=counters.elapsed,
+                initial_loss=counters.initial_loss,
+                final_loss=losses[-1],
+                best_eval_loss=stopping.best_loss,
+                unigram_loss=self.unigram,
+                tokens=counters.tokens,
+                tokens_per_second=counters.tokens / max(1e-9, counters.elapsed),
+                skipped_steps=counters.skipped,
+                reason=stopping.reason or "",
+                failed=stopping.failed,
+                layers=self.layers,
+                **more,
+            )
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on CUDA, resident on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

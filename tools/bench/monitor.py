@@ -1,0 +1,103 @@
+"""What seeing every expert costs: the collector, every sink and a Prometheus scrape, in CPU milliseconds of rank 0.
+
+    python tools/bench/monitor.py [--step-seconds 1.0] [--logging-steps 10]
+
+`add` runs once a step, `take` and the sinks once per logging interval, all in the training thread; their sum per step
+is given as a share of `--step-seconds`. A scrape runs in its own thread, whenever a Prometheus asks. CPU time of the
+whole process, so that a busy machine changes little; the best of five rounds.
+
+Not covered: the reduction over ranks (one tensor of layers x (experts + 6) float64), slow disks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from moe_dist.config import MonitorConfig, PrometheusConfig
+from moe_dist.models.auxiliary import LoadFacts
+from moe_dist.monitor.collector import Collector
+from moe_dist.monitor.health import Health
+from moe_dist.monitor.records import RunInfo, TrainRecord
+from moe_dist.monitor.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink
+from moe_dist.monitor.sinks.prometheus import PrometheusSink
+
+SIZES = ((16, 8), (48, 128), (94, 128))
+ROUNDS = 5
+INFO = RunInfo("bench", [], 1, 1, 1, "model: {}\n", "bench", 1, "cpu")
+
+
+def best(call: Callable[[], object]) -> float:
+    """CPU milliseconds of the fastest of some rounds: what the work costs when nothing is in its way."""
+    times = []
+    for _ in range(ROUNDS):
+        before = time.process_time()
+        call()
+        times.append(time.process_time() - before)
+    return 1e3 * min(times)
+
+
+def record(step: int, collector: Collector) -> TrainRecord:
+    fields = {"step": step, "max_steps": 1000, "epoch": 0.1, "loss": 2.0, "learning_rate": 1e-3, "grad_norm": 1.0}
+    fields |= {"tokens": 1000 * step, "tokens_per_second": 1e5, "step_seconds": 1.0, "all_to_all_share": 0.1}
+    fields |= {"data_wait_share": 0.0, "skipped_steps": 0, "elapsed_seconds": 1.0, "remaining_seconds": 1.0}
+    return TrainRecord(**fields, memory_bytes=1, layers=collector.take())  # type: ignore[arg-type]
+
+
+def measure(layers: int, experts: int, step_seconds: float, logging_steps: int) -> None:
+    """Print one size."""
+    collector = Collector(range(layers), experts, 2, "cpu")
+    facts = {layer: LoadFacts.zeros(experts, torch.device("cpu")) for layer in range(layers)}
+    for one in facts.values():
+        one.pairs_E += torch.tensor([random.randrange(10**6, 10**9) for _ in range(experts)])
+        one.tokens += one.pairs_E.sum() // 2
+        one.sums += 1.1e9
+    print(f"\n{layers} x {experts}")
+    per_step, per_interval = best(lambda: collector.add(facts)), best(collector.take)
+    print(f"  {'add':<13} {per_step:8.2f} ms a step\n  {'take':<13} {per_interval:8.2f} ms an interval")
+    collector.add(facts)
+    shown = record(1, collector)
+    health = best(lambda: Health().observe(shown.layers))
+    print(f"  {'health':<13} {health:8.2f} ms an interval")
+    per_interval += health
+    with tempfile.TemporaryDirectory() as folder:
+        prometheus = PrometheusSink(folder, MonitorConfig(prometheus=PrometheusConfig(port=0)))
+        sinks: list[Sink] = [ConsoleSink("plain", io.StringIO()), JsonlSink(Path(folder) / "metrics.jsonl")]
+        for sink in (*sinks, TensorBoardSink(Path(folder) / "tb"), prometheus):
+            sink.open(INFO)
+            sink.train(shown)  # the first time imports, opens and allocates
+            cost = best(lambda sink=sink: sink.train(shown))  # type: ignore[misc]
+            per_interval += cost
+            print(f"  {sink.name:<13} {cost:8.2f} ms an interval")
+        share = (per_step + per_interval / logging_steps) / (1e3 * step_seconds)
+        print(f"  {'together':<13} {100 * share:8.2f} % of a step of {step_seconds:g} s, logged every {logging_steps}")
+        url = f"http://{prometheus.address}/metrics"
+        scrape = best(lambda: urllib.request.urlopen(url).read())
+        with urllib.request.urlopen(url) as reply:
+            plain = len(reply.read())
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Accept-Encoding": "gzip"})) as reply:
+            packed = len(reply.read())
+        print(f"  {'scrape':<13} {scrape:8.2f} ms, {plain / 1e3:.0f} kB ({packed / 1e3:.0f} kB compressed)")
+        prometheus.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--step-seconds", type=float, default=1.0, help="seconds of one training step")
+    parser.add_argument("--logging-steps", type=int, default=10, help="monitor.logging_steps")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for layers, experts in SIZES:
+        measure(layers, experts, arguments.step_seconds, arguments.logging_steps)
+
+
+if __name__ == "__main__":
+    main()
