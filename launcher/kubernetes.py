@@ -168,8 +168,8 @@ class _Text(yaml.SafeDumper):
 
 
 def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    plain = re.fullmatch(r"[A-Za-z/.-][A-Za-z_./$()=:-][^:#'\"`]*", text) and text.lower() not in ("no", "on")
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None if plain else "'")
+    risky = re.match(r"[-+.]?\d|[yn]$", text, re.IGNORECASE)  # PyYAML itself sees to true, null, on and the like
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else "'" if risky else None)
 
 
 _Text.add_representer(str, _write_text)
