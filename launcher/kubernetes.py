@@ -31,7 +31,9 @@ _UNDERSTOOD = {
 _LOCAL = "config.kubernetes.io/local-config"
 _MERGE_KEYS = {
     **dict.fromkeys(("containers", "env", "volumes"), "name"),
-    **{"ports": "containerPort", "volumeMounts": "mountPath", "topologySpreadConstraints": "topologyKey"},
+    "ports": "containerPort",
+    "volumeMounts": "mountPath",
+    "topologySpreadConstraints": "topologyKey",
 }
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
@@ -79,7 +81,9 @@ def overlays() -> list[str]:
 
 def _folder(overlay: str | None) -> Path:
     if not (MANIFESTS / "base").is_dir():
-        raise ConfigError(f"{MANIFESTS}: no such folder; `launch k8s` needs a checkout of the project (pip install -e .)")
+        raise ConfigError(
+            f"{MANIFESTS}: no such folder; `launch k8s` needs a checkout of the project (pip install -e .)"
+        )
     if overlay is None:
         return MANIFESTS / "base"
     if overlay not in overlays():
@@ -91,7 +95,9 @@ def _check(config: Config, overlay: str | None, nodes: int, nproc_per_node: int)
     from moe_dist.parallel.layout import Layout
 
     if overlay == "rayjob" and nodes != 1:
-        raise ConfigError(f"--nodes {nodes}: the entrypoint of a RayJob runs in one pod; allowed: 1, or another overlay")
+        raise ConfigError(
+            f"--nodes {nodes}: the entrypoint of a RayJob runs in one pod; allowed: 1, or another overlay"
+        )
     if overlay == "pytorchjob" and nodes < 2:
         raise ConfigError(f"--nodes {nodes}: a PyTorchJob here is a master and workers; allowed: 2 or more")
     try:
@@ -182,7 +188,9 @@ def render(folder: Path) -> list[Object]:
     """The objects of a folder with a kustomization.yaml, as `kubectl kustomize` would print them."""
     plan = _read(folder / "kustomization.yaml")[0]
     if unknown := set(plan) - _UNDERSTOOD:
-        raise ConfigError(f"{folder / 'kustomization.yaml'}: {', '.join(sorted(unknown))}: only kubectl understands this")
+        raise ConfigError(
+            f"{folder / 'kustomization.yaml'}: {', '.join(sorted(unknown))}: only kubectl understands this"
+        )
     objects: list[Object] = []
     for name in plan.get("resources", []):
         path = folder / name

@@ -42,10 +42,10 @@ def verdict(codes: Iterable[int]) -> int:
     return next((128 - code for code in found if code < 0), EXIT_FAILED)
 
 
-def ranks() -> list[int]:
-    """Process ids of the ranks that torchrun has started here (Linux)."""
+def ranks(torchrun: str = "self") -> list[int]:
+    """Process ids of the ranks that torchrun has started (Linux)."""
     found = []
-    for task in Path("/proc/self/task").iterdir():
+    for task in Path(f"/proc/{torchrun}/task").iterdir():
         with suppress(OSError):
             for pid in (task / "children").read_text().split():
                 if b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
@@ -69,7 +69,9 @@ def _listen(reader: int) -> None:
             if number not in PASSED_ON:
                 continue
             told = ranks()
-            print(f"moe-dist: {signal.Signals(number).name}, passed on to {len(told)} ranks", file=sys.stderr, flush=True)
+            print(
+                f"moe-dist: {signal.Signals(number).name}, passed on to {len(told)} ranks", file=sys.stderr, flush=True
+            )
             if not told:
                 os._exit(128 + number)  # nothing has begun, there is nothing to save
             for pid in told:

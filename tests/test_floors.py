@@ -59,6 +59,9 @@ LIGHT = (
     "launcher.worker",
     "launcher.environment",
     "launcher.layout_report",
+    "launcher.launch_commands",
+    "launcher.kubernetes",
+    "launcher.pod",
 )
 HEAVY = (
     *("torch", "numpy", "transformers", "datasets", "tokenizers", "tensorboard"),

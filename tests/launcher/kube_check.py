@@ -22,13 +22,16 @@ import yaml
 
 SCHEMAS = Path(__file__).parent / "schemas"
 KUBERNETES = "1.32"
+_KEPT = {"type", "enum", "required", "pattern", "minimum", "maximum", "minItems", "minLength", "x-api-version"}
 Object = dict[str, Any]
 
 
 def complaints(item: Object) -> list[str]:
     """What is wrong with an object, as `path: message`; empty when nothing is."""
     kind, version = item.get("kind", "no kind"), item.get("apiVersion", "no version")
-    found = [f"metadata: {key}" for key in set(item.get("metadata", {})) - {"name", "namespace", "labels", "annotations"}]
+    found = [
+        f"metadata: {key}" for key in set(item.get("metadata", {})) - {"name", "namespace", "labels", "annotations"}
+    ]
     if schema := _schema(kind):
         if version != schema["x-api-version"]:
             return [f"apiVersion: {version} of {kind}, known is {schema['x-api-version']}"]
@@ -80,9 +83,7 @@ def closed(schema: Any, top: bool = False) -> Any:
             kept[key] = {name: closed(inner, top and name == "metadata") for name, inner in value.items()}
         elif key in ("items", "additionalProperties"):
             kept[key] = closed(value)
-        elif key in ("type", "enum", "required", "pattern", "minimum", "maximum", "minItems", "minLength"):
-            kept[key] = value
-        elif key == "x-api-version":
+        elif key in _KEPT:
             kept[key] = value
     if "properties" in kept and not schema.get("x-kubernetes-preserve-unknown-fields"):
         kept.setdefault("additionalProperties", top and "kind" not in kept["properties"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import io
 import json
 import os
 import re
@@ -12,17 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 from programs import BIN, HARD_LIMIT, Program, write_config
 from ranks import free_port
 
+from launcher.commands import run
 from launcher.environment import Environment, detect
 from launcher.kubernetes import MANIFESTS, overlays, render
-from launcher.pod import verdict
+from launcher.pod import ranks, verdict
 from moe_dist.config_loading import load_config
 
 kube_check = pytest.importorskip("kube_check", reason="kubernetes-validate is not installed: pip install -e '.[dev]'")
@@ -36,20 +38,42 @@ INJECTED = {
     "Job": lambda index: {"JOB_COMPLETION_INDEX": str(index)},
     "JobSet": lambda index: {"JOB_COMPLETION_INDEX": str(index)},
     "PyTorchJob": lambda index: {
-        **{"RANK": str(index), "WORLD_SIZE": "2", "PYTHONUNBUFFERED": "1"},
-        **{"MASTER_ADDR": "moe-dist-master-0", "MASTER_PORT": "23456"},
+        "RANK": str(index),
+        "WORLD_SIZE": "2",
+        "PYTHONUNBUFFERED": "1",
+        "MASTER_ADDR": "moe-dist-master-0",
+        "MASTER_PORT": "23456",
     },
     "TrainJob": lambda index: {
-        **{"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": str(index)},
-        **{"PET_MASTER_ADDR": "moe-dist-node-0-0.moe-dist", "PET_MASTER_PORT": "29400"},
+        "PET_NNODES": "2",
+        "PET_NPROC_PER_NODE": "1",
+        "PET_NODE_RANK": str(index),
+        "PET_MASTER_ADDR": "moe-dist-node-0-0.moe-dist",
+        "PET_MASTER_PORT": "29400",
     },
 }
 Object = dict[str, Any]
 
 
-def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def launch(*arguments: str) -> Done:
+    """`moe-dist launch k8s ...`, its real command line inside this process: starting Python thirty times is slow."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["moe-dist", "launch", "k8s", *arguments])
+        code = run()
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def launch_for_real(*arguments: str, **environment: str) -> Done:
     command = [BIN / "moe-dist", "launch", "k8s", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def everything(tree: Any, path: str = "") -> Iterator[tuple[str, Object]]:
@@ -84,7 +108,9 @@ def main_container(objects: list[Object]) -> Object:
 @pytest.mark.parametrize("name", NAMES)
 def test_kubectl_renders_the_same(name: str) -> None:
     if shutil.which("kubectl") is None:
-        pytest.skip("NO KUBECTL HERE: our rendering of k8s/ was not compared with it (apt-get install kubernetes-client)")
+        pytest.skip(
+            "NO KUBECTL HERE: our rendering of k8s/ was not compared with it (apt-get install kubernetes-client)"
+        )
     done = subprocess.run(["kubectl", "kustomize", FOLDERS[name]], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
@@ -169,7 +195,9 @@ def test_everything_named_is_there(name: str) -> None:
                 assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in names
         for container in spec["containers"]:
             assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
-            assert {"/dev/shm", "/runs", "/config", "/tmp"} == {mount["mountPath"] for mount in container["volumeMounts"]}
+            assert {"/dev/shm", "/runs", "/config", "/tmp"} == {
+                mount["mountPath"] for mount in container["volumeMounts"]
+            }
         if "subdomain" in spec:
             made_by_jobset = {("Service", item["metadata"]["name"]) for item in objects if item["kind"] == "JobSet"}
             assert ("Service", spec["subdomain"]) in names | made_by_jobset
@@ -214,7 +242,7 @@ def test_numbers_that_must_agree_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["base", "jobset"])
 def test_exit_codes_are_understood(name: str) -> None:
-    """Each of the launcher's exit codes, walked through the rules as the Job controller does: the first match counts."""
+    """Each of the launcher's exit codes, walked through the rules as the Job controller does: the first that fits."""
     (job,) = [part for item in render(FOLDERS[name]) for _, part in everything(item) if "podFailurePolicy" in part]
     containers = [container["name"] for container in job["template"]["spec"]["containers"]]
 
@@ -271,7 +299,9 @@ def test_torchrun_and_the_ranks_understand_what_pods_are_told(name: str, monkeyp
         for local in range(each):
             # What torchrun makes of it, for each rank.
             rank = {"RANK": node * each + local, "LOCAL_RANK": local, "WORLD_SIZE": 2 * each, "LOCAL_WORLD_SIZE": each}
-            found = detect({**{key: str(value) for key, value in rank.items()}, "MASTER_ADDR": "x", "MASTER_PORT": port})
+            found = detect(
+                {**{key: str(value) for key, value in rank.items()}, "MASTER_ADDR": "x", "MASTER_PORT": port}
+            )
             assert found == Environment(*rank.values())
             worlds.add(found.world_size)
         config = load_config(FOLDERS["base"] / "run.yaml", ours[3:])
@@ -303,7 +333,9 @@ def test_one_exit_code_for_a_pod(codes: list[int], one: int) -> None:
 
 
 def test_a_dry_run_prints_the_run_in_its_manifests(tmp_path: Path) -> None:
-    done = launch(DEMO, "--dry-run", "--nodes=4", "--nproc-per-node=2", "--namespace=lab", "--image=reg:5000/moe:1", "lr=0.5")
+    done = launch(
+        DEMO, "--dry-run", "--nodes=4", "--nproc-per-node=2", "--namespace=lab", "--image=reg:5000/moe:1", "lr=0.5"
+    )
     assert done.returncode == 0, done.stderr
     objects = list(yaml.safe_load_all(done.stdout))
     assert [text for item in objects for text in kube_check.complaints(item)] == []
@@ -314,7 +346,9 @@ def test_a_dry_run_prints_the_run_in_its_manifests(tmp_path: Path) -> None:
     env = {item["name"]: item["value"] for item in container["env"]}
     assert (env["NODES"], env["NPROC_PER_NODE"], env["RUN_DIR"]) == ("4", "2", "/runs/outputs/demo")
     assert container["image"] == "reg:5000/moe:1"
-    (tmp_path / "run.yaml").write_text(next(item for item in objects if item["kind"] == "ConfigMap")["data"]["run.yaml"])
+    (tmp_path / "run.yaml").write_text(
+        next(item for item in objects if item["kind"] == "ConfigMap")["data"]["run.yaml"]
+    )
     expected = load_config(DEMO, ["lr=0.5", "checkpoint.resume=auto"])
     assert load_config(tmp_path / "run.yaml") == expected
     assert "checkpoint.resume=never becomes auto" in done.stderr
@@ -323,15 +357,24 @@ def test_a_dry_run_prints_the_run_in_its_manifests(tmp_path: Path) -> None:
 @pytest.mark.parametrize("overlay", overlays())
 def test_a_dry_run_of_every_overlay(overlay: str) -> None:
     nodes = 1 if overlay == "rayjob" else 3
-    done = launch(DEMO, "--dry-run", f"--overlay={overlay}", f"--nodes={nodes}", "--nproc-per-node=4", "--image=i:2", "ep_size=4")
+    done = launch(
+        DEMO, "--dry-run", f"--overlay={overlay}", f"--nodes={nodes}", "--nproc-per-node=4", "--image=i:2", "ep_size=4"
+    )
     assert done.returncode == 0, done.stderr
     objects = list(yaml.safe_load_all(done.stdout))
     assert [text for item in objects for text in kube_check.complaints(item)] == []
     assert {part["image"] for _, part in everything(objects) if isinstance(part.get("image"), str)} == {"i:2"}
-    told = {str(part[key]) for _, part in everything(objects) for key in ("completions", "parallelism", "numNodes") if key in part}
+    told = {
+        str(part[key])
+        for _, part in everything(objects)
+        for key in ("completions", "parallelism", "numNodes")
+        if key in part
+    }
     told |= {part["value"] for _, part in everything(objects) if part.get("name") == "NODES"}
     assert told == (set() if overlay == "rayjob" else {"3"})
-    ranks = {str(part[key]) for _, part in everything(objects) for key in ("numProcPerNode", "nvidia.com/gpu") if key in part}
+    ranks = {
+        str(part[key]) for _, part in everything(objects) for key in ("numProcPerNode", "nvidia.com/gpu") if key in part
+    }
     ranks |= {part["value"] for _, part in everything(objects) if part.get("name") == "NPROC_PER_NODE"}
     assert ranks == {"4"}
     if overlay == "pytorchjob":
@@ -368,11 +411,11 @@ def test_without_dry_run_kubectl_gets_exactly_that(tmp_path: Path) -> None:
     kubectl = tmp_path / "kubectl"
     kubectl.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\ncat > {tmp_path}/given\nexit 7\n')
     kubectl.chmod(0o755)
-    done = launch(DEMO, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = launch_for_real(DEMO, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 7
     assert (tmp_path / "arguments").read_text() == "apply -f -\n"
     assert (tmp_path / "given").read_text() == launch(DEMO, "--dry-run").stdout
-    done = launch(DEMO, PATH=str(tmp_path / "empty"))
+    done = launch_for_real(DEMO, PATH=str(tmp_path / "empty"))
     assert done.returncode == 2
     assert "moe-dist: error: kubectl is not installed; --dry-run prints" in done.stderr
 
@@ -390,7 +433,9 @@ def test_the_image_is_built_from_what_is_there() -> None:
         assert "*" in ignored
         assert f"!{name.rstrip('/')}" in ignored, f"{name} would not be sent to the builder"
     uid = render(FOLDERS["base"])
-    assert [line for line in lines if line.startswith("USER ")][-1] == f"USER {pod_specs(uid)[0]['securityContext']['runAsUser']}"
+    assert [line for line in lines if line.startswith("USER ")][
+        -1
+    ] == f"USER {pod_specs(uid)[0]['securityContext']['runAsUser']}"
 
 
 # --- pods, simulated: the processes of a rendered Job, with its command and its environment
@@ -436,21 +481,21 @@ def rendered(folder: Path, *overrides: str) -> list[Object]:
 def test_pods_train_together_save_on_sigterm_and_go_on(tmp_path: Path) -> None:
     """One pod is asked to leave, as for a drained node: all save the same step and end with 75; new pods go on."""
     objects = rendered(tmp_path, "train.max_steps=100000")
-    run = tmp_path / "runs/small"
+    folder = tmp_path / "runs/small"
     pods = Pods(objects, tmp_path)
     pods.wait_for("step: 3/")
     assert "with 2 processes" in pods.programs[0].out
     os.kill(pods.programs[1].pid, signal.SIGTERM)
     assert pods.end() == [75, 75]
     assert "SIGTERM, passed on to 1 ranks" in pods.programs[1].err
-    (saved,) = run.glob("checkpoint-*")
+    (saved,) = folder.glob("checkpoint-*")
     assert json.loads((saved / "manifest.json").read_text())["layout"]["world"] == 2
 
     again = Pods(objects, tmp_path)
     again.wait_for(f"resumed from {saved} at step {saved.name.partition('-')[2]}")
     # A rank that is killed: its own pod says so, the other one fails, and neither hangs.
-    (rank,) = again.programs[1].ranks().values()
     again.wait_for("step: ")
+    (rank,) = ranks(str(again.programs[1].pid))
     os.kill(rank, signal.SIGKILL)
     assert again.end() == [1, 137]
 
@@ -463,13 +508,12 @@ def test_pods_train_to_the_end(tmp_path: Path) -> None:
     assert pods.end() == [0, 0]
     assert "step: 3/3" in pods.programs[0].out
     (command,) = {program["exec"]["command"][-1] for _, program in everything(objects) if "exec" in program}
-    probe = copy.copy(command)
-    run = str(tmp_path / "runs/small")
-    assert subprocess.run(["sh", "-c", probe], env={**os.environ, "RUN_DIR": run}).returncode == 0
+    folder = str(tmp_path / "runs/small")
+    assert subprocess.run(["sh", "-c", command], env={**os.environ, "RUN_DIR": folder}).returncode == 0
     old = time.time() - 700
-    os.utime(f"{run}/metrics.jsonl", (old, old))
-    assert subprocess.run(["sh", "-c", probe], env={**os.environ, "RUN_DIR": run}).returncode == 1
-    assert subprocess.run(["sh", "-c", probe], env={**os.environ, "RUN_DIR": f"{run}er"}).returncode == 1
+    os.utime(f"{folder}/metrics.jsonl", (old, old))
+    assert subprocess.run(["sh", "-c", command], env={**os.environ, "RUN_DIR": folder}).returncode == 1
+    assert subprocess.run(["sh", "-c", command], env={**os.environ, "RUN_DIR": f"{folder}er"}).returncode == 1
 
 
 @pytest.mark.slow
@@ -481,7 +525,7 @@ def test_pods_with_a_run_that_cannot_be_end_with_2(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_pod_that_waits_for_the_others_ends_at_once(tmp_path: Path) -> None:
-    """Seen to take minutes with a plain signal handler: the main thread is inside the rendezvous."""
+    """Seen to go on for 40 s with a plain signal handler: the main thread is inside the rendezvous."""
     words, env = words_of(rendered(tmp_path), 1, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
     pod = Program(*words, **env)
     pod.wait_until(lambda: "libtorch_cpu" in Path(f"/proc/{pod.pid}/maps").read_text(), "torch is imported")
