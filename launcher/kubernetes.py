@@ -200,13 +200,9 @@ def render(folder: Path) -> list[Object]:
         metadata = {"name": wanted["name"], "labels": plan["generatorOptions"]["labels"]}
         objects.insert(0, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
     for patch in plan.get("patches", []):
-        content = _read(folder / patch["path"])[0]
-        kind = patch["target"]["kind"] if "target" in patch else content["kind"]
+        (content,) = _read(folder / patch["path"])
         for item in objects:
-            if item["kind"] == kind and isinstance(content, list):
-                for change in content:
-                    _append(item, **change)
-            elif item["kind"] == kind:
+            if item["kind"] == content["kind"]:
                 _merge(item, content)
     for rule in plan.get("replacements", []):
         (source,) = [item for item in objects if item["kind"] == rule["source"]["kind"]]
@@ -235,13 +231,6 @@ def _at(tree: Any, path: str) -> Any:
         else:
             tree = tree[int(step)] if isinstance(tree, list) else tree[step]
     return tree
-
-
-def _append(item: Object, op: str, path: str, value: Any) -> None:
-    """The one JSON patch in use: add to the end of a list."""
-    if op != "add" or not path.endswith("/-"):
-        raise ConfigError(f"patch {op} {path}: only kubectl understands this")
-    _at(item, path[1:-2].replace("/", ".")).append(value)
 
 
 def _merge(tree: Object, patch: Object) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -306,6 +307,7 @@ def test_torchrun_and_the_ranks_understand_what_pods_are_told(name: str, monkeyp
             worlds.add(found.world_size)
         config = load_config(FOLDERS["base"] / "run.yaml", ours[3:])
         assert str(config.train.output_dir) == env["RUN_DIR"] == "/runs/run"
+        assert (config.monitor.prometheus.port, config.monitor.prometheus.host) == (9400, "0.0.0.0")
     assert len(worlds) == len(masters) == 1
     ((host, _),) = masters
     job = job_of(objects)["metadata"]["name"]
@@ -485,6 +487,10 @@ def test_pods_train_together_save_on_sigterm_and_go_on(tmp_path: Path) -> None:
     pods = Pods(objects, tmp_path)
     pods.wait_for("step: 3/")
     assert "with 2 processes" in pods.programs[0].out
+    (target,) = json.loads((folder / "targets.json").read_text())
+    port = target["targets"][0].rpartition(":")[2]  # 9400, or the next free one on this machine
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        assert b"moe_dist_train_loss" in answer.read()
     os.kill(pods.programs[1].pid, signal.SIGTERM)
     assert pods.end() == [75, 75]
     assert "SIGTERM, passed on to 1 ranks" in pods.programs[1].err
