@@ -30,13 +30,12 @@ def k8s(
     from launcher.kubernetes import apply, for_pods, manifests
     from moe_dist.config_loading import load_config
 
-    settings = for_pods(load_config(config, context.args, notice=_notice), _notice)
+    notes: list[str] = []
+    settings = for_pods(load_config(config, context.args, notice=notes.append), notes.append)
     text = manifests(settings, overlay, nodes, nproc_per_node, namespace, image)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
     if dry_run:
         print(text, end="")
         return
     raise typer.Exit(apply(text))
-
-
-def _notice(text: str) -> None:
-    typer.echo(f"note: {text}", err=True)
