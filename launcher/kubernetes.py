@@ -24,9 +24,11 @@ RUNS = PurePosixPath("/runs")
 """Where every pod sees the claim."""
 IMAGE = "moe-dist:latest"
 """The image that the manifests name."""
+KINDS = ("jobset", "trainjob", "pytorchjob", "rayjob")
+"""Components that put something else in the place of the Job."""
 _UNDERSTOOD = {
     *("apiVersion", "kind", "resources", "configMapGenerator", "generatorOptions"),
-    *("patches", "replacements"),
+    *("components", "patches", "replacements"),
 }
 _LOCAL = "config.kubernetes.io/local-config"
 _MERGE_KEYS = {
@@ -49,9 +51,16 @@ def manifests(
     image: str | None = None,
 ) -> str:
     """All objects of a run as YAML. Raises ConfigError when the run or the options cannot be."""
-    objects = render(_folder(overlay))
+    if not (MANIFESTS / "base").is_dir():
+        raise ConfigError(
+            f"{MANIFESTS}: no such folder; `launch k8s` needs a checkout of the project (pip install -e .)"
+        )
+    chosen = _chosen(overlay)
+    objects = render(MANIFESTS / "base")
+    for name in chosen:
+        objects = render(MANIFESTS / "components" / name, objects)
     ranks = (nodes or _default(objects, "NODES"), nproc_per_node or _default(objects, "NPROC_PER_NODE"))
-    _check(config, overlay, *ranks)
+    _check(config, chosen, *ranks)
     put_in(objects, config, *ranks, namespace, image)
     return "---\n".join(yaml.dump(item, Dumper=_Text, sort_keys=False, width=1000) for item in objects)
 
@@ -76,29 +85,30 @@ def apply(text: str) -> int:
 
 
 def overlays() -> list[str]:
-    return sorted(path.parent.name for path in MANIFESTS.glob("overlays/*/kustomization.yaml"))
+    return sorted(path.parent.name for path in MANIFESTS.glob("components/*/kustomization.yaml"))
 
 
-def _folder(overlay: str | None) -> Path:
-    if not (MANIFESTS / "base").is_dir():
+def _chosen(overlay: str | None) -> list[str]:
+    """Names of components, in the order in which they work: first what changes the Job, then what copies it."""
+    chosen = overlay.split(",") if overlay else []
+    for name in chosen:
+        if name not in overlays():
+            raise ConfigError(f"--overlay {overlay}: allowed: {', '.join(overlays())}, or several with commas between")
+    if len(kinds := [name for name in chosen if name in KINDS]) > 1:
         raise ConfigError(
-            f"{MANIFESTS}: no such folder; `launch k8s` needs a checkout of the project (pip install -e .)"
+            f"--overlay {overlay}: {' and '.join(kinds)} are different kinds of job; allowed: one of them"
         )
-    if overlay is None:
-        return MANIFESTS / "base"
-    if overlay not in overlays():
-        raise ConfigError(f"--overlay {overlay}: allowed: {', '.join(overlays())}")
-    return MANIFESTS / "overlays" / overlay
+    return sorted(set(chosen), key=lambda name: (name in KINDS, name))
 
 
-def _check(config: Config, overlay: str | None, nodes: int, nproc_per_node: int) -> None:
+def _check(config: Config, chosen: list[str], nodes: int, nproc_per_node: int) -> None:
     from moe_dist.parallel.layout import Layout
 
-    if overlay == "rayjob" and nodes != 1:
+    if "rayjob" in chosen and nodes != 1:
         raise ConfigError(
             f"--nodes {nodes}: the entrypoint of a RayJob runs in one pod; allowed: 1, or another overlay"
         )
-    if overlay == "pytorchjob" and nodes < 2:
+    if "pytorchjob" in chosen and nodes < 2:
         raise ConfigError(f"--nodes {nodes}: a PyTorchJob here is a master and workers; allowed: 2 or more")
     try:
         Layout.of(config, nodes * nproc_per_node)
@@ -184,14 +194,17 @@ _Text.add_representer(str, _write_text)
 # --- the part of kustomize that k8s/ uses
 
 
-def render(folder: Path) -> list[Object]:
-    """The objects of a folder with a kustomization.yaml, as `kubectl kustomize` would print them."""
+def render(folder: Path, given: list[Object] | None = None) -> list[Object]:
+    """The objects of a folder with a kustomization.yaml, as `kubectl kustomize` would print them.
+
+    A component works on the objects that are `given`.
+    """
     plan = _read(folder / "kustomization.yaml")[0]
     if unknown := set(plan) - _UNDERSTOOD:
         raise ConfigError(
             f"{folder / 'kustomization.yaml'}: {', '.join(sorted(unknown))}: only kubectl understands this"
         )
-    objects: list[Object] = []
+    objects = list(given or [])
     for name in plan.get("resources", []):
         path = folder / name
         objects += render(path.resolve()) if path.is_dir() else _read(path)
@@ -199,6 +212,8 @@ def render(folder: Path) -> list[Object]:
         data = {name: (folder / name).read_text("utf-8") for name in wanted["files"]}
         metadata = {"name": wanted["name"], "labels": plan["generatorOptions"]["labels"]}
         objects.insert(0, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
+    for name in plan.get("components", []):
+        objects = render(folder / name, objects)
     for patch in plan.get("patches", []):
         (content,) = _read(folder / patch["path"])
         for item in objects:

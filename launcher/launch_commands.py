@@ -6,10 +6,17 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Start CONFIG on a cluster, or print what would be started.", no_args_is_help=True)
+app = typer.Typer(help="Start CONFIG on a cluster, or print what would be started.")
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/demo.yaml.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print exactly what would be started or applied.")]
+
+
+@app.callback(invoke_without_command=True)
+def top(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help(), end="")
+        raise typer.Exit
 
 
 @app.command(context_settings=_OVERRIDES)
@@ -20,7 +27,9 @@ def k8s(
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks per pod; default: likewise.")] = None,
     namespace: Annotated[str | None, typer.Option(help="Namespace; default: kubectl's.")] = None,
     image: Annotated[str | None, typer.Option(help="Image with moe-dist in it; see k8s/Dockerfile.")] = None,
-    overlay: Annotated[str | None, typer.Option(metavar="NAME", help="A folder of k8s/overlays/, such as gpu.")] = None,
+    overlay: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Of k8s/components/, with commas, such as gpu,jobset.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train CONFIG on Kubernetes: the manifests of k8s/ with this run in them, given to kubectl.

@@ -1,6 +1,6 @@
 """Alert rules for the Prometheus operator: wrap a rule file of Prometheus into a PrometheusRule.
 
-python tools/prometheus_rule.py moe_dist/monitor/alerts.yml > k8s/overlays/monitoring/prometheusrule.yaml
+python tools/prometheus_rule.py moe_dist/monitor/alerts.yml > k8s/components/monitoring/prometheusrule.yaml
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def test_alerts_are_those_of_the_project() -> None:
     command = [sys.executable, "tools/prometheus_rule.py", "moe_dist/monitor/alerts.yml"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert made.returncode == 0, made.stderr
-    assert made.stdout == (MANIFESTS / "overlays/monitoring/prometheusrule.yaml").read_text(), f"run: {command}"
+    assert made.stdout == (MANIFESTS / "components/monitoring/prometheusrule.yaml").read_text(), f"run: {command}"
     rules = yaml.safe_load((ROOT / "moe_dist/monitor/alerts.yml").read_text())
     assert yaml.safe_load(made.stdout)["spec"] == rules
 
@@ -356,9 +356,11 @@ def test_a_dry_run_prints_the_run_in_its_manifests(tmp_path: Path) -> None:
     assert "checkpoint.resume=never becomes auto" in done.stderr
 
 
-@pytest.mark.parametrize("overlay", overlays())
+@pytest.mark.parametrize(
+    "overlay", [*overlays(), "jobset,gpu", "gpu,trainjob", "pytorchjob,gpu,monitoring", "gpu,rayjob"]
+)
 def test_a_dry_run_of_every_overlay(overlay: str) -> None:
-    nodes = 1 if overlay == "rayjob" else 3
+    nodes = 1 if "rayjob" in overlay else 3
     done = launch(
         DEMO, "--dry-run", f"--overlay={overlay}", f"--nodes={nodes}", "--nproc-per-node=4", "--image=i:2", "ep_size=4"
     )
@@ -373,13 +375,16 @@ def test_a_dry_run_of_every_overlay(overlay: str) -> None:
         if key in part
     }
     told |= {part["value"] for _, part in everything(objects) if part.get("name") == "NODES"}
-    assert told == (set() if overlay == "rayjob" else {"3"})
+    assert told == (set() if "rayjob" in overlay else {"3"})
     ranks = {
         str(part[key]) for _, part in everything(objects) for key in ("numProcPerNode", "nvidia.com/gpu") if key in part
     }
     ranks |= {part["value"] for _, part in everything(objects) if part.get("name") == "NPROC_PER_NODE"}
     assert ranks == {"4"}
-    if overlay == "pytorchjob":
+    counts = [int(part[key]) for _, part in everything(objects) for key in ("nvidia.com/gpu",) if key in part]
+    pods = 2 if "pytorchjob" in overlay else 1  # templates of pods
+    assert counts == ([4] * pods if "gpu" in overlay else [])
+    if "pytorchjob" in overlay:
         assert job_of(objects)["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 2
 
 
@@ -387,6 +392,7 @@ def test_a_dry_run_of_every_overlay(overlay: str) -> None:
     ("arguments", "said"),
     [
         ((DEMO, "--overlay=gpus"), "--overlay gpus: allowed: gpu, jobset"),
+        ((DEMO, "--overlay=jobset,trainjob"), "jobset and trainjob are different kinds of job"),
         ((DEMO, "--nodes=3"), "3 nodes x 1 ranks: "),
         ((DEMO, "--nodes=0"), "--nodes"),
         ((DEMO, "--namespace=Lab_1"), "--namespace Lab_1: lower-case"),
