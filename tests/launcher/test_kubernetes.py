@@ -106,19 +106,26 @@ def main_container(objects: list[Object]) -> Object:
 # --- what would be applied
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_kubectl_renders_the_same(name: str) -> None:
+@pytest.mark.parametrize("name", [*NAMES, "gpu,jobset,monitoring", "gpu,trainjob", "gpu,pytorchjob", "gpu,rayjob"])
+def test_kubectl_renders_the_same(name: str, tmp_path: Path) -> None:
     if shutil.which("kubectl") is None:
         pytest.skip(
-            "NO KUBECTL HERE: our rendering of k8s/ was not compared with it (apt-get install kubernetes-client)"
+            "NO KUBECTL HERE: our rendering of k8s/ is not compared with it (apt-get install kubernetes-client)"
         )
-    done = subprocess.run(["kubectl", "kustomize", FOLDERS[name]], capture_output=True, text=True, timeout=60)
+    folder = FOLDERS.get(name)
+    if folder is None:  # several components together, as docs/launch/kubernetes.md has it
+        shutil.copytree(MANIFESTS, tmp_path / "k8s")
+        folder = tmp_path / "k8s/overlays/mine"
+        folder.mkdir()
+        plan = {"resources": ["../../base"], "components": [f"../../components/{part}" for part in name.split(",")]}
+        (folder / "kustomization.yaml").write_text(yaml.dump(plan))
+    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
     def by_name(objects: Any) -> list[Object]:
         return sorted(objects, key=lambda item: (item["kind"], item["metadata"]["name"]))
 
-    assert by_name(yaml.safe_load_all(done.stdout)) == by_name(render(FOLDERS[name]))
+    assert by_name(yaml.safe_load_all(done.stdout)) == by_name(render(folder))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -464,7 +471,10 @@ class Pods:
         port = str(free_port())
         self.programs = []
         for index in range(2):
-            words, env = words_of(objects, index, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+            here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            if job_of(objects)["kind"] == "TrainJob":
+                here = {f"PET_{name}": value for name, value in here.items()}
+            words, env = words_of(objects, index, here)
             words = [re.sub(r"(^|=)/(config|runs)/", rf"\1{folder}/\2/", word) for word in words]
             env = {name: re.sub(r"^/runs", f"{folder}/runs", value) for name, value in env.items() if name != "HOME"}
             self.programs.append(Program(*words, **env, GLOO_SOCKET_IFNAME="lo"))
@@ -476,10 +486,11 @@ class Pods:
         return [program.end() for program in self.programs]
 
 
-def rendered(folder: Path, *overrides: str) -> list[Object]:
-    """The Job of a small run, as `launch k8s --dry-run` prints it."""
+def rendered(folder: Path, *arguments: str, nodes: int = 2) -> list[Object]:
+    """A small run, as `launch k8s --dry-run` prints it."""
     config = write_config(folder)
-    done = launch(str(config), "--dry-run", "--nodes=2", "--nproc-per-node=1", "train.output_dir=small", *overrides)
+    sizes = (f"--nodes={nodes}", f"--nproc-per-node={2 // nodes}")
+    done = launch(str(config), "--dry-run", *sizes, "train.output_dir=small", *arguments)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 
@@ -514,18 +525,48 @@ def test_pods_train_together_save_on_sigterm_and_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_pods_train_to_the_end(tmp_path: Path) -> None:
-    objects = rendered(tmp_path)
+@pytest.mark.parametrize("overlay", ["jobset", "trainjob", "pytorchjob"])
+def test_pods_of_operators_train_to_the_end(tmp_path: Path, overlay: str) -> None:
+    """With what the operator adds to their environment, see INJECTED; and what `kubectl get pods` would show."""
+    objects = rendered(tmp_path, f"--overlay={overlay}")
     pods = Pods(objects, tmp_path)
     assert pods.end() == [0, 0]
     assert "step: 3/3" in pods.programs[0].out
-    (command,) = {program["exec"]["command"][-1] for _, program in everything(objects) if "exec" in program}
+    assert "with 2 processes" in pods.programs[0].out
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_entrypoint_of_a_rayjob_trains_to_the_end(tmp_path: Path) -> None:
+    objects = rendered(tmp_path, "--overlay=rayjob", nodes=1)
+    (tmp_path / "run.yaml").write_text(next(x for x in objects if x["kind"] == "ConfigMap")["data"]["run.yaml"])
+    entrypoint = job_of(objects)["spec"]["entrypoint"].replace("/config/run.yaml", str(tmp_path / "run.yaml"))
+    env = {item["name"]: item["value"] for item in main_container(objects)["env"] if item["name"] != "HOME"}
+    env |= {"RUN_DIR": str(tmp_path / "small"), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    program = Program("sh", "-c", entrypoint, **env)
+    assert program.end() == 0
+    assert "step: 3/3" in program.out
+    assert "with 2 processes" in program.out
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_ready_means_that_steps_are_logged(tmp_path: Path) -> None:
+    """The probes' own command, beside a run and without one."""
+    objects = rendered(tmp_path)
+    (command,) = {" ".join(part["exec"]["command"][-1:]) for _, part in everything(objects) if "exec" in part}
+
+    def ready(folder: str) -> bool:
+        return subprocess.run(["sh", "-c", command], env={**os.environ, "RUN_DIR": folder}).returncode == 0
+
     folder = str(tmp_path / "runs/small")
-    assert subprocess.run(["sh", "-c", command], env={**os.environ, "RUN_DIR": folder}).returncode == 0
+    assert not ready(folder)
+    pods = Pods(objects, tmp_path)
+    assert pods.end() == [0, 0]
+    assert ready(folder)
     old = time.time() - 700
     os.utime(f"{folder}/metrics.jsonl", (old, old))
-    assert subprocess.run(["sh", "-c", command], env={**os.environ, "RUN_DIR": folder}).returncode == 1
-    assert subprocess.run(["sh", "-c", command], env={**os.environ, "RUN_DIR": f"{folder}er"}).returncode == 1
+    assert not ready(folder)
 
 
 @pytest.mark.slow
