@@ -69,9 +69,8 @@ def _listen(reader: int) -> None:
             if number not in PASSED_ON:
                 continue
             told = ranks()
-            print(
-                f"moe-dist: {signal.Signals(number).name}, passed on to {len(told)} ranks", file=sys.stderr, flush=True
-            )
+            name = signal.Signals(number).name
+            print(f"moe-dist: {name}, passed on to the ranks of this pod: {len(told)}", file=sys.stderr, flush=True)
             if not told:
                 os._exit(128 + number)  # nothing has begun, there is nothing to save
             for pid in told:

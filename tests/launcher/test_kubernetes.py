@@ -421,6 +421,19 @@ def test_what_cannot_be_is_one_line(arguments: tuple[str, ...], said: str) -> No
     assert said in line
 
 
+def test_the_page_shows_what_is_printed() -> None:
+    """docs/launch/kubernetes.md: its shortened dry run is the real one, line by line between the dots."""
+    page = (ROOT / "docs/launch/kubernetes.md").read_text()
+    block = page[page.index("$ moe-dist launch k8s configs") :].partition("\n```")[0]
+    command, *shown = block.splitlines()
+    done = launch(DEMO, *command.split()[5:])
+    assert done.returncode == 0, done.stderr
+    printed = (done.stderr + done.stdout).splitlines()
+    assert len(shown) > 40
+    for piece in "\n".join(shown).split("\n..."):
+        assert piece.strip("\n") in "\n".join(printed)
+
+
 def test_without_dry_run_kubectl_gets_exactly_that(tmp_path: Path) -> None:
     """A program in kubectl's place writes down what it is given; there is no cluster to ask."""
     kubectl = tmp_path / "kubectl"
@@ -510,7 +523,7 @@ def test_pods_train_together_save_on_sigterm_and_go_on(tmp_path: Path) -> None:
         assert b"moe_dist_train_loss" in answer.read()
     os.kill(pods.programs[1].pid, signal.SIGTERM)
     assert pods.end() == [75, 75]
-    assert "SIGTERM, passed on to 1 ranks" in pods.programs[1].err
+    assert "SIGTERM, passed on to the ranks of this pod: 1" in pods.programs[1].err
     (saved,) = folder.glob("checkpoint-*")
     assert json.loads((saved / "manifest.json").read_text())["layout"]["world"] == 2
 
