@@ -1,17 +1,20 @@
-"""`moe-dist train`, `check`, `verify` and `report`. Torch is imported by the ranks, never by the command."""
+"""`moe-dist train`, `check`, `verify`, `report` and `checkpoint`. Torch is imported by the ranks, never here."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from launcher import checkpoint_commands
 from launcher.environment import detect, let_the_first_speak, started_by_torchrun
 from launcher.launch_commands import app as launch_app
+from launcher.mpi import join_mpi
 from launcher.worker import EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED
 from moe_dist import __version__
 from moe_dist.config import Config
@@ -32,7 +35,8 @@ app = typer.Typer(
     epilog="Every key is explained in docs/configuration.md, starting and stopping in docs/running.md. "
     "Exit codes: 0 done, 1 failed, 2 the configuration or data cannot be used, 3 training stopped itself, 130 Ctrl-C.",
 )
-app.add_typer(launch_app, name="launch")
+app.add_typer(checkpoint_commands.app)
+app.add_typer(launch_app)
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/demo.yaml.")]
 
@@ -79,6 +83,7 @@ def train(context: typer.Context, config: ConfigPath) -> None:
 
     [dim]Example:[/dim]  moe-dist train configs/demo.yaml train.max_time=60
     """
+    join_mpi()
     inside = started_by_torchrun()
     notice = _notice if os.environ.get("RANK", "0") == "0" else _nothing
     settings = load_config(config, context.args, notice=notice)
@@ -86,9 +91,8 @@ def train(context: typer.Context, config: ConfigPath) -> None:
         from launcher.worker import run_under_torchrun
 
         environment = detect()
-        _check_world(settings, environment.world_size)
-        run_under_torchrun(settings, environment)
-    _check_world(settings, settings.launch.nproc_per_node)
+        run_under_torchrun(_for_world(settings, environment.world_size, notice), environment)
+    settings = _for_world(settings, settings.launch.nproc_per_node, notice)
     from launcher.local import launch
 
     raise typer.Exit(launch(settings))
@@ -178,10 +182,16 @@ def report(
     print(write_report(runs, output))
 
 
-def _check_world(config: Config, world_size: int) -> None:
+def _for_world(config: Config, world_size: int, notice: Callable[[str], None]) -> Config:
+    """`config` as this many ranks can run it. Raises ConfigError when they cannot."""
     from moe_dist.parallel.layout import Layout
+    from moe_dist.train.elastic import replan
 
+    config, sentence = replan(config, world_size)
+    if sentence is not None:
+        notice(sentence)
     Layout.of(config, world_size)
+    return config
 
 
 def _notice(text: str) -> None:

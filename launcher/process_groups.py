@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.environment import Environment, usable_cores
-from launcher.worker import REPORTS, STORE
+from launcher.worker import STORE, TOKEN
 from moe_dist.config import Config
 from moe_dist.models.memory import keep_freed_memory
 from moe_dist.parallel.layout import Layout
@@ -72,17 +72,21 @@ def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
 
 
 def _store(environment: Environment, timeout: timedelta) -> dist.Store | None:
-    """Where ranks of the local launcher meet: rank 0 serves on the socket it was given. None under torchrun."""
-    if REPORTS not in os.environ:
+    """Where ranks of our own launchers meet: rank 0 serves on the socket it was given. None under torchrun.
+
+    A token keeps ranks of another run, which meet at the same port by mistake, from being taken for ours.
+    """
+    if STORE not in os.environ:
         return None
-    listener = int(os.environ[STORE]) if environment.rank == 0 else None
+    listener = int(os.environ[STORE]) if os.environ[STORE] else None
     if listener is not None:
         os.set_inheritable(listener, False)
-    return dist.TCPStore(
+    store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         environment.world_size,
-        is_master=environment.rank == 0,
+        is_master=listener is not None,
         timeout=timeout,
         master_listen_fd=listener,
     )
+    return dist.PrefixStore(os.environ.get(TOKEN, "moe-dist"), store)

@@ -99,7 +99,7 @@ class Ranks:
             # a page of code. The launcher hears it, and ends them.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             for rank in range(count):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), STORE: ""}
                 files = [theirs, self._status]
                 if rank == 0:
                     own[STORE] = str(listener.fileno())

@@ -37,7 +37,9 @@ EXIT_DIFFERS = 4
 
 # What the local launcher leaves in a rank's environment.
 CONFIG, PROOF, LAUNCHER = "MOE_DIST_CONFIG", "MOE_DIST_PROOF", "MOE_DIST_LAUNCHER"
-REPORTS, STORE, STATUS = "MOE_DIST_REPORTS", "MOE_DIST_STORE", "MOE_DIST_STATUS"
+REPORTS, STATUS = "MOE_DIST_REPORTS", "MOE_DIST_STATUS"
+# How ranks meet: the socket on which rank 0 serves ("" for the others), and a word that keeps strangers out.
+STORE, TOKEN = "MOE_DIST_STORE", "MOE_DIST_TOKEN"
 
 _PR_SET_PDEATHSIG = 1
 _MAX_TEXT = 2000  # a report must go through the pipe in one piece

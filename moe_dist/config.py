@@ -184,6 +184,8 @@ class ParallelConfig(Section):
     """Shard inside groups of this many replicas and replicate across them (hybrid sharding); default: all replicas."""
     cpu_offload: bool = False
     """Keep sharded parameters, gradients and optimizer state in host memory (CUDA, zero_stage 3)."""
+    elastic: bool = False
+    """On another number of ranks than before, or than the layout fits: choose one that keeps the global batch."""
     engine: Literal["torch", "deepspeed"] = "torch"
     """What shards: PyTorch's FSDP2, or the DeepSpeed package (zero_stage 1 or 2); see docs/deepspeed.md."""
     offload_optimizer: Literal["none", "cpu"] = "none"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import io
 import os
 import secrets
 import struct
@@ -130,17 +131,17 @@ class Seal:
             nonce = view[len(_MAGIC) : len(_MAGIC) + _NONCE]
             wrapped = view[len(_MAGIC) + _NONCE : _HEAD]
             cipher = AESGCM(AESGCM(self.key.secret).decrypt(nonce, wrapped, self._about(file, "key")))
-            plain = []
+            plain = io.BytesIO()  # its value is not copied once more, as that of a list of chunks would be
             starts = range(_HEAD, len(content), CHUNK + _TAG)
             for number, start in enumerate(starts):
                 last = " last" if number == len(starts) - 1 else ""
                 part = view[start : start + CHUNK + _TAG]
-                plain.append(cipher.decrypt(_nonce(number), part, self._about(file, f"{number}{last}")))
+                plain.write(cipher.decrypt(_nonce(number), part, self._about(file, f"{number}{last}")))
         except InvalidTag:
             raise CheckpointError(
                 f"{file}: its seal does not fit: another key, another file or step, or changed since"
             ) from None
-        return b"".join(plain)
+        return plain.getvalue()
 
     def _about(self, file: str, part: object) -> bytes:
         return f"{self.run}/{self.step}/{file}/{part}".encode()

@@ -7,24 +7,38 @@ a save waits for.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from moe_dist.checkpoint.manifest import FileEntry
 from moe_dist.checkpoint.storage import Buffer, Storage
 
+_AHEAD = 4
+"""Chunks that may be written before they are hashed."""
+
 
 def write_hashed(storage: Storage, path: str, chunks: Iterable[Buffer]) -> FileEntry:
-    """Write a file and say how long it is and what its SHA-256 is, from the bytes in memory."""
+    """Write a file and say how long it is and what its SHA-256 is, from the bytes in memory.
+
+    Hashing goes on in a thread beside the writing: neither holds the interpreter's lock.
+    """
     digest, count = hashlib.sha256(), 0
+    hashed: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as beside:
 
-    def passed() -> Iterator[Buffer]:
-        nonlocal count
-        for chunk in chunks:
-            digest.update(chunk)
-            count += len(chunk)
-            yield chunk
+        def passed() -> Iterator[Buffer]:
+            nonlocal count
+            for chunk in chunks:
+                if len(hashed) == _AHEAD:  # no more chunks in memory than these
+                    hashed.popleft().result()
+                hashed.append(beside.submit(digest.update, chunk))
+                count += len(chunk)
+                yield chunk
 
-    storage.write(path, passed())
+        storage.write(path, passed())
+    for last in hashed:
+        last.result()
     return FileEntry(bytes=count, sha256=digest.hexdigest())
 
 

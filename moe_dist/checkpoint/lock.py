@@ -8,7 +8,8 @@ import os
 import secrets
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +41,9 @@ class RunLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            held = _read(path)
-            who = f"process {held.get('pid', '?')} on {held.get('host', '?')}, started {held.get('started', '?')}"
             raise CheckpointError(
-                f"train.output_dir={folder}: another run is writing there ({who}); stop it, or choose another folder"
+                f"train.output_dir={folder}: another run is writing there ({_who(path)}); stop it, or choose another "
+                "folder"
             ) from None
         before = _read(path)
         run = str(before.get("run") or secrets.token_hex(8))
@@ -73,6 +73,34 @@ class RunLock:
     def release(self) -> None:
         """Let others in."""
         os.close(self._descriptor)
+
+
+@contextmanager
+def quiet(folder: Path, why: str) -> Iterator[bool]:
+    """Keep runs from starting in `folder` for a while, without being a start of the run.
+
+    Gives False when no run has ever been locked there. Raises CheckpointError, beginning with `why`, while one runs.
+    """
+    try:
+        descriptor = os.open(folder / FILE, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{why}: a run is writing in {folder} ({_who(folder / FILE)}); wait, or stop it"
+            ) from None
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _who(path: Path) -> str:
+    held = _read(path)
+    return f"process {held.get('pid', '?')} on {held.get('host', '?')}, started {held.get('started', '?')}"
 
 
 def _read(path: Path) -> dict:

@@ -23,6 +23,8 @@ CHUNK = 8 * 2**20
 _STEP = re.compile(r"checkpoint-(0|[1-9]\d{0,15})")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.\d+\.tmp|\.trash-checkpoint-.*")
 _OURS = re.compile(r"shard-\d+-\d+(-\d+)?\.safetensors|receipt-\d+\.json|trainer_state\.json")
+_BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "oss"})
+"""Stores of objects in buckets: no folder is ever made there, and no bucket that a typing error asks for."""
 
 Buffer = bytes | memoryview
 
@@ -37,6 +39,8 @@ class Storage(ABC):
 
     where: str
     """For people."""
+    poll: float = 0.01
+    """Seconds between two looks at whether something is there."""
 
     @abstractmethod
     def folders(self) -> list[str]:
@@ -118,11 +122,20 @@ class Storage(ABC):
 
         Raises CheckpointError when that step is committed already: nothing is ever overwritten.
         """
-        final = step_folder(manifest.step)
-        if self.size(f"{final}/{FILE}") is not None:
-            raise CheckpointError(f"{self.where}/{final}: is there already, and no checkpoint is ever overwritten")
+        self.refuse_existing(manifest.step)
         self._publish(staging, manifest.step, to_text(manifest))
-        return final
+        return step_folder(manifest.step)
+
+    def refuse_existing(self, step: int) -> None:
+        """Raises CheckpointError when a step is committed."""
+        if self.size(f"{step_folder(step)}/{FILE}") is not None:
+            raise CheckpointError(
+                f"{self.where}/{step_folder(step)}: is there already, and no checkpoint is ever overwritten"
+            )
+
+    def discard(self, staging: str) -> None:
+        """Remove a staging folder that will not be committed."""
+        self.remove(staging)
 
     def _beside(self) -> str:
         names = ", ".join(step_folder(step) for step in self.steps()[-5:])
@@ -151,16 +164,20 @@ class LocalStorage(Storage):
         (self.root / folder).mkdir(parents=True)
 
     def write(self, path: str, chunks: Iterable[Buffer]) -> None:
+        self._write(path, chunks, flush=True)
+
+    def _write(self, path: str, chunks: Iterable[Buffer], flush: bool) -> None:
         with open(self.root / path, "xb", buffering=0) as file:
             for chunk in chunks:
                 view = memoryview(chunk)
                 while view:  # a write may take less than it is given
                     view = view[file.write(view) :]
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
 
     def put(self, path: str, content: bytes) -> None:
         self.remove_file(f"{path}.part")
-        self.write(f"{path}.part", [content])
+        self._write(f"{path}.part", [content], flush=False)  # for those who wait for it now, not for after a power cut
         os.rename(self.root / f"{path}.part", self.root / path)
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
@@ -233,7 +250,13 @@ class LocalStorage(Storage):
 
 
 class ObjectStorage(Storage):
-    """Anything fsspec can reach, such as `s3://bucket/run` or `memory://run`."""
+    """Anything fsspec can reach, such as `s3://bucket/run` or `memory://run`.
+
+    Shards go straight under their final names: what makes them a checkpoint is the manifest beside them, the last
+    object, created on the condition that there is none (S3's If-None-Match) and the first to go.
+    """
+
+    poll = 0.2
 
     def __init__(self, url: str) -> None:
         import fsspec  # type: ignore[import-untyped]
@@ -243,6 +266,8 @@ class ObjectStorage(Storage):
         except (ImportError, ValueError) as error:
             raise CheckpointError(f"checkpoint.folder={url}: {error}") from error
         self.root, self.where = str(root).rstrip("/"), url.rstrip("/")
+        protocol = self.filesystem.protocol
+        self._has_folders = _BUCKETS.isdisjoint((protocol,) if isinstance(protocol, str) else protocol)
 
     def _path(self, path: str) -> str:
         return f"{self.root}/{path}"
@@ -255,7 +280,11 @@ class ObjectStorage(Storage):
         return []
 
     def folders(self) -> list[str]:
-        return self._names(self.root, "directory")
+        found = self._names(self.root, "directory")
+        bucket = self.root.lstrip("/").partition("/")[0]
+        if not found and not self._has_folders and not self.filesystem.exists(bucket):
+            raise CheckpointError(f"{self.where}: there is no bucket {bucket}")
+        return found
 
     def leftovers(self) -> list[str]:
         found = []
@@ -269,30 +298,46 @@ class ObjectStorage(Storage):
         return step_folder(step)
 
     def begin(self, folder: str) -> None:
-        for name in filter(_OURS.fullmatch, self.files(folder)):
+        names = self.files(folder)
+        if FILE in names:
+            self.refuse_existing(int(folder.rpartition("-")[2]))
+        for name in filter(_OURS.fullmatch, names):
             self.remove_file(f"{folder}/{name}")
-        self.filesystem.makedirs(self._path(folder), exist_ok=True)
+        if self._has_folders:
+            self.filesystem.makedirs(self._path(folder), exist_ok=True)
 
     def write(self, path: str, chunks: Iterable[Buffer]) -> None:
-        with self.filesystem.open(self._path(path), "wb", block_size=2 * CHUNK) as file:
+        file = self.filesystem.open(self._path(path), "wb", block_size=2 * CHUNK)
+        try:
             for chunk in chunks:
                 file.write(chunk)
+        except BaseException:
+            # Leaving a `with` block would complete the upload, and half a file would be an object.
+            with suppress(Exception):
+                file.discard()
+            with suppress(AttributeError):
+                file.closed = True
+            self.remove_file(path)
+            raise
+        file.close()
 
     def put(self, path: str, content: bytes) -> None:
-        self.write(path, [content])  # an object appears whole or not at all
+        self.filesystem.pipe_file(self._path(path), content)
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
-        size = self.size(path)
-        if size is None:
-            raise FileNotFoundError(f"{self.where}/{path}")
-        if max_bytes is not None and size > max_bytes:
+        if max_bytes is None:
+            return self.filesystem.cat_file(self._path(path))
+        content = self.filesystem.cat_file(self._path(path), start=0, end=max_bytes + 1)
+        if len(content) > max_bytes:
             raise CheckpointError(f"{self.where}/{path}: longer than the {max_bytes} bytes it may have")
-        return self.filesystem.cat_file(self._path(path))
+        return content
 
     def chunks(self, path: str) -> Iterator[Buffer]:
-        with self.filesystem.open(self._path(path), "rb", block_size=CHUNK) as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
+        size = self.size(path)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.where}/{path}")
+        for start in range(0, size, CHUNK):
+            yield self.filesystem.cat_file(self._path(path), start=start, end=min(size, start + CHUNK))
 
     def size(self, path: str) -> int | None:
         self.filesystem.invalidate_cache()
@@ -305,7 +350,23 @@ class ObjectStorage(Storage):
         return self._names(self._path(folder), "file")
 
     def _publish(self, staging: str, step: int, manifest: bytes) -> None:
-        self.write(f"{staging}/{FILE}", [manifest])
+        path = self._path(f"{staging}/{FILE}")
+        try:
+            self.filesystem.pipe_file(path, manifest, mode="create")
+        except (NotImplementedError, TypeError, ValueError):  # a store that knows no such condition
+            self.filesystem.pipe_file(path, manifest)
+        except FileExistsError:
+            self.refuse_existing(step)
+            raise
+        except OSError as error:
+            if "PreconditionFailed" in repr(error) or "pre-conditions" in str(error):
+                self.refuse_existing(step)
+            raise
+
+    def discard(self, staging: str) -> None:
+        # The staging folder is the checkpoint's own: whoever has committed that step meanwhile must not lose it.
+        if FILE not in self.files(staging):
+            self.remove(staging)
 
     def remove(self, folder: str) -> None:
         # Without its manifest it is no checkpoint any more, whatever is left.

@@ -31,8 +31,6 @@ from moe_dist.checkpoint.storage import Storage
 
 logger = logging.getLogger("moe_dist")
 GAVE_UP = "another rank could not write its part; its log says why"
-POLL = 0.01
-"""Seconds between looks at whether the other ranks have finished."""
 
 
 class Receipt(Strict):
@@ -149,12 +147,12 @@ class Writer(threading.Thread):
                 if reason is not None:
                     raise CheckpointError(reason if rank == self.rank else f"rank {rank}: {reason}")
             if len(found) < self.saving.world_size:
-                time.sleep(POLL)
+                time.sleep(self.saving.storage.poll)
         return [found[rank] for rank in range(self.saving.world_size)]
 
     def _clear_away(self) -> None:
         try:
-            self.saving.storage.remove(self.saving.staging)
+            self.saving.storage.discard(self.saving.staging)
         except Exception as error:
             logger.info("checkpoint-%d: partial work could not be removed yet: %s", self.saving.step, error)
 
@@ -171,9 +169,15 @@ class Commit:
         still_ours: Callable[[], None],
         then: Callable[[], None],
     ) -> None:
-        """`shapes`: (dtype, shape) of every tensor of the run. `still_ours` raises when another writer took over."""
-        self.saving, self.shapes, self.metrics = saving, shapes, metrics
-        self.trainer_state, self.still_ours, self.then = trainer_state, still_ours, then
+        """`shapes`: (dtype, shape) of every tensor of the run. `still_ours` raises when another writer took over.
+
+        `trainer_state` and `metrics` are taken as they are now: training goes on and changes them before the commit.
+        """
+        self.saving, self.shapes, self.metrics = saving, shapes, dict(metrics)
+        self.still_ours, self.then = still_ours, then
+        self.state_text = json.dumps(trainer_state, indent=1).encode()
+        config = json.dumps(trainer_state["config"], sort_keys=True).encode()
+        self.config_sha256 = hashlib.sha256(config).hexdigest()
 
     def __call__(self, receipts: Sequence[Receipt]) -> str:
         saving = self.saving
@@ -191,8 +195,8 @@ class Commit:
 
     def _manifest(self, receipts: Sequence[Receipt]) -> Manifest:
         saving = self.saving
-        text = json.dumps(self.trainer_state, indent=1).encode()
-        content: Any = [text] if saving.seal is None else saving.seal.seal(STATE_FILE, [text])
+        text = [self.state_text]
+        content: Any = text if saving.seal is None else saving.seal.seal(STATE_FILE, text)
         files = {STATE_FILE: write_hashed(saving.storage, f"{saving.staging}/{STATE_FILE}", content)}
         boxes: dict[str, list[Box]] = {name: [] for name in self.shapes}
         for receipt in receipts:
@@ -205,14 +209,13 @@ class Commit:
         missing = [name for name, found in boxes.items() if not found]
         if missing:
             raise CheckpointError(f"no rank has written {missing[0]} ({len(missing)} tensors are missing)")
-        config = json.dumps(self.trainer_state["config"], sort_keys=True).encode()
         return Manifest(
             step=saving.step,
             run=saving.run,
             generation=saving.generation,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             layout=saving.layout,
-            config_sha256=hashlib.sha256(config).hexdigest(),
+            config_sha256=self.config_sha256,
             metrics=self.metrics,
             encryption=saving.keys.sealed,
             files=files,

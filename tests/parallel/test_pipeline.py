@@ -169,8 +169,8 @@ def train(folder: str, place: tuple[int, int, str, int] | None, max_steps: int) 
     trainer = MoETrainer(load_mapping(tree), mesh=mesh)
     result = trainer.train(TEXTS)
     assert result.best_eval_loss is not None
-    assert [layer.layer for layer in trainer.layers] == [0, 2, 3, 4]  # of all stages, on every rank
-    assert len({sum(layer.tokens_per_expert) for layer in trainer.layers}) == 1  # each stage saw every token
+    assert [layer.layer for layer in trainer.reporter.layers] == [0, 2, 3, 4]  # of all stages, on every rank
+    assert len({sum(layer.tokens_per_expert) for layer in trainer.reporter.layers}) == 1  # each stage saw every token
     return result.losses, result.best_eval_loss, trainer._sample() or ""
 
 

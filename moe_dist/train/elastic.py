@@ -1,0 +1,105 @@
+"""Another number of ranks than before: the layout and the micro-batches that keep the training the same. No torch.
+
+What must stay is the global batch; what may change is how it is shared out. The pipeline and the experts stay as they
+are configured when the ranks allow it, otherwise they are spread over fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from moe_dist.checkpoint.encryption import Keys
+from moe_dist.checkpoint.manifest import CheckpointError
+from moe_dist.checkpoint.reading import Found, read_trainer_state
+from moe_dist.checkpoint.storage import open_storage
+from moe_dist.config import Config
+from moe_dist.config_loading import ConfigError
+from moe_dist.parallel.layout import Layout
+
+
+def replan(config: Config, world_size: int) -> tuple[Config, str | None]:
+    """`config` for this many ranks, and a sentence about what was changed (None: nothing).
+
+    Without `parallel.elastic` nothing ever is. Raises ConfigError when no layout of these ranks keeps the global
+    batch, with the numbers of ranks that do.
+    """
+    if not config.parallel.elastic:
+        return config, None
+    batch = saved_batch(config) or _smallest_batch(config, world_size)
+    for found in _plans(config, world_size, batch):
+        if found == config:
+            return config, None
+        parallel, layout = found.parallel, Layout.of(found, world_size)
+        train = found.train
+        return found, (
+            f"{world_size} ranks: pp {parallel.pp_size} x edp {layout.edp_size} x ep {parallel.ep_size}, "
+            f"{train.gradient_accumulation_steps} micro-batches of {train.per_device_train_batch_size} on each replica "
+            f"keep the global batch of {batch} sequences"
+        )
+    fit = [str(world) for world in range(1, 4 * world_size + 65) if next(_plans(config, world, batch), None)]
+    raise ConfigError(
+        f"world_size={world_size}: no layout keeps the global batch of {batch} sequences; "
+        f"numbers of ranks that do: {', '.join(fit[:12]) or 'none'}"
+    )
+
+
+def saved_batch(config: Config) -> int | None:
+    """Sequences in one step of the newest checkpoint that can be read; None without one."""
+    try:
+        storage = open_storage(config.checkpoint.folder or config.train.output_dir)
+        keys = Keys(config.checkpoint.encryption_keys)
+        for step in reversed(storage.steps()):
+            try:
+                manifest = storage.manifest(step)
+                train = read_trainer_state(Found(storage, step), manifest, keys)["config"]["train"]
+            except (CheckpointError, OSError, KeyError):
+                continue  # whoever resumes says what is wrong with it
+            replicas = manifest.layout["edp"] * manifest.layout["ep"]
+            return replicas * train["per_device_train_batch_size"] * train["gradient_accumulation_steps"]
+    except (CheckpointError, OSError):
+        pass
+    return None
+
+
+def _smallest_batch(config: Config, world_size: int) -> int:
+    """Before the first checkpoint: what the configuration says, on these ranks or the fewest it is made for."""
+    try:
+        replicas = Layout.of(config, world_size).dp_size
+    except ConfigError:
+        replicas = config.parallel.ep_size
+    return replicas * config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+
+
+def _plans(config: Config, world_size: int, batch: int) -> Iterator[Config]:
+    """Configurations that do, the nearest to the configured one first."""
+    parallel, micro = config.parallel, config.train.per_device_train_batch_size
+    for pp_size in _down(parallel.pp_size):
+        if world_size % pp_size:
+            continue
+        dp_size = world_size // pp_size
+        for ep_size in _down(parallel.ep_size):
+            if dp_size % ep_size or (ep_size > 1 and config.model.num_experts % ep_size) or batch % dp_size:
+                continue
+            for size in _down(min(micro, batch // dp_size)):
+                if batch // dp_size % size:
+                    continue
+                tree = config.model_dump()
+                tree["parallel"] |= {"pp_size": pp_size, "ep_size": ep_size}
+                if pp_size != parallel.pp_size:
+                    tree["parallel"] |= {"stages": None}
+                tree["train"] |= {
+                    "per_device_train_batch_size": size,
+                    "gradient_accumulation_steps": batch // dp_size // size,
+                }
+                try:
+                    found = Config.model_validate(tree)
+                    Layout.of(found, world_size)
+                except (ValidationError, ConfigError):
+                    continue
+                yield found
+
+
+def _down(number: int) -> range:
+    return range(number, 0, -1)

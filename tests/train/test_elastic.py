@@ -1,0 +1,113 @@
+"""Another number of ranks: the same global batch, the same training, whatever was lost or has come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import run_ranks
+from tiny import mesh_of
+
+from moe_dist.config import Config
+from moe_dist.config_loading import ConfigError, load_mapping
+from moe_dist.parallel.layout import Layout
+from moe_dist.train import MoETrainer
+from moe_dist.train.elastic import replan
+
+TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * 12 for i in range(24)]
+
+
+def config(folder: Path | str = "none", **changed: dict) -> Config:
+    tree: dict = {
+        "model": {
+            "vocab_size": 272,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "moe_intermediate_size": 24,
+            "num_experts": 8,
+        },
+        "data": {"max_seq_length": 32, "validation_split": 0.0},
+        "parallel": {"ep_size": 4, "elastic": True},
+        "train": {"per_device_train_batch_size": 3, "max_steps": 2, "output_dir": str(folder)},
+        "optimizer": {"lr_scheduler_type": "constant", "adam_epsilon": 1e-6},
+        "balance": {"bias_update_rate": 1e-3, "aux_loss_scope": "sequence"},
+        "checkpoint": {"save_steps": 2},
+        "monitor": {"progress": "none", "tensorboard": False},
+    }
+    return load_mapping({name: section | changed.get(name, {}) for name, section in tree.items()})
+
+
+def plan(world: int, **changed: dict) -> tuple[int, int, int, int]:
+    found, _ = replan(config(**changed), world)
+    train, parallel = found.train, found.parallel
+    return (
+        parallel.pp_size,
+        parallel.ep_size,
+        train.per_device_train_batch_size,
+        train.gradient_accumulation_steps,
+    )
+
+
+def test_the_nearest_layout_that_keeps_the_batch() -> None:
+    """Without a checkpoint the batch is that of the fewest ranks the configuration is made for: 4 x 3."""
+    assert plan(4) == (1, 4, 3, 1)
+    assert plan(2) == (1, 2, 3, 2)
+    assert plan(3) == (1, 1, 2, 2)
+    assert plan(1) == (1, 1, 3, 4)
+    assert plan(6) == (1, 2, 2, 1)
+    assert plan(4, parallel={"pp_size": 2, "ep_size": 2}, train={"gradient_accumulation_steps": 2}) == (2, 2, 3, 2)
+    assert plan(2, parallel={"pp_size": 2, "ep_size": 2}, train={"gradient_accumulation_steps": 2}) == (2, 1, 3, 4)
+    assert plan(3, parallel={"pp_size": 2, "ep_size": 2}, train={"gradient_accumulation_steps": 2}) == (1, 1, 2, 2)
+
+
+def test_only_when_asked() -> None:
+    rigid = config(parallel={"elastic": False})
+    assert replan(rigid, 3) == (rigid, None)
+
+
+def test_no_layout_is_one_line_with_the_numbers_that_do() -> None:
+    with pytest.raises(ConfigError, match=r"world_size=5: no layout keeps .* 12 sequences; .*: 1, 2, 3, 4, 6, 12$"):
+        replan(config(), 5)
+
+
+@given(
+    world=st.integers(1, 24),
+    pp=st.sampled_from([1, 2]),
+    ep=st.sampled_from([1, 2, 4, 8]),
+    micro=st.integers(1, 6),
+    accumulation=st.integers(2, 6),
+)
+def test_whatever_is_chosen_is_legal_and_keeps_the_batch(
+    world: int, pp: int, ep: int, micro: int, accumulation: int
+) -> None:
+    train = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}
+    wanted = config(parallel={"pp_size": pp, "ep_size": ep}, train=train)
+    try:
+        found, said = replan(wanted, world)
+    except ConfigError:
+        return  # its words are tested above
+    legal = world % (pp * ep) == 0
+    assert (said is None) == (found == wanted)
+    assert Layout.of(found, world).world_size == world
+    replicas = world // pp if legal else ep
+    assert found.global_batch_size(world) == replicas * micro * accumulation
+
+
+def go_on(folder: str, world: int, max_steps: int) -> list[float]:
+    wanted = config(folder, train={"max_steps": max_steps})
+    found, _ = replan(wanted, world)
+    mesh = mesh_of(found.parallel.ep_size) if world > 1 else None
+    return MoETrainer(found, mesh=mesh).train(TEXTS).losses
+
+
+@pytest.mark.dist
+def test_four_ranks_then_two_then_three_then_one(tmp_path: Path) -> None:
+    """FAULTS row 9: the checkpoint says what the global batch is; every loss is the one of the run left alone."""
+    straight = run_ranks(go_on, 4, str(tmp_path / "straight"), 4, 8)[0]
+    folder, losses = str(tmp_path / "run"), []
+    for world, steps in ((4, 2), (2, 4), (3, 6), (1, 8)):
+        losses += go_on(folder, 1, steps) if world == 1 else run_ranks(go_on, world, folder, world, steps)[0]
+    assert losses == pytest.approx(straight, rel=2e-5)

@@ -1,0 +1,274 @@
+"""Kill a real training run again and again, and see whether it ends where an undisturbed one does.
+
+    python tools/soak.py --kills 25 --seed 1
+
+`moe-dist train` of a tiny model, saving in the background every few steps, is killed by SIGKILL at seeded random
+times: the whole process group, one rank, or the launcher alone; while starting, while training, or as soon as a save
+is seen on disk. It is started again until all kills are done, then finished. Checked after every kill: the newest
+committed step verifies, no committed step is damaged, none that was newest is gone. Checked at the end, against a run
+that nobody disturbed: the loss of every step, of every start, and the hash of every tensor, bitwise. Exit code 1 when
+anything is not as it must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_dist.checkpoint.inspecting import digests
+from moe_dist.checkpoint.reading import Found, whole
+from moe_dist.checkpoint.storage import LocalStorage
+
+CONFIG = """\
+model: {{vocab_size: 272, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, moe_intermediate_size: 32,
+         num_experts: 4, max_position_embeddings: 32}}
+data: {{source: text, path: {folder}/text/*.txt, max_seq_length: 32}}
+parallel: {{ep_size: {ranks}}}
+optimizer: {{learning_rate: 1.0e-3, lr_scheduler_type: constant}}
+balance: {{bias_update_rate: 0.001}}
+train: {{per_device_train_batch_size: 2}}
+checkpoint: {{save_steps: {save_steps}, save_total_limit: 3}}
+monitor: {{logging_steps: 1, progress: none, tensorboard: false}}
+launch: {{nproc_per_node: {ranks}, device: cpu, num_threads: 1, timeout: 20}}
+"""
+HOW = ("group", "group", "rank", "launcher")
+WHEN = ("training", "training", "saving", "saving", "starting")
+PATIENCE = 120.0
+
+
+@dataclass
+class Kill:
+    """One kill and what was found after it."""
+
+    how: str
+    when: str
+    seconds: float
+    """From start to kill."""
+    reached: int
+    """Last step that was logged."""
+    newest: int | None
+    """Newest committed step afterwards."""
+    cut_short: int
+    """Saves and deletions found unfinished."""
+    problems: list[str] = field(default_factory=list)
+
+
+class Soak:
+    """One run folder and everything that happens to it."""
+
+    def __init__(self, folder: Path, ranks: int, save_steps: int, seed: int) -> None:
+        self.folder, self.draw, self.kills = folder, random.Random(seed), list[Kill]()
+        self.ranks, self.save_steps = ranks, save_steps
+        (folder / "text").mkdir(parents=True)
+        for number in range(12):
+            words = " ".join(f"word{(number + 1) * place % 97}" for place in range(200))
+            (folder / "text" / f"{number}.txt").write_text(words)
+        self.config = folder / "run.yaml"
+        self.config.write_text(CONFIG.format(folder=folder, ranks=ranks, save_steps=save_steps))
+        self.run = folder / "run"
+        self.storage = LocalStorage(self.run)
+
+    def start(self, output: Path, steps: int) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-m", "launcher", "train", str(self.config)]
+        words += [f"train.output_dir={output}", f"train.max_steps={steps}"]
+        log = open(self.folder / "console.log", "ab")  # noqa: SIM115
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+    def finish(self, output: Path, steps: int) -> None:
+        process = self.start(output, steps)
+        try:
+            code = process.wait(20 * PATIENCE)
+        finally:
+            end(process)
+        if code != 0:
+            raise SystemExit(f"a run that nobody disturbed ended with {code}:\n{self.console()[-2000:]}")
+
+    def console(self) -> str:
+        return (self.folder / "console.log").read_text(errors="replace")
+
+    def kill_once(self) -> Kill:
+        """One start and its end."""
+        before = self.newest()
+        rows = len(losses(self.run))
+        how, when = self.draw.choice(HOW), self.draw.choice(WHEN)
+        share = self.draw.random()
+        if how == "rank" and when == "starting":
+            how = "group"  # there may be no rank yet
+        began = time.monotonic()
+        process = self.start(self.run, 10**6)
+        try:
+            if when == "starting":
+                time.sleep(4 * share)
+            else:
+                wait(process, lambda: len(losses(self.run)) > rows, self)
+                time.sleep(share)
+                if when == "saving":
+                    wait(process, lambda: any(self.run.glob(".checkpoint-*.tmp")), self)
+                    time.sleep(0.03 * share**2)
+            seconds = time.monotonic() - began
+            self.strike(process, how)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            left = wait_gone(process.pid, 30)
+        finally:
+            end(process)
+        kill = Kill(how, when, seconds, last_step(self.run), self.newest(), len(self.storage.leftovers()))
+        kill.problems += [f"still alive 30 s after the kill: {left}"] * bool(left)
+        kill.problems += self.look(before)
+        self.kills.append(kill)
+        return kill
+
+    def strike(self, process: subprocess.Popen[bytes], how: str) -> None:
+        if how == "group":
+            os.killpg(process.pid, signal.SIGKILL)
+        elif how == "launcher":
+            process.kill()
+        else:
+            ranks = [pid for pid in session(process.pid) if pid != process.pid]
+            with suppress(ProcessLookupError):
+                os.kill(self.draw.choice(sorted(ranks)), signal.SIGKILL)
+
+    def newest(self) -> int | None:
+        return max(self.storage.steps(), default=None)
+
+    def look(self, before: int | None) -> list[str]:
+        """What is wrong with the committed steps."""
+        steps = self.storage.steps()
+        wrong = [line for step in steps for line in whole(Found(self.storage, step))]
+        if before is not None and (not steps or max(steps) < before):
+            wrong.append(f"step {before} had been committed, now there is {steps}")
+        return wrong
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every step of every start. A line that a kill cut in two is nobody's."""
+    found = []
+    with suppress(FileNotFoundError):
+        for line in (run / "metrics.jsonl").read_text(errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                row: dict[str, Any] = json.loads(line)
+                if row["kind"] == "train":
+                    found.append((row["step"], row["loss"]))
+    return found
+
+
+def last_step(run: Path) -> int:
+    rows = losses(run)
+    return rows[-1][0] if rows else 0
+
+
+def wait(process: subprocess.Popen[bytes], condition: Callable[[], bool], soak: Soak) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(f"the run ended by itself or hangs:\n{soak.console()[-2000:]}")
+        time.sleep(0.002)
+
+
+def session(leader: int) -> list[int]:
+    """Processes alive in a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                state, _, _, number = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(number) == leader and state != "Z":
+                    found.append(int(entry.name))
+    return found
+
+
+def wait_gone(leader: int, seconds: float) -> list[int]:
+    deadline = time.monotonic() + seconds
+    while (left := session(leader)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    for pid in session(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(30)
+
+
+def compare(soak: Soak, twin: Path, last: int) -> tuple[list[str], int]:
+    """How the run that was killed differs from its twin, and how many losses were compared."""
+    wrong = []
+    expected = dict(losses(twin))
+    rows = losses(soak.run)
+    for step, loss in rows:
+        if expected.get(step) != loss and step <= last:
+            wrong.append(f"step {step}: loss {loss!r}, undisturbed {expected.get(step)!r}")
+    missing = sorted(set(expected) - {step for step, _ in rows})
+    # A kill can take a line that was not yet written; the step itself is in the state that is compared below.
+    if len(missing) > len(soak.kills):
+        wrong.append(f"{len(missing)} steps were never logged, the first {missing[0]}")
+    ours, theirs = digests(Found(soak.storage, last)), digests(Found(LocalStorage(twin), last))
+    wrong += [
+        f"{name}: not the same bits" for name in sorted(ours.keys() | theirs) if ours.get(name) != theirs.get(name)
+    ]
+    return wrong, len(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=2, choices=(1, 2, 4))
+    parser.add_argument("--save-steps", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no more kills after this long")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    began = time.monotonic()
+    try:
+        soak = Soak(folder, options.ranks, options.save_steps, options.seed)
+        print(f"{'kill':>4}  {'what':8}  {'while':8}  {'after':>6}  {'step':>5}  {'committed':>9}  {'cut short':>9}")
+        while len(soak.kills) < options.kills and time.monotonic() - began < options.seconds:
+            kill = soak.kill_once()
+            committed = "none" if kill.newest is None else str(kill.newest)
+            print(
+                f"{len(soak.kills):4}  {kill.how:8}  {kill.when:8}  {kill.seconds:5.1f}s  {kill.reached:5}  "
+                f"{committed:>9}  {kill.cut_short:9}  {'; '.join(kill.problems) or 'ok'}",
+                flush=True,
+            )
+        last = max(last_step(soak.run), soak.newest() or 0) + 10
+        soak.finish(soak.run, last)
+        twin = folder / "twin"
+        soak.finish(twin, last)
+        wrong, compared = compare(soak, twin, last)
+        for line in wrong[:20]:
+            print(line)
+        wrong += [line for kill in soak.kills for line in kill.problems]
+        how = Counter(kill.how for kill in soak.kills)
+        again = compared - len({step for step, _ in losses(soak.run)})
+        print(
+            f"{len(soak.kills)} kills ({', '.join(f'{count} {name}' for name, count in sorted(how.items()))}), "
+            f"{sum(bool(kill.cut_short) for kill in soak.kills)} of them with a save or deletion cut short; "
+            f"{options.ranks} ranks, {last} steps, {again} computed twice, seed {options.seed}, "
+            f"{time.monotonic() - began:.0f} s"
+        )
+        print(
+            f"{compared} losses and {len(digests(Found(soak.storage, last)))} tensors and experts compared with the "
+            f"undisturbed run: {'all bitwise equal' if not wrong else f'{len(wrong)} PROBLEMS'}"
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
