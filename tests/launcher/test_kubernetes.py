@@ -540,7 +540,7 @@ def test_pods_train_together_save_on_sigterm_and_go_on(tmp_path: Path) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("overlay", ["jobset", "trainjob", "pytorchjob"])
 def test_pods_of_operators_train_to_the_end(tmp_path: Path, overlay: str) -> None:
-    """With what the operator adds to their environment, see INJECTED; and what `kubectl get pods` would show."""
+    """With what the operator adds to their environment: see INJECTED."""
     objects = rendered(tmp_path, f"--overlay={overlay}")
     pods = Pods(objects, tmp_path)
     assert pods.end() == [0, 0]
