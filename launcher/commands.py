@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from launcher import checkpoint_commands
 from launcher.environment import detect, let_the_first_speak, started_by_torchrun
+from launcher.launch_commands import app as launch_app
 from launcher.mpi import join_mpi
 from launcher.worker import EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED
 from moe_dist import __version__
@@ -36,6 +37,7 @@ app = typer.Typer(
     "75 stopped on request and saved, 130 Ctrl-C.",
 )
 app.add_typer(checkpoint_commands.app)
+app.add_typer(launch_app)
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/demo.yaml.")]
 

@@ -65,6 +65,9 @@ LIGHT = (
     "launcher.processes",
     "moe_dist.parallel.status",
     "launcher.layout_report",
+    "launcher.launch_commands",
+    "launcher.kubernetes",
+    "launcher.pod",
 )
 HEAVY = (
     *("torch", "numpy", "transformers", "datasets", "tokenizers", "tensorboard"),
