@@ -25,7 +25,7 @@ def write_hashed(storage: Storage, path: str, chunks: Iterable[Buffer]) -> FileE
     Hashing goes on in a thread beside the writing: neither holds the interpreter's lock.
     """
     digest, count = blake3(), 0
-    hashed: deque[Future[None]] = deque()
+    hashed: deque[Future[object]] = deque()
     with ThreadPoolExecutor(1) as beside:
 
         def passed() -> Iterator[Buffer]:
