@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from launcher.environment import detect, let_the_first_speak, started_by_torchrun
+from launcher.environment import detect, join_slurm, let_the_first_speak, started_by_torchrun
 from launcher.worker import EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED
 from moe_dist import __version__
 from moe_dist.config import Config
@@ -68,15 +68,16 @@ def top(
 def train(context: typer.Context, config: ConfigPath) -> None:
     """Train what CONFIG describes.
 
-    Starts [bold]launch.nproc_per_node[/bold] ranks on this machine; inside torchrun it is the rank that
-    torchrun started. Keys are overridden by [bold]key=value[/bold] after the file: train.max_steps=100,
-    --learning_rate=1e-3.
+    Starts [bold]launch.nproc_per_node[/bold] ranks on this machine; inside torchrun, and as one of several tasks
+    of srun, it is the rank that they started. Keys are overridden by [bold]key=value[/bold] after the file:
+    train.max_steps=100, --learning_rate=1e-3.
 
     The run folder [bold]train.output_dir[/bold] gets config.yaml, metrics.jsonl, train.log, tb/ and
     checkpoints; starting again continues from the last one.
 
     [dim]Example:[/dim]  moe-dist train configs/demo.yaml train.max_time=60
     """
+    join_slurm()
     inside = started_by_torchrun()
     notice = _notice if os.environ.get("RANK", "0") == "0" else _nothing
     settings = load_config(config, context.args, notice=notice)
@@ -135,6 +136,7 @@ def verify(
     from launcher.worker import Proof
     from moe_dist.verify.layouts import BUGS, cases, shrunken
 
+    join_slurm()
     settings = load_config(config, context.args, notice=_notice if os.environ.get("RANK", "0") == "0" else _nothing)
     if plant is not None and plant not in BUGS:
         raise ConfigError(f"--plant {plant}: not a known bug; allowed: {', '.join(BUGS)}")
