@@ -1,4 +1,4 @@
-"""`moe-dist train`, `check` and `verify`. Torch is imported by the ranks, never by the command."""
+"""`moe-dist train`, `check`, `verify` and `launch`. Torch is imported by the ranks, never by the command."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from launcher.environment import detect, join_slurm, let_the_first_speak, started_by_torchrun
+from launcher.launch_commands import app as launch_app
 from launcher.worker import EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED
 from moe_dist import __version__
 from moe_dist.config import Config
@@ -31,6 +32,7 @@ app = typer.Typer(
     epilog="Every key is explained in docs/configuration.md, starting and stopping in docs/running.md. "
     "Exit codes: 0 done, 1 failed, 2 the configuration or data cannot be used, 3 training stopped itself, 130 Ctrl-C.",
 )
+app.add_typer(launch_app)
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/demo.yaml.")]
 

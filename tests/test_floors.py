@@ -57,7 +57,9 @@ LIGHT = (
     "launcher.local",
     "launcher.worker",
     "launcher.environment",
+    "launcher.launch_commands",
     "launcher.layout_report",
+    "launcher.slurm",
 )
 HEAVY = (
     *("torch", "numpy", "transformers", "datasets", "tokenizers", "tensorboard"),
