@@ -24,8 +24,6 @@ from ranks import free_port
 
 PATIENCE = 240.0
 """Seconds after which something has failed; a busy machine needs a fraction of it."""
-HELD_FOR = "120 s"
-"""How long a job waits after it has been requeued: fixed in Slurm, skipped by `release`."""
 PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "munged")
 PACKAGES = "slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins"
 
@@ -81,6 +79,13 @@ def missing() -> str | None:
 
 def find(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+
+
+def parent_of(pid: int) -> int:
+    """0 when there is no such process any more."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
 class Cluster:
@@ -184,7 +189,7 @@ class Cluster:
         return answer
 
     def wait_for_state(self, number: str, states: Iterable[str]) -> dict[str, str]:
-        """The job, once its state is one of `states` and nothing of it is left on its nodes."""
+        """The job, once its state is one of `states`; a pending one has left its nodes."""
         wanted = set(states)
 
         def there() -> dict[str, str] | None:
@@ -200,18 +205,26 @@ class Cluster:
         )
 
     def release(self, number: str) -> None:
-        """Start a job now that waits because it has been requeued. Before it is pending the wait would come back."""
+        """Start a job now that has been requeued, and would wait for 120 s.
+
+        Before it is pending the wait would come back. And a node refuses for a second or two to start a job that it
+        has just ended ("Job credential revoked"), which is what the wait is for.
+        """
         self.wait_for_state(number, ("PENDING",))
+        time.sleep(3)
         self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
 
     def crash(self, node: str) -> None:
         """As when the power goes: the daemon of a node and everything it has started, at once, without a word."""
         daemon = self._daemons.pop(node)
-        daemon.kill()
+        tasks = self._with(f"SLURMD_NODENAME={node}", self.environment["SLURM_CONF"])
+        managers = {parent for parent in map(parent_of, tasks) if parent > 1}
+        # Nobody is to hear of the death of another.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in (daemon.pid, *managers, *tasks):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
         daemon.wait()
-        for pid in self._with(f"SLURMD_NODENAME={node}", self.environment["SLURM_CONF"]):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
     def _with(self, *words: str) -> list[int]:
         """Processes whose environment or command line mentions each of these."""

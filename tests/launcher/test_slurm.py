@@ -112,7 +112,7 @@ class Work:
 
     def ended(self, state: str = "COMPLETED") -> dict[str, str]:
         job = self.cluster.ended(self.number)
-        assert job["JobState"] == state, f"{job}\n{self.output}"
+        assert job["JobState"] == state, f"{job}\n{self.output}\n{self.cluster.logs()}"
         return job
 
     def nodes(self) -> list[str]:
@@ -227,7 +227,7 @@ def test_a_node_dies_and_the_job_goes_on_elsewhere(work: Work, twin: Path) -> No
 def test_cancelled_is_cancelled(work: Work) -> None:
     """The ranks save when Slurm ends them, with the code for `go on later`; that must not bring the job back.
 
-    Seen to fail without the script's look at the state of its own job.
+    Seen to fail with `trap ask_to_save USR1 TERM` in the script.
     """
     work.submit(*LONG, "--srun")
     work.trains(6)
