@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -77,7 +78,7 @@ def plan(path: str, overrides: Sequence[str], config: Config, request: Request) 
     if request.array and request.srun:
         raise ConfigError("--srun: the seeds of --array start their own ranks, without srun")
     Layout.of(config, request.nodes * request.ntasks_per_node)
-    grace = int(config.launch.grace_period)
+    grace = math.ceil(config.launch.grace_period)
     name = request.job_name or "moe-dist"
     output = f"{name}-%A-%a.out" if request.array else f"{name}-%j.out"
     asked: list[tuple[str, object]] = [
@@ -97,7 +98,7 @@ def plan(path: str, overrides: Sequence[str], config: Config, request: Request) 
     options = [f"--{option}={value}" for option, value in asked if value is not None]
     arguments = list(overrides)
     if request.array:
-        arguments = [config.train.output_dir, *overrides, f"launch.nproc_per_node={request.ntasks_per_node}"]
+        arguments = [str(config.train.output_dir), *overrides, f"launch.nproc_per_node={request.ntasks_per_node}"]
     return Job(
         {"MOE_DIST_PYTHON": sys.executable, "MOE_DIST_GRACE": str(grace)},
         ("sbatch", *options, *request.options, str(script), path, *arguments),
