@@ -1,4 +1,4 @@
-"""`moe-dist train`, `check`, `verify`, `report` and `checkpoint`. Torch is imported by the ranks, never here."""
+"""What `moe-dist` can be asked to do. Torch is imported by the ranks, never here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from launcher import checkpoint_commands
-from launcher.environment import detect, let_the_first_speak, started_by_torchrun
+from launcher.environment import detect, join_slurm, let_the_first_speak, started_by_torchrun
 from launcher.launch_commands import app as launch_app
 from launcher.mpi import join_mpi
 from launcher.worker import EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED
@@ -75,15 +75,16 @@ def top(
 def train(context: typer.Context, config: ConfigPath) -> None:
     """Train what CONFIG describes.
 
-    Starts [bold]launch.nproc_per_node[/bold] ranks on this machine; inside torchrun it is the rank that
-    torchrun started. Keys are overridden by [bold]key=value[/bold] after the file: train.max_steps=100,
-    --learning_rate=1e-3.
+    Starts [bold]launch.nproc_per_node[/bold] ranks on this machine; inside torchrun, and as one of several tasks
+    of srun, it is the rank that they started. Keys are overridden by [bold]key=value[/bold] after the file:
+    train.max_steps=100, --learning_rate=1e-3.
 
     The run folder [bold]train.output_dir[/bold] gets config.yaml, metrics.jsonl, train.log, tb/ and
     checkpoints; starting again continues from the last one.
 
     [dim]Example:[/dim]  moe-dist train configs/demo.yaml train.max_time=60
     """
+    join_slurm()
     join_mpi()
     inside = started_by_torchrun()
     notice = _notice if os.environ.get("RANK", "0") == "0" else _nothing
@@ -146,6 +147,7 @@ def verify(
     from moe_dist.config import ParallelConfig
     from moe_dist.verify.layouts import BUGS, cases, shrunken
 
+    join_slurm()
     settings = load_config(config, context.args, notice=_notice if os.environ.get("RANK", "0") == "0" else _nothing)
     if plant is not None and plant not in BUGS:
         raise ConfigError(f"--plant {plant}: not a known bug; allowed: {', '.join(BUGS)}")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from moe_dist.config_loading import ConfigError
+
+SLURM = "MOE_DIST_SLURM"
+"""1: a task of srun is a rank even when it is the only one. 0: leave Slurm's variables alone."""
+_SPECIAL_STEPS = 0xFFFFFFF0  # the batch script, the shell of salloc: steps that nobody started with srun
+_PORTS = range(10000, 30000)  # below those that Linux hands out by itself
 
 
 @dataclass(frozen=True)
@@ -84,3 +91,112 @@ def let_the_first_speak(environ: Mapping[str, str] = os.environ) -> None:
     """Under torchrun every rank finds the same mistake: one of each machine says it, torchrun ends the rest."""
     if started_by_torchrun(environ) and environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(2)
+
+
+def join_slurm(environ: MutableMapping[str, str] = os.environ) -> None:
+    """A task of srun becomes a rank: from here on the variables are there that torchrun would have set."""
+    environ.update(from_slurm(environ))
+
+
+def from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, for a task that `srun` has started; nothing for everybody else.
+
+    A batch script, the shell of `salloc` and a single task start their own ranks, and under torchrun the tasks are
+    its agents. MASTER_ADDR and MASTER_PORT may be given. Raises ConfigError for variables that contradict each other.
+    """
+    asked = environ.get(SLURM, "")
+    if asked not in ("", "0", "1"):
+        raise ConfigError(f"{SLURM}={asked}: 1 (a task of srun is a rank) or 0 (leave Slurm alone)")
+    if asked == "0" or "TORCHELASTIC_RUN_ID" in environ:
+        return {}
+    step = environ.get("SLURM_STEP_ID", "")
+    if not step.isdecimal() or int(step) >= _SPECIAL_STEPS or "SLURM_PROCID" not in environ:
+        if asked:
+            raise ConfigError(f"{SLURM}=1, but no srun has started this process: use srun, or unset {SLURM}")
+        return {}
+
+    def named(*names: str) -> tuple[str, str]:
+        for name in names:
+            if environ.get(name):
+                return name, environ[name]
+        raise ConfigError(f"{names[0]} is not set in step {step} of srun; {SLURM}=0 leaves Slurm alone")
+
+    def number(*names: str) -> int:
+        name, text = named(*names)
+        if not text.isdecimal():
+            raise ConfigError(f"{name}={text}: a whole number")
+        return int(text)
+
+    # The step's own numbers: those of the job are also there, and may be larger.
+    tasks = number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    if tasks < 2 and not asked:
+        return {}
+    rank, local_rank, node = number("SLURM_PROCID"), number("SLURM_LOCALID"), number("SLURM_NODEID")
+    name, text = named("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
+    per_node = tasks_per_node(name, text)
+    if sum(per_node) != tasks:
+        raise ConfigError(f"{name}={text}: {sum(per_node)} tasks, but srun has started {tasks}")
+    if node >= len(per_node):
+        raise ConfigError(f"SLURM_NODEID={node}: from 0 to {len(per_node) - 1} ({name}={text})")
+    if local_rank >= per_node[node]:
+        raise ConfigError(f"SLURM_LOCALID={local_rank}: from 0 to {per_node[node] - 1} ({name}={text})")
+    if rank >= tasks:
+        raise ConfigError(f"SLURM_PROCID={rank}: from 0 to {tasks - 1} (srun has started {tasks} tasks)")
+    name, text = named("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    hosts = expand_nodes(name, text)
+    if len(hosts) != len(per_node):
+        raise ConfigError(f"{name}={text}: {len(hosts)} nodes, but there are tasks on {len(per_node)}")
+    found = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": str(per_node[node]),
+    }
+    for name, value in found.items():
+        if environ.get(name, value) != value:
+            raise ConfigError(
+                f"{name}={environ[name]}, but in this task of srun it is {value}: "
+                f"unset {name}, or set {SLURM}=0 to leave Slurm alone"
+            )
+    # Steps and jobs on one node meet at ports of their own.
+    port = _PORTS[(number("SLURM_JOB_ID", "SLURM_JOBID") + 4093 * int(step)) % len(_PORTS)]
+    return {
+        **found,
+        "MASTER_ADDR": environ.get("MASTER_ADDR", hosts[0]),
+        "MASTER_PORT": environ.get("MASTER_PORT", str(port)),
+    }
+
+
+def tasks_per_node(name: str, text: str) -> list[int]:
+    """`2(x3),1` is [2, 2, 2, 1]. Raises ConfigError with the variable's name."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise ConfigError(f"{name}={text}: tasks per node as in 2(x3),1")
+        found += [int(match[1])] * int(match[2] or 1)
+    return found
+
+
+def expand_nodes(name: str, text: str) -> list[str]:
+    """`node[1-2,07],gpu-a` is [node1, node2, node07, gpu-a]. Raises ConfigError with the variable's name."""
+    wrong = ConfigError(f"{name}={text}: node names as in node[1-3,7],gpu-a")
+    found: list[str] = []
+    if not re.fullmatch(r"([^\[\],]|\[[\d,-]+\])+(,([^\[\],]|\[[\d,-]+\])+)*", text):
+        raise wrong
+    for item in re.findall(r"(?:[^\[\],]|\[[^\]]*\])+", text):
+        pieces: list[list[str]] = []
+        for piece in re.findall(r"\[[^\]]*\]|[^\[\]]+", item):
+            if not piece.startswith("["):
+                pieces.append([piece])
+                continue
+            choices: list[str] = []
+            for part in piece[1:-1].split(","):
+                match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+                if match is None or int(match[2] or match[1]) < int(match[1]):
+                    raise wrong
+                last = int(match[2] or match[1])
+                choices += [str(number).zfill(len(match[1])) for number in range(int(match[1]), last + 1)]
+            pieces.append(choices)
+        found += ["".join(chosen) for chosen in itertools.product(*pieces)]
+    return found

@@ -55,5 +55,58 @@ def k8s(
     raise typer.Exit(apply(text))
 
 
+@app.command("slurm", context_settings=_OVERRIDES)
+def slurm(
+    context: typer.Context,
+    config: ConfigPath,
+    nodes: Annotated[int, typer.Option("--nodes", "-N", min=1, help="Nodes.")] = 1,
+    ntasks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on each node; default: launch.nproc_per_node.")
+    ] = None,
+    cpus_per_task: Annotated[int | None, typer.Option("--cpus-per-task", "-c", min=1, help="CPUs of a rank.")] = None,
+    gpus_per_node: Annotated[Text, typer.Option(help="GPUs of a node, such as 8 or h100:8.")] = None,
+    mem: Annotated[Text, typer.Option(help="Memory of a node, such as 500G.")] = None,
+    time: Annotated[Text, typer.Option("--time", "-t", help="Longest time of one start, such as 08:00:00.")] = None,
+    partition: Annotated[Text, typer.Option("--partition", "-p", help="Partition.")] = None,
+    account: Annotated[Text, typer.Option("--account", "-A", help="Account.")] = None,
+    qos: Annotated[Text, typer.Option(help="Quality of service.")] = None,
+    job_name: Annotated[Text, typer.Option("--job-name", "-J", help="Name; default: moe-dist.")] = None,
+    array: Annotated[Text, typer.Option("--array", "-a", help="Seeds, a job for each: 1-5, or 1-20%4.")] = None,
+    srun: Annotated[bool, typer.Option("--srun", help="Ranks are tasks of srun, instead of torchrun's.")] = False,
+    sbatch: Annotated[list[str] | None, typer.Option(metavar="OPTION", help="One more option for sbatch.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Submit the training of CONFIG to Slurm.
+
+    It saves and goes back into the queue when its time is up or a node is lost, until it is done.
+
+    [dim]Example:[/dim]  moe-dist launch slurm configs/demo.yaml --nodes 2 --ntasks-per-node 8 --gpus-per-node 8
+    --time 08:00:00
+    """
+    from launcher.slurm import Request, followed, plan, submit
+
+    settings = load_config(config, context.args, notice=_notice)
+    request = Request(
+        nodes=nodes,
+        ntasks_per_node=ntasks_per_node or settings.launch.nproc_per_node,
+        cpus_per_task=cpus_per_task,
+        gpus_per_node=gpus_per_node,
+        mem=mem,
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        job_name=job_name,
+        array=array,
+        srun=srun,
+        options=tuple(sbatch or ()),
+    )
+    job = plan(config, context.args, settings, request)
+    if dry_run:
+        print(f"{job}\n\n# {job.script}\n{job.script.read_text()}", end="")
+    else:
+        print(followed(job, submit(job)))
+
+
 def _notice(text: str) -> None:
     Console(stderr=True, soft_wrap=True).print(f"[dim]note: {escape(text)}[/dim]", highlight=False)

@@ -68,6 +68,7 @@ LIGHT = (
     "launcher.launch_commands",
     "launcher.kubernetes",
     "launcher.pod",
+    "launcher.slurm",
 )
 HEAVY = (
     *("torch", "numpy", "transformers", "datasets", "tokenizers", "tensorboard"),

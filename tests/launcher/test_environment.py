@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.environment import Environment, detect, started_by_torchrun
+from launcher.environment import Environment, detect, expand_nodes, from_slurm, join_slurm, started_by_torchrun
 from moe_dist.config_loading import ConfigError
 
 TORCHRUN = {
@@ -64,3 +64,123 @@ def test_contradictions_are_named(change: dict[str, str | None], said: str) -> N
         detect(environ)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+SRUN = {
+    "SLURM_JOB_ID": "41234",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_NTASKS": "9",  # of the job, from the shell around it
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_TASKS_PER_NODE": "3(x3)",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+    "SLURM_JOB_NODELIST": "login,node[08-11]",
+    "SLURM_STEP_NODELIST": "node[08-11]",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
+}
+TASK = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "7", "LOCAL_WORLD_SIZE": "2"}
+# As measured on 22.05: the shell that salloc opens on a node is a step, and its job has several tasks.
+SALLOC = {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+
+
+def changed(change: dict[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in {**SRUN, **change}.items() if value is not None}
+
+
+def test_a_task_of_srun_is_a_rank() -> None:
+    environ = dict(SRUN)
+    join_slurm(environ)
+    assert environ == {**SRUN, **TASK, "MASTER_ADDR": "node08", "MASTER_PORT": "11234"}
+    assert detect(environ) == Environment(rank=5, local_rank=1, world_size=7, local_world_size=2)
+
+
+def test_an_older_slurm_and_a_given_meeting_point() -> None:
+    old = changed({"SLURM_STEP_NUM_TASKS": None, "SLURM_STEP_TASKS_PER_NODE": None, "SLURM_STEP_NODELIST": None})
+    old |= {"SLURM_NODELIST": "n[1-3]", "MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "29500"}
+    del old["SLURM_JOB_NODELIST"]
+    expected = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "9", "LOCAL_WORLD_SIZE": "3"}
+    assert from_slurm(old) == {**expected, "MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "29500"}
+
+
+def test_two_steps_of_a_job_and_two_jobs_have_ports_of_their_own() -> None:
+    steps = ({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)} for job in range(41230, 41240) for step in range(4))
+    ports = {from_slurm(changed(dict(step)))["MASTER_PORT"] for step in steps}
+    assert len(ports) == 40
+    assert all(10000 <= int(port) < 30000 for port in ports)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"SLURM_STEP_ID": None},
+        {"SLURM_PROCID": None},
+        SALLOC,
+        {"SLURM_STEP_NUM_TASKS": "1"},
+        {"MOE_DIST_SLURM": "0"},
+        {**TORCHRUN, "TORCHELASTIC_RUN_ID": "41234-0"},
+    ],
+    ids=["batch script", "salloc on the login node", "salloc", "one task", "told not to", "torchrun"],
+)
+def test_who_starts_ranks_of_its_own(change: dict[str, str | None]) -> None:
+    """Seen to fail with SLURM_NTASKS, the number of the whole job, in place of the step's."""
+    assert from_slurm(changed(change)) == {}
+
+
+def test_a_single_task_on_request() -> None:
+    alone = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_NODELIST": "a"}
+    place = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    environ = changed({**alone, **place, "MOE_DIST_SLURM": "1"})
+    join_slurm(environ)
+    assert detect(environ) == Environment()
+    assert started_by_torchrun(environ)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"MOE_DIST_SLURM": "yes"}, "MOE_DIST_SLURM=yes: 1 (a task of srun is a rank) or 0"),
+        ({"MOE_DIST_SLURM": "1", "SLURM_STEP_ID": None}, "MOE_DIST_SLURM=1, but no srun has started this process"),
+        ({"MOE_DIST_SLURM": "1", **SALLOC}, "MOE_DIST_SLURM=1, but no srun has started this process"),
+        ({"RANK": "4"}, "RANK=4, but in this task of srun it is 5: unset RANK, or set MOE_DIST_SLURM=0"),
+        ({"WORLD_SIZE": "8", "MASTER_ADDR": "host"}, "WORLD_SIZE=8, but in this task of srun it is 7"),
+        ({"SLURM_PROCID": "7"}, "SLURM_PROCID=7: from 0 to 6"),
+        ({"SLURM_PROCID": "first"}, "SLURM_PROCID=first: a whole number"),
+        ({"SLURM_LOCALID": "2"}, "SLURM_LOCALID=2: from 0 to 1"),
+        ({"SLURM_LOCALID": None}, "SLURM_LOCALID is not set in step 0 of srun"),
+        ({"SLURM_NODEID": "4"}, "SLURM_NODEID=4: from 0 to 3 (SLURM_STEP_TASKS_PER_NODE=2(x3),1)"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_TASKS_PER_NODE=2(x3),1: 7 tasks, but srun has started 8"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2x3"}, "SLURM_STEP_TASKS_PER_NODE=2x3: tasks per node as in 2(x3),1"),
+        ({"SLURM_STEP_NODELIST": "a,b"}, "SLURM_STEP_NODELIST=a,b: 2 nodes, but there are tasks on 4"),
+        ({"SLURM_STEP_NODELIST": "a[3-1]"}, "SLURM_STEP_NODELIST=a[3-1]: node names as in"),
+    ],
+    ids=str,
+)
+def test_what_srun_cannot_have_meant(change: dict[str, str | None], said: str) -> None:
+    """Seen to fail (the shell of salloc) with steps that nobody started by srun taken for real ones."""
+    with pytest.raises(ConfigError) as caught:
+        from_slurm(changed(change))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes"),
+    [
+        ("node1", "node1"),
+        ("gpu-a,gpu-b", "gpu-a gpu-b"),
+        ("node[1-3,7],gpu-a", "node1 node2 node3 node7 gpu-a"),
+        ("n[08-11]", "n08 n09 n10 n11"),
+        ("n[098-101,5]-ib.cluster", "n098-ib.cluster n099-ib.cluster n100-ib.cluster n101-ib.cluster n5-ib.cluster"),
+        ("r[1-2]n[3-4]", "r1n3 r1n4 r2n3 r2n4"),
+    ],
+)
+def test_node_lists(text: str, nodes: str) -> None:
+    assert expand_nodes("LIST", text) == nodes.split()
+
+
+@pytest.mark.parametrize("text", ["", ",", "a,", "n[", "n[]", "n[1-]", "n[2-1]", "n[1", "n]1[", "n[a]", "n[1,]"])
+def test_what_is_no_node_list(text: str) -> None:
+    with pytest.raises(ConfigError, match="LIST="):
+        expand_nodes("LIST", text)
