@@ -36,6 +36,24 @@ class LayerRecord:
     """Entropy in nats of a token's router scores, mean over tokens."""
     router_confidence: float = 0.0
     """Largest of a token's router scores, mean over tokens, 1 / E .. 1; 0.0 in logs older than this field."""
+    rank_imbalance: float = 0.0
+    """Load of the busiest of the ranks that share the experts / their mean; 1.0: balanced; 0.0: nothing was routed."""
+
+
+@dataclass(frozen=True)
+class RanksRecord:
+    """Every rank over one logging interval: lists in order of rank. Seconds are per optimizer step."""
+
+    own_seconds: list[float]
+    """Seconds of a step in which the rank waited for no other: data, computing, weights. Median over the steps."""
+    phase_seconds: dict[str, list[float]]
+    """Mean seconds of a step in `data`, `computing`, `all_to_all`, `gradients`, `optimizer` and `agreeing`."""
+    received_rows: list[int]
+    """Rows that came for the rank's experts in the interval, 0 without expert parallelism."""
+    sent_bytes: list[int]
+    """Bytes sent to other ranks by all-to-all in the interval."""
+    memory_bytes: list[int]
+    """Peak memory: allocated on CUDA, resident set size on CPU."""
 
 
 class Record:
@@ -86,6 +104,25 @@ class TrainRecord(Record):
     """Peak memory of the reporting rank: allocated on CUDA, resident set size on CPU."""
     layers: list[LayerRecord] = field(default_factory=list)
     """One record per mixture-of-experts layer."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds of the interval in each phase, mean over ranks: those of `RanksRecord`, `logging`, `evaluation`,
+    `checkpoint`."""
+    flops_per_second: float = 0.0
+    """Floating-point operations per second that the model needs, all ranks, by its active parameters."""
+    mfu: float | None = None
+    """`flops_per_second` / (ranks * monitor.peak_flops), 0..1; None when the peak is not known."""
+    all_to_all_bytes: int = 0
+    """Bytes that all ranks together sent to other ranks by all-to-all, per optimizer step."""
+    row_imbalance: float = 0.0
+    """Rows received by the busiest rank / mean of the ranks; 1.0: balanced; 0.0: no expert parallelism."""
+    imbalance_seconds: float = 0.0
+    """The imbalance tax: estimated seconds of a step in which ranks wait for the one with most rows."""
+    slowest_rank_ratio: float = 0.0
+    """Own seconds of the slowest rank / median of the others like it; 0.0: nothing to compare."""
+    stragglers: list[int] = field(default_factory=list)
+    """Ranks that have been slow for three intervals."""
+    ranks: RanksRecord | None = None
+    """Every rank; None in logs older than this field."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +193,8 @@ class RunInfo(Record):
     """Number of ranks."""
     device: str
     """`cpu`, `cuda`, or a longer name."""
+    hosts: list[str] = field(default_factory=list)
+    """Host of each rank."""
 
 
 @dataclass(frozen=True)
