@@ -1,7 +1,8 @@
-"""`moe-dist train`, `check`, `verify` and `report`. Torch is imported by the ranks, never by the command."""
+"""`moe-dist train`, `check`, `verify`, `report` and `doctor`. Torch is imported by the ranks, never by the command."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from typing import Annotated
@@ -174,6 +175,35 @@ def report(
     from moe_dist.monitor.report import write_report  # a plotting library, only when there is something to plot
 
     print(write_report(runs, output))
+
+
+@app.command()
+def doctor(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, such as outputs/demo.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Findings for programs on standard output.")] = False,
+) -> None:
+    """Say what is wrong with a run, finished or still running, and which key helps.
+
+    Dead experts and collapse, spikes, divergence and a flat loss, overfitting, slow data, slow checkpoints, stragglers,
+    low utilisation: the findings of its report. Exit code 0 when nothing needs attention, 1 when something does.
+
+    [dim]Example:[/dim]  moe-dist doctor outputs/demo
+    """
+    from moe_dist.monitor.doctor import findings
+    from moe_dist.monitor.run_log import read_run
+
+    found = findings(read_run(run))
+    if as_json:
+        from moe_dist.monitor.sinks.jsonl import json_safe
+
+        print(json.dumps([json_safe(finding.to_json()) for finding in found], indent=1))
+    else:
+        for finding in found:
+            print(f"{finding.severity}: {finding}")
+    alarming = any(finding.severity != "info" for finding in found)
+    if not alarming and not as_json:
+        print("Nothing that needs attention.")
+    raise typer.Exit(EXIT_FAILED if alarming else 0)
 
 
 def _check_world(config: Config, world_size: int) -> None:

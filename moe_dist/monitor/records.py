@@ -6,8 +6,9 @@ A loss is nats per token. `docs/metrics.md` is the page for users.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Self
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,17 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """The fields and `kind`; nested records become dicts. Floats stay floats, NaN and infinity too."""
         return {"kind": self.kind} | asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Self:
+        """The record of a row of `metrics.jsonl`; what another version wrote more is left out."""
+        return known(cls, row)
+
+
+def known(kind: type[Any], row: Mapping[str, Any]) -> Any:
+    """The dataclass with those of the row's values that it has a field for."""
+    names = {item.name for item in fields(kind)}
+    return kind(**{key: value for key, value in row.items() if key in names})
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,13 @@ class TrainRecord(Record):
     """Ranks that have been slow for three intervals."""
     ranks: RanksRecord | None = None
     """Every rank; None in logs older than this field."""
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Self:
+        nested = {"layers": [known(LayerRecord, layer) for layer in row["layers"]]}
+        if row.get("ranks") is not None:
+            nested["ranks"] = known(RanksRecord, row["ranks"])
+        return known(cls, {**row, **nested})
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from moe_dist.config import Config
 from moe_dist.models.auxiliary import LoadFacts
 from moe_dist.models.counts import expert_share, flops_per_token
 from moe_dist.monitor.collector import Collector
+from moe_dist.monitor.diagnosis import Diagnosis
 from moe_dist.monitor.expert_stats import imbalance_seconds
-from moe_dist.monitor.health import Health
+from moe_dist.monitor.health import Finding
 from moe_dist.monitor.rank_facts import PHASE_KEYS, mean_phases, pack_row, ranks_record
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import Sinks, build_sinks
@@ -40,7 +41,7 @@ class Reporter:
         self.config, self.mesh, self.clock = config, mesh, clock
         self.sinks = build_sinks(config.train.output_dir, config.monitor) if mesh.rank == 0 else Sinks([])
         self.unigram = unigram
-        self.health = Health()
+        self.diagnosis = Diagnosis()
         self.collector = Collector(
             config.model.moe_layers,
             config.model.num_experts,
@@ -94,8 +95,6 @@ class Reporter:
         )
         self.layers, rows = self.collector.take_all(mine)
         status.at("logging")
-        for sentence in self.health.observe(self.layers) if self.mesh.rank == 0 else ():
-            logger.warning("%s", sentence)
         seconds = max(1e-9, time.perf_counter() - self._started)
         step_seconds = seconds / max(1, self._steps)
         ranks, phase_seconds = ranks_record(rows, self._steps), mean_phases(rows)
@@ -103,37 +102,37 @@ class Reporter:
         peak = self.config.monitor.peak_flops
         received = sum(ranks.received_rows)
         stragglers = self.stragglers.observe(ranks.own_seconds, step_seconds)
-        self.sinks.train(
-            TrainRecord(
-                step=counters.step,
-                max_steps=stopping.max_steps,
-                epoch=epoch,
-                loss=result.loss,
-                learning_rate=rate,
-                grad_norm=result.grad_norm,
-                tokens=counters.tokens,
-                tokens_per_second=self._tokens / seconds,
-                step_seconds=step_seconds,
-                all_to_all_share=min(1.0, self.clock.take() / seconds),
-                data_wait_share=min(1.0, self._data_wait / seconds),
-                skipped_steps=counters.skipped,
-                elapsed_seconds=counters.elapsed,
-                remaining_seconds=self._remaining(counters, stopping, step_seconds),
-                memory_bytes=memory,
-                layers=self.layers,
-                phase_seconds=phase_seconds,
-                flops_per_second=flops,
-                mfu=None if peak is None else flops / (peak * self.mesh.layout.world_size),
-                all_to_all_bytes=round(sum(ranks.sent_bytes) / max(1, self._steps)),
-                row_imbalance=max(ranks.received_rows) * len(rows) / received if received else 0.0,
-                imbalance_seconds=imbalance_seconds(
-                    self.layers, phase_seconds["computing"] / max(1, self._steps) * self.expert_share
-                ),
-                slowest_rank_ratio=self.stragglers.slowest_ratio,
-                stragglers=stragglers,
-                ranks=ranks,
-            )
+        record = TrainRecord(
+            step=counters.step,
+            max_steps=stopping.max_steps,
+            epoch=epoch,
+            loss=result.loss,
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            tokens=counters.tokens,
+            tokens_per_second=self._tokens / seconds,
+            step_seconds=step_seconds,
+            all_to_all_share=min(1.0, self.clock.take() / seconds),
+            data_wait_share=min(1.0, self._data_wait / seconds),
+            skipped_steps=counters.skipped,
+            elapsed_seconds=counters.elapsed,
+            remaining_seconds=self._remaining(counters, stopping, step_seconds),
+            memory_bytes=memory,
+            layers=self.layers,
+            phase_seconds=phase_seconds,
+            flops_per_second=flops,
+            mfu=None if peak is None else flops / (peak * self.mesh.layout.world_size),
+            all_to_all_bytes=round(sum(ranks.sent_bytes) / max(1, self._steps)),
+            row_imbalance=max(ranks.received_rows) * len(rows) / received if received else 0.0,
+            imbalance_seconds=imbalance_seconds(
+                self.layers, phase_seconds["computing"] / max(1, self._steps) * self.expert_share
+            ),
+            slowest_rank_ratio=self.stragglers.slowest_ratio,
+            stragglers=stragglers,
+            ranks=ranks,
         )
+        self.sinks.train(record)
+        self._say(self.diagnosis.train(record))
         self.start_interval()
 
     def _remaining(self, counters: Counters, stopping: Stopping, step_seconds: float) -> float | None:
@@ -146,24 +145,30 @@ class Reporter:
 
     def evaluation(self, step: int, found: Evaluation, is_best: bool) -> None:
         """A finished evaluation."""
-        self.sinks.evaluation(
-            EvalRecord(step, found.loss, found.perplexity, found.num_tokens, found.seconds, self.unigram, is_best)
-        )
+        record = EvalRecord(step, found.loss, found.perplexity, found.num_tokens, found.seconds, self.unigram, is_best)
+        self.sinks.evaluation(record)
+        self._say(self.diagnosis.evaluation(record))
 
     def checkpoint(self, outcome: Outcome) -> None:
         """A save that has ended, well or not."""
         ok = outcome.error is None
-        self.sinks.checkpoint(
-            CheckpointRecord(
-                step=outcome.step,
-                seconds=outcome.seconds,
-                blocked_seconds=outcome.blocked_seconds,
-                bytes=outcome.num_bytes if ok else 0,
-                path=outcome.path,
-                ok=ok,
-                reason=outcome.error or "",
-            )
+        record = CheckpointRecord(
+            step=outcome.step,
+            seconds=outcome.seconds,
+            blocked_seconds=outcome.blocked_seconds,
+            bytes=outcome.num_bytes if ok else 0,
+            path=outcome.path,
+            ok=ok,
+            reason=outcome.error or "",
         )
+        self.sinks.checkpoint(record)
+        self._say(self.diagnosis.checkpoint(record, time.time()))
+
+    def _say(self, found: list[Finding]) -> None:
+        """What the trainer has not said itself, on the one rank that speaks."""
+        for finding in found if self.mesh.rank == 0 else ():
+            if finding.kind not in ("skipped_steps", "checkpoint_failed"):
+                logger.warning("%s", finding)
 
     def summary(self, counters: Counters, stopping: Stopping, losses: list[float], **more: Any) -> None:
         """The end of a run. `more`: paths and samples of text, as `RunSummary` names them."""

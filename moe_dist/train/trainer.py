@@ -133,7 +133,9 @@ class MoETrainer:
                 "%d documents could not be read and are left out, the first: %s at %s: %s; train.log names all",
                 *(len(skipped), skipped[0].id, skipped[0].offset, skipped[0].reason),
             )
-        self.reporter.sinks.open(run_info(config, self.mesh, self.datasets))
+        info = run_info(config, self.mesh, self.datasets)
+        self.reporter.sinks.open(info)
+        self.reporter.diagnosis.hosts = info.hosts
         if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
             vocabulary = config.model.vocab_size
             self.reporter.unigram = unigram_loss(self.datasets.train, self.datasets.validation, vocabulary)

@@ -19,9 +19,10 @@ from services import need
 
 from moe_dist.config_loading import ConfigError
 from moe_dist.monitor import figures
+from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import layer_record, load_ratios
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
-from moe_dist.monitor.report import findings, write_report
+from moe_dist.monitor.report import write_report
 from moe_dist.monitor.run_log import read_run
 from moe_dist.monitor.sinks import JsonlSink
 
@@ -152,7 +153,7 @@ def test_what_is_wrong_is_found_and_named(tmp_path: Path, info: RunInfo, train_r
     sink.checkpoint(CheckpointRecord(110, 1.0, 1.0, 0, "checkpoint-110", ok=False, reason="No space left on device"))
     sink.evaluation(EvalRecord(110, 4.8, 99.0, 100, 0.5, 4.9))
     sink.close()
-    said = "\n".join(findings(read_run(tmp_path / "bad")))
+    said = "\n".join(map(str, findings(read_run(tmp_path / "bad"))))
     for words in (
         "step 30: layer 0: 1 of 8 experts get no tokens (2)",
         "step 30: layer 2: the router has collapsed",
@@ -185,7 +186,7 @@ def test_steps_that_a_restart_repeats_count_once(tmp_path: Path, info: RunInfo, 
     assert [row["step"] for row in log.evals] == [10, 20, 30, 40, 50, 60, 70]
     assert [row["step"] for row in log.checkpoints] == [10, 20, 30, 40, 50, 40, 50, 60, 70]
     assert [start["step"] for start in log.starts] == [10, 40]
-    assert "started again before step 40" in findings(log)
+    assert "started again before step 40" in map(str, findings(log))
 
 
 def test_runs_side_by_side(run: Path, tmp_path: Path, info: RunInfo, train_record: Make) -> None:
