@@ -1,4 +1,4 @@
-"""`moe-dist train`, `check`, `verify`, `report` and `doctor`. Torch is imported by the ranks, never by the command."""
+"""`moe-dist train`, `check`, `verify`, `profile`, `report` and `doctor`. Torch is imported by the ranks, never by the command."""
 
 from __future__ import annotations
 
@@ -155,6 +155,37 @@ def verify(
 
     code = launch(settings, proof)
     raise typer.Exit(EXIT_FAILED if code == EXIT_DIFFERS else code)
+
+
+@app.command(context_settings=_OVERRIDES)
+def profile(
+    context: typer.Context,
+    config: ConfigPath,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to profile, after 3 to warm up.")] = 5,
+    memory: Annotated[bool, typer.Option("--memory", help="Also measure what is kept for backward.")] = False,
+) -> None:
+    """Show where the time and the memory of a training step go.
+
+    Runs a few steps of CONFIG on [bold]launch.nproc_per_node[/bold] ranks under torch.profiler and writes profile.html
+    into the run folder: time by phase and by layer, all-to-all against compute, top operators, memory by owner, the
+    layout. Nothing is logged, saved or resumed.
+
+    [dim]Example:[/dim]  moe-dist profile configs/demo.yaml --steps 10 --memory
+    """
+    from launcher.worker import Profiling
+
+    settings = load_config(config, context.args, notice=_notice if os.environ.get("RANK", "0") == "0" else _nothing)
+    wanted = Profiling(steps=steps, memory=memory)
+    if started_by_torchrun():
+        from launcher.worker import run_under_torchrun
+
+        environment = detect()
+        _check_world(settings, environment.world_size)
+        run_under_torchrun(settings, environment, wanted)
+    _check_world(settings, settings.launch.nproc_per_node)
+    from launcher.local import launch
+
+    raise typer.Exit(launch(settings, wanted))
 
 
 @app.command()
