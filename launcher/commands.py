@@ -1,4 +1,4 @@
-"""`moe-dist train`, `check`, `verify`, `profile`, `report` and `doctor`. Torch is imported by the ranks, never by the command."""
+"""The commands of `moe-dist`. Torch is imported by the ranks, never by the command."""
 
 from __future__ import annotations
 

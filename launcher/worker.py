@@ -97,6 +97,7 @@ def verify(config: Config, environment: Environment, proof: Proof) -> int:
 
 def profile(config: Config, environment: Environment, wanted: Profiling) -> int:
     """Profile a few steps; returns the exit code."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library tells of every start and stop
     from launcher.process_groups import connected
     from moe_dist.monitor.profile_page import terminal_lines
     from moe_dist.train.profiling import run_profile

@@ -1,4 +1,4 @@
-"""`profile.html` and its short form on the terminal: where the time and the memory of a step go. Standard library only."""
+"""`profile.html` and its short form on the terminal: where the time and the memory of a step go."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Profile:
             for key, both in sorted(found.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0, item[0][1]))
         }
 
-    def all_to_all(self) -> tuple[float, float]:
+    def talking(self) -> tuple[float, float]:
         """Seconds of a step in all-to-all, and in all other parts of the model, mean over ranks."""
         talk = sum(part.seconds for rank in self.ranks for part in rank.parts if part.name == ALL_TO_ALL)
         total = sum(part.seconds for rank in self.ranks for part in rank.parts)
@@ -124,7 +124,7 @@ def terminal_lines(profile: Profile) -> list[str]:
             by_name[name][direction] += seconds
     for name, both in sorted(by_name.items(), key=lambda item: -sum(item[1].values())):
         lines.append(f"  {name:<26}{1000 * both['forward']:>10.2f}    {1000 * both['backward']:>10.2f}")
-    talk, compute = profile.all_to_all()
+    talk, compute = profile.talking()
     lines += ["", f"  all-to-all against compute  {1000 * talk:.2f} ms : {1000 * compute:.2f} ms"]
     first = profile.ranks[0]
     lines.append(f"  memory of rank 0            {_state_words(first)}")
@@ -158,9 +158,9 @@ def _lead(profile: Profile) -> str:
     step = profile.step_seconds
     flops = profile.flops_per_token * profile.tokens_per_step / step
     return (
-        f"{profile.steps} steps of {profile.tokens_per_step:,} tokens after {3} to warm up: {1000 * step:.1f} ms a step, "
-        f"{profile.tokens_per_step / step:,.0f} tokens per second, {compact(flops)}FLOP/s by the model's active parameters. "
-        f"Times are per step; profiling itself costs some of them."
+        f"{profile.steps} steps of {profile.tokens_per_step:,} tokens: {1000 * step:.1f} ms a step, "
+        f"{profile.tokens_per_step / step:,.0f} tokens per second, {compact(flops)}FLOP/s by the model's active "
+        "parameters. Times are per step; profiling itself costs some of them."
     )
 
 

@@ -24,7 +24,7 @@ from moe_dist.parallel.status import Status
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer
 from moe_dist.train.describe import layout_lines, sentence
-from moe_dist.train.ranges import Part, Ranges, entered, saved_for_backward
+from moe_dist.train.ranges import REST, Part, Ranges, entered, saved_for_backward
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.step import TrainStep
 
@@ -80,8 +80,9 @@ def run_profile(config: Config, mesh: Mesh, steps: int, memory: bool) -> tuple[P
         run.clock.take_traffic()
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
         parts: dict[tuple[Part, str], float] = {}
-        # Not acc_events: one profile per step keeps the numbers of autograd nodes apart, and memory bounded.
-        tokens, phases, operators = 0, dict.fromkeys(PHASE_KEYS, 0.0), {}
+        # One profile per step keeps the numbers of autograd nodes apart, and memory bounded.
+        tokens, phases = 0, dict.fromkeys(PHASE_KEYS, 0.0)
+        operators: dict[str, Operator] = {}
         with entered(run.model, run.clock) as ranges:
             for _ in range(steps):
                 ranges.forget()
@@ -98,6 +99,9 @@ def run_profile(config: Config, mesh: Mesh, steps: int, memory: bool) -> tuple[P
                 _add_operators(operators, profiler, cuda, steps)
     finally:
         run.loader.close()
+    if not cuda:  # what no range holds: loss, masks, positions; so that parts add up to the phases
+        inside = phases["computing"] + phases["all_to_all"]
+        parts[REST, "forward"] = max(0.0, inside - sum(parts.values()))
     place = mesh.layout.coordinates(mesh.rank)[0]
     mine = RankProfile(
         rank=mesh.rank,

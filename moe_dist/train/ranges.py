@@ -82,11 +82,12 @@ class Ranges:
         return {node: part for part, first, end in self._spans for node in range(first, end[0])}
 
     def seconds(self, events: Iterable[Any], cuda: bool = False) -> dict[tuple[Part, str], float]:
-        """Seconds of each part, without those of parts inside it, `forward` and `backward`; by the events of a profiler.
+        """Seconds of each part without parts inside it, `forward` and `backward`, by the events of a profiler.
 
         On CPU wall-clock time of the thread that trains, waiting included; on CUDA time of its kernels.
         """
-        nodes, found = self.part_of_node(), defaultdict(float)
+        nodes = self.part_of_node()
+        found: dict[tuple[Part, str], float] = defaultdict(float)
         for event in events:
             part, inside = part_of(event), _owner(event, nodes)
             if cuda:
