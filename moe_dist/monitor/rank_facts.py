@@ -23,27 +23,36 @@ OF_A_STEP = ("data", "computing", "all_to_all", "gradients", "optimizer", "agree
 
 
 def pack_row(
-    own_seconds: float, phase_seconds: Sequence[float], sent_bytes: int, received_rows: int, memory_bytes: int
+    own_seconds: float,
+    phase_seconds: Sequence[float],
+    sent_bytes: int,
+    received_rows: int,
+    memory_bytes: int,
+    rows_to: Sequence[int] = (),
+    ep_size: int = 1,
 ) -> list[float]:
-    """The row of one rank: `own_seconds` per step, then seconds of the interval in each of PHASE_KEYS, then sizes.
+    """The row of one rank: `own_seconds` per step, then seconds of the interval in each of PHASE_KEYS, then sizes, then
+    with expert parallelism the rows to each of `ep_size` ranks (`rows_to`, empty where there are no experts).
 
     As float64 all integers below 2^53 are exact.
     """
     assert len(phase_seconds) == len(PHASE_KEYS)
-    return [own_seconds, *phase_seconds, sent_bytes, received_rows, memory_bytes]
+    flow = (rows_to or [0] * ep_size) if ep_size > 1 else []
+    return [own_seconds, *phase_seconds, sent_bytes, received_rows, memory_bytes, *flow]
 
 
 def ranks_record(rows: Sequence[Sequence[float]], num_steps: int) -> RanksRecord:
     """The rows of all ranks over an interval of so many steps. Microseconds, so that a line of the log stays short."""
-    keys, first = list(PHASE_KEYS), 1
+    keys, first, sizes = list(PHASE_KEYS), 1, 1 + len(PHASE_KEYS)
     return RanksRecord(
         own_seconds=[round(row[0], 6) for row in rows],
         phase_seconds={
             key: [round(row[first + keys.index(key)] / max(1, num_steps), 6) for row in rows] for key in OF_A_STEP
         },
-        sent_bytes=[int(row[-3]) for row in rows],
-        received_rows=[int(row[-2]) for row in rows],
-        memory_bytes=[int(row[-1]) for row in rows],
+        sent_bytes=[int(row[sizes]) for row in rows],
+        received_rows=[int(row[sizes + 1]) for row in rows],
+        memory_bytes=[int(row[sizes + 2]) for row in rows],
+        rows_to=[[int(count) for count in row[sizes + 3 :]] for row in rows if len(row) > sizes + 3],
     )
 
 

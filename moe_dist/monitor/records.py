@@ -55,6 +55,8 @@ class RanksRecord:
     """Bytes sent to other ranks by all-to-all in the interval."""
     memory_bytes: list[int]
     """Peak memory: allocated on CUDA, resident set size on CPU."""
+    rows_to: list[list[int]] = field(default_factory=list)
+    """For each rank, rows it sent to each rank of its expert-parallel group, itself included; empty without."""
 
 
 class Record:

@@ -52,6 +52,15 @@ def page(runs: Sequence[RunLog]) -> str:
     for index, run in enumerate(runs):
         of = f" of {run.name}" if len(runs) > 1 else ""
         made.chart(f"time-{index}", figures.time_shares(run), f"Share of step time{of}, stacked.")
+        if any(row.get("phase_seconds") for row in run.train):
+            caption = f"Seconds of each logging interval in each phase{of}, mean over ranks, stacked."
+            made.chart(f"phases-{index}", figures.phases(run), caption)
+        if any(row.get("ranks") for row in run.train):
+            caption = f"Own seconds of each rank{of}, in which it waits for no other, and the imbalance tax, per step."
+            made.chart(f"ranks-{index}", figures.own_seconds(run), caption)
+        if any((row.get("ranks") or {}).get("rows_to") for row in run.train):
+            caption = f"Token flow{of}: rows, (token, expert) pairs, from rank to rank in the last interval."
+            made.chart(f"flow-{index}", figures.flow(run), caption)
     made.section("experts", "Experts")
     for index, run in enumerate(runs):
         if not any(row["layers"] for row in run.train):

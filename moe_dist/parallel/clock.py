@@ -19,6 +19,8 @@ class Traffic(NamedTuple):
     """To other ranks, by all-to-all, in both directions of a step."""
     received_rows: int
     """Rows, (token, expert) pairs, that came for this rank's experts, from itself and from others."""
+    rows_to: tuple[int, ...]
+    """Rows sent to each rank of the expert-parallel group, itself included; empty before there are any."""
 
 
 class Clock:
@@ -34,6 +36,7 @@ class Clock:
         self.seconds = 0.0
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._bytes, self._rows, self._stopped = 0, 0, False
+        self._rows_to: list[int] = []
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -44,16 +47,21 @@ class Clock:
         finally:
             self._stopped = before
 
-    def count(self, sent_bytes: int = 0, received_rows: int = 0) -> None:
-        """Something has been sent to other ranks, or has arrived."""
+    def count(self, sent_bytes: int = 0) -> None:
+        """Something has been sent to other ranks."""
         if not self._stopped:
             self._bytes += sent_bytes
-            self._rows += received_rows
+
+    def count_rows(self, sent: list[int], received: int) -> None:
+        """Rows have gone to each rank of the group, and have come for this rank's experts."""
+        if not self._stopped:
+            self._rows += received
+            self._rows_to = [a + b for a, b in zip(self._rows_to or [0] * len(sent), sent, strict=True)]
 
     def take_traffic(self) -> Traffic:
         """What has been counted since the last call."""
-        taken = Traffic(self._bytes, self._rows)
-        self._bytes = self._rows = 0
+        taken = Traffic(self._bytes, self._rows, tuple(self._rows_to))
+        self._bytes, self._rows, self._rows_to = 0, 0, []
         return taken
 
     @contextmanager

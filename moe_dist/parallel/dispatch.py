@@ -61,7 +61,7 @@ class AllToAllDispatcher:
         permutation = sort_by_expert(routing.expert_ids_TK, self.num_experts, None)
         arriving, send_splits, receive_splits = self._exchange_counts(permutation, x_TD.shape[1])
         sent = sum(send_splits)
-        self.clock.count(received_rows=sum(receive_splits))
+        self.clock.count_rows(send_splits, sum(receive_splits))
         if sent < permutation.num_rows:  # pairs without an expert sort to the end
             permutation = replace(permutation, pair_of_row=permutation.pair_of_row[:sent], every_pair_has_a_row=False)
         arrival_of_row, row_of_arrival = expert_order(arriving, sum(receive_splits))

@@ -91,7 +91,13 @@ class Reporter:
         status.at("agreeing on the next step")  # the reduction below waits for the slowest rank
         phases = status.take()
         mine = pack_row(
-            statistics.median(self._own), [phases[phase] for phase in PHASE_KEYS.values()], *traffic, memory
+            statistics.median(self._own),
+            [phases[phase] for phase in PHASE_KEYS.values()],
+            traffic.sent_bytes,
+            traffic.received_rows,
+            memory,
+            traffic.rows_to,
+            self.mesh.layout.ep_size,
         )
         self.layers, rows = self.collector.take_all(mine)
         status.at("logging")

@@ -74,6 +74,7 @@ def train_record(layers: list[LayerRecord]) -> Callable[..., TrainRecord]:
                 received_rows=[100, 120, 90, 90],
                 sent_bytes=[83_886_080] * 4,
                 memory_bytes=[1_310_000_000] * 4,
+                rows_to=[[60, 40], [40, 80], [50, 40], [40, 50]],
             ),
         }
         return TrainRecord(**(values | changes))  # type: ignore[arg-type]

@@ -95,13 +95,13 @@ def test_bytes_and_rows_are_those_that_travelled() -> None:
     hidden = 24
     told = run_ranks(traffic, 2, hidden)
     for rank, one in enumerate(told):
-        assert one["stopped"] == ((0, 0), 0.0)
+        assert one["stopped"] == ((0, 0, ()), 0.0)
         other = 1 - rank
         received = told[rank]["sent"][rank] + told[other]["sent"][rank]
         # Forward: rows out, results of the other's rows back. Backward: the same gradients the same ways.
         rows = 2 * (one["sent"][other] + told[other]["sent"][rank])
         header = (3 + 4 // 2) * 8
-        assert one["traffic"] == (rows * hidden * 4 + header, received)
+        assert one["traffic"] == (rows * hidden * 4 + header, received, tuple(one["sent"]))
         assert one["seconds"] > 0
 
 
@@ -128,6 +128,8 @@ def test_rows_of_ranks_share_the_reduction_of_the_layers() -> None:
     assert len(calls) == 3  # one reduction per rank
     summed = torch.stack(calls).sum(0)
     collector = Collector([1], 4, 2, "cpu", lambda packed: summed, ep_size=2, rank=0, world_size=3)
+    assert ranks_record([pack_row(0.0, seconds, 0, 0, 0, (3, 4), 2)], 1).rows_to == [[3, 4]]
+    assert ranks_record([pack_row(0.0, seconds, 0, 0, 0, (), 2)], 1).rows_to == [[0, 0]]
     (layer,), gathered = collector.take_all(rows[0])
     assert gathered == rows
     assert layer.tokens_per_expert == [12, 6, 3, 3]
@@ -224,6 +226,7 @@ def test_a_real_run_tells_where_its_time_goes(tmp_path: Path) -> None:
         steps, ranks = row["step"] - (before["step"] if before else 0), row["ranks"]
         # Every pair arrives somewhere, none twice: the routed ones, counted elsewhere, by the router.
         assert sum(ranks["received_rows"]) == sum(sum(layer["tokens_per_expert"]) for layer in row["layers"])
+        assert [sum(column) for column in zip(*ranks["rows_to"], strict=True)] == ranks["received_rows"]
         assert row["row_imbalance"] == pytest.approx(2 * max(ranks["received_rows"]) / sum(ranks["received_rows"]))
         assert row["all_to_all_bytes"] * steps == pytest.approx(sum(ranks["sent_bytes"]), abs=steps)
         assert row["mfu"] == pytest.approx(row["flops_per_second"] / 2e10)

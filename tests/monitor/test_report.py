@@ -103,6 +103,19 @@ def test_the_figures_show_the_logged_numbers(run: Path) -> None:
     check("time-0", "dispatch and combine", train, "all_to_all_share")
     check("time-0", "waiting for data", train, "data_wait_share")
     check("checkpoints-0", "training waited", saves, "blocked_seconds")
+    check("ranks-0", "imbalance tax", train, "imbalance_seconds")
+    for rank in range(4):
+        own = trace(shown["figure-ranks-0"], f"rank {rank}")
+        assert own["y"] == [row["ranks"]["own_seconds"][rank] for row in train]
+    talk = trace(shown["figure-phases-0"], "the all-to-all")
+    assert talk["y"] == [row["phase_seconds"]["all_to_all"] for row in train]
+    none = None
+    assert shown["figure-flow-0"]["data"][0]["z"] == [
+        [60, 40, none, none],
+        [40, 80, none, none],
+        [none, none, 50, 40],
+        [none, none, 40, 50],
+    ]
     for bar, row in zip(shown["figure-checkpoints-0"]["data"][1]["y"], saves, strict=True):
         assert bar + row["blocked_seconds"] == pytest.approx(row["seconds"])
     for key, (index, number) in itertools.product(

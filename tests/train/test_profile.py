@@ -55,8 +55,8 @@ class SlowExpert(Expert):
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_time_belongs_to_the_part_that_takes_it(recompute: str) -> None:
-    """Forward and backward, also where autograd runs forward again. Seen to fail with backward nodes looked up one too
-    early, and with parts that keep the seconds of parts inside them.
+    """Forward and backward, also where autograd runs forward again. Seen to fail with backward nodes given to the
+    outermost part instead of the innermost, and with parts that keep the seconds of parts inside them.
     """
     config = tiny_config("model.expert=test_profile:SlowExpert", f"train.gradient_checkpointing={recompute}")
     mesh = mesh_of(1)
