@@ -197,6 +197,8 @@ def test_steps_that_a_restart_repeats_count_once(tmp_path: Path, info: RunInfo, 
         *((step, 2.0) for step in (40, 50, 60, 70)),
     ]
     assert [row["step"] for row in log.evals] == [10, 20, 30, 40, 50, 60, 70]
+    steps = [10, 20, 30, 40, 50, 60, 70]
+    assert [[row["step"] for row in log.rows if row["kind"] == kind] for kind in ("train", "eval")] == [steps, steps]
     assert [row["step"] for row in log.checkpoints] == [10, 20, 30, 40, 50, 40, 50, 60, 70]
     assert [start["step"] for start in log.starts] == [10, 40]
     assert "started again before step 40" in map(str, findings(log))
