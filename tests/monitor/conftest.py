@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from moe_dist.monitor.expert_stats import layer_record
+from moe_dist.monitor.rank_facts import PHASE_KEYS
 from moe_dist.monitor.records import EvalRecord, LayerRecord, RanksRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.train_log import close_logging
 
@@ -61,7 +62,7 @@ def train_record(layers: list[LayerRecord]) -> Callable[..., TrainRecord]:
             "remaining_seconds": 4384.0,
             "memory_bytes": 1_310_000_000,
             "layers": layers,
-            "phase_seconds": {"data": 0.02, "computing": 6.1, "all_to_all": 1.1, "evaluation": 0.0},
+            "phase_seconds": dict.fromkeys(PHASE_KEYS, 0.0) | {"data": 0.02, "computing": 6.1, "all_to_all": 1.1},
             "flops_per_second": 8.9e11,
             "mfu": 0.31,
             "all_to_all_bytes": 33_554_432,

@@ -114,6 +114,8 @@ def test_dashboard_shows_what_was_promised() -> None:
         "Validation loss",
         "Throughput",
         "Where the time goes",
+        "Seconds per phase",
+        "Imbalance tax and slow ranks",
         "Load of every expert, layer x expert",
         "Load imbalance",
         "Router entropy",
