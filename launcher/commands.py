@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -165,6 +166,36 @@ def verify(
     raise typer.Exit(EXIT_FAILED if code == EXIT_DIFFERS else code)
 
 
+@app.command(context_settings=_OVERRIDES)
+def profile(
+    context: typer.Context,
+    config: ConfigPath,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to profile, after 3 to warm up.")] = 5,
+    memory: Annotated[bool, typer.Option("--memory", help="Also measure what is kept for backward.")] = False,
+) -> None:
+    """Show where the time and the memory of a training step go.
+
+    Runs a few steps of CONFIG on [bold]launch.nproc_per_node[/bold] ranks under torch.profiler and writes profile.html
+    into the run folder: time by phase and by layer, all-to-all against compute, top operators, memory by owner, the
+    layout. Nothing is logged, saved or resumed.
+
+    [dim]Example:[/dim]  moe-dist profile configs/demo.yaml --steps 10 --memory
+    """
+    from launcher.worker import Profiling
+
+    settings = load_config(config, context.args, notice=_notice if os.environ.get("RANK", "0") == "0" else _nothing)
+    wanted = Profiling(steps=steps, memory=memory)
+    if started_by_torchrun():
+        from launcher.worker import run_under_torchrun
+
+        environment = detect()
+        run_under_torchrun(_for_world(settings, environment.world_size, _nothing), environment, wanted)
+    settings = _for_world(settings, settings.launch.nproc_per_node, _notice)
+    from launcher.local import launch
+
+    raise typer.Exit(launch(settings, wanted))
+
+
 @app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, such as outputs/demo.")],
@@ -183,6 +214,35 @@ def report(
     from moe_dist.monitor.report import write_report  # a plotting library, only when there is something to plot
 
     print(write_report(runs, output))
+
+
+@app.command()
+def doctor(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, such as outputs/demo.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Findings for programs on standard output.")] = False,
+) -> None:
+    """Say what is wrong with a run, finished or still running, and which key helps.
+
+    Dead experts and collapse, spikes, divergence and a flat loss, overfitting, slow data, slow checkpoints, stragglers,
+    low utilisation: the findings of its report. Exit code 0 when nothing needs attention, 1 when something does.
+
+    [dim]Example:[/dim]  moe-dist doctor outputs/demo
+    """
+    from moe_dist.monitor.doctor import findings
+    from moe_dist.monitor.run_log import read_run
+
+    found = findings(read_run(run))
+    if as_json:
+        from moe_dist.monitor.sinks.jsonl import json_safe
+
+        print(json.dumps([json_safe(finding.to_json()) for finding in found], indent=1))
+    else:
+        for finding in found:
+            print(f"{finding.severity}: {finding}")
+    alarming = any(finding.severity != "info" for finding in found)
+    if not alarming and not as_json:
+        print("Nothing that needs attention.")
+    raise typer.Exit(EXIT_FAILED if alarming else 0)
 
 
 def _for_world(config: Config, world_size: int, notice: Callable[[str], None]) -> Config:

@@ -54,6 +54,14 @@ class Proof:
     as_json: bool = False
 
 
+@dataclass(frozen=True)
+class Profiling(Proof):
+    """What `moe-dist profile` asks of every rank; it travels as a proof does, and like one is never started again."""
+
+    steps: int = 10
+    memory: bool = False
+
+
 def train(config: Config, environment: Environment) -> int:
     """Train on this rank; returns the exit code."""
     from launcher.process_groups import connected  # torch, only once there is work to do
@@ -89,11 +97,27 @@ def verify(config: Config, environment: Environment, proof: Proof) -> int:
     return 0 if passed else EXIT_DIFFERS
 
 
+def profile(config: Config, environment: Environment, wanted: Profiling) -> int:
+    """Profile a few steps; returns the exit code."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library tells of every start and stop
+    from launcher.process_groups import connected
+    from moe_dist.monitor.profile_page import terminal_lines
+    from moe_dist.train.profiling import run_profile
+
+    with connected(config, environment) as mesh:
+        told = run_profile(config, mesh, wanted.steps, wanted.memory)
+    if told is not None:
+        print("\n".join([*terminal_lines(told[0]), "", str(told[1])]), flush=True)
+    return 0
+
+
 def main(config: Config, environment: Environment, proof: Proof | None = None) -> int:
-    """`train`, or `verify` when there is something to prove, with every error as one line: exit codes as above."""
+    """`train`, or `profile` or `verify` when that is asked for, with every error as one line: exit codes as above."""
     # A single process saves as one on purpose.
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
     try:
+        if isinstance(proof, Profiling):
+            return profile(config, environment, proof)
         return train(config, environment) if proof is None else verify(config, environment, proof)
     except ConfigError as error:
         return _report(error, environment, EXIT_CONFIG)
@@ -205,7 +229,8 @@ def run_rank() -> NoReturn:
     os.set_inheritable(int(os.environ[REPORTS]), False)
     proof = json.loads(os.environ.pop(PROOF, "null"))
     config = Config.model_validate_json(os.environ.pop(CONFIG))
-    leave(main(config, detect(), proof and Proof(**proof)))
+    kind = Profiling if proof and "steps" in proof else Proof
+    leave(main(config, detect(), proof and kind(**proof)))
 
 
 if __name__ == "__main__":

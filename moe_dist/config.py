@@ -395,6 +395,8 @@ class MonitorConfig(Section):
     """Write TensorBoard events to tb/."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"
     """Console: a live line on a terminal, plain lines elsewhere, or nothing."""
+    peak_flops: PositiveFloat | None = None
+    """Floating-point operations per second of one device, for the MFU: 989e12 for an H100 in bfloat16; null: no MFU."""
     stall_timeout: PositiveFloat = 60.0
     """Seconds without any sign of life from all ranks after which a run counts as hung, and is ended."""
     prometheus: PrometheusConfig = Field(default_factory=PrometheusConfig)

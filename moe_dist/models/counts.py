@@ -222,3 +222,8 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> int:
     """
     width = model.num_attention_heads * model.head_size
     return 6 * matmul_parameters(model) + 12 * model.num_hidden_layers * width * seq_length
+
+
+def expert_share(model: ModelConfig, seq_length: int) -> float:
+    """Part of `flops_per_token` that routed experts do, 0..1."""
+    return 6 * parameter_counts(model).active_experts / flops_per_token(model, seq_length)

@@ -1,4 +1,5 @@
-"""Load facts of all layers, summed on the device step by step and over ranks once per logging interval.
+"""Load facts of all layers, summed on the device step by step and over ranks once per logging interval; numbers of
+every rank on the way.
 
 Shape suffixes: L mixture-of-experts layers, l the layers given to one call, E experts.
 """
@@ -30,8 +31,12 @@ class Collector:
         top_k: int,
         device: torch.device | str,
         reduce: Callable[[Tensor], Tensor] = lambda packed: packed,
+        *,
+        ep_size: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        """`moe_layer_numbers`: global numbers of ALL expert layers, the same on every rank.
+        """`moe_layer_numbers`: global numbers of ALL expert layers, the same on every rank. `ep_size` ranks share them.
 
         `reduce` sums a 1-dim float64 tensor, in place or not, over the ranks that hold other tokens or other
         layers; a layer that is not on a rank counts as zero there.
@@ -39,6 +44,7 @@ class Collector:
         self.moe_layer_numbers = list(moe_layer_numbers)
         self.num_experts, self.top_k, self.device = num_experts, top_k, torch.device(device)
         self._reduce = reduce
+        self.ep_size, self.rank, self.world_size = ep_size, rank, world_size
         num_layers = len(self.moe_layer_numbers)
         # Columns of counts: the experts' pairs, dropped pairs, tokens.
         self._counts = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=self.device)
@@ -66,18 +72,26 @@ class Collector:
         A collective: every rank of the reduction calls it at the same step. Empty, and no reduction, when the
         model has no expert layer.
         """
-        if not self.moe_layer_numbers:
-            return []
+        return self.take_all(())[0] if self.moe_layer_numbers else []
+
+    def take_all(self, row: Sequence[float]) -> tuple[list[LayerRecord], list[list[float]]]:
+        """As `take`, with `row`, numbers of this rank, in the same reduction; the rows of all ranks come out."""
         packed = torch.cat((self._counts.to(torch.float64), self._sums), dim=1)
-        host = self._reduce(packed.flatten()).cpu().view(packed.shape)
+        # One row a rank, zero but for its own: the sum is what an all-gather would give.
+        rows = torch.zeros(self.world_size, len(row), dtype=torch.float64)
+        rows[self.rank] = torch.tensor(row, dtype=torch.float64)
+        host = self._reduce(torch.cat((packed.flatten(), rows.flatten().to(self.device)))).cpu()
+        gathered = host[packed.numel() :].view(rows.shape).tolist()
+        host = host[: packed.numel()].view(packed.shape)
         self._counts.zero_()
         self._sums.zero_()
         counts = host[:, : self.num_experts + 2].to(torch.int64).numpy()
         sums = host[:, self.num_experts + 2 :].numpy()
-        return [
-            layer_record(layer, count[:-2], int(count[-2]), int(count[-1]), total, self.top_k)
+        layers = [
+            layer_record(layer, count[:-2], int(count[-2]), int(count[-1]), total, self.top_k, self.ep_size)
             for layer, count, total in zip(self.moe_layer_numbers, counts, sums, strict=True)
         ]
+        return layers, gathered
 
     def _rows_of(self, layers: tuple[int, ...]) -> Tensor:
         """Rows of the layers, (l,) int64 on the device; kept, a copy each step would be a wait."""

@@ -27,16 +27,19 @@ def layer_record(
     tokens: int,
     sums: Sequence[float] | npt.NDArray[np.float64],
     top_k: int,
+    ep_size: int = 1,
 ) -> LayerRecord:
     """The record of one layer.
 
     `pairs_E` (E,) pairs routed to each expert before any drop; `dropped` pairs without a place; `tokens`
     routed, each to `top_k` experts; `sums` (4,) over tokens: load-balancing loss, z-loss, router entropy,
-    router confidence.
+    router confidence. `ep_size` ranks hold the experts, in blocks of equally many.
     Without tokens every ratio is 0.0 (a measured imbalance is at least 1.0) and every expert is dead.
     """
     counts = [int(count) for count in pairs_E]
-    imbalance, cv, entropy = _spread(np.asarray(counts, dtype=np.float64))
+    load_E = np.asarray(counts, dtype=np.float64)
+    imbalance, cv, entropy = _spread(load_E)
+    rank_imbalance, _, _ = _spread(load_E.reshape(ep_size, -1).sum(1))
     aux, z, router_entropy, confidence = (float(total) / tokens if tokens else 0.0 for total in sums)
     return LayerRecord(
         layer=int(layer),
@@ -50,6 +53,7 @@ def layer_record(
         z_loss=z,
         router_entropy=router_entropy,
         router_confidence=confidence,
+        rank_imbalance=rank_imbalance,
     )
 
 
@@ -76,6 +80,14 @@ def load_ratios(record: LayerRecord) -> list[float]:
 def used_share(record: LayerRecord) -> float:
     """Share of the experts that carry the load, exp(entropy of the loads) / E: 1.0 balanced, K / E at worst."""
     return float(len(record.tokens_per_expert) ** (record.load_entropy - 1.0))
+
+
+def imbalance_seconds(layers: Sequence[LayerRecord], expert_seconds: float) -> float:
+    """The imbalance tax: `expert_seconds`, those of a step that experts compute, * mean over layers of (max / mean of
+    the load of ranks - 1). In every layer all ranks wait for the one with most rows.
+    """
+    excess = [layer.rank_imbalance - 1.0 for layer in layers if layer.rank_imbalance]
+    return expert_seconds * sum(excess) / len(excess) if excess else 0.0
 
 
 def extremes(layers: Sequence[LayerRecord]) -> tuple[ExpertLoad, ExpertLoad] | None:
@@ -111,5 +123,6 @@ RATIOS = (
     "z_loss",
     "router_entropy",
     "router_confidence",
+    "rank_imbalance",
 )
 """Fields of a LayerRecord whose mean over layers means something."""

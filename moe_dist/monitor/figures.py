@@ -11,6 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from moe_dist.monitor.expert_stats import load_ratios
+from moe_dist.monitor.rank_facts import PHASE_KEYS
 from moe_dist.monitor.run_log import Row, RunLog
 from moe_dist.monitor.sinks.heatmap import COLD, FAIR, HOT
 
@@ -82,6 +83,63 @@ def time_shares(run: RunLog) -> go.Figure:
         (("all_to_all_share", "dispatch and combine"), ("data_wait_share", "waiting for data"), ("rest", "the rest"))
     ):
         made.add_trace(line(rows, key, name, index, stackgroup="time"))
+    return made
+
+
+def phases(run: RunLog) -> go.Figure:
+    """Seconds of each logging interval in each phase, mean over ranks, stacked."""
+    made = figure(yaxis_title="seconds of the interval")
+    rows = [row for row in run.train if row.get("phase_seconds")]
+    for index, key in enumerate(rows[-1]["phase_seconds"]):
+        values = [row["phase_seconds"].get(key, 0.0) for row in rows]
+        style = {"color": COLOURS[index % len(COLOURS)], "width": 1, "dash": DASHES[index // len(COLOURS)]}
+        steps, name = [row["step"] for row in rows], PHASE_KEYS.get(key, key)
+        made.add_trace(go.Scatter(x=steps, y=values, name=name, mode="lines", line=style, stackgroup="time"))
+    return made
+
+
+def own_seconds(run: RunLog) -> go.Figure:
+    """Seconds of a step in which each rank waits for no other, and the imbalance tax."""
+    rows = [row for row in run.train if row.get("ranks")]
+    steps = [row["step"] for row in rows]
+    values = [list(of_rank) for of_rank in zip(*(row["ranks"]["own_seconds"] for row in rows), strict=False)]
+    if len(values) > MANY_LAYERS:
+        made = figure(yaxis_title="rank", hovermode="closest", height=max(360, 12 * len(values)))
+        made.add_trace(go.Heatmap(x=steps, z=values, colorscale="Cividis", colorbar={"title": "seconds"}))
+        return made
+    made = figure(yaxis_title="seconds per step", yaxis_rangemode="tozero")
+    for rank, seconds in enumerate(values):
+        style = {"color": COLOURS[rank % len(COLOURS)], "width": 2, "dash": DASHES[rank // len(COLOURS)]}
+        made.add_trace(go.Scatter(x=steps, y=seconds, name=f"rank {rank}", mode="lines", line=style))
+    tax = {"color": _INK, "width": 1, "dash": "dot"}
+    made.add_trace(line(rows, "imbalance_seconds", "imbalance tax", line=tax))
+    return made
+
+
+def flow(run: RunLog) -> go.Figure:
+    """Rows of the last interval from each rank (down) to each rank (across); empty where they share no experts."""
+    rows_to = next(row["ranks"]["rows_to"] for row in reversed(run.train) if (row.get("ranks") or {}).get("rows_to"))
+    ep_size, names = len(rows_to[0]), [f"rank {rank}" for rank in range(len(rows_to))]
+    counts: list[list[int | None]] = [[None] * len(rows_to) for _ in rows_to]
+    for rank, sent in enumerate(rows_to):
+        first = rank - rank % ep_size  # ranks of a group are neighbours
+        counts[rank][first : first + ep_size] = sent
+    made = figure(
+        xaxis={"title": {"text": "to"}, "type": "category"},
+        yaxis={"title": {"text": "from"}, "type": "category", "autorange": "reversed"},
+        hovermode="closest",
+        height=min(900, max(260, 120 + 24 * len(rows_to))),
+    )
+    made.add_trace(
+        go.Heatmap(
+            x=names,
+            y=names,
+            z=counts,
+            colorscale="Cividis",
+            colorbar={"title": {"text": "rows"}},
+            hovertemplate="%{y} to %{x}: %{z} rows<extra></extra>",
+        )
+    )
     return made
 
 

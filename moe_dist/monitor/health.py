@@ -1,17 +1,68 @@
-"""Routing that has gone wrong, said once, with the key that helps: dead experts and router collapse."""
+"""Findings, and those about routing: dead experts, collapse, saturation, imbalance; each said once, with the key
+that helps.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from moe_dist.monitor.expert_stats import used_share
 from moe_dist.monitor.records import LayerRecord
 
 PATIENCE = 3
 """Logging intervals in a row before anything is said: early in training every router is unbalanced."""
+LONG_PATIENCE = 10
+"""The same for what training may mend by itself."""
 COLLAPSE = 0.5
 """A layer has collapsed when fewer than this share of its experts carry its load (exp(entropy) / E)."""
+SATURATED = 0.02
+"""A router is saturated when the entropy of its scores is below this share of ln E: its gradient is as good as zero."""
+IMBALANCED = 3.0
+"""Load of the busiest expert / fair share."""
 _REMEDY = "raise balance.router_aux_loss_coef, or set balance.bias_update_rate (1e-3)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something a person should know about a run. `str()` is the line for people."""
+
+    kind: str
+    """`dead_experts`, `loss_spike`, ...: docs/metrics.md lists all."""
+    severity: Literal["info", "warning", "critical"]
+    words: str
+    """The sentence, with what to do about it."""
+    key: str = ""
+    """Configuration key to change; empty when there is none."""
+    step: int | None = None
+    """When it was found."""
+    layer: int | None = None
+    experts: tuple[int, ...] = ()
+    rank: int | None = None
+    evidence: dict[str, float] = field(default_factory=dict)
+    """The numbers behind it."""
+
+    def __str__(self) -> str:
+        return self.words if self.step is None else f"step {self.step}: {self.words}"
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return asdict(self)
+
+
+class Lasting:
+    """Counts in how many intervals in a row a condition has been there."""
+
+    def __init__(self) -> None:
+        self._count: dict[object, int] = {}
+
+    def reaches(self, condition: object, present: bool, patience: int) -> bool:
+        """Whether it reaches its patience in this very interval; again only after it has gone."""
+        count = self._count.get(condition, 0) + 1 if present else 0
+        self._count[condition] = count
+        return count == patience
 
 
 class Health:
@@ -19,31 +70,81 @@ class Health:
 
     def __init__(self, patience: int = PATIENCE) -> None:
         self.patience = patience
-        self._lasting: dict[tuple[str, int], int] = {}
+        self._lasting = Lasting()
 
-    def observe(self, layers: Sequence[LayerRecord]) -> list[str]:
-        """Sentences about conditions that have now lasted `patience` intervals."""
-        said = []
-        for record in layers:
-            load = record.tokens_per_expert
-            if not sum(load):
-                continue
-            dead = [expert for expert, tokens in enumerate(load) if tokens == 0]
-            if self._lasts("dead", record.layer, bool(dead)):
-                names = ", ".join(map(str, dead[:8])) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
-                said.append(
-                    f"layer {record.layer}: {len(dead)} of {len(load)} experts get no tokens ({names}); {_REMEDY}"
-                )
-            if self._lasts("collapse", record.layer, used_share(record) < COLLAPSE):
-                shares = sorted((tokens / sum(load) for tokens in load), reverse=True)
-                said.append(
-                    f"layer {record.layer}: the router has collapsed, its two busiest experts take "
-                    f"{100 * sum(shares[:2]):.0f} % of the load; {_REMEDY}"
-                )
-        return said
+    def observe(self, layers: Sequence[LayerRecord], step: int | None = None) -> list[Finding]:
+        """What has now lasted `patience` intervals."""
+        return [finding for record in layers if sum(record.tokens_per_expert) for finding in self._of(record, step)]
 
-    def _lasts(self, condition: str, layer: int, present: bool) -> bool:
-        """Whether a condition reaches its patience in this very interval."""
-        count = self._lasting.get((condition, layer), 0) + 1 if present else 0
-        self._lasting[condition, layer] = count
-        return count == self.patience
+    def _of(self, record: LayerRecord, step: int | None) -> list[Finding]:
+        found = []
+        layer, load = record.layer, record.tokens_per_expert
+        dead = [expert for expert, tokens in enumerate(load) if tokens == 0]
+        if self._lasting.reaches(("dead", layer), bool(dead), self.patience):
+            names = ", ".join(map(str, dead[:8])) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
+            found.append(
+                Finding(
+                    "dead_experts",
+                    "warning",
+                    f"layer {layer}: {len(dead)} of {len(load)} experts get no tokens ({names}); {_REMEDY}",
+                    "balance.router_aux_loss_coef",
+                    step,
+                    layer,
+                    tuple(dead),
+                    evidence={"dead_experts": len(dead)},
+                )
+            )
+        used = used_share(record)
+        if self._lasting.reaches(("collapse", layer), used < COLLAPSE, self.patience):
+            busiest = sorted(range(len(load)), key=lambda expert: -load[expert])[:2]
+            share = sum(load[expert] for expert in busiest) / sum(load)
+            found.append(
+                Finding(
+                    "collapse",
+                    "critical",
+                    f"layer {layer}: the router has collapsed, its two busiest experts take "
+                    f"{100 * share:.0f} % of the load; {_REMEDY}",
+                    "balance.router_aux_loss_coef",
+                    step,
+                    layer,
+                    tuple(busiest),
+                    evidence={"used_share": used, "share_of_two": share},
+                )
+            )
+        uneven = record.load_imbalance > IMBALANCED and used >= COLLAPSE  # a collapse has been told already
+        if self._lasting.reaches(("imbalance", layer), uneven, LONG_PATIENCE):
+            busiest = [load.index(max(load))]
+            found.append(
+                Finding(
+                    "imbalance",
+                    "warning",
+                    f"layer {layer}: expert {busiest[0]} has {record.load_imbalance:.1f} times its fair share, and "
+                    f"every rank waits for it; {_REMEDY}",
+                    "balance.router_aux_loss_coef",
+                    step,
+                    layer,
+                    tuple(busiest),
+                    evidence={"load_imbalance": record.load_imbalance},
+                )
+            )
+        if self._lasting.reaches(("saturated", layer), is_saturated(record), self.patience):
+            found.append(
+                Finding(
+                    "router_saturated",
+                    "warning",
+                    f"layer {layer}: the router is certain of every token (entropy {record.router_entropy:.4f} nats of "
+                    f"{math.log(len(load)):.2f}) and hardly learns any more; set balance.router_z_loss_coef (1e-3)",
+                    "balance.router_z_loss_coef",
+                    step,
+                    layer,
+                    evidence={"router_entropy": record.router_entropy, "router_confidence": record.router_confidence},
+                )
+            )
+        return found
+
+
+def is_saturated(record: LayerRecord) -> bool:
+    """Whether scores are all but one-hot. A router without scores has entropy and confidence 0: not saturated."""
+    num_experts = len(record.tokens_per_expert)
+    limit = SATURATED * math.log(num_experts) if num_experts > 1 else 0.0
+    return record.router_confidence > 0.5 and record.router_entropy < limit

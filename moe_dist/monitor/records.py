@@ -6,8 +6,9 @@ A loss is nats per token. `docs/metrics.md` is the page for users.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Self
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,26 @@ class LayerRecord:
     """Entropy in nats of a token's router scores, mean over tokens."""
     router_confidence: float = 0.0
     """Largest of a token's router scores, mean over tokens, 1 / E .. 1; 0.0 in logs older than this field."""
+    rank_imbalance: float = 0.0
+    """Load of the busiest of the ranks that share the experts / their mean; 1.0: balanced; 0.0: nothing was routed."""
+
+
+@dataclass(frozen=True)
+class RanksRecord:
+    """Every rank over one logging interval: lists in order of rank. Seconds are per optimizer step."""
+
+    own_seconds: list[float]
+    """Seconds of a step in which the rank waited for no other: data, computing, weights. Median over the steps."""
+    phase_seconds: dict[str, list[float]]
+    """Mean seconds of a step in `data`, `computing`, `all_to_all`, `gradients`, `optimizer` and `agreeing`."""
+    received_rows: list[int]
+    """Rows that came for the rank's experts in the interval, 0 without expert parallelism."""
+    sent_bytes: list[int]
+    """Bytes sent to other ranks by all-to-all in the interval."""
+    memory_bytes: list[int]
+    """Peak memory: allocated on CUDA, resident set size on CPU."""
+    rows_to: list[list[int]] = field(default_factory=list)
+    """For each rank, rows it sent to each rank of its expert-parallel group, itself included; empty without."""
 
 
 class Record:
@@ -46,6 +67,17 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """The fields and `kind`; nested records become dicts. Floats stay floats, NaN and infinity too."""
         return {"kind": self.kind} | asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Self:
+        """The record of a row of `metrics.jsonl`; what another version wrote more is left out."""
+        return known(cls, row)
+
+
+def known(kind: type[Any], row: Mapping[str, Any]) -> Any:
+    """The dataclass with those of the row's values that it has a field for."""
+    names = {item.name for item in fields(kind)}
+    return kind(**{key: value for key, value in row.items() if key in names})
 
 
 @dataclass(frozen=True)
@@ -86,6 +118,32 @@ class TrainRecord(Record):
     """Peak memory of the reporting rank: allocated on CUDA, resident set size on CPU."""
     layers: list[LayerRecord] = field(default_factory=list)
     """One record per mixture-of-experts layer."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds of the interval in each phase, mean over ranks: those of `RanksRecord`, `logging`, `evaluation`,
+    `checkpoint`."""
+    flops_per_second: float = 0.0
+    """Floating-point operations per second that the model needs, all ranks, by its active parameters."""
+    mfu: float | None = None
+    """`flops_per_second` / (ranks * monitor.peak_flops), 0..1; None when the peak is not known."""
+    all_to_all_bytes: int = 0
+    """Bytes that all ranks together sent to other ranks by all-to-all, per optimizer step."""
+    row_imbalance: float = 0.0
+    """Rows received by the busiest rank / mean of the ranks; 1.0: balanced; 0.0: no expert parallelism."""
+    imbalance_seconds: float = 0.0
+    """The imbalance tax: estimated seconds of a step in which ranks wait for the one with most rows."""
+    slowest_rank_ratio: float = 0.0
+    """Own seconds of the slowest rank / median of the others like it; 0.0: nothing to compare."""
+    stragglers: list[int] = field(default_factory=list)
+    """Ranks that have been slow for three intervals."""
+    ranks: RanksRecord | None = None
+    """Every rank; None in logs older than this field."""
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Self:
+        nested = {"layers": [known(LayerRecord, layer) for layer in row["layers"]]}
+        if row.get("ranks") is not None:
+            nested["ranks"] = known(RanksRecord, row["ranks"])
+        return known(cls, {**row, **nested})
 
 
 @dataclass(frozen=True)
@@ -156,6 +214,8 @@ class RunInfo(Record):
     """Number of ranks."""
     device: str
     """`cpu`, `cuda`, or a longer name."""
+    hosts: list[str] = field(default_factory=list)
+    """Host of each rank."""
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,11 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from moe_dist.monitor import figures
+from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import overall, used_share
-from moe_dist.monitor.health import Health
 from moe_dist.monitor.run_log import Row, RunLog, read_run
 
 PAGE = Path(__file__).with_name("report_page.html")
-NOTABLE_WAIT = 0.2
 
 
 def write_report(folders: Sequence[Path | str], output: Path | str | None = None) -> Path:
@@ -53,6 +52,15 @@ def page(runs: Sequence[RunLog]) -> str:
     for index, run in enumerate(runs):
         of = f" of {run.name}" if len(runs) > 1 else ""
         made.chart(f"time-{index}", figures.time_shares(run), f"Share of step time{of}, stacked.")
+        if any(row.get("phase_seconds") for row in run.train):
+            caption = f"Seconds of each logging interval in each phase{of}, mean over ranks, stacked."
+            made.chart(f"phases-{index}", figures.phases(run), caption)
+        if any(row.get("ranks") for row in run.train):
+            caption = f"Own seconds of each rank{of}, in which it waits for no other, and the imbalance tax, per step."
+            made.chart(f"ranks-{index}", figures.own_seconds(run), caption)
+        if any((row.get("ranks") or {}).get("rows_to") for row in run.train):
+            caption = f"Token flow{of}: rows, (token, expert) pairs, from rank to rank in the last interval."
+            made.chart(f"flow-{index}", figures.flow(run), caption)
     made.section("experts", "Experts")
     for index, run in enumerate(runs):
         if not any(row["layers"] for row in run.train):
@@ -127,46 +135,6 @@ def _data(name: str, value: Any) -> str:
 
 def _text(words: object) -> str:
     return html.escape(str(words))
-
-
-def findings(run: RunLog) -> list[str]:
-    """What a person should look at, in words, with the key that helps; empty when all is well."""
-    said, health = [], Health()
-    for row in run.train:
-        said += [f"step {row['step']}: {sentence}" for sentence in health.observe(run.layers(row))]
-    bad = [row["step"] for row in run.train if row["loss"] != row["loss"] or abs(row["loss"]) == float("inf")]
-    if bad:
-        said.append(f"step {bad[0]}: the loss is not finite; lower optimizer.learning_rate or lengthen the warm-up")
-    last = run.train[-1]
-    if last["skipped_steps"]:
-        said.append(f"{last['skipped_steps']} steps were skipped for a loss or gradient that was not finite")
-    wait = sum(row["data_wait_share"] for row in run.train) / len(run.train)
-    if wait > NOTABLE_WAIT:
-        said.append(f"{wait:.0%} of the time went into waiting for data; raise data.dataloader_num_workers")
-    for row in run.checkpoints:
-        if not row["ok"]:
-            said.append(f"step {row['step']}: a checkpoint could not be written: {row['reason']}")
-    best = min((row["loss"] for row in run.evals), default=None)
-    if best is not None and run.evals[-1].get("unigram_loss") is not None:
-        unigram = run.evals[-1]["unigram_loss"]
-        if not best < unigram:
-            said.append(
-                f"the best validation loss {best:.4f} is not below the unigram baseline {unigram:.4f}: nothing was "
-                "learned from context yet"
-            )
-    if best is not None and run.evals[-1]["loss"] > 1.05 * best:
-        said.append(
-            f"validation loss rose from {best:.4f} to {run.evals[-1]['loss']:.4f}: stop earlier "
-            "(train.early_stopping_patience), or train on more data"
-        )
-    for start in run.starts[1:]:
-        if start["step"] is not None:
-            said.append(f"started again before step {start['step']}")
-    if run.summary is None:
-        said.append(f"no end was logged: the run still runs, or was killed after step {last['step']}")
-    elif run.summary.get("failed"):
-        said.append(f"the run stopped itself: {run.summary['reason']}")
-    return said
 
 
 def _finding_list(run: RunLog, named: bool) -> str:

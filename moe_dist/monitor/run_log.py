@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_dist.config_loading import ConfigError
-from moe_dist.monitor.records import LayerRecord
+from moe_dist.monitor.records import LayerRecord, known
 
 Row = dict[str, Any]
 _NUMBERS = {"NaN", "Infinity", "-Infinity"}
@@ -24,6 +24,8 @@ class RunLog:
     """A row for each start; the last says what runs now. `step`: the first step logged after it, None before one."""
     train: list[Row] = field(default_factory=list)
     evals: list[Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    """Rows of every kind that count, in the order of time."""
     checkpoints: list[Row] = field(default_factory=list)
     """In the order of time, of all starts."""
     summary: Row | None = None
@@ -31,8 +33,7 @@ class RunLog:
 
     def layers(self, row: Row) -> list[LayerRecord]:
         """The expert layers of a row; fields that a newer or older version wrote are left out or unknown."""
-        known = {item.name for item in fields(LayerRecord)}
-        return [LayerRecord(**{key: value for key, value in layer.items() if key in known}) for layer in row["layers"]]
+        return [known(LayerRecord, layer) for layer in row["layers"]]
 
 
 def read_run(folder: Path | str) -> RunLog:
@@ -61,6 +62,10 @@ def read_run(folder: Path | str) -> RunLog:
 
 def _add(run: RunLog, row: Row) -> None:
     kind = row["kind"]
+    if kind == "train" and run.starts and run.starts[-1]["step"] is None:
+        repeated = ("train", "eval")
+        run.rows = [old for old in run.rows if old["kind"] not in repeated or old["step"] < row["step"]]
+    run.rows.append(row)
     if kind == "run":
         run.starts.append(row | {"step": None})
         run.summary = None

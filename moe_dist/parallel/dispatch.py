@@ -61,6 +61,7 @@ class AllToAllDispatcher:
         permutation = sort_by_expert(routing.expert_ids_TK, self.num_experts, None)
         arriving, send_splits, receive_splits = self._exchange_counts(permutation, x_TD.shape[1])
         sent = sum(send_splits)
+        self.clock.count_rows(send_splits, sum(receive_splits))
         if sent < permutation.num_rows:  # pairs without an expert sort to the end
             permutation = replace(permutation, pair_of_row=permutation.pair_of_row[:sent], every_pair_has_a_row=False)
         arrival_of_row, row_of_arrival = expert_order(arriving, sum(receive_splits))
@@ -92,6 +93,7 @@ class AllToAllDispatcher:
         header = totals.new_tensor([self.layer, hidden_size]).expand(self.ep_size, 2)
         outgoing = torch.cat((header, totals, counts), dim=1).contiguous()
         incoming = torch.empty_like(outgoing)
+        self.clock.count(sent_bytes=(self.ep_size - 1) * outgoing[0].nbytes)
         with self.clock.measure(self.layer):
             dist.all_to_all_single(incoming, outgoing, group=self.group)
         arriving = incoming[:, self._HEADER :]
@@ -137,6 +139,8 @@ class _AllToAll(torch.autograd.Function):
     ) -> Tensor:
         ctx.arguments = (send_splits, receive_splits, group, clock, layer)
         received = rows.new_empty(sum(receive_splits), rows.shape[1])
+        to_others = sum(send_splits) - send_splits[group.rank()]
+        clock.count(sent_bytes=to_others * rows.shape[1] * rows.element_size())
         with clock.measure(layer):
             dist.all_to_all_single(received, rows.contiguous(), receive_splits, send_splits, group=group)
         return received

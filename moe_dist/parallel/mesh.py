@@ -132,6 +132,14 @@ class Mesh:
             raise answer[1]
         return answer[0]
 
+    def from_all(self, value: Answer) -> list[Answer]:
+        """What every rank has, in order of rank, on every rank; for a few small things, once."""
+        if self.group("world") is None:
+            return [value]
+        values: list[Any] = [None] * self.layout.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if dist.is_initialized():

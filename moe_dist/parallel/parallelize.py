@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from torch import Tensor
+
 from moe_dist.config import Config
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.clock import Clock
@@ -25,8 +27,18 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
             local = mesh.layout.experts_of(mesh.ep_rank, moe.num_experts)
             moe.experts.shard(local.start, len(local))
             moe.dispatcher = AllToAllDispatcher(ep_group, moe.num_experts, moe.layer, clock)
-        moe.balance.reduce_load = partial(mesh.sum_over, "dp")
+        moe.balance.reduce_load = partial(_sum_load, mesh, clock, moe.layer)
     model.gradient_checkpointing_enable(config.train.gradient_checkpointing)
     if config.train.torch_compile:
         for block in model.blocks():
             block.compile_dense()
+
+
+def _sum_load(mesh: Mesh, clock: Clock | None, layer: int, load: Tensor) -> Tensor:
+    """Over all token holders; a wait for others, in the middle of computing."""
+    if clock is None:
+        return mesh.sum_over("dp", load)
+    before = clock.status.inside("reducing gradients", layer)
+    summed = mesh.sum_over("dp", load)
+    clock.status.back(before)
+    return summed

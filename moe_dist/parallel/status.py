@@ -23,6 +23,10 @@ PHASES = (
     "saving",
     "ending",
 )
+OWN = ("waiting for data", "computing", "updating weights")
+"""Phases in which a rank waits for no other, but where FSDP or a pipeline communicates in the middle of computing."""
+_WHOLE = frozenset(PHASES.index(phase) for phase in ("starting", "evaluating", "saving", "ending"))
+"""Phases whose seconds are their own also while something else goes on inside."""
 _RECORD = struct.Struct("<dqii")
 SLOT = 64
 """Bytes per rank."""
@@ -43,33 +47,55 @@ class Place(NamedTuple):
 
 
 class Status:
-    """One rank's slot. Without a board it keeps quiet, and costs nothing worth measuring with one."""
+    """One rank's slot, and its stopwatch. Without a board it keeps quiet, and costs nothing worth measuring with one.
+
+    `seconds` (as many as PHASES) has what each phase has taken since the last `take`, by the host's clock: on CUDA a
+    phase in which the host waits for the device has the device's time.
+    """
 
     def __init__(self, board: mmap.mmap | None = None, rank: int = 0) -> None:
         self._board, self._offset = board, rank * SLOT
         self.step, self.phase, self.layer = 0, 0, -1
+        self.seconds = [0.0] * len(PHASES)
+        self._since, self._charged = time.monotonic(), 0
 
     def at(self, phase: str, layer: int | None = None, step: int | None = None) -> None:
         """This rank is about to do something else."""
-        self._set(PHASES.index(phase), -1 if layer is None else layer, step)
+        number = PHASES.index(phase)
+        self._set(number, -1 if layer is None else layer, number, step)
 
-    def _set(self, phase: int, layer: int, step: int | None = None) -> None:
+    def _set(self, phase: int, layer: int, charged: int, step: int | None = None) -> None:
+        now = time.monotonic()  # the machine's, the same for every process on it
+        self.seconds[self._charged] += now - self._since
+        self._since, self._charged = now, charged
         self.phase, self.layer = phase, layer
         if step is not None:
             self.step = step
         if self._board is not None:
-            # The clock is the machine's, the same for every process on it.
-            _RECORD.pack_into(self._board, self._offset, time.monotonic(), self.step, phase, layer)
+            _RECORD.pack_into(self._board, self._offset, now, self.step, phase, layer)
 
-    def inside(self, phase: str, layer: int | None) -> tuple[int, int]:
-        """As `at`; returns what `back` needs to undo it."""
-        before = self.phase, self.layer
-        self.at(phase, layer)
+    def inside(self, phase: str, layer: int | None) -> tuple[int, int, int]:
+        """As `at`; returns what `back` needs to undo it. Inside an evaluation or a save the seconds are that one's."""
+        before = self.phase, self.layer, self._charged
+        number = PHASES.index(phase)
+        self._set(number, -1 if layer is None else layer, self._charged if self._charged in _WHOLE else number)
         return before
 
-    def back(self, before: tuple[int, int]) -> None:
+    def back(self, before: tuple[int, int, int]) -> None:
         """Whatever was going on before `inside` goes on."""
         self._set(*before)
+
+    @property
+    def own_seconds(self) -> float:
+        """Seconds since the last `take` in which this rank waited for no other, up to the last change of phase."""
+        return sum(self.seconds[PHASES.index(phase)] for phase in OWN)
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each phase since the last call."""
+        self._set(self.phase, self.layer, self._charged)
+        taken = dict(zip(PHASES, self.seconds, strict=True))
+        self.seconds = [0.0] * len(PHASES)
+        return taken
 
 
 def read(board: mmap.mmap, rank: int) -> Place | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,7 +99,7 @@ def write_config(config: Config, mesh: Mesh) -> None:
 
 
 def run_info(config: Config, mesh: Mesh, datasets: Datasets) -> RunInfo:
-    """What is about to run, for people."""
+    """What is about to run, for people (collective: every rank tells its host)."""
     counts = parameter_counts(config.model)
     frozen = counts.router if config.balance.freeze_router else 0
     return RunInfo(
@@ -111,6 +112,7 @@ def run_info(config: Config, mesh: Mesh, datasets: Datasets) -> RunInfo:
         output_dir=str(config.train.output_dir),
         world_size=mesh.layout.world_size,
         device=mesh.device.type,
+        hosts=mesh.from_all(socket.gethostname()),
     )
 
 

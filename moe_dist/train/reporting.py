@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import statistics
 import sys
 import time
 from functools import partial
@@ -14,10 +15,15 @@ import torch
 from moe_dist.checkpoint.manager import Outcome
 from moe_dist.config import Config
 from moe_dist.models.auxiliary import LoadFacts
+from moe_dist.models.counts import expert_share, flops_per_token
 from moe_dist.monitor.collector import Collector
-from moe_dist.monitor.health import Health
+from moe_dist.monitor.diagnosis import Diagnosis
+from moe_dist.monitor.expert_stats import imbalance_seconds
+from moe_dist.monitor.health import Finding
+from moe_dist.monitor.rank_facts import PHASE_KEYS, mean_phases, pack_row, ranks_record
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import Sinks, build_sinks
+from moe_dist.monitor.stragglers import Stragglers
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.evaluation import Evaluation
@@ -35,21 +41,35 @@ class Reporter:
         self.config, self.mesh, self.clock = config, mesh, clock
         self.sinks = build_sinks(config.train.output_dir, config.monitor) if mesh.rank == 0 else Sinks([])
         self.unigram = unigram
-        self.health = Health()
+        self.diagnosis = Diagnosis()
         self.collector = Collector(
             config.model.moe_layers,
             config.model.num_experts,
             config.model.num_experts_per_tok,
             mesh.device,
             partial(mesh.sum_over, "world"),
+            ep_size=mesh.layout.ep_size,
+            rank=mesh.rank,
+            world_size=mesh.layout.world_size,
         )
+        # Stages of a pipeline do different work; the replicas of one do the same.
+        self.stragglers = Stragglers([mesh.layout.coordinates(rank)[0] for rank in range(mesh.layout.world_size)])
+        self.flops_per_token = flops_per_token(config.model, config.data.max_seq_length)
+        self.expert_share = expert_share(config.model, config.data.max_seq_length)
         self.layers: list[LayerRecord] = []
+        self.start_interval()
+
+    def begin(self) -> None:
+        """Training begins: what has taken time before does not count."""
+        self.clock.status.take()
         self.start_interval()
 
     def start_interval(self) -> None:
         """Nothing has happened yet."""
         self._started = time.perf_counter()
         self._steps, self._tokens, self._data_wait = 0, 0, 0.0
+        self._own: list[float] = []
+        self._own_before = self.clock.status.own_seconds
 
     def add(self, result: StepResult, facts: dict[int, LoadFacts], data_wait: float) -> None:
         """One step, which has waited `data_wait` seconds for its batch."""
@@ -57,38 +77,68 @@ class Reporter:
         self._steps += 1
         self._tokens += result.num_tokens
         self._data_wait += data_wait
+        own = self.clock.status.own_seconds
+        self._own.append(own - self._own_before)
+        self._own_before = own
 
     def leave_out(self, seconds: float) -> None:
         """An evaluation or a save is no training time."""
         self._started += seconds
 
     def log(self, counters: Counters, stopping: Stopping, result: StepResult, rate: float, epoch: float) -> None:
-        """End the interval and tell the sinks (collective: one reduction of the load facts)."""
-        self.layers = self.collector.take()
-        for sentence in self.health.observe(self.layers) if self.mesh.rank == 0 else ():
-            logger.warning("%s", sentence)
+        """End the interval and tell the sinks (collective: one reduction of all facts)."""
+        status, memory, traffic = self.clock.status, peak_memory(self.mesh.device), self.clock.take_traffic()
+        status.at("agreeing on the next step")  # the reduction below waits for the slowest rank
+        phases = status.take()
+        mine = pack_row(
+            statistics.median(self._own),
+            [phases[phase] for phase in PHASE_KEYS.values()],
+            traffic.sent_bytes,
+            traffic.received_rows,
+            memory,
+            traffic.rows_to,
+            self.mesh.layout.ep_size,
+        )
+        self.layers, rows = self.collector.take_all(mine)
+        status.at("logging")
         seconds = max(1e-9, time.perf_counter() - self._started)
         step_seconds = seconds / max(1, self._steps)
-        self.sinks.train(
-            TrainRecord(
-                step=counters.step,
-                max_steps=stopping.max_steps,
-                epoch=epoch,
-                loss=result.loss,
-                learning_rate=rate,
-                grad_norm=result.grad_norm,
-                tokens=counters.tokens,
-                tokens_per_second=self._tokens / seconds,
-                step_seconds=step_seconds,
-                all_to_all_share=min(1.0, self.clock.take() / seconds),
-                data_wait_share=min(1.0, self._data_wait / seconds),
-                skipped_steps=counters.skipped,
-                elapsed_seconds=counters.elapsed,
-                remaining_seconds=self._remaining(counters, stopping, step_seconds),
-                memory_bytes=peak_memory(self.mesh.device),
-                layers=self.layers,
-            )
+        ranks, phase_seconds = ranks_record(rows, self._steps), mean_phases(rows)
+        flops = self.flops_per_token * self._tokens / seconds
+        peak = self.config.monitor.peak_flops
+        received = sum(ranks.received_rows)
+        stragglers = self.stragglers.observe(ranks.own_seconds, step_seconds)
+        record = TrainRecord(
+            step=counters.step,
+            max_steps=stopping.max_steps,
+            epoch=epoch,
+            loss=result.loss,
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            tokens=counters.tokens,
+            tokens_per_second=self._tokens / seconds,
+            step_seconds=step_seconds,
+            all_to_all_share=min(1.0, self.clock.take() / seconds),
+            data_wait_share=min(1.0, self._data_wait / seconds),
+            skipped_steps=counters.skipped,
+            elapsed_seconds=counters.elapsed,
+            remaining_seconds=self._remaining(counters, stopping, step_seconds),
+            memory_bytes=memory,
+            layers=self.layers,
+            phase_seconds=phase_seconds,
+            flops_per_second=flops,
+            mfu=None if peak is None else flops / (peak * self.mesh.layout.world_size),
+            all_to_all_bytes=round(sum(ranks.sent_bytes) / max(1, self._steps)),
+            row_imbalance=max(ranks.received_rows) * len(rows) / received if received else 0.0,
+            imbalance_seconds=imbalance_seconds(
+                self.layers, phase_seconds["computing"] / max(1, self._steps) * self.expert_share
+            ),
+            slowest_rank_ratio=self.stragglers.slowest_ratio,
+            stragglers=stragglers,
+            ranks=ranks,
         )
+        self.sinks.train(record)
+        self._say(self.diagnosis.train(record))
         self.start_interval()
 
     def _remaining(self, counters: Counters, stopping: Stopping, step_seconds: float) -> float | None:
@@ -101,24 +151,30 @@ class Reporter:
 
     def evaluation(self, step: int, found: Evaluation, is_best: bool) -> None:
         """A finished evaluation."""
-        self.sinks.evaluation(
-            EvalRecord(step, found.loss, found.perplexity, found.num_tokens, found.seconds, self.unigram, is_best)
-        )
+        record = EvalRecord(step, found.loss, found.perplexity, found.num_tokens, found.seconds, self.unigram, is_best)
+        self.sinks.evaluation(record)
+        self._say(self.diagnosis.evaluation(record))
 
     def checkpoint(self, outcome: Outcome) -> None:
         """A save that has ended, well or not."""
         ok = outcome.error is None
-        self.sinks.checkpoint(
-            CheckpointRecord(
-                step=outcome.step,
-                seconds=outcome.seconds,
-                blocked_seconds=outcome.blocked_seconds,
-                bytes=outcome.num_bytes if ok else 0,
-                path=outcome.path,
-                ok=ok,
-                reason=outcome.error or "",
-            )
+        record = CheckpointRecord(
+            step=outcome.step,
+            seconds=outcome.seconds,
+            blocked_seconds=outcome.blocked_seconds,
+            bytes=outcome.num_bytes if ok else 0,
+            path=outcome.path,
+            ok=ok,
+            reason=outcome.error or "",
         )
+        self.sinks.checkpoint(record)
+        self._say(self.diagnosis.checkpoint(record, time.time()))
+
+    def _say(self, found: list[Finding]) -> None:
+        """What the trainer has not said itself, on the one rank that speaks."""
+        for finding in found if self.mesh.rank == 0 else ():
+            if finding.kind not in ("skipped_steps", "checkpoint_failed"):
+                logger.warning("%s", finding)
 
     def summary(self, counters: Counters, stopping: Stopping, losses: list[float], **more: Any) -> None:
         """The end of a run. `more`: paths and samples of text, as `RunSummary` names them."""

@@ -58,6 +58,7 @@ class TrainStep:
     def __call__(self, batches: list[Batch], step: int, rate: float) -> StepResult:
         """`step`: number of this step from 0, `rate`: its learning rate."""
         self.model.train()
+        self.status.at("agreeing on the next step")
         counts = self._count_tokens(batches)
         batches = [batch.to(self.mesh.device, non_blocking=True) for batch in batches]
         self.gradients.zero()
@@ -75,6 +76,7 @@ class TrainStep:
                 self.gradients.clip(norm, self.config.train.max_grad_norm)
             self.optimizer.set_learning_rate(rate)
             self.optimizer.step()
+            self.status.at("agreeing on the next step")
             self.balancer.update_bias()
         return StepResult(loss_value, norm_value, int(num_tokens), skipped=not finite)
 
@@ -108,6 +110,7 @@ class TrainStep:
                 self.gradients.backward(loss)
                 total += loss.detach()
         self.balancer.release_global_load()
+        self.status.at("reducing gradients")
         return self.mesh.sum_over("world", total)  # only last stages have added to it
 
     def _forward(self, batch: Batch, token_scale: Tensor, step: int) -> Tensor:

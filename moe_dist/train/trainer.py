@@ -133,13 +133,15 @@ class MoETrainer:
                 "%d documents could not be read and are left out, the first: %s at %s: %s; train.log names all",
                 *(len(skipped), skipped[0].id, skipped[0].offset, skipped[0].reason),
             )
-        self.reporter.sinks.open(run_info(config, self.mesh, self.datasets))
+        info = run_info(config, self.mesh, self.datasets)
+        self.reporter.sinks.open(info)
+        self.reporter.diagnosis.hosts = info.hosts
         if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
             vocabulary = config.model.vocab_size
             self.reporter.unigram = unigram_loss(self.datasets.train, self.datasets.validation, vocabulary)
         self.sample_before = self._sample()
         self.started = time.perf_counter() - self.counters.elapsed
-        self.reporter.start_interval()
+        self.reporter.begin()
         done, share = self.counters.step, self._time_share()
         if (self.stopping.max_steps is not None and done >= self.stopping.max_steps) or share >= 1.0:
             self.stopping.after_step(done, 0.0, 0.0, False, share)
@@ -162,7 +164,6 @@ class MoETrainer:
         self._agree()
         self.stopping.after_step(counters.step, result.loss, self.loader.epoch, result.skipped, self._time_share())
         if counters.step % config.monitor.logging_steps == 0 or counters.step == 1 or self.stopping.reason:
-            self.status.at("logging")
             self.reporter.log(counters, self.stopping, result, rate, self.loader.epoch)
         if config.train.eval_steps and counters.step % config.train.eval_steps == 0:
             self._evaluate()
@@ -184,7 +185,9 @@ class MoETrainer:
     def _asked_to_stop(self) -> bool:
         """Whether any rank has been asked to stop, for use within an evaluation."""
         if self.signal is None:
+            before = self.status.inside("agreeing on the next step", None)
             self._agree()
+            self.status.back(before)
         return self.signal is not None
 
     def _time_share(self) -> float:
@@ -206,36 +209,35 @@ class MoETrainer:
             self.mesh.dp_rank,
             train.eval_batches,
         )
-        found = evaluate(
-            self.model,
-            batches,
-            self.mesh,
-            bf16=train.bf16,
-            document_mask=self.config.data.document_mask,
-            stop=self._asked_to_stop,
-        )
+        with self.clock.stopped():
+            found = evaluate(
+                self.model,
+                batches,
+                self.mesh,
+                bf16=train.bf16,
+                document_mask=self.config.data.document_mask,
+                stop=self._asked_to_stop,
+            )
         if found is None:  # asked to stop: an unfinished evaluation says nothing
             return
         self.evaluated_at, self.eval_loss = self.counters.step, found.loss
         self.reporter.evaluation(self.counters.step, found, self.stopping.after_evaluation(found.loss))
-        self.clock.take()
         self.reporter.leave_out(time.perf_counter() - before)
 
     def _sample(self) -> str | None:
         train = self.config.train
         if not train.sample_tokens or self.signal is not None:
             return None
-        text = sample_text(
-            self.model,
-            self.datasets.tokenizer,
-            train.sample_prompt,
-            train.sample_tokens,
-            context=self.config.data.max_seq_length,
-            mesh=self.mesh,
-            seed=train.seed,
-        )
-        self.clock.take()
-        return text
+        with self.clock.stopped():
+            return sample_text(
+                self.model,
+                self.datasets.tokenizer,
+                train.sample_prompt,
+                train.sample_tokens,
+                context=self.config.data.max_seq_length,
+                mesh=self.mesh,
+                seed=train.seed,
+            )
 
     def _save(self) -> None:
         self.status.at("saving")

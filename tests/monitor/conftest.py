@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from moe_dist.monitor.expert_stats import layer_record
-from moe_dist.monitor.records import EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.rank_facts import PHASE_KEYS
+from moe_dist.monitor.records import EvalRecord, LayerRecord, RanksRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.train_log import close_logging
 
 
@@ -61,6 +62,21 @@ def train_record(layers: list[LayerRecord]) -> Callable[..., TrainRecord]:
             "remaining_seconds": 4384.0,
             "memory_bytes": 1_310_000_000,
             "layers": layers,
+            "phase_seconds": dict.fromkeys(PHASE_KEYS, 0.0) | {"data": 0.02, "computing": 6.1, "all_to_all": 1.1},
+            "flops_per_second": 8.9e11,
+            "mfu": 0.31,
+            "all_to_all_bytes": 33_554_432,
+            "row_imbalance": 1.2,
+            "imbalance_seconds": 0.05,
+            "slowest_rank_ratio": 1.1,
+            "ranks": RanksRecord(
+                own_seconds=[0.6, 0.61, 0.59, 0.6],
+                phase_seconds={"data": [0.002] * 4, "computing": [0.6, 0.61, 0.59, 0.6], "all_to_all": [0.1] * 4},
+                received_rows=[100, 120, 90, 90],
+                sent_bytes=[83_886_080] * 4,
+                memory_bytes=[1_310_000_000] * 4,
+                rows_to=[[60, 40], [40, 80], [50, 40], [40, 50]],
+            ),
         }
         return TrainRecord(**(values | changes))  # type: ignore[arg-type]
 

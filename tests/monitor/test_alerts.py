@@ -58,6 +58,8 @@ moe_dist_load_imbalance_ratio > 3 | moe_dist_load_imbalance_ratio > 5
 or moe_dist_run_start_timestamp_seconds) |)
 increase(moe_dist_checkpoint_failures_total[1h]) > 0 | increase(moe_dist_checkpoint_failures_total[1h]) > 5
 moe_dist_data_wait_ratio > 0.2 | moe_dist_data_wait_ratio > 0.01
+moe_dist_stragglers > 0 | moe_dist_stragglers > 1
+moe_dist_stragglers > 0 | moe_dist_stragglers >= 0
 ) unless moe_dist_run_finished == 1 |)
 for: 10m | for: 1m
 for: 15m | for: 1m
@@ -112,6 +114,8 @@ def test_dashboard_shows_what_was_promised() -> None:
         "Validation loss",
         "Throughput",
         "Where the time goes",
+        "Seconds per phase",
+        "Imbalance tax and slow ranks",
         "Load of every expert, layer x expert",
         "Load imbalance",
         "Router entropy",

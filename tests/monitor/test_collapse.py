@@ -69,7 +69,7 @@ def test_collapse_that_pooling_hides_is_told_for_every_layer() -> None:
     totals = overall(records)
     assert totals["aux_loss"] == pytest.approx(EXPERTS / TOP_K, rel=1e-3)
     assert totals["dead_experts"] == LAYERS * (EXPERTS - TOP_K)
-    told = Health(patience=1).observe(records)
+    told = [str(finding) for finding in Health(patience=1).observe(records)]
     for number in range(LAYERS):
         assert len([text for text in told if text.startswith(f"layer {number}: the router has collapsed")]) == 1
         assert len([text for text in told if text.startswith(f"layer {number}: 14 of 16 experts get no tokens")]) == 1

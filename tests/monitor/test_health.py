@@ -15,8 +15,9 @@ def test_a_dead_expert_is_told_once_when_it_lasts() -> None:
     health = Health(patience=3)
     told = [health.observe([interval(4, [50, 50, 0, 60])]) for _ in range(6)]
     assert [len(sentences) for sentences in told] == [0, 0, 1, 0, 0, 0]
-    assert told[2][0].startswith("layer 4: 1 of 4 experts get no tokens (2);")
-    assert "balance.router_aux_loss_coef" in told[2][0]
+    assert told[2][0].words.startswith("layer 4: 1 of 4 experts get no tokens (2);")
+    assert "balance.router_aux_loss_coef" in told[2][0].words
+    assert (told[2][0].kind, told[2][0].layer, told[2][0].experts) == ("dead_experts", 4, (2,))
 
 
 def test_a_recovered_expert_may_be_told_again() -> None:
@@ -35,7 +36,8 @@ def test_collapse_is_told_per_layer() -> None:
         layers.append(interval(layer, load))
     told = health.observe(layers)
     assert len(told) == 8
-    assert all("collapsed" in sentence and "99 %" in sentence for sentence in told)
+    assert all("collapsed" in finding.words and "99 %" in finding.words for finding in told)
+    assert [finding.experts for finding in told] == [(2 * layer, 2 * layer + 1) for layer in range(8)]
 
 
 def test_a_balanced_or_empty_layer_is_never_accused() -> None:

@@ -81,6 +81,8 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
         (CHECKPOINT_GAUGES, SAVED, ""),
     ):
         expected |= {(f"moe_dist_{name}{end}",): getattr(source, field) for field, name, _ in table}
+    expected |= {(f"moe_dist_phase_{phase}_seconds",): seconds for phase, seconds in record.phase_seconds.items()}
+    expected["moe_dist_stragglers",] = 0
     for layer in record.layers:
         number = str(layer.layer)
         expected |= {(f"moe_dist_{name}", number): getattr(layer, field) for field, name, _ in LAYER_GAUGES}

@@ -19,9 +19,10 @@ from services import need
 
 from moe_dist.config_loading import ConfigError
 from moe_dist.monitor import figures
+from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import layer_record, load_ratios
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
-from moe_dist.monitor.report import findings, write_report
+from moe_dist.monitor.report import write_report
 from moe_dist.monitor.run_log import read_run
 from moe_dist.monitor.sinks import JsonlSink
 
@@ -102,6 +103,19 @@ def test_the_figures_show_the_logged_numbers(run: Path) -> None:
     check("time-0", "dispatch and combine", train, "all_to_all_share")
     check("time-0", "waiting for data", train, "data_wait_share")
     check("checkpoints-0", "training waited", saves, "blocked_seconds")
+    check("ranks-0", "imbalance tax", train, "imbalance_seconds")
+    for rank in range(4):
+        own = trace(shown["figure-ranks-0"], f"rank {rank}")
+        assert own["y"] == [row["ranks"]["own_seconds"][rank] for row in train]
+    talk = trace(shown["figure-phases-0"], "the all-to-all")
+    assert talk["y"] == [row["phase_seconds"]["all_to_all"] for row in train]
+    none = None
+    assert shown["figure-flow-0"]["data"][0]["z"] == [
+        [60, 40, none, none],
+        [40, 80, none, none],
+        [none, none, 50, 40],
+        [none, none, 40, 50],
+    ]
     for bar, row in zip(shown["figure-checkpoints-0"]["data"][1]["y"], saves, strict=True):
         assert bar + row["blocked_seconds"] == pytest.approx(row["seconds"])
     for key, (index, number) in itertools.product(
@@ -152,7 +166,7 @@ def test_what_is_wrong_is_found_and_named(tmp_path: Path, info: RunInfo, train_r
     sink.checkpoint(CheckpointRecord(110, 1.0, 1.0, 0, "checkpoint-110", ok=False, reason="No space left on device"))
     sink.evaluation(EvalRecord(110, 4.8, 99.0, 100, 0.5, 4.9))
     sink.close()
-    said = "\n".join(findings(read_run(tmp_path / "bad")))
+    said = "\n".join(map(str, findings(read_run(tmp_path / "bad"))))
     for words in (
         "step 30: layer 0: 1 of 8 experts get no tokens (2)",
         "step 30: layer 2: the router has collapsed",
@@ -183,9 +197,11 @@ def test_steps_that_a_restart_repeats_count_once(tmp_path: Path, info: RunInfo, 
         *((step, 2.0) for step in (40, 50, 60, 70)),
     ]
     assert [row["step"] for row in log.evals] == [10, 20, 30, 40, 50, 60, 70]
+    steps = [10, 20, 30, 40, 50, 60, 70]
+    assert [[row["step"] for row in log.rows if row["kind"] == kind] for kind in ("train", "eval")] == [steps, steps]
     assert [row["step"] for row in log.checkpoints] == [10, 20, 30, 40, 50, 40, 50, 60, 70]
     assert [start["step"] for start in log.starts] == [10, 40]
-    assert "started again before step 40" in findings(log)
+    assert "started again before step 40" in map(str, findings(log))
 
 
 def test_runs_side_by_side(run: Path, tmp_path: Path, info: RunInfo, train_record: Make) -> None:

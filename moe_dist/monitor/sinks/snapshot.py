@@ -41,6 +41,12 @@ TRAIN_GAUGES = (
     ("step_seconds", "step_seconds", "Seconds per optimizer step, mean of the last logging interval."),
     ("all_to_all_share", "all_to_all_ratio", "Share of step time in dispatch and combine."),
     ("data_wait_share", "data_wait_ratio", "Share of step time waiting for a batch."),
+    ("flops_per_second", "model_flops_per_second", "Floating-point operations the model needs, all ranks."),
+    ("mfu", "mfu_ratio", "Model FLOP utilisation: model_flops_per_second / peak of all devices."),
+    ("all_to_all_bytes", "all_to_all_bytes", "Bytes that all ranks sent to others by all-to-all, per step."),
+    ("row_imbalance", "row_imbalance_ratio", "Rows received by the busiest rank / mean; 1: balanced."),
+    ("imbalance_seconds", "imbalance_tax_seconds", "Estimated seconds of a step spent waiting for the busiest rank."),
+    ("slowest_rank_ratio", "slowest_rank_ratio", "Own seconds of the slowest rank / median of the others."),
     ("memory_bytes", "memory_peak_bytes", "Peak memory of the reporting rank."),
     ("remaining_seconds", "remaining_seconds", "Expected seconds to the end of the run."),
 )
@@ -65,6 +71,7 @@ LAYER_GAUGES = (
     ("z_loss", "router_z_loss", "Mean squared log-sum-exp of the router's logits, unweighted."),
     ("router_entropy", "router_entropy_nats", "Mean entropy of a token's router scores."),
     ("router_confidence", "router_confidence_ratio", "Mean of the largest of a token's router scores."),
+    ("rank_imbalance", "rank_imbalance_ratio", "Load of the busiest rank / mean of ranks; 1: balanced."),
 )
 
 
@@ -143,6 +150,10 @@ class RunMetrics:
             for field, name, text in TRAIN_COUNTERS:
                 yield _counter(name, text, getattr(seen.train, field))
             yield from _gauges(TRAIN_GAUGES, seen.train)
+            yield _gauge("stragglers", "Ranks that have been slow for 3 intervals.", len(seen.train.stragglers))
+            for phase, seconds in seen.train.phase_seconds.items():
+                text = "Seconds of the last logging interval in this phase, mean over ranks."
+                yield _gauge(f"phase_{phase}_seconds", text, seconds)
             yield _gauge("last_step_timestamp_seconds", "When the last step was logged.", seen.train_time)
         if seen.evaluation is not None:
             yield from _gauges(EVAL_GAUGES, seen.evaluation)

@@ -64,8 +64,17 @@ class TensorBoardSink(Sink):
             "perf/step_time_seconds": record.step_seconds,
             "perf/all_to_all_share": record.all_to_all_share,
             "perf/data_wait_fraction": record.data_wait_share,
+            "perf/model_flops_per_second": record.flops_per_second,
+            "perf/all_to_all_bytes": record.all_to_all_bytes,
+            "perf/row_imbalance": record.row_imbalance,
+            "perf/imbalance_tax_seconds": record.imbalance_seconds,
+            "perf/slowest_rank_ratio": record.slowest_rank_ratio,
+            "perf/stragglers": len(record.stragglers),
             "memory/peak_bytes": record.memory_bytes,
         }
+        scalars |= {f"time/{phase}_seconds": seconds for phase, seconds in record.phase_seconds.items()}
+        if record.mfu is not None:
+            scalars["perf/mfu"] = record.mfu
         totals = overall(record.layers)
         scalars |= {f"moe/{tag}": totals[name] for name, tag in MOE_TAGS.items() if name in totals}
         for layer in record.layers:
