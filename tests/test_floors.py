@@ -47,7 +47,7 @@ LIGHT = (
     "moe_dist.config_deepspeed",
     "moe_dist.config_loading",
     *(f"moe_dist.checkpoint.{name}" for name in ("changes", "encryption", "hashing", "listing", "lock")),
-    *(f"moe_dist.checkpoint.{name}" for name in ("manifest", "reading", "retention", "storage")),
+    *(f"moe_dist.checkpoint.{name}" for name in ("manifest", "object_storage", "reading", "retention", "storage")),
     "moe_dist.models.counts",
     "moe_dist.parallel.layout",
     "moe_dist.parallel.state_bytes",

@@ -24,8 +24,9 @@ from launcher import commands
 from moe_dist.checkpoint.encryption import Keys
 from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.manifest import FILE, CheckpointError
+from moe_dist.checkpoint.object_storage import ObjectStorage
 from moe_dist.checkpoint.reading import whole
-from moe_dist.checkpoint.storage import CHUNK, ObjectStorage, open_storage
+from moe_dist.checkpoint.storage import CHUNK, open_storage
 from moe_dist.train import MoETrainer
 
 pytest.importorskip("moto.server", reason="the S3 server of these tests is moto's")
@@ -137,13 +138,13 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from moe_dist.checkpoint import storage
+from moe_dist.checkpoint import object_storage
 from saved import train
 def die(self, staging, step, manifest):
     if step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     publish(self, staging, step, manifest)
-publish, storage.ObjectStorage._publish = storage.ObjectStorage._publish, die
+publish, object_storage.ObjectStorage._publish = object_storage.ObjectStorage._publish, die
 train(Path(sys.argv[2]), folder=sys.argv[3], eval_steps=2)
 """
 
