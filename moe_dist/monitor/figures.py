@@ -88,7 +88,7 @@ def time_shares(run: RunLog) -> go.Figure:
 
 def phases(run: RunLog) -> go.Figure:
     """Seconds of each logging interval in each phase, mean over ranks, stacked."""
-    made = figure(yaxis_title="seconds of the interval")
+    made = figure(yaxis_title="seconds of the interval", legend={"orientation": "v", "x": 1.02, "y": 1})
     rows = [row for row in run.train if row.get("phase_seconds")]
     for index, key in enumerate(rows[-1]["phase_seconds"]):
         values = [row["phase_seconds"].get(key, 0.0) for row in rows]

@@ -51,8 +51,8 @@ class RankProfile:
     """Those with most seconds."""
     sent_bytes: int
     """By all-to-all to other ranks."""
-    state: StateBytes
-    """Measured."""
+    state: StateBytes | None
+    """Measured; None where nobody can."""
     predicted: StateBytes
     """By the formulas of docs/parallelism.md."""
     saved: list[tuple[int | None, str, int]]
@@ -132,7 +132,8 @@ def terminal_lines(profile: Profile) -> list[str]:
 
 
 def _state_words(rank: RankProfile) -> str:
-    parts = [f"{memory(getattr(rank.state, kind))} {kind}" for kind in ("weights", "gradients", "optimizer")]
+    state = rank.state or rank.predicted
+    parts = [f"{memory(getattr(state, kind))} {kind}" for kind in ("weights", "gradients", "optimizer")]
     saved = sum(size for _, _, size in rank.saved)
     return ", ".join(parts + ([f"{memory(saved)} activations"] if saved else []))
 
@@ -159,7 +160,7 @@ def _lead(profile: Profile) -> str:
     flops = profile.flops_per_token * profile.tokens_per_step / step
     return (
         f"{profile.steps} steps of {profile.tokens_per_step:,} tokens: {1000 * step:.1f} ms a step, "
-        f"{profile.tokens_per_step / step:,.0f} tokens per second, {compact(flops)}FLOP/s by the model's active "
+        f"{profile.tokens_per_step / step:,.0f} tokens per second, {flops / 1e9:,.1f} GFLOP/s by the model's active "
         "parameters. Times are per step; profiling itself costs some of them."
     )
 
@@ -220,13 +221,14 @@ def _memory_table(profile: Profile) -> str:
     for rank in profile.ranks:
         saved = sum(size for _, _, size in rank.saved)
         for owner in ("weights", "gradients", "optimizer"):
-            measured, predicted = getattr(rank.state, owner), getattr(rank.predicted, owner)
-            rows.append([f"rank {rank.rank}", owner, f"{measured:,}", memory(measured), f"{predicted:,}"])
+            predicted = getattr(rank.predicted, owner)
+            measured = "-" if rank.state is None else f"{getattr(rank.state, owner):,}"
+            rows.append([f"rank {rank.rank}", owner, measured, f"{predicted:,}", memory(predicted)])
         if profile.with_memory:
-            rows.append([f"rank {rank.rank}", "activations", f"{saved:,}", memory(saved), "-"])
+            rows.append([f"rank {rank.rank}", "activations", f"{saved:,}", "-", memory(saved)])
             if rank.peak_bytes:
-                rows.append([f"rank {rank.rank}", "peak", f"{rank.peak_bytes:,}", memory(rank.peak_bytes), "-"])
-    return _table(["", "owner", "bytes, measured", "", "bytes, by formula"], rows)
+                rows.append([f"rank {rank.rank}", "peak", f"{rank.peak_bytes:,}", "-", memory(rank.peak_bytes)])
+    return _table(["", "owner", "bytes, measured", "bytes, by formula", ""], rows)
 
 
 def _saved_table(profile: Profile) -> str:

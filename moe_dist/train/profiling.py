@@ -187,8 +187,10 @@ def _cuda_history(run: _Run) -> Iterator[Any]:
     torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def _measured_state(run: _Run) -> StateBytes:
-    """Bytes of the tensors that are there."""
+def _measured_state(run: _Run) -> StateBytes | None:
+    """Bytes of the tensors that are there; None with DeepSpeed, which has its own and shows them only within a step."""
+    if run.config.parallel.engine == "deepspeed":
+        return None
     weights = sum(local(parameter.detach()).nbytes for parameter in run.model.parameters())
     gradients = sum(local(view).nbytes for view in run.gradients.views.values())
     inner = getattr(run.optimizer, "optimizer", None)

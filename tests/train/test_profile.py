@@ -167,12 +167,46 @@ def test_the_command_on_two_ranks(tmp_path: Path) -> None:
     layers = [row[0].strip() for row in cells(page, "layers")[1:]]
     assert {"layer 0", "layer 1", "not of a layer", "experts", "router", "all-to-all", "combine"} <= set(layers)
     assert len(cells(page, "operators")) > 10
-    memory = {(row[0], row[1]): (row[2], row[4]) for row in cells(page, "memory")[1:]}
+    memory = {(row[0], row[1]): (row[2], row[3]) for row in cells(page, "memory")[1:]}
     for rank in ("rank 0", "rank 1"):
         for owner in ("weights", "gradients", "optimizer"):
             measured, predicted = memory[rank, owner]
             assert measured == predicted != "0"
         assert int(memory[rank, "activations"][0].replace(",", "")) > 10_000
+
+
+LAYOUTS = (
+    "parallel.pp_size=2 parallel.ep_size=1 train.gradient_accumulation_steps=2",
+    "parallel.ep_size=1 parallel.zero_stage=3",
+    "parallel.zero_stage=1 parallel.engine=deepspeed",
+    "launch.nproc_per_node=1 parallel.ep_size=1 train.gradient_checkpointing=full train.bf16=true",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_kind_of_layout(tmp_path: Path, layout: str) -> None:
+    if "deepspeed" in layout:
+        pytest.importorskip("deepspeed")
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"def f(x):\n    return x * {number}\n" * 40)
+    (tmp_path / "tiny.yaml").write_text(
+        CONFIG.replace("TEXTS", str(tmp_path / "*.txt")).replace("RUN", str(tmp_path / "run"))
+    )
+    words = ["profile", str(tmp_path / "tiny.yaml"), "--memory", "--steps", "2", *layout.split()]
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", *words], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "run" / "profile.html").read_text()
+    phases = {row[0]: float(row[2]) for row in cells(page, "phases")[1:]}
+    talk = [[float(number) for number in row[2:4]] for row in cells(page, "talk")[1:]]
+    both = phases["computing"] + phases.get("the all-to-all", 0.0)
+    assert sum(map(sum, talk)) / len(talk) == pytest.approx(both, rel=0.1, abs=0.5)
+    assert {"layer 0", "layer 1"} <= {row[0].strip() for row in cells(page, "layers")[1:]}
+    for row in cells(page, "memory")[1:]:
+        assert row[1] == "activations" or row[2] == row[3] or "deepspeed" in layout
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
