@@ -209,8 +209,6 @@ def test_told_to_save_tasks_of_srun_do_and_go_on(work: Work, twin: Path) -> None
 def test_a_node_dies_and_the_job_goes_on_elsewhere(work: Work, twin: Path, first: str) -> None:
     """As when the power goes, without a word. Slurm misses the node after a while; on a real cluster that is longer
     than the other ranks live, and the script must be the first to notice. The next start has another node.
-
-    Seen to fail ("the script") without its question whether every node is there: the job is FAILED.
     """
     work.cluster.notice_after(600 if first == "the script" else 10)
     ours = ("--srun", "launch.grace_period=5") if first == "the script" else ()
