@@ -212,7 +212,15 @@ class Cluster:
         """
         self.wait_for_state(number, ("PENDING",))
         time.sleep(3)
-        self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
+        done = self.run("scontrol", "update", f"jobid={number}", "StartTime=now", check=False)
+        # The wait may be over: it counts from the requeue, and leaving a dead node takes long.
+        assert done.returncode == 0 or "no longer pending" in done.stderr, done.stderr
+
+    def notice_after(self, seconds: int) -> None:
+        """How long a node may be silent before Slurm takes it for lost."""
+        file = self.folder / "slurm.conf"
+        file.write_text(re.sub(r"\bSlurmdTimeout=\d+", f"SlurmdTimeout={seconds}", file.read_text()))
+        self.run("scontrol", "reconfigure")
 
     def crash(self, node: str) -> None:
         """As when the power goes: the daemon of a node and everything it has started, at once, without a word."""

@@ -100,9 +100,9 @@ class Work:
 
     def trains(self, step: int) -> None:
         """Wait until it has logged this step."""
-        self.cluster.wait(lambda: self._alive() and f"step: {step}/" in self.output, f"step {step}: {self.output}")
+        self.cluster.wait(lambda: self.alive() and f"step: {step}/" in self.output, f"step {step}: {self.output}")
 
-    def _alive(self) -> bool:
+    def alive(self) -> bool:
         state = self.cluster.job(self.number)["JobState"]
         assert state in ("PENDING", "CONFIGURING", "RUNNING"), f"{state}\n{self.output}"
         return True
@@ -205,22 +205,35 @@ def test_told_to_save_tasks_of_srun_do_and_go_on(work: Work, twin: Path) -> None
     is_the_same(work.run_folder, twin)
 
 
-def test_a_node_dies_and_the_job_goes_on_elsewhere(work: Work, twin: Path) -> None:
-    """As when the power goes. Slurm misses the node after a while; the next start has another one in its place."""
-    work.submit(*LONG)
+@pytest.mark.parametrize("first", ["Slurm", "the script"])
+def test_a_node_dies_and_the_job_goes_on_elsewhere(work: Work, twin: Path, first: str) -> None:
+    """As when the power goes, without a word. Slurm misses the node after a while; on a real cluster that is longer
+    than the other ranks live, and the script must be the first to notice. The next start has another node.
+    """
+    work.cluster.notice_after(600 if first == "the script" else 10)
+    ours = ("--srun", "launch.grace_period=5") if first == "the script" else ()
+    work.submit(*LONG, *ours)
     work.trains(9)
     before = work.nodes()
     work.cluster.crash(before[1])
-    work.cluster.wait(lambda: work.cluster.job(work.number).get("Restarts") == "1", f"a requeue\n{work.output}")
-    work.hurry()
-    work.cluster.release(work.number)
-    work.ended()
-    assert before[1] not in work.nodes()
+    try:
+        if first == "the script":
+            over = ("a node is lost; back into the queue", "ended with exit code")
+            work.cluster.wait(lambda: any(text in work.output for text in over), "an end of the start")
+            assert over[0] in work.output
+        # It stays "completing" for as long as Slurm still hopes to hear from the node.
+        work.cluster.notice_after(10)
+        work.cluster.wait(lambda: work.cluster.job(work.number).get("Restarts") == "1", f"a requeue\n{work.output}")
+        work.hurry()
+        work.cluster.release(work.number)
+        work.ended()
+        assert before[1] not in work.nodes()
+    finally:
+        work.cluster.start_node(before[1])
     resumed = re.search(r"resumed from .*/checkpoint-(\d+) at step \1", work.output)
     assert resumed, work.output
     assert int(resumed[1]) >= 4
     is_the_same(work.run_folder, twin)
-    work.cluster.start_node(before[1])
     work.cluster.wait(lambda: work.cluster.nodes("idle") == 3, "the node back")
 
 
