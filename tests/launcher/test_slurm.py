@@ -253,7 +253,7 @@ def test_cancelled_is_cancelled(work: Work) -> None:
 
 
 def test_an_array_of_seeds(work: Work, cluster: Cluster) -> None:
-    """A job for each seed; one that has been stopped goes on, and does not start its neighbours again."""
+    """A job for each seed, with a run folder and an output of its own."""
     work.hurry()
     work.submit("--array=3,8%1", "--ntasks-per-node=2", "--cpus-per-task=1", "train.max_steps=3")
     for seed in ("3", "8"):
