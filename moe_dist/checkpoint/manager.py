@@ -211,6 +211,15 @@ class Checkpoints:
             self.storage.remove(folder)
         return found
 
+    def set_aside_after(self, step: int) -> list[tuple[int, str | None]]:
+        """Rename committed steps after `step`, from which the run goes on (rank 0): they are not of its future.
+
+        They would be taken for its newest by the next start, and be in the way of its own saves. Returns each with
+        its new name, None where it had to stay.
+        """
+        later = [other for other in self.storage.steps() if other > step]
+        return [(other, self.storage.set_aside(other, self.generation)) for other in later]
+
     def find(self, wanted: str, skipped: Callable[[str], None]) -> Found | None:
         """The checkpoint to go on from (collective); None: start afresh, for nothing has ever been committed.
 

@@ -87,6 +87,10 @@ class Storage(ABC):
     def remove_file(self, path: str) -> None:
         """Delete one file; nothing happens when it is not there."""
 
+    def set_aside(self, step: int, generation: int) -> str | None:
+        """Give a committed step another name, under which it is none; None where names cannot be changed."""
+        return None
+
     def free_bytes(self) -> int | None:
         """Room left, None where nobody can say."""
         return None
@@ -233,6 +237,12 @@ class LocalStorage(Storage):
     def _trash(self, folder: str) -> Path:
         names = (f".trash-{folder.lstrip('.')}{suffix}" for suffix in ("", *(f"-{n}" for n in range(1, 10000))))
         return next(path for name in names if not (path := self.root / name).exists())
+
+    def set_aside(self, step: int, generation: int) -> str | None:
+        name = f"aside-{generation}-{step_folder(step)}"
+        os.rename(self.root / step_folder(step), self.root / name)
+        _flush_folder(self.root)
+        return name
 
     def remove_file(self, path: str) -> None:
         (self.root / path).unlink(missing_ok=True)

@@ -109,6 +109,10 @@ class Persistence:
         self.loader.load_state_dict(state["data"])
         self.saved_step = counters.step
         message(f"resumed from {found} at step {counters.step}")
+        if self.mesh.rank == 0 and found.storage.where == self.checkpoints.storage.where:
+            for step, now in self.checkpoints.set_aside_after(found.step):
+                kept = f"kept as {now}" if now else "is in the way of a new one; remove it"
+                logger.warning("checkpoint-%d is later than where the run goes on: %s", step, kept)
 
     def _read(self, loaded: Loaded) -> None:
         self.optimizer.create_state()

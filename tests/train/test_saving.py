@@ -118,6 +118,23 @@ def test_the_newest_that_verifies(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert f"checkpoint-6 is not used: {tmp_path}/checkpoint-6/{file}: its BLAKE3" in log
 
 
+def test_what_was_later_is_not_in_the_way(tmp_path: Path) -> None:
+    """A damaged last step, or going on from an older one: those steps are saved anew, and the next start takes them.
+
+    Seen to fail without `set_aside_after`: no step is ever overwritten, so the last save failed at every start.
+    """
+    run(tmp_path, save_steps=2)
+    first = values(tmp_path, 4)
+    damage(tmp_path, 6)
+    assert not run(tmp_path, save_steps=2).failed
+    assert steps(tmp_path) == [2, 4, 6]
+    assert (tmp_path / "aside-2-checkpoint-6" / "manifest.json").is_file()
+    assert not run(tmp_path, {"max_steps": 4}, save_steps=2, resume="2").failed
+    assert steps(tmp_path) == [2, 4]
+    assert values(tmp_path, 4) == first
+    assert (tmp_path / "aside-3-checkpoint-6").is_dir()
+
+
 def test_nothing_good_is_not_nothing(tmp_path: Path) -> None:
     """FAULTS row 8: refuses to start afresh without being told to, and loses nothing when told."""
     run(tmp_path / "run", save_steps=3)
