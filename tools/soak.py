@@ -43,7 +43,7 @@ balance: {{bias_update_rate: 0.001}}
 train: {{per_device_train_batch_size: 2}}
 checkpoint: {{save_steps: {save_steps}, save_total_limit: 3}}
 monitor: {{logging_steps: 1, progress: none, tensorboard: false}}
-launch: {{nproc_per_node: {ranks}, device: cpu, num_threads: 1, timeout: 20}}
+launch: {{nproc_per_node: {ranks}, device: cpu, num_threads: 1, timeout: 20, max_restarts: 0}}  # we start it again
 """
 HOW = ("group", "group", "rank", "launcher")
 WHEN = ("training", "training", "saving", "saving", "starting")
