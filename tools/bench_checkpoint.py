@@ -46,6 +46,8 @@ TENSORS = 24
 BYTES_PER_WEIGHT = 12
 """Weight and two moments in float32."""
 STEP_TOKENS = 4096
+SETTLE = 0.5
+"""Seconds of rest for the disk between two ways."""
 
 
 class State:
@@ -120,6 +122,8 @@ def one_round(folder: Path, index: int, checkpoints: Checkpoints, state: State, 
         if rank == 0:
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+            os.sync()  # nobody pays for what the one before has left to the disk
+            time.sleep(SETTLE)
         dist.barrier()
 
     def ours() -> None:

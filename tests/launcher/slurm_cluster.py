@@ -204,13 +204,26 @@ class Cluster:
             number, ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
         )
 
+    def _requeued(self, number: str) -> dict[str, str]:
+        """A job that waits for its second start, or is past waiting: when a dead node is given up, the wait may be
+        over already, and the start and its end come faster than anybody can look."""
+
+        def there() -> dict[str, str] | None:
+            job = self.job(number)
+            again = job["Restarts"] != "0" and job["JobState"] != "COMPLETING"
+            return job if again or job["JobState"] == "PENDING" else None
+
+        job: dict[str, str] = self.wait(there, f"job {number} in the queue again")
+        return job
+
     def release(self, number: str) -> None:
         """Start a job now that has been requeued, and would wait for 120 s.
 
         Before it is pending the wait would come back. And a node refuses for a second or two to start a job that it
         has just ended ("Job credential revoked"), which is what the wait is for.
         """
-        self.wait_for_state(number, ("PENDING",))
+        if self._requeued(number)["JobState"] != "PENDING":
+            return
         time.sleep(3)
         done = self.run("scontrol", "update", f"jobid={number}", "StartTime=now", check=False)
         # The wait may be over: it counts from the requeue, and leaving a dead node takes long.
