@@ -11,11 +11,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from programs import FOREVER, ONE_RANK, Program
+from programs import FOREVER, ONE_RANK, Program, metrics
+
+from moe_dist.checkpoint.inspecting import digests
+from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.storage import LocalStorage
 
 pytestmark = pytest.mark.dist
 
 LIMIT = 5.0
+DATA_WORKERS = ("data.dataloader_num_workers=2",)
 
 
 def start(config: Path, folder: Path, *options: str, tty: bool = False) -> Program:
@@ -46,8 +51,11 @@ def test_ctrl_c_to_the_launcher_alone_while_a_rank_does_not_move(config: Path, t
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_told_to_stop_it_saves_and_goes_on(config: Path, tmp_path: Path, sent: signal.Signals) -> None:
-    """FAULTS row 5: preemption. The step in hand is finished and saved, and the same command goes on from it."""
-    program = start(config, tmp_path, *ONE_RANK)
+    """FAULTS row 5: preemption. The step in hand is finished and saved, and the same command goes on from it.
+
+    Also when threads prepare data ahead: what they have read is not lost.
+    """
+    program = start(config, tmp_path, *ONE_RANK, *DATA_WORKERS)
     moment = time.monotonic()
     os.kill(program.pid, sent)
     assert ends(program, moment) == 75
@@ -70,6 +78,77 @@ def test_one_rank_told_to_stop_is_enough(config: Path, tmp_path: Path) -> None:
     assert program.end(LIMIT) == 75
     (folder,) = (tmp_path / "run").glob("checkpoint-*")
     assert json.loads((folder / "manifest.json").read_text())["layout"]["world"] == 2
+
+
+SLOW_DISK = '''
+import os, signal, time
+
+from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.models.experts import Experts
+
+write = LocalStorage.write
+
+
+def slow(self, path, chunks):
+    if "checkpoint-9" in path:
+        time.sleep(60)
+    write(self, path, chunks)
+
+
+LocalStorage.write = slow
+
+
+class Preempted(Experts):
+    """Asks its launcher to stop in the ninth step, as a scheduler does."""
+
+    calls = 0
+
+    def forward(self, rows, rows_per_expert):
+        self.calls += self.training
+        if self.calls == 9 and os.environ.get("RANK") == "1" and "ASKED" in os.environ:
+            os.kill(os.getppid(), signal.SIGTERM)
+            del os.environ["ASKED"]  # two layers, one signal
+            time.sleep(0.5)
+        return super().forward(rows, rows_per_expert)
+'''
+
+
+@pytest.mark.parametrize("then", ["its grace runs out", "it is asked again"])
+def test_a_save_cut_short_leaves_the_step_before(config: Path, tmp_path: Path, then: str) -> None:
+    """FAULTS row 5: the disk takes a minute for what there are seconds for. The same command goes on from the step
+    before, and comes to what an undisturbed run computes. Seen to fail with the disk made quick: exit code 75.
+    """
+    (tmp_path / "slow_disk.py").write_text(SLOW_DISK)
+    grace = 3 if then == "its grace runs out" else 60
+    ours = (
+        *("model.expert=slow_disk:Preempted", "train.max_steps=12", "checkpoint.save_steps=4", *DATA_WORKERS),
+        f"launch.grace_period={grace}",
+    )
+
+    def run(folder: Path, **environment: str) -> Program:
+        command = ("moe-dist", "train", config, *ours, f"train.output_dir={folder}")
+        return Program(*command, PYTHONPATH=str(tmp_path), **environment)
+
+    program = run(tmp_path / "run", ASKED="1")
+    if then == "it is asked again":
+        program.wait_until(lambda: list((tmp_path / "run").glob(".checkpoint-9.*")), "the save has begun")
+        os.kill(program.pid, signal.SIGTERM)
+    assert program.end() == 128 + signal.SIGTERM
+    program.gone_within(LIMIT)
+    assert program.err.splitlines() == ["moe-dist: stopped by SIGTERM; every process has ended"]
+    assert newest(tmp_path / "run") == 8
+    again, twin = run(tmp_path / "run"), run(tmp_path / "twin")
+    assert (again.end(), twin.end()) == (0, 0)
+    assert f"resumed from {tmp_path / 'run'}/checkpoint-8 at step 8" in again.out
+    assert {row["step"]: row["loss"] for row in metrics(tmp_path / "run", "train")} == {
+        row["step"]: row["loss"] for row in metrics(tmp_path / "twin", "train")
+    }
+    ours_now, theirs = (Found(LocalStorage(tmp_path / name), 12) for name in ("run", "twin"))
+    assert digests(ours_now) == digests(theirs)
+
+
+def newest(folder: Path) -> int:
+    return LocalStorage(folder).steps()[-1]
 
 
 def test_ctrl_c_typed_on_a_terminal(config: Path, tmp_path: Path) -> None:
