@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 from moe_dist.config_deepspeed import check_deepspeed
 
 if TYPE_CHECKING:
-    from moe_dist.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+    from moe_dist.config import (
+        BalanceConfig,
+        CheckpointConfig,
+        Config,
+        DataConfig,
+        ModelConfig,
+        OptimizerConfig,
+        TrainConfig,
+    )
 
 
 def _divisors(number: int) -> str:
@@ -86,6 +94,25 @@ def check_checkpoint(checkpoint: CheckpointConfig) -> CheckpointConfig:
     if checkpoint.load_best_model_at_end and checkpoint.metric_for_best_model is None:
         raise ValueError("load_best_model_at_end=true: say by what, metric_for_best_model=eval_loss")
     return checkpoint
+
+
+def check_balance(balance: BalanceConfig) -> BalanceConfig:
+    """Automatic actions that have something to raise, and room to."""
+    if balance.act == "off":
+        return balance
+    if not balance.bias_update_rate and (not balance.aux_loss_coef or balance.freeze_router):
+        raise ValueError(
+            f"act={balance.act}: nothing to raise; set bias_update_rate (1e-3)"
+            + ("" if balance.freeze_router else ", or router_aux_loss_coef (0.01)")
+        )
+    for key, bound, value in (
+        ("act_max_bias_update_rate", balance.act_max_bias_update_rate, balance.bias_update_rate),
+        ("act_max_aux_loss_coef", balance.act_max_aux_loss_coef, balance.aux_loss_coef),
+    ):
+        if value > bound:
+            start = key.replace("act_max_", "").replace("aux", "router_aux")
+            raise ValueError(f"{key}={bound:g}: at least {start}={value:g}, from which it is raised")
+    return balance
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> OptimizerConfig:

@@ -68,14 +68,20 @@ def z_loss(logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:
     return squares.sum() if valid_T is None else squares.masked_fill(~valid_T, 0.0).sum()
 
 
+def _sum_of_squares(values_TE: Tensor, valid_T: Tensor | None) -> Tensor:
+    if valid_T is not None:
+        values_TE = values_TE.masked_fill(~valid_T[:, None], 0.0)
+    return torch.linalg.vector_norm(values_TE).square()
+
+
 @dataclass
 class LoadFacts:
     """What one layer has seen since the facts were last taken; tensors on the layer's device, never
     synchronised.
 
     `pairs_E` int64 (pairs routed to each expert, before any drop), `dropped` int64, `tokens` int64; `sums`
-    (4,) float64: over tokens, the sum of the load-balancing loss (1.0 = balanced), the z-loss, the router's
-    entropy in nats, and its confidence, the largest of a token's scores.
+    (5,) float64: over tokens, the sum of the load-balancing loss (1.0 = balanced), the z-loss, the router's
+    entropy in nats, its confidence, the largest of a token's scores, and the mean square of a token's logits.
     """
 
     pairs_E: Tensor
@@ -90,7 +96,7 @@ class LoadFacts:
 
         # float32 on devices without float64 (Apple's); elsewhere sums over an interval keep every digit.
         wide = torch.float32 if device.type == "mps" else torch.float64
-        return LoadFacts(count(num_experts), count(), count(), torch.zeros(4, dtype=wide, device=device))
+        return LoadFacts(count(num_experts), count(), count(), torch.zeros(5, dtype=wide, device=device))
 
     def zero_(self) -> None:
         for tensor in (self.pairs_E, self.dropped, self.tokens, self.sums):
@@ -136,7 +142,8 @@ class LoadBalance:
         z = z_loss(logits_TE, valid_T)
         scores_TE = scores_TE.detach()
         entropy, confidence = torch.special.entr(scores_TE).sum(), scores_TE.amax(-1).sum()
-        self._record(load_GE, tokens_G, torch.stack((aux.detach(), z.detach(), entropy, confidence)))
+        squares = _sum_of_squares(logits_TE.detach(), valid_T) / self.num_experts
+        self._record(load_GE, tokens_G, torch.stack((aux.detach(), z.detach(), entropy, confidence, squares)))
         return (self.aux_coef * aux + self.z_coef * z) * token_scale
 
     def _tokens(self, ids_TK: Tensor, valid_T: Tensor | None, num_groups: int) -> Tensor:

@@ -48,7 +48,7 @@ class Collector:
         num_layers = len(self.moe_layer_numbers)
         # Columns of counts: the experts' pairs, dropped pairs, tokens.
         self._counts = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=self.device)
-        self._sums = torch.zeros(num_layers, 4, dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(num_layers, 5, dtype=torch.float64, device=self.device)
         self._rows: dict[tuple[int, ...], Tensor] = {}
 
     def add(self, facts_by_layer: Mapping[int, LoadFacts]) -> None:
@@ -92,6 +92,14 @@ class Collector:
             for layer, count, total in zip(self.moe_layer_numbers, counts, sums, strict=True)
         ]
         return layers, gathered
+
+    def pending(self) -> dict[int, list[int]]:
+        """Pairs since the last take, by layer and expert, of all ranks (collective); they stay where they are."""
+        if not self.moe_layer_numbers:
+            return {}
+        mine = self._counts[:, : self.num_experts].to(torch.float64).flatten()
+        pairs = self._reduce(mine).to(torch.int64).view(len(self.moe_layer_numbers), -1).tolist()
+        return dict(zip(self.moe_layer_numbers, pairs, strict=True))
 
     def _rows_of(self, layers: tuple[int, ...]) -> Tensor:
         """Rows of the layers, (l,) int64 on the device; kept, a copy each step would be a wait."""

@@ -6,7 +6,7 @@ import time
 
 from moe_dist.monitor.diagnosis import Diagnosis
 from moe_dist.monitor.health import Finding
-from moe_dist.monitor.records import CheckpointRecord, EvalRecord, TrainRecord
+from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, TrainRecord
 from moe_dist.monitor.run_log import RunLog
 
 SILENCE = 300.0
@@ -31,6 +31,10 @@ def findings(run: RunLog, now: float | None = None) -> list[Finding]:
             found += diagnosis.evaluation(EvalRecord.of(row))
         elif kind == "checkpoint":
             found += diagnosis.checkpoint(CheckpointRecord.of(row), row.get("time", 0.0))
+        elif kind == "action":
+            done = ActionRecord.of(row)
+            numbers = {"before": done.before, "now": done.now}
+            found.append(Finding("action", "info", done.words, done.key, done.step, done.layer, evidence=numbers))
     for start in run.starts[1:]:
         if start["step"] is not None:
             found.append(Finding("restart", "info", f"started again before step {start['step']}"))

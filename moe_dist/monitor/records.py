@@ -39,6 +39,8 @@ class LayerRecord:
     """Largest of a token's router scores, mean over tokens, 1 / E .. 1; 0.0 in logs older than this field."""
     rank_imbalance: float = 0.0
     """Load of the busiest of the ranks that share the experts / their mean; 1.0: balanced; 0.0: nothing was routed."""
+    router_logits_rms: float = 0.0
+    """Root mean square of the router's logits over tokens and experts; 0.0 in logs older than this field."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,33 @@ class CheckpointRecord(Record):
     """Whether it is complete and can be loaded."""
     reason: str = ""
     """Why it was saved (`save_steps`, `end`, a signal); when it failed, what went wrong."""
+
+
+@dataclass(frozen=True)
+class ActionRecord(Record):
+    """One automatic change of how a layer is balanced (`balance.act`), in effect from the step after."""
+
+    kind: ClassVar[str] = "action"
+
+    step: int
+    """Optimizer steps finished when it was decided."""
+    layer: int
+    """Global number of the block."""
+    key: str
+    """Configuration key whose value changes for this layer."""
+    before: float
+    now: float
+    reason: str
+    """In words."""
+    applied: bool = True
+    """False: only what would have been done (`balance.act: log`)."""
+
+    @property
+    def words(self) -> str:
+        """The sentence for people."""
+        verb = "raised" if self.now > self.before else "lowered"
+        verb = f"is {verb}" if self.applied else f"would be {verb}"
+        return f"layer {self.layer}: {self.key} {verb} from {self.before:g} to {self.now:g}: {self.reason}"
 
 
 @dataclass(frozen=True)

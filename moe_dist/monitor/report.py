@@ -73,7 +73,9 @@ def page(runs: Sequence[RunLog]) -> str:
             ("load_entropy", "entropy of loads", "Entropy of the expert loads / ln E of each layer; 1 is balanced."),
             ("router_entropy", "router entropy, nats", "Entropy of a token's router scores, mean over tokens."),
         ):
-            made.chart(f"{key}-{index}", figures.per_layer(run, key, name), caption)
+            marked = key == "load_imbalance" and bool(run.actions)
+            caption += " Triangles: balancing was changed by itself (balance.act)." if marked else ""
+            made.chart(f"{key}-{index}", figures.per_layer(run, key, name, marked), caption)
         made.add(_layer_table(run))
     made.section("checkpoints", "Checkpoints and restarts")
     for index, run in enumerate(runs):

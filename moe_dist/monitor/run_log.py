@@ -26,6 +26,8 @@ class RunLog:
     evals: list[Row] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     """Rows of every kind that count, in the order of time."""
+    actions: list[Row] = field(default_factory=list)
+    """Automatic changes of balancing."""
     checkpoints: list[Row] = field(default_factory=list)
     """In the order of time, of all starts."""
     summary: Row | None = None
@@ -63,7 +65,7 @@ def read_run(folder: Path | str) -> RunLog:
 def _add(run: RunLog, row: Row) -> None:
     kind = row["kind"]
     if kind == "train" and run.starts and run.starts[-1]["step"] is None:
-        repeated = ("train", "eval")
+        repeated = ("train", "eval", "action")
         run.rows = [old for old in run.rows if old["kind"] not in repeated or old["step"] < row["step"]]
     run.rows.append(row)
     if kind == "run":
@@ -74,9 +76,12 @@ def _add(run: RunLog, row: Row) -> None:
             run.starts[-1]["step"] = row["step"]
             run.train = [old for old in run.train if old["step"] < row["step"]]
             run.evals = [old for old in run.evals if old["step"] < row["step"]]
+            run.actions = [old for old in run.actions if old["step"] < row["step"]]
         run.train.append(row)
     elif kind == "eval":
         run.evals = [old for old in run.evals if old["step"] < row["step"]] + [row]
+    elif kind == "action":
+        run.actions.append(row)
     elif kind == "checkpoint":
         run.checkpoints.append(row)
     elif kind == "summary":

@@ -21,7 +21,14 @@ from moe_dist.monitor.diagnosis import Diagnosis
 from moe_dist.monitor.expert_stats import imbalance_seconds
 from moe_dist.monitor.health import Finding
 from moe_dist.monitor.rank_facts import PHASE_KEYS, mean_phases, pack_row, ranks_record
-from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunSummary, TrainRecord
+from moe_dist.monitor.records import (
+    ActionRecord,
+    CheckpointRecord,
+    EvalRecord,
+    LayerRecord,
+    RunSummary,
+    TrainRecord,
+)
 from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.monitor.stragglers import Stragglers
 from moe_dist.parallel.clock import Clock
@@ -169,6 +176,12 @@ class Reporter:
         )
         self.sinks.checkpoint(record)
         self._say(self.diagnosis.checkpoint(record, time.time()))
+
+    def actions(self, done: list[ActionRecord]) -> None:
+        """Automatic changes of balancing."""
+        for record in done if self.mesh.rank == 0 else ():
+            self.sinks.action(record)
+            logger.warning("step %d: %s", record.step, record.words)
 
     def _say(self, found: list[Finding]) -> None:
         """What the trainer has not said itself, on the one rank that speaks."""

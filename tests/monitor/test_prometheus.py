@@ -22,7 +22,7 @@ from services import need, serving
 
 from moe_dist.config import MonitorConfig, PrometheusConfig
 from moe_dist.monitor.expert_stats import layer_record, load_ratios, used_share
-from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import JsonlSink, Sinks, build_sinks, prometheus
 from moe_dist.monitor.sinks.prometheus import PrometheusSink, PushgatewaySink
 from moe_dist.monitor.sinks.snapshot import CHECKPOINT_GAUGES, EVAL_GAUGES, LAYER_GAUGES, TRAIN_COUNTERS, TRAIN_GAUGES
@@ -71,6 +71,8 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
     sink.train(record)
     sink.evaluation(eval_record)
     sink.checkpoint(SAVED)
+    sink.action(ActionRecord(120, 3, "balance.bias_update_rate", 1e-3, 2e-3, "why"))
+    sink.action(ActionRecord(120, 3, "balance.bias_update_rate", 1e-3, 2e-3, "why", applied=False))
     sink.checkpoint(CheckpointRecord(130, 1.0, 1.0, 0, "run/checkpoint-130", ok=False, reason="disk full"))
     got = scrape(sink)
     expected: dict[tuple[str, ...], float] = {}
@@ -93,6 +95,7 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
     expected |= {
         ("moe_dist_checkpoints_total",): 1,
         ("moe_dist_checkpoint_failures_total",): 1,
+        ("moe_dist_actions_total",): 1,
         ("moe_dist_run_finished",): 0,
         ("moe_dist_logging_interval_steps",): 7,
     }
@@ -131,7 +134,7 @@ def test_names_and_labels_follow_the_rules(sink: PrometheusSink, train_record: M
 
 
 def test_expert_counters_grow_over_intervals(sink: PrometheusSink, train_record: Make) -> None:
-    empty = [layer_record(0, [0] * 4, 0, 0, [0.0] * 4, 2), layer_record(3, [1, 2, 3, 4], 0, 5, [1.0] * 4, 2)]
+    empty = [layer_record(0, [0] * 4, 0, 0, [0.0] * 5, 2), layer_record(3, [1, 2, 3, 4], 0, 5, [1.0] * 5, 2)]
     for layers in (train_record().layers, train_record().layers, empty):
         sink.train(train_record(layers=layers))
     got = scrape(sink)
@@ -154,7 +157,7 @@ def test_numbers_that_are_not_finite(sink: PrometheusSink, train_record: Make) -
 def test_detail_per_expert(tmp_path: Path, info: RunInfo, train_record: Make, per_expert: str, experts: int) -> None:
     sink = PrometheusSink(tmp_path, config(per_expert=per_expert))
     sink.open(info)
-    layers = [layer_record(n, [10 + e * (n + 1) for e in range(128)], 0, 9999, [1.0] * 4, 2) for n in range(3)]
+    layers = [layer_record(n, [10 + e * (n + 1) for e in range(128)], 0, 9999, [1.0] * 5, 2) for n in range(3)]
     sink.train(train_record(layers=layers))
     got = scrape(sink)
     sink.close()

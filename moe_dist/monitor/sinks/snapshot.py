@@ -18,7 +18,15 @@ from prometheus_client.metrics_core import Metric
 
 from moe_dist import __version__
 from moe_dist.monitor.expert_stats import load_ratios, used_share
-from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import (
+    ActionRecord,
+    CheckpointRecord,
+    EvalRecord,
+    LayerRecord,
+    RunInfo,
+    RunSummary,
+    TrainRecord,
+)
 from moe_dist.monitor.sinks.base import Sink
 
 PerExpert = Literal["full", "layer", "top"]
@@ -72,6 +80,7 @@ LAYER_GAUGES = (
     ("router_entropy", "router_entropy_nats", "Mean entropy of a token's router scores."),
     ("router_confidence", "router_confidence_ratio", "Mean of the largest of a token's router scores."),
     ("rank_imbalance", "rank_imbalance_ratio", "Load of the busiest rank / mean of ranks; 1: balanced."),
+    ("router_logits_rms", "router_logits_rms", "Root mean square of the router's logits."),
 )
 
 
@@ -91,6 +100,7 @@ class Snapshot:
     checkpoint_time: float = 0.0
     num_checkpoints: int = 0
     num_failed_checkpoints: int = 0
+    num_actions: int = 0
     tokens: Mapping[int, tuple[int, ...]] | None = None
     """(token, expert) pairs of every expert since this start of the run, by layer."""
     finished: bool = False
@@ -123,6 +133,9 @@ class SnapshotSink(Sink):
             self.snapshot = replace(seen, checkpoint=record, checkpoint_time=time.time(), num_checkpoints=count)
         else:
             self.snapshot = replace(seen, num_failed_checkpoints=seen.num_failed_checkpoints + 1)
+
+    def action(self, record: ActionRecord) -> None:
+        self.snapshot = replace(self.snapshot, num_actions=self.snapshot.num_actions + record.applied)
 
     def summary(self, summary: RunSummary) -> None:
         self.snapshot = replace(self.snapshot, finished=not summary.failed)
@@ -160,6 +173,7 @@ class RunMetrics:
             yield _gauge("last_evaluation_timestamp_seconds", "End of the last evaluation.", seen.evaluation_time)
         yield _counter("checkpoints", "Complete checkpoints of this start of the run.", seen.num_checkpoints)
         yield _counter("checkpoint_failures", "Checkpoints that failed.", seen.num_failed_checkpoints)
+        yield _counter("actions", "Automatic changes of balancing in this start of the run.", seen.num_actions)
         if seen.checkpoint is not None:
             yield from _gauges(CHECKPOINT_GAUGES, seen.checkpoint)
             yield _gauge(
