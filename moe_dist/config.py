@@ -134,8 +134,9 @@ class DataConfig(Section):
 
     source: Literal["stdlib", "text", "jsonl", "parquet", "huggingface"] = "stdlib"
     """`stdlib` is the source of Python's own standard library: real text present on every machine."""
-    path: str | list[str] | None = None
-    """File, folder pattern or list of them, for text, jsonl and parquet."""
+    path: str | list[str] | dict[str, str | list[str]] | None = None
+    """File, folder pattern or list of them, for text, jsonl and parquet. Named, as in {code: a/*.py, prose: b/*.txt},
+    routing is counted for each name."""
     validation_path: str | list[str] | None = None
     """Separate held-out files; without it documents are split by validation_split."""
     name: str | None = None

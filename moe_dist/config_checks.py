@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     )
 
 
+MAX_DOMAINS = 16
+"""Named sources of data whose routing is counted apart."""
+
+
 def _divisors(number: int) -> str:
     """For error messages; bounded, so that a mistyped huge number is answered at once."""
     return ", ".join(str(n) for n in range(1, min(number, 4096) + 1) if number % n == 0)
@@ -71,6 +75,10 @@ def check_data(data: DataConfig) -> DataConfig:
     """A source with what it reads from."""
     if data.source in ("text", "jsonl", "parquet") and not data.path:
         raise ValueError(f"path=null: source={data.source} needs data.path (a file or a pattern)")
+    if isinstance(data.path, dict) and len(data.path) > MAX_DOMAINS:
+        raise ValueError(
+            f"path: {len(data.path)} names; routing is counted for each, at most {MAX_DOMAINS} (a name may have a list)"
+        )
     if data.source == "huggingface" and not data.name:
         raise ValueError("name=null: source=huggingface needs data.name")
     if data.streaming and data.source != "huggingface":

@@ -193,10 +193,16 @@ def frames(run: RunLog) -> dict[str, Any]:
         last = len(rows) - 1
         rows = [rows[round(index * last / (MAX_FRAMES - 1))] for index in range(MAX_FRAMES)]
     return {
+        "unit": "step",
         "steps": [row["step"] for row in rows],
         "layers": [layer["layer"] for layer in rows[-1]["layers"]] if rows else [],
         "z": [[[round(ratio, 3) for ratio in load_ratios(layer)] for layer in run.layers(row)] for row in rows],
     }
+
+
+def load_scale() -> list[list[Any]]:
+    """Colours from nothing over the fair share to double."""
+    return [[place, f"rgb{colour}"] for place, colour in ((0.0, COLD), (0.5, FAIR), (1.0, HOT))]
 
 
 def utilisation(shown: dict[str, Any]) -> go.Figure:
@@ -208,7 +214,6 @@ def utilisation(shown: dict[str, Any]) -> go.Figure:
         height=min(900, max(260, 120 + 24 * len(layers))),
         yaxis={"title": {"text": "layer"}, "type": "category", "autorange": "reversed"},
     )
-    scale = [[place, f"rgb{colour}"] for place, colour in ((0.0, COLD), (0.5, FAIR), (1.0, HOT))]
     made.add_trace(
         go.Heatmap(
             x=list(range(max(map(len, ratios)))),
@@ -216,7 +221,7 @@ def utilisation(shown: dict[str, Any]) -> go.Figure:
             z=ratios,
             zmin=0.0,
             zmax=2.0,
-            colorscale=scale,
+            colorscale=load_scale(),
             xgap=1,
             ygap=1,
             colorbar={"title": {"text": "load / fair share"}, "tickvals": [0, 0.5, 1, 1.5, 2]},

@@ -41,6 +41,8 @@ class LayerRecord:
     """Load of the busiest of the ranks that share the experts / their mean; 1.0: balanced; 0.0: nothing was routed."""
     router_logits_rms: float = 0.0
     """Root mean square of the router's logits over tokens and experts; 0.0 in logs older than this field."""
+    domain_tokens: list[list[int]] = field(default_factory=list)
+    """As `tokens_per_expert`, of each named source of data; empty unless there are several."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,8 @@ class RunInfo(Record):
     """`cpu`, `cuda`, or a longer name."""
     hosts: list[str] = field(default_factory=list)
     """Host of each rank."""
+    domains: list[str] = field(default_factory=list)
+    """Names of the sources of the training data; empty unless there are several."""
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ class Balancer:
     over all ranks that hold tokens: +rate for experts below the layer's mean, -rate above.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, bias_update_rate: float) -> None:
+    def __init__(self, model: Transformer, mesh: Mesh, bias_update_rate: float, num_domains: int = 0) -> None:
         self.mesh = mesh
         self.layers = {moe.layer: moe for moe in model.moe_layers()}
         self.rates = dict.fromkeys(self.layers, bias_update_rate)
         for moe in self.layers.values():
-            moe.balance.facts = LoadFacts.zeros(moe.num_experts, mesh.device)
+            moe.balance.facts = LoadFacts.zeros(moe.num_experts, mesh.device, num_domains)
 
     @property
     def facts(self) -> dict[int, LoadFacts]:

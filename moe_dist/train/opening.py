@@ -113,6 +113,7 @@ def run_info(config: Config, mesh: Mesh, datasets: Datasets) -> RunInfo:
         world_size=mesh.layout.world_size,
         device=mesh.device.type,
         hosts=mesh.from_all(socket.gethostname()),
+        domains=list(datasets.domains),
     )
 
 

@@ -44,10 +44,10 @@ logger = logging.getLogger("moe_dist")
 class Reporter:
     """Gathers facts step by step on every rank; rank 0 tells them to the sinks, once per logging interval."""
 
-    def __init__(self, config: Config, mesh: Mesh, clock: Clock, unigram: float | None = None) -> None:
+    def __init__(self, config: Config, mesh: Mesh, clock: Clock, num_domains: int = 0) -> None:
         self.config, self.mesh, self.clock = config, mesh, clock
         self.sinks = build_sinks(config.train.output_dir, config.monitor) if mesh.rank == 0 else Sinks([])
-        self.unigram = unigram
+        self.unigram: float | None = None
         self.diagnosis = Diagnosis()
         self.collector = Collector(
             config.model.moe_layers,
@@ -58,6 +58,7 @@ class Reporter:
             ep_size=mesh.layout.ep_size,
             rank=mesh.rank,
             world_size=mesh.layout.world_size,
+            num_domains=num_domains,
         )
         # Stages of a pipeline do different work; the replicas of one do the same.
         self.stragglers = Stragglers([mesh.layout.coordinates(rank)[0] for rank in range(mesh.layout.world_size)])

@@ -71,6 +71,23 @@ def test_layers_of_other_ranks_and_any_order() -> None:
     assert [record.tokens_per_expert for record in collector.take()] == [[3, 1], [5, 7], [8, 0]]
 
 
+def test_domains_are_counted_apart_in_the_same_reduction() -> None:
+    """A layer of another rank, and one that counts no domain. Seen to fail with domains left out of the reset."""
+    others = torch.zeros(2, 3 + 2 + 5 + 2 * 3, dtype=torch.float64)
+    others[0, -6:] = torch.arange(6)
+    collector = Collector([0, 4], 3, 1, CPU, reduce=lambda packed: packed + others.flatten(), num_domains=2)
+    for _ in range(2):
+        made = facts([5, 5, 2], tokens=12)
+        made.pairs_NE = torch.tensor([[5, 0, 1], [0, 5, 2**40 + 1]])
+        collector.add({4: made})
+    first, second = collector.take()
+    assert first.domain_tokens == [[0, 1, 2], [3, 4, 5]]
+    assert second.domain_tokens == [[10, 0, 2], [0, 10, 2**41 + 2]]
+    assert second.tokens_per_expert == [10, 10, 4]
+    others.zero_()
+    assert [record.domain_tokens for record in collector.take()] == [[[0] * 3] * 2] * 2
+
+
 def test_unknown_layer_is_named() -> None:
     with pytest.raises(ValueError, match=r"layer 7: not one of the expert layers \[0, 2\]"):
         Collector([0, 2], 2, 2, CPU).add({7: facts([1, 1])})
