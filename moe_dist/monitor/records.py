@@ -247,6 +247,10 @@ class RunInfo(Record):
     """`cpu`, `cuda`, or a longer name."""
     hosts: list[str] = field(default_factory=list)
     """Host of each rank."""
+    stage_of_rank: list[int] = field(default_factory=list)
+    """Pipeline stage of each rank (its place in the pipeline, when it has several); all 0 without a pipeline."""
+    stage_of_layer: list[int] = field(default_factory=list)
+    """The same of each block."""
     domains: list[str] = field(default_factory=list)
     """Names of the sources of the training data; empty unless there are several."""
 

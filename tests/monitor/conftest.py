@@ -39,6 +39,8 @@ def info() -> RunInfo:
         output_dir="outputs/run",
         world_size=4,
         device="cpu",
+        stage_of_rank=[0, 0, 1, 1],
+        stage_of_layer=[0, 0, 1, 1],
     )
 
 

@@ -144,6 +144,8 @@ def test_every_layout_counts_the_same_tokens(tmp_path: Path, sources: dict[str, 
         folder = tmp_path / f"{ep_size}{pp_size}"
         run_ranks(on_ranks, 2, str(folder), sources, ep_size, pp_size, recompute)
         assert counted(folder)[0] == alone[0]
+        start = read_run(folder).starts[-1]
+        assert start["stage_of_rank"] == start["stage_of_layer"] == ([0, 1] if pp_size == 2 else [0, 0])
 
 
 def test_shares_against_the_average() -> None:

@@ -85,6 +85,12 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
         expected |= {(f"moe_dist_{name}{end}",): getattr(source, field) for field, name, _ in table}
     expected |= {(f"moe_dist_phase_{phase}_seconds",): seconds for phase, seconds in record.phase_seconds.items()}
     expected["moe_dist_stragglers",] = 0
+    assert record.ranks is not None
+    for stage, ranks in (("0", (0, 1)), ("1", (2, 3))):
+        own = sum(record.ranks.own_seconds[rank] for rank in ranks) / 2
+        expected["moe_dist_stage_own_seconds", stage] = pytest.approx(own)
+        expected["moe_dist_stage_memory_peak_bytes", stage] = 1_310_000_000
+    expected |= {("moe_dist_layer_info", str(layer), str(layer // 2)): 1 for layer in range(4)}
     for layer in record.layers:
         number = str(layer.layer)
         expected |= {(f"moe_dist_{name}", number): getattr(layer, field) for field, name, _ in LAYER_GAUGES}
@@ -112,7 +118,7 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
 
 
 def test_names_and_labels_follow_the_rules(sink: PrometheusSink, train_record: Make, eval_record: EvalRecord) -> None:
-    """`promtool check metrics` has no complaint; no label but layer and expert; nothing in the global registry."""
+    """`promtool check metrics` has no complaint; labels are layer, expert and stage; none in the global registry."""
     sink.train(train_record())
     sink.evaluation(eval_record)
     sink.checkpoint(SAVED)
@@ -124,7 +130,7 @@ def test_names_and_labels_follow_the_rules(sink: PrometheusSink, train_record: M
         for label in sample.labels
         if family.name != "moe_dist_run_info"
     }
-    assert labels == {"layer", "expert"}
+    assert labels == {"layer", "expert", "stage"}
     assert "_created" not in text
     assert not [family.name for family in REGISTRY.collect() if "moe_dist" in family.name]
     done = subprocess.run(
