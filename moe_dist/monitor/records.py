@@ -222,6 +222,16 @@ class ActionRecord(Record):
 
 
 @dataclass(frozen=True)
+class FailureRecord(Record):
+    """A start of the run that did not end by itself, in the words of what had started it."""
+
+    kind: ClassVar[str] = "failure"
+
+    reason: str
+    """Which rank, how, in which step and phase."""
+
+
+@dataclass(frozen=True)
 class RunInfo(Record):
     """What is about to run."""
 

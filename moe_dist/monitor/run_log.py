@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_dist.config_loading import ConfigError
-from moe_dist.monitor.records import LayerRecord, known
+from moe_dist.monitor.records import FailureRecord, LayerRecord, known
 
 Row = dict[str, Any]
 _NUMBERS = {"NaN", "Infinity", "-Infinity"}
@@ -60,6 +61,20 @@ def read_run(folder: Path | str) -> RunLog:
     if not run.train:
         raise ConfigError(f"{path}: no step has been logged yet")
     return run
+
+
+def note_failure(folder: Path | str, reason: str) -> None:
+    """Write into the log of a run whose ranks are gone how they ended; nothing when there is no log to write to."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        return
+    from moe_dist.monitor.sinks.jsonl import JsonlSink  # numpy and more, for the few runs that fail
+
+    sink = JsonlSink(path)
+    with suppress(OSError):  # a full disk may be why it failed
+        sink.failure(FailureRecord(reason))
+    with suppress(OSError):
+        sink.close()
 
 
 def _add(run: RunLog, row: Row) -> None:

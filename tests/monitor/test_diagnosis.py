@@ -158,7 +158,7 @@ def test_every_kind_is_tried_and_documented() -> None:
     of_training = {case[0] for case in CASES}
     assert of_training == NEARLY.keys()
     more = {"overfitting", "validation_rising", "slow_checkpoint", "checkpoint_failed"}
-    for kind in of_training | more | {"restart", "no_end", "stopped_itself", "nothing_learned"}:
+    for kind in of_training | more | {"restart", "run_failed", "action", "no_end", "stopped_itself", "nothing_learned"}:
         assert f"| `{kind}` |" in page, kind
 
 

@@ -12,6 +12,7 @@ from moe_dist.monitor.records import (
     ActionRecord,
     CheckpointRecord,
     EvalRecord,
+    FailureRecord,
     Record,
     RunInfo,
     RunSummary,
@@ -56,6 +57,10 @@ class JsonlSink(Sink):
         self._write(record)
 
     def action(self, record: ActionRecord) -> None:
+        self._write(record)
+
+    def failure(self, record: FailureRecord) -> None:
+        """Not from the run, which is gone: from what had started it."""
         self._write(record)
 
     def summary(self, summary: RunSummary) -> None:
