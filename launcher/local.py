@@ -19,6 +19,7 @@ from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED, 
 from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.storage import open_storage, step_folder
 from moe_dist.config import Config
+from moe_dist.monitor.run_log import note_failure
 from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel.status import Place
 
@@ -34,6 +35,8 @@ def launch(config: Config, proof: Proof | None = None) -> int:
         tries, furthest = 0, newest_step(config)
         while True:
             end = _run(config, proof, signals)
+            if end.code == EXIT_FAILED and end.line is not None and proof is None:
+                note_failure(config.train.output_dir, end.line.removeprefix("error: "))
             saves = proof is None and config.checkpoint.save_steps > 0
             if end.code != EXIT_FAILED or signals.first or not saves or not config.launch.max_restarts:
                 _say_all(end)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moe_dist.config_checks import (
+    check_balance,
     check_checkpoint,
     check_data,
     check_model,
@@ -133,8 +134,9 @@ class DataConfig(Section):
 
     source: Literal["stdlib", "text", "jsonl", "parquet", "huggingface"] = "stdlib"
     """`stdlib` is the source of Python's own standard library: real text present on every machine."""
-    path: str | list[str] | None = None
-    """File, folder pattern or list of them, for text, jsonl and parquet."""
+    path: str | list[str] | dict[str, str | list[str]] | None = None
+    """File, folder pattern or list of them, for text, jsonl and parquet. Named, as in {code: a/*.py, prose: b/*.txt},
+    routing is counted for each name."""
     validation_path: str | list[str] | None = None
     """Separate held-out files; without it documents are split by validation_split."""
     name: str | None = None
@@ -326,6 +328,23 @@ class BalanceConfig(Section):
     """Probability that a token's contribution from one expert is dropped in training."""
     router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Multiply router inputs by uniform noise in [1 - jitter, 1 + jitter] in training."""
+
+    act: Literal["off", "log", "on"] = "off"
+    """Experts stay dead, a layer collapsed or unbalanced: double its bias_update_rate, then its router_aux_loss_coef,
+    step by step, and take it back when it is well; `log`: only say so."""
+    act_max_bias_update_rate: PositiveFloat = 1e-2
+    """`act` raises bias_update_rate to this at most."""
+    act_max_aux_loss_coef: PositiveFloat = 0.1
+    """`act` raises router_aux_loss_coef to this at most."""
+    act_cooldown: Positive = 5
+    """Logging intervals between two changes of a layer, and without trouble before one is taken back."""
+
+    @field_validator("act", mode="before")
+    @classmethod
+    def _accept_true_and_false(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML's on and off
+
+    _something_to_act_with = model_validator(mode="after")(check_balance)
 
     @property
     def aux_loss_coef(self) -> float:

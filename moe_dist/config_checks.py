@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING
 from moe_dist.config_deepspeed import check_deepspeed
 
 if TYPE_CHECKING:
-    from moe_dist.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+    from moe_dist.config import (
+        BalanceConfig,
+        CheckpointConfig,
+        Config,
+        DataConfig,
+        ModelConfig,
+        OptimizerConfig,
+        TrainConfig,
+    )
+
+
+MAX_DOMAINS = 16
+"""Named sources of data whose routing is counted apart."""
 
 
 def _divisors(number: int) -> str:
@@ -63,6 +75,10 @@ def check_data(data: DataConfig) -> DataConfig:
     """A source with what it reads from."""
     if data.source in ("text", "jsonl", "parquet") and not data.path:
         raise ValueError(f"path=null: source={data.source} needs data.path (a file or a pattern)")
+    if isinstance(data.path, dict) and len(data.path) > MAX_DOMAINS:
+        raise ValueError(
+            f"path: {len(data.path)} names; routing is counted for each, at most {MAX_DOMAINS} (a name may have a list)"
+        )
     if data.source == "huggingface" and not data.name:
         raise ValueError("name=null: source=huggingface needs data.name")
     if data.streaming and data.source != "huggingface":
@@ -86,6 +102,25 @@ def check_checkpoint(checkpoint: CheckpointConfig) -> CheckpointConfig:
     if checkpoint.load_best_model_at_end and checkpoint.metric_for_best_model is None:
         raise ValueError("load_best_model_at_end=true: say by what, metric_for_best_model=eval_loss")
     return checkpoint
+
+
+def check_balance(balance: BalanceConfig) -> BalanceConfig:
+    """Automatic actions that have something to raise, and room to."""
+    if balance.act == "off":
+        return balance
+    if not balance.bias_update_rate and (not balance.aux_loss_coef or balance.freeze_router):
+        raise ValueError(
+            f"act={balance.act}: nothing to raise; set bias_update_rate (1e-3)"
+            + ("" if balance.freeze_router else ", or router_aux_loss_coef (0.01)")
+        )
+    for key, bound, value in (
+        ("act_max_bias_update_rate", balance.act_max_bias_update_rate, balance.bias_update_rate),
+        ("act_max_aux_loss_coef", balance.act_max_aux_loss_coef, balance.aux_loss_coef),
+    ):
+        if value > bound:
+            start = key.replace("act_max_", "").replace("aux", "router_aux")
+            raise ValueError(f"{key}={bound:g}: at least {start}={value:g}, from which it is raised")
+    return balance
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> OptimizerConfig:

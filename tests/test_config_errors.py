@@ -33,7 +33,7 @@ monitor: {tensorboard: yes}  =>  monitor.tensorboard='yes': true or false
 monitor: {tensorboard: on}  =>  monitor.tensorboard='on': true or false
 monitor: {tensorboard: 1}  =>  monitor.tensorboard=1: true or false
 data: {tokenizer: 5}  =>  data.tokenizer=5: text
-data: {path: 5}  =>  data.path=5: text or a list, each entry text or null
+data: {path: 5}  =>  data.path=5: text or a list, each entry text or a mapping or null
 optimizer: {learning_rate: fast}  =>  optimizer.learning_rate='fast': a number above 0
 optimizer: {learning_rate: true}  =>  optimizer.learning_rate=true: a number above 0
 train: 5  =>  train=5: a section, with its keys indented under it

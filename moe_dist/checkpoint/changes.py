@@ -51,8 +51,9 @@ class Change(NamedTuple):
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any], saved_dp: int, dp: int) -> list[Change]:
     """Keys of both trees with different values. `saved_dp`, `dp`: replicas then and now, for the global batch."""
     before, after = dict(_flat(saved)), dict(_flat(now))
+    acts = after.get("balance.act") == "on"  # once per logging interval
     found = [
-        Change(key, before[key], after[key], key.startswith(FREE))
+        Change(key, before[key], after[key], key.startswith(FREE) and not (acts and key == "monitor.logging_steps"))
         for key in after
         if key in before and key not in _BATCH and before[key] != after[key]
     ]

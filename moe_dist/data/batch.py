@@ -24,6 +24,7 @@ class Batch:
       holds a boundary or padding, so that plain causal attention is right.
     - `num_valid`: number of labels that are not -100; `num_tokens`: number of tokens that are not padding.
     - `sample_ids`: the samples in the first rows (rows after them are filling without labels), for tests.
+    - `domain_ids` (B, S) uint8: the named source of each token, anything at padding; None unless there are several.
     - `index`: number of the micro-batch in its step, a * num_replicas + r.
     """
 
@@ -35,6 +36,7 @@ class Batch:
     num_tokens: int
     sample_ids: list[int]
     index: int
+    domain_ids: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same micro-batch with its tensors on `device`."""
@@ -48,6 +50,7 @@ class Batch:
             labels=self.labels.to(device, non_blocking=non_blocking),
             position_ids=move(self.position_ids),
             document_ids=move(self.document_ids),
+            domain_ids=move(self.domain_ids),
         )
 
 
@@ -79,6 +82,8 @@ def collate(samples: Sequence[Sample], sample_ids: Sequence[int], index: int, pi
     labels = np.stack([sample["labels"] for sample in samples])
     documents = np.stack([sample["document_ids"] for sample in samples])
     num_tokens = int((documents != PADDING_DOCUMENT).sum())
+    # Padding to fill a batch of an evaluation has none, and nothing is counted there.
+    named = all("domain_ids" in sample for sample in samples)
     has_boundary = num_tokens < documents.size or bool((documents[:, 1:] != documents[:, :-1]).any())
     return Batch(
         input_ids=tensor(np.stack([sample["input_ids"] for sample in samples])),
@@ -89,4 +94,5 @@ def collate(samples: Sequence[Sample], sample_ids: Sequence[int], index: int, pi
         num_tokens=num_tokens,
         sample_ids=list(sample_ids),
         index=index,
+        domain_ids=tensor(np.stack([sample["domain_ids"] for sample in samples])) if named else None,
     )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moe_dist.data import files as file_lists
@@ -26,6 +25,8 @@ class Document:
     id: str
     text: str | None
     tokens: TokenIds | None = None
+    domain: int = 0
+    """Number of the named source it comes from."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,12 @@ class Corpus:
         streaming: bool = False,
         keep: Callable[[str], bool] | None = None,
         keep_name: str = "all",
+        domains: file_lists.Domains | None = None,
     ) -> None:
         """`limit`: only the first so many documents of the source, unreadable ones counted.
 
         `keep`: of those, only the ones with an id that it accepts (the others are not read);
-        `keep_name` says which they are, for the fingerprint.
+        `keep_name` says which they are, for the fingerprint. `domains`: the named sources, if there are several.
         """
         if on_error not in ("skip", "fail"):
             raise ValueError(f"on_error is {on_error!r}; allowed: 'skip', 'fail'")
@@ -69,9 +71,15 @@ class Corpus:
         self._limit = limit
         self._keep = keep
         self._keep_name = keep_name
+        self._domains = domains
         self._position = 0
         self.streaming = streaming
         self.skipped: list[SkippedDocument] = []
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the sources the documents come from; empty unless there are several."""
+        return self._domains.names if self._domains is not None else ()
 
     @property
     def fingerprint(self) -> str | None:
@@ -117,6 +125,7 @@ class Corpus:
             streaming=self.streaming,
             keep=both,
             keep_name=f"{self._keep_name},{name}",
+            domains=self._domains,
         )
 
     def _read(self, entry: Entry) -> Document | None:
@@ -132,13 +141,15 @@ class Corpus:
                 last = " (further ones are only counted)" if len(self.skipped) == MAX_WARNINGS else ""
                 logger.warning("skipped document %r: %s%s", entry.id, error, last)
             return None
-        return Document(entry.id, value, None) if isinstance(value, str) else Document(entry.id, None, value)
+        domain = self._domains.of(entry.id) if self._domains is not None else 0
+        text, tokens = (value, None) if isinstance(value, str) else (None, value)
+        return Document(entry.id, text, tokens, domain)
 
 
 def load_documents(
     source: str,
     *,
-    path: str | Path | Sequence[str | Path] | None = None,
+    path: file_lists.Paths | None = None,
     name: str | None = None,
     config_name: str | None = None,
     split: str = "train",
@@ -151,7 +162,7 @@ def load_documents(
 
     - "stdlib": every .py file of Python's own standard library but its tests; no other argument needed.
     - "text": files matching `path` (one glob or several, `**` allowed, .gz decompressed), a document per
-      file.
+      file. With a mapping of names to globs the documents know which name they come from (`Corpus.domains`).
     - "jsonl": likewise, a document per line, its text in `text_field` (or a list of token ids).
     - "parquet": likewise, a document per row.
     - "huggingface": `datasets.load_dataset(name, config_name, split=split, streaming=streaming)`.
@@ -187,7 +198,8 @@ def load_documents(
         )
     else:
         raise ValueError(f"data source {source!r} is unknown; allowed: {', '.join(SOURCES)}")
-    return Corpus(found, on_error=on_error, limit=limit, streaming=streaming)
+    named = file_lists.domains(path, source) if source != "stdlib" else None
+    return Corpus(found, on_error=on_error, limit=limit, streaming=streaming, domains=named)
 
 
 def documents_from(

@@ -7,7 +7,7 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -35,7 +35,22 @@ def standard_library_files() -> list[tuple[str, str]]:
     return sorted(found)
 
 
-def matching_files(path: str | Path | Sequence[str | Path] | None, source: str) -> list[tuple[str, str]]:
+Paths = str | Path | Sequence[str | Path] | Mapping[str, str | Sequence[str]]
+"""One glob, several, or names with one or several each."""
+
+
+class Domains:
+    """Named sources: `names`, and the number of the one a document comes from."""
+
+    def __init__(self, names: Sequence[str], of_file: Mapping[str, int]) -> None:
+        self.names, self._of_file = tuple(names), of_file
+
+    def of(self, id_: str) -> int:
+        """The domain of the document with this id: that of a file, or of a file and a row."""
+        return self._of_file[id_ if id_ in self._of_file else id_.rpartition(":")[0]]
+
+
+def matching_files(path: Paths | None, source: str) -> list[tuple[str, str]]:
     """(id, path) of the files that the glob or globs match, in the order of the globs, sorted within each.
 
     The id is the path after the fixed folders of the glob, so it does not depend on where the data lies; a
@@ -44,8 +59,26 @@ def matching_files(path: str | Path | Sequence[str | Path] | None, source: str) 
     """
     if path is None or (not isinstance(path, str | Path) and not path):
         raise ValueError(f"data source {source!r} needs `path`, a file or a glob such as 'corpus/**/*.txt'")
-    patterns = [str(path)] if isinstance(path, str | Path) else [str(item) for item in path]
-    files: list[tuple[str, str]] = []
+    return [(id_, match) for _, id_, match in _matches(_patterns(path))]
+
+
+def domains(path: Paths | None, source: str) -> Domains | None:
+    """Which name each of `matching_files` has; None when there are no two names."""
+    if not isinstance(path, Mapping) or len(path) < 2:
+        return None
+    number_of = [number for number, globs in enumerate(path.values()) for _ in _patterns(globs)]
+    return Domains(tuple(path), {id_: number_of[glob] for glob, id_, _ in _matches(_patterns(path))})
+
+
+def _patterns(path: Paths) -> list[str]:
+    if isinstance(path, Mapping):
+        return [pattern for globs in path.values() for pattern in _patterns(globs)]
+    return [str(path)] if isinstance(path, str | Path) else [str(item) for item in path]
+
+
+def _matches(patterns: Sequence[str]) -> list[tuple[int, str, str]]:
+    """(number of the glob, id, path), each file once."""
+    files: list[tuple[int, str, str]] = []
     ids: set[str] = set()
     seen: set[str] = set()
     for number, pattern in enumerate(patterns):
@@ -62,7 +95,7 @@ def matching_files(path: str | Path | Sequence[str | Path] | None, source: str) 
             seen.add(os.path.realpath(match))
             unique = id_ if id_ not in ids else f"{number}/{id_}"
             ids.add(unique)
-            files.append((unique, match))
+            files.append((number, unique, match))
     return files
 
 

@@ -74,9 +74,9 @@ class PackedDataset:
     """Samples of S tokens cut from a flat token array.
 
     `tokens` (N,) unsigned; `document_starts` (D,) int64, where each document begins; `skipped` lists the
-    documents that could not be read. Sample i holds the tokens [i * S, (i + 1) * S). The tail shorter than S
-    is dropped, unless `keep_tail` is set (evaluation: nothing may be missing) or it would be the only sample:
-    then it is padded with `pad_id`.
+    documents that could not be read; `domains` names the sources, `domain_of` (D,) tells that of each document.
+    Sample i holds the tokens [i * S, (i + 1) * S). The tail shorter than S is dropped, unless `keep_tail`
+    is set (evaluation: nothing may be missing) or it would be the only sample: then it is padded with `pad_id`.
     """
 
     def __init__(
@@ -88,6 +88,8 @@ class PackedDataset:
         pad_id: int,
         keep_tail: bool = False,
         skipped: Sequence[SkippedDocument] = (),
+        domains: Sequence[str] = (),
+        domain_of: npt.NDArray[np.uint8] | None = None,
     ) -> None:
         if max_seq_length < 1:
             raise ValueError(f"max_seq_length is {max_seq_length}; give at least 1 token")
@@ -101,6 +103,7 @@ class PackedDataset:
         self.max_seq_length = max_seq_length
         self.pad_id = pad_id
         self.skipped = list(skipped)
+        self.domains, self._domain_of = tuple(domains), domain_of
         whole, tail = divmod(len(tokens), max_seq_length)
         self._num_samples = whole + 1 if tail and (keep_tail or whole == 0) else whole
 
@@ -121,7 +124,8 @@ class PackedDataset:
     def sample(self, index: int) -> Sample:
         """Sample `index`: `input_ids` (S,) int64, `labels` (S,) int64, `document_ids` (S,) int32.
 
-        A document id is the number of the document in the dataset; padding has -1. Raises IndexError.
+        A document id is the number of the document in the dataset; padding has -1. With several named sources also
+        `domain_ids` (S,) uint8, anything at padding. Raises IndexError.
         """
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} is out of range: the dataset has {self._num_samples} samples")
@@ -131,7 +135,10 @@ class PackedDataset:
         last = int(np.searchsorted(self.document_starts, end, side="left"))
         borders = np.concatenate([[begin], self.document_starts[first + 1 : last], [end]])
         documents = np.repeat(np.arange(first, last, dtype=np.int32), np.diff(borders))
-        return make_sample(self.tokens[begin:end], documents, self.max_seq_length, self.pad_id)
+        made = make_sample(self.tokens[begin:end], documents, self.max_seq_length, self.pad_id)
+        if self._domain_of is not None:
+            made["domain_ids"] = self._domain_of[made["document_ids"]]
+        return made
 
     def valid_labels(self) -> npt.NDArray[Any]:
         """Every label of every sample that is not -100, in order, (num_labels,)."""
@@ -141,9 +148,9 @@ class PackedDataset:
         return self.tokens[:end][is_target]
 
 
-def tokenize(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[npt.NDArray[Any]]:
-    """The token ids of each document, the end-of-document token at the end; documents without a token fall
-    out.
+def tokenize(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Domain and token ids of each document, the end-of-document token at the end; documents without a token
+    fall out.
 
     Raises ValueError naming a document whose ids are outside the tokenizer's vocabulary.
     """
@@ -165,7 +172,7 @@ def tokenize(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[np
             result = np.empty(len(ids) + (not closed), dtype=dtype)
             result[: len(ids)] = ids
             result[-1] = tokenizer.eos_id
-            yield result
+            yield document.domain, result
 
 
 def pack(
@@ -181,16 +188,21 @@ def pack(
     `keep_tail`: pad the last, incomplete sample rather than drop it (for evaluation). `cache_dir`: keep the
     token array there and map it from disk when the same files and tokenizer come again; it serves every
     `max_seq_length`, and is left aside for a corpus or tokenizer without fingerprint (texts in memory,
-    streams). Raises ValueError for a corpus without a token, or token ids outside the vocabulary.
+    streams) or with several named sources. Raises ValueError for a corpus without a token, or token ids outside
+    the vocabulary.
     """
     entry = _cache_entry(corpus, tokenizer, cache_dir)
     stored = entry.load() if entry is not None else None
+    domain_of: npt.NDArray[np.uint8] | None = None
     if stored is None:
-        pieces = list(tokenize(iter(corpus), tokenizer))
+        tokenized = list(tokenize(iter(corpus), tokenizer))
+        pieces = [piece for _, piece in tokenized]
         lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
         starts = np.cumsum(lengths) - lengths
         tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype=token_dtype(tokenizer.vocab_size))
         skipped = list(corpus.skipped)
+        if corpus.domains:
+            domain_of = np.array([domain for domain, _ in tokenized], dtype=np.uint8)
         if entry is not None:
             entry.save(tokens, starts, skipped)
     else:
@@ -202,12 +214,15 @@ def pack(
         pad_id=tokenizer.pad_id,
         keep_tail=keep_tail,
         skipped=skipped,
+        domains=corpus.domains,
+        domain_of=domain_of,
     )
 
 
 def _cache_entry(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | Path | None) -> cache.CacheEntry | None:
     encoding = getattr(tokenizer, "fingerprint", None)
-    if cache_dir is None or corpus.fingerprint is None or encoding is None:
+    # The cache does not know domains: a corpus that has some is tokenised each time.
+    if cache_dir is None or corpus.fingerprint is None or encoding is None or corpus.domains:
         return None
     key = hashlib.sha256(f"{corpus.fingerprint}|{encoding}|eos={tokenizer.eos_id}".encode()).hexdigest()[:32]
     return cache.CacheEntry(Path(cache_dir).expanduser(), key)

@@ -141,7 +141,7 @@ class StreamingPackedDataset:
     def _tokenized(self, corpus_state: dict[str, Any] | None) -> Iterator[npt.NDArray[Any]]:
         # One document at a time: were the corpus ahead of the buffer, its state would lose documents.
         for document in self._corpus.iter_from(corpus_state):
-            for piece in tokenize(iter((document,)), self._tokenizer):
+            for _, piece in tokenize(iter((document,)), self._tokenizer):
                 self._corpus_state = self._corpus.state_dict()
                 yield piece
 

@@ -3,7 +3,7 @@
 Everything is a sum over tokens divided by the number of tokens of the *global batch*, so contributions of
 ranks, micro-batches and sequences add up to the same loss in every layout.
 
-Shape suffixes: T tokens, K top-k, E experts, G groups of tokens over which load is counted.
+Shape suffixes: T tokens, K top-k, E experts, G groups of tokens over which load is counted, N domains.
 """
 
 from __future__ import annotations
@@ -68,33 +68,43 @@ def z_loss(logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:
     return squares.sum() if valid_T is None else squares.masked_fill(~valid_T, 0.0).sum()
 
 
+def _sum_of_squares(values_TE: Tensor, valid_T: Tensor | None) -> Tensor:
+    if valid_T is not None:
+        values_TE = values_TE.masked_fill(~valid_T[:, None], 0.0)
+    return torch.linalg.vector_norm(values_TE).square()
+
+
 @dataclass
 class LoadFacts:
     """What one layer has seen since the facts were last taken; tensors on the layer's device, never
     synchronised.
 
     `pairs_E` int64 (pairs routed to each expert, before any drop), `dropped` int64, `tokens` int64; `sums`
-    (4,) float64: over tokens, the sum of the load-balancing loss (1.0 = balanced), the z-loss, the router's
-    entropy in nats, and its confidence, the largest of a token's scores.
+    (5,) float64: over tokens, the sum of the load-balancing loss (1.0 = balanced), the z-loss, the router's
+    entropy in nats, its confidence, the largest of a token's scores, and the mean square of a token's logits.
+    `pairs_NE` int64: pairs of each named source (N domains); None where they are not counted.
     """
 
     pairs_E: Tensor
     dropped: Tensor
     tokens: Tensor
     sums: Tensor
+    pairs_NE: Tensor | None = None
 
     @staticmethod
-    def zeros(num_experts: int, device: torch.device) -> LoadFacts:
+    def zeros(num_experts: int, device: torch.device, num_domains: int = 0) -> LoadFacts:
         def count(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         # float32 on devices without float64 (Apple's); elsewhere sums over an interval keep every digit.
         wide = torch.float32 if device.type == "mps" else torch.float64
-        return LoadFacts(count(num_experts), count(), count(), torch.zeros(4, dtype=wide, device=device))
+        by_domain = count(num_domains, num_experts) if num_domains else None
+        return LoadFacts(count(num_experts), count(), count(), torch.zeros(5, dtype=wide, device=device), by_domain)
 
     def zero_(self) -> None:
-        for tensor in (self.pairs_E, self.dropped, self.tokens, self.sums):
-            tensor.zero_()
+        for tensor in (self.pairs_E, self.dropped, self.tokens, self.sums, self.pairs_NE):
+            if tensor is not None:
+                tensor.zero_()
 
 
 class LoadBalance:
@@ -111,6 +121,8 @@ class LoadBalance:
         self.facts: LoadFacts | None = None
         self.reduce_load: Callable[[Tensor], Tensor] = lambda counts: counts
         self.global_load: tuple[Tensor, Tensor] | None = None
+        self.domain_ids: Tensor | None = None
+        """Named source of each token of the forward pass that is running, T values of any shape; it is only counted."""
 
     def losses(
         self, routing: Routing, valid_T: Tensor | None, num_sequences: int, token_scale: float | Tensor
@@ -124,6 +136,7 @@ class LoadBalance:
         num_groups = num_sequences if self.scope == "sequence" else 1
         load_GE = count_load(ids_TK, self.num_experts, num_groups)
         tokens_G = self._tokens(ids_TK, valid_T, num_groups)
+        self._record_domains(ids_TK)
         if scores_TE is None or logits_TE is None:
             self._record(load_GE, tokens_G, None)
             return None
@@ -136,7 +149,8 @@ class LoadBalance:
         z = z_loss(logits_TE, valid_T)
         scores_TE = scores_TE.detach()
         entropy, confidence = torch.special.entr(scores_TE).sum(), scores_TE.amax(-1).sum()
-        self._record(load_GE, tokens_G, torch.stack((aux.detach(), z.detach(), entropy, confidence)))
+        squares = _sum_of_squares(logits_TE.detach(), valid_T) / self.num_experts
+        self._record(load_GE, tokens_G, torch.stack((aux.detach(), z.detach(), entropy, confidence, squares)))
         return (self.aux_coef * aux + self.z_coef * z) * token_scale
 
     def _tokens(self, ids_TK: Tensor, valid_T: Tensor | None, num_groups: int) -> Tensor:
@@ -155,6 +169,16 @@ class LoadBalance:
         self.facts.tokens += tokens_G.sum()
         if sums is not None:
             self.facts.sums += sums
+
+    def _record_domains(self, ids_TK: Tensor) -> None:
+        if self.facts is None or self.facts.pairs_NE is None or self.domain_ids is None or is_recomputing():
+            return
+        # One bin more than there are experts, for pairs that go nowhere.
+        num_domains, bins = len(self.facts.pairs_NE), self.num_experts + 1
+        places_TK = self.domain_ids.flatten().long()[:, None] * bins + ids_TK
+        counts = torch.zeros(num_domains * bins, dtype=torch.int64, device=ids_TK.device)
+        counts.scatter_add_(0, places_TK.flatten(), torch.ones_like(places_TK).flatten())
+        self.facts.pairs_NE += counts.view(num_domains, bins)[:, : self.num_experts]
 
     def record_dropped(self, num_pairs: Tensor) -> None:
         """Count pairs (0-dim int64) that found no place."""

@@ -106,11 +106,13 @@ class Stage(nn.Module):
         valid: Tensor | None = None,
         token_scale: float | Tensor = 1.0,
         noise: int | None = None,
+        domain_ids: Tensor | None = None,
     ) -> Tensor:
         """`position_ids` (B, S) int, None for 0..S-1. `document_ids` (B, S) int: attention stays inside runs of
         equal ids; None for one document per row. `valid` (B, S) bool, false at padding. `token_scale`: see
         `MoE`. `noise`: seed of everything random in this pass, by layer number, so that it is the same whatever
-        layers are here; None leaves torch's random state alone.
+        layers are here; None leaves torch's random state alone. `domain_ids` (B, S) int: named source of each token,
+        only counted.
         """
         length = x.shape[1]
         if length > self.config.max_position_embeddings:
@@ -126,6 +128,8 @@ class Stage(nn.Module):
         for layer, block in self.layers.items():
             if noise is not None:
                 torch.manual_seed(noise + int(layer))
+            if (moe := cast(Block, block).moe) is not None:
+                moe.balance.domain_ids = domain_ids
             x_BSD = block(x_BSD, rotary, mask, valid, token_scale)
         if self.lm_head is None or self.norm is None:
             return x_BSD

@@ -35,11 +35,12 @@ class Collector:
         ep_size: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        num_domains: int = 0,
     ) -> None:
         """`moe_layer_numbers`: global numbers of ALL expert layers, the same on every rank. `ep_size` ranks share them.
 
         `reduce` sums a 1-dim float64 tensor, in place or not, over the ranks that hold other tokens or other
-        layers; a layer that is not on a rank counts as zero there.
+        layers; a layer that is not on a rank counts as zero there. `num_domains` sources are counted apart.
         """
         self.moe_layer_numbers = list(moe_layer_numbers)
         self.num_experts, self.top_k, self.device = num_experts, top_k, torch.device(device)
@@ -48,7 +49,8 @@ class Collector:
         num_layers = len(self.moe_layer_numbers)
         # Columns of counts: the experts' pairs, dropped pairs, tokens.
         self._counts = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=self.device)
-        self._sums = torch.zeros(num_layers, 4, dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(num_layers, 5, dtype=torch.float64, device=self.device)
+        self._domains = torch.zeros(num_layers, num_domains, num_experts, dtype=torch.int64, device=self.device)
         self._rows: dict[tuple[int, ...], Tensor] = {}
 
     def add(self, facts_by_layer: Mapping[int, LoadFacts]) -> None:
@@ -65,6 +67,9 @@ class Collector:
         counts = torch.cat((torch.stack([one.pairs_E for one in facts]), dropped_and_tokens), dim=1)
         self._counts.index_add_(0, rows_l, counts)
         self._sums.index_add_(0, rows_l, torch.stack([one.sums for one in facts]).to(self._sums.dtype))
+        by_domain = [one.pairs_NE for one in facts if one.pairs_NE is not None]
+        if by_domain:
+            self._domains.index_add_(0, rows_l, torch.stack(by_domain))
 
     def take(self) -> list[LayerRecord]:
         """Records of all layers since the last take: one reduction, one transfer to the host, then reset.
@@ -76,7 +81,8 @@ class Collector:
 
     def take_all(self, row: Sequence[float]) -> tuple[list[LayerRecord], list[list[float]]]:
         """As `take`, with `row`, numbers of this rank, in the same reduction; the rows of all ranks come out."""
-        packed = torch.cat((self._counts.to(torch.float64), self._sums), dim=1)
+        wide = torch.float64
+        packed = torch.cat((self._counts.to(wide), self._sums, self._domains.flatten(1).to(wide)), dim=1)
         # One row a rank, zero but for its own: the sum is what an all-gather would give.
         rows = torch.zeros(self.world_size, len(row), dtype=torch.float64)
         rows[self.rank] = torch.tensor(row, dtype=torch.float64)
@@ -85,13 +91,28 @@ class Collector:
         host = host[: packed.numel()].view(packed.shape)
         self._counts.zero_()
         self._sums.zero_()
-        counts = host[:, : self.num_experts + 2].to(torch.int64).numpy()
-        sums = host[:, self.num_experts + 2 :].numpy()
+        self._domains.zero_()
+        widths = (self.num_experts + 2, self._sums.shape[1], self._domains.shape[1] * self.num_experts)
+        counts, sums, domains = host.split(widths, dim=1)
+        by_domain = domains.to(torch.int64).view(self._domains.shape).numpy() if widths[2] else None
         layers = [
-            layer_record(layer, count[:-2], int(count[-2]), int(count[-1]), total, self.top_k, self.ep_size)
-            for layer, count, total in zip(self.moe_layer_numbers, counts, sums, strict=True)
+            layer_record(
+                *(layer, count[:-2], int(count[-2]), int(count[-1]), total, self.top_k, self.ep_size),
+                None if by_domain is None else by_domain[index],
+            )
+            for index, (layer, count, total) in enumerate(
+                zip(self.moe_layer_numbers, counts.to(torch.int64).numpy(), sums.numpy(), strict=True)
+            )
         ]
         return layers, gathered
+
+    def pending(self) -> dict[int, list[int]]:
+        """Pairs since the last take, by layer and expert, of all ranks (collective); they stay where they are."""
+        if not self.moe_layer_numbers:
+            return {}
+        mine = self._counts[:, : self.num_experts].to(torch.float64).flatten()
+        pairs = self._reduce(mine).to(torch.int64).view(len(self.moe_layer_numbers), -1).tolist()
+        return dict(zip(self.moe_layer_numbers, pairs, strict=True))
 
     def _rows_of(self, layers: tuple[int, ...]) -> Tensor:
         """Rows of the layers, (l,) int64 on the device; kept, a copy each step would be a wait."""

@@ -6,7 +6,7 @@ import time
 
 from moe_dist.monitor.diagnosis import Diagnosis
 from moe_dist.monitor.health import Finding
-from moe_dist.monitor.records import CheckpointRecord, EvalRecord, TrainRecord
+from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, TrainRecord
 from moe_dist.monitor.run_log import RunLog
 
 SILENCE = 300.0
@@ -20,7 +20,8 @@ def findings(run: RunLog, now: float | None = None) -> list[Finding]:
     """
     found: list[Finding] = []
     diagnosis = Diagnosis()
-    for row in run.rows:
+    last_start = max((number for number, row in enumerate(run.rows) if row["kind"] == "run"), default=-1)
+    for number, row in enumerate(run.rows):
         kind = row["kind"]
         if kind == "run":
             # What a start before has left half-way, a long streak or an old checkpoint, is not this one's.
@@ -31,6 +32,14 @@ def findings(run: RunLog, now: float | None = None) -> list[Finding]:
             found += diagnosis.evaluation(EvalRecord.of(row))
         elif kind == "checkpoint":
             found += diagnosis.checkpoint(CheckpointRecord.of(row), row.get("time", 0.0))
+        elif kind == "failure":
+            went_on = number < last_start
+            words = f"the run {'had' if went_on else 'has'} failed: {row['reason']}"
+            found.append(Finding("run_failed", "info" if went_on else "critical", words))
+        elif kind == "action":
+            done = ActionRecord.of(row)
+            numbers = {"before": done.before, "now": done.now}
+            found.append(Finding("action", "info", done.words, done.key, done.step, done.layer, evidence=numbers))
     for start in run.starts[1:]:
         if start["step"] is not None:
             found.append(Finding("restart", "info", f"started again before step {start['step']}"))
@@ -50,7 +59,7 @@ def _at_the_end(run: RunLog, now: float) -> list[Finding]:
         numbers = {"best": best, "unigram_loss": unigram}
         found.append(Finding("nothing_learned", "info", words, "train.max_steps", evidence=numbers))
     last = run.train[-1]
-    if run.summary is None:
+    if run.summary is None and run.rows[-1]["kind"] != "failure":
         words = f"no end was logged: the run still runs, or was killed after step {last['step']}"
         pace = (last["time"] - run.train[-2]["time"]) if len(run.train) > 1 and "time" in last else 0.0
         silent = now - run.rows[-1].get("time", now)
@@ -61,7 +70,7 @@ def _at_the_end(run: RunLog, now: float) -> list[Finding]:
             )
         numbers = {"silent_seconds": silent}
         found.append(Finding("no_end", "warning" if dead else "info", words, evidence=numbers))
-    elif run.summary.get("failed"):
+    elif run.summary is not None and run.summary.get("failed"):
         words = f"the run stopped itself: {run.summary['reason']}"
         found.append(Finding("stopped_itself", "critical", words))
     return found

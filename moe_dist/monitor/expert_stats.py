@@ -28,19 +28,21 @@ def layer_record(
     sums: Sequence[float] | npt.NDArray[np.float64],
     top_k: int,
     ep_size: int = 1,
+    pairs_NE: npt.NDArray[np.int64] | None = None,
 ) -> LayerRecord:
     """The record of one layer.
 
     `pairs_E` (E,) pairs routed to each expert before any drop; `dropped` pairs without a place; `tokens`
-    routed, each to `top_k` experts; `sums` (4,) over tokens: load-balancing loss, z-loss, router entropy,
-    router confidence. `ep_size` ranks hold the experts, in blocks of equally many.
+    routed, each to `top_k` experts; `sums` (5,) over tokens: load-balancing loss, z-loss, router entropy,
+    router confidence, mean square of the logits. `ep_size` ranks hold the experts, in blocks of equally many.
+    `pairs_NE` (N, E): the pairs of each of N domains.
     Without tokens every ratio is 0.0 (a measured imbalance is at least 1.0) and every expert is dead.
     """
     counts = [int(count) for count in pairs_E]
     load_E = np.asarray(counts, dtype=np.float64)
     imbalance, cv, entropy = _spread(load_E)
     rank_imbalance, _, _ = _spread(load_E.reshape(ep_size, -1).sum(1))
-    aux, z, router_entropy, confidence = (float(total) / tokens if tokens else 0.0 for total in sums)
+    aux, z, router_entropy, confidence, square = (float(total) / tokens if tokens else 0.0 for total in sums)
     return LayerRecord(
         layer=int(layer),
         tokens_per_expert=counts,
@@ -54,6 +56,9 @@ def layer_record(
         router_entropy=router_entropy,
         router_confidence=confidence,
         rank_imbalance=rank_imbalance,
+        # Not max(0.0, NaN), which would be 0.0: a NaN must be seen.
+        domain_tokens=[] if pairs_NE is None else pairs_NE.tolist(),
+        router_logits_rms=math.sqrt(square) if square > 0 else square,
     )
 
 
@@ -124,5 +129,6 @@ RATIOS = (
     "router_entropy",
     "router_confidence",
     "rank_imbalance",
+    "router_logits_rms",
 )
 """Fields of a LayerRecord whose mean over layers means something."""

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from moe_dist.monitor.expert_stats import load_ratios
 from moe_dist.monitor.rank_facts import PHASE_KEYS
+from moe_dist.monitor.records import ActionRecord
 from moe_dist.monitor.run_log import Row, RunLog
 from moe_dist.monitor.sinks.heatmap import COLD, FAIR, HOT
 
@@ -143,8 +144,11 @@ def flow(run: RunLog) -> go.Figure:
     return made
 
 
-def per_layer(run: RunLog, key: str, title: str) -> go.Figure:
-    """A field of every expert layer over steps: lines, or a picture when there are many layers."""
+def per_layer(run: RunLog, key: str, title: str, marked: bool = False) -> go.Figure:
+    """A field of every expert layer over steps: lines, or a picture when there are many layers.
+
+    `marked`: with a triangle where balancing was changed.
+    """
     rows = [row for row in run.train if row["layers"]]
     numbers = [layer["layer"] for layer in rows[0]["layers"]]
     values = [[row["layers"][index][key] for row in rows] for index in range(len(numbers))]
@@ -152,11 +156,33 @@ def per_layer(run: RunLog, key: str, title: str) -> go.Figure:
     if len(numbers) > MANY_LAYERS:
         made = figure(yaxis_title="layer", hovermode="closest", height=max(360, 12 * len(numbers)))
         made.add_trace(go.Heatmap(x=steps, y=numbers, z=values, colorscale="Cividis", colorbar={"title": title}))
-        return made
+        places = {(step, number): number for step in steps for number in numbers}
+        return _mark_actions(made, run, places) if marked else made
     made = figure(yaxis_title=title)
     for index, number in enumerate(numbers):
         style = {"color": COLOURS[index % len(COLOURS)], "width": 2, "dash": DASHES[index // len(COLOURS)]}
         made.add_trace(go.Scatter(x=steps, y=values[index], name=f"layer {number}", mode="lines", line=style))
+    places = {(step, n): values[i][j] for i, n in enumerate(numbers) for j, step in enumerate(steps)}
+    return _mark_actions(made, run, places) if marked else made
+
+
+def _mark_actions(made: go.Figure, run: RunLog, places: dict[tuple[int, int], float]) -> go.Figure:
+    """A triangle for each automatic change of balancing; `places`: height of (step, layer)."""
+    records = [ActionRecord.of(row) for row in run.actions if (row["step"], row["layer"]) in places]
+    for name, symbol, up in (("balancing raised", "triangle-up", True), ("taken back", "triangle-down", False)):
+        shown = [record for record in records if (record.now > record.before) is up]
+        if shown:
+            made.add_trace(
+                go.Scatter(
+                    x=[record.step for record in shown],
+                    y=[places[record.step, record.layer] for record in shown],
+                    text=[record.words for record in shown],
+                    name=name,
+                    mode="markers",
+                    marker={"symbol": symbol, "size": 13, "color": _INK, "line": {"color": "#ffffff", "width": 1.5}},
+                    hovertemplate="%{text}<extra></extra>",
+                )
+            )
     return made
 
 
@@ -167,10 +193,16 @@ def frames(run: RunLog) -> dict[str, Any]:
         last = len(rows) - 1
         rows = [rows[round(index * last / (MAX_FRAMES - 1))] for index in range(MAX_FRAMES)]
     return {
+        "unit": "step",
         "steps": [row["step"] for row in rows],
         "layers": [layer["layer"] for layer in rows[-1]["layers"]] if rows else [],
         "z": [[[round(ratio, 3) for ratio in load_ratios(layer)] for layer in run.layers(row)] for row in rows],
     }
+
+
+def load_scale() -> list[list[Any]]:
+    """Colours from nothing over the fair share to double."""
+    return [[place, f"rgb{colour}"] for place, colour in ((0.0, COLD), (0.5, FAIR), (1.0, HOT))]
 
 
 def utilisation(shown: dict[str, Any]) -> go.Figure:
@@ -182,7 +214,6 @@ def utilisation(shown: dict[str, Any]) -> go.Figure:
         height=min(900, max(260, 120 + 24 * len(layers))),
         yaxis={"title": {"text": "layer"}, "type": "category", "autorange": "reversed"},
     )
-    scale = [[place, f"rgb{colour}"] for place, colour in ((0.0, COLD), (0.5, FAIR), (1.0, HOT))]
     made.add_trace(
         go.Heatmap(
             x=list(range(max(map(len, ratios)))),
@@ -190,7 +221,7 @@ def utilisation(shown: dict[str, Any]) -> go.Figure:
             z=ratios,
             zmin=0.0,
             zmax=2.0,
-            colorscale=scale,
+            colorscale=load_scale(),
             xgap=1,
             ygap=1,
             colorbar={"title": {"text": "load / fair share"}, "tickvals": [0, 0.5, 1, 1.5, 2]},

@@ -22,6 +22,8 @@ SATURATED = 0.02
 """A router is saturated when the entropy of its scores is below this share of ln E: its gradient is as good as zero."""
 IMBALANCED = 3.0
 """Load of the busiest expert / fair share."""
+PATIENCE_OF = {"dead_experts": PATIENCE, "collapse": PATIENCE, "imbalance": LONG_PATIENCE}
+"""Intervals after which each trouble of a layer's balance is a finding."""
 _REMEDY = "raise balance.router_aux_loss_coef, or set balance.bias_update_rate (1e-3)"
 
 
@@ -79,8 +81,9 @@ class Health:
     def _of(self, record: LayerRecord, step: int | None) -> list[Finding]:
         found = []
         layer, load = record.layer, record.tokens_per_expert
-        dead = [expert for expert, tokens in enumerate(load) if tokens == 0]
-        if self._lasting.reaches(("dead", layer), bool(dead), self.patience):
+        present = conditions(record)
+        if self._lasting.reaches(("dead", layer), present["dead_experts"], self.patience):
+            dead = [expert for expert, tokens in enumerate(load) if tokens == 0]
             names = ", ".join(map(str, dead[:8])) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
             found.append(
                 Finding(
@@ -94,8 +97,7 @@ class Health:
                     evidence={"dead_experts": len(dead)},
                 )
             )
-        used = used_share(record)
-        if self._lasting.reaches(("collapse", layer), used < COLLAPSE, self.patience):
+        if self._lasting.reaches(("collapse", layer), present["collapse"], self.patience):
             busiest = sorted(range(len(load)), key=lambda expert: -load[expert])[:2]
             share = sum(load[expert] for expert in busiest) / sum(load)
             found.append(
@@ -108,11 +110,10 @@ class Health:
                     step,
                     layer,
                     tuple(busiest),
-                    evidence={"used_share": used, "share_of_two": share},
+                    evidence={"used_share": used_share(record), "share_of_two": share},
                 )
             )
-        uneven = record.load_imbalance > IMBALANCED and used >= COLLAPSE  # a collapse has been told already
-        if self._lasting.reaches(("imbalance", layer), uneven, LONG_PATIENCE):
+        if self._lasting.reaches(("imbalance", layer), present["imbalance"], LONG_PATIENCE):
             busiest = [load.index(max(load))]
             found.append(
                 Finding(
@@ -133,14 +134,29 @@ class Health:
                     "router_saturated",
                     "warning",
                     f"layer {layer}: the router is certain of every token (entropy {record.router_entropy:.4f} nats of "
-                    f"{math.log(len(load)):.2f}) and hardly learns any more; set balance.router_z_loss_coef (1e-3)",
+                    f"{math.log(len(load)):.2f}, logits of {record.router_logits_rms:.1f}) and hardly learns any more; "
+                    "set balance.router_z_loss_coef (1e-3)",
                     "balance.router_z_loss_coef",
                     step,
                     layer,
-                    evidence={"router_entropy": record.router_entropy, "router_confidence": record.router_confidence},
+                    evidence={
+                        "router_entropy": record.router_entropy,
+                        "router_confidence": record.router_confidence,
+                        "router_logits_rms": record.router_logits_rms,
+                    },
                 )
             )
         return found
+
+
+def conditions(record: LayerRecord) -> dict[str, bool]:
+    """What is wrong with a layer's balance in this very interval; an imbalance that is a collapse counts as that."""
+    collapsed = used_share(record) < COLLAPSE
+    return {
+        "dead_experts": any(tokens == 0 for tokens in record.tokens_per_expert),
+        "collapse": collapsed,
+        "imbalance": record.load_imbalance > IMBALANCED and not collapsed,
+    }
 
 
 def is_saturated(record: LayerRecord) -> bool:

@@ -39,6 +39,10 @@ class LayerRecord:
     """Largest of a token's router scores, mean over tokens, 1 / E .. 1; 0.0 in logs older than this field."""
     rank_imbalance: float = 0.0
     """Load of the busiest of the ranks that share the experts / their mean; 1.0: balanced; 0.0: nothing was routed."""
+    router_logits_rms: float = 0.0
+    """Root mean square of the router's logits over tokens and experts; 0.0 in logs older than this field."""
+    domain_tokens: list[list[int]] = field(default_factory=list)
+    """As `tokens_per_expert`, of each named source of data; empty unless there are several."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,43 @@ class CheckpointRecord(Record):
 
 
 @dataclass(frozen=True)
+class ActionRecord(Record):
+    """One automatic change of how a layer is balanced (`balance.act`), in effect from the step after."""
+
+    kind: ClassVar[str] = "action"
+
+    step: int
+    """Optimizer steps finished when it was decided."""
+    layer: int
+    """Global number of the block."""
+    key: str
+    """Configuration key whose value changes for this layer."""
+    before: float
+    now: float
+    reason: str
+    """In words."""
+    applied: bool = True
+    """False: only what would have been done (`balance.act: log`)."""
+
+    @property
+    def words(self) -> str:
+        """The sentence for people."""
+        verb = "raised" if self.now > self.before else "lowered"
+        verb = f"is {verb}" if self.applied else f"would be {verb}"
+        return f"layer {self.layer}: {self.key} {verb} from {self.before:g} to {self.now:g}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class FailureRecord(Record):
+    """A start of the run that did not end by itself, in the words of what had started it."""
+
+    kind: ClassVar[str] = "failure"
+
+    reason: str
+    """Which rank, how, in which step and phase."""
+
+
+@dataclass(frozen=True)
 class RunInfo(Record):
     """What is about to run."""
 
@@ -216,6 +257,12 @@ class RunInfo(Record):
     """`cpu`, `cuda`, or a longer name."""
     hosts: list[str] = field(default_factory=list)
     """Host of each rank."""
+    stage_of_rank: list[int] = field(default_factory=list)
+    """Pipeline stage of each rank (its place in the pipeline, when it has several); all 0 without a pipeline."""
+    stage_of_layer: list[int] = field(default_factory=list)
+    """The same of each block."""
+    domains: list[str] = field(default_factory=list)
+    """Names of the sources of the training data; empty unless there are several."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from moe_dist.monitor import figures
+from moe_dist.monitor import figures, specialisation
 from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import overall, used_share
 from moe_dist.monitor.run_log import Row, RunLog, read_run
@@ -73,8 +73,11 @@ def page(runs: Sequence[RunLog]) -> str:
             ("load_entropy", "entropy of loads", "Entropy of the expert loads / ln E of each layer; 1 is balanced."),
             ("router_entropy", "router entropy, nats", "Entropy of a token's router scores, mean over tokens."),
         ):
-            made.chart(f"{key}-{index}", figures.per_layer(run, key, name), caption)
+            marked = key == "load_imbalance" and bool(run.actions)
+            caption += " Triangles: balancing was changed by itself (balance.act)." if marked else ""
+            made.chart(f"{key}-{index}", figures.per_layer(run, key, name, marked), caption)
         made.add(_layer_table(run))
+        made.domains(index, run)
     made.section("checkpoints", "Checkpoints and restarts")
     for index, run in enumerate(runs):
         if run.checkpoints:
@@ -116,15 +119,32 @@ class _Page:
 
     def heatmap(self, index: int, run: RunLog) -> None:
         shown = figures.frames(run)
-        label, frames, chart = f"step-{index}", f"frames-{index}", f"load-{index}"
+        self._slider(f"{index}", f"load-{index}", "Step of the picture below", shown)
+        caption = "Load of every expert, all layers: near white is the fair share, blue less, red more."
+        self.chart(f"load-{index}", figures.utilisation(shown), caption)
+
+    def domains(self, index: int, run: RunLog) -> None:
+        """Which experts each named source of data goes to, layer by layer."""
+        shown = specialisation.frames(run)
+        if shown is None:
+            return
+        self._slider(f"domains-{index}", f"domains-{index}", "Layer of the picture below", shown)
+        caption = (
+            f"Routing by domain of data in the interval to step {shown['step']:,}: share of the domain's tokens an "
+            "expert gets / share of all tokens it gets; near white is no specialisation, red more, blue less."
+        )
+        self.chart(f"domains-{index}", specialisation.heatmap(shown), caption)
+        titles = ["domain", "experts that have most more of it than of all data (share / average)"]
+        self.add(_table(titles, specialisation.strongest(shown)))
+
+    def _slider(self, name: str, chart: str, words: str, shown: dict[str, Any]) -> None:
+        label, frames = f"step-{name}", f"frames-{name}"
         self.add(
-            f'<p><label for="slider-{index}">Step of the picture below</label> '
-            f'<input type="range" id="slider-{index}" min="0" max="0" step="1" data-frames="{frames}" '
-            f'data-chart="{chart}" data-label="{label}"> <output id="{label}" for="slider-{index}"></output></p>'
+            f'<p><label for="slider-{name}">{words}</label> '
+            f'<input type="range" id="slider-{name}" min="0" max="0" step="1" data-frames="{frames}" '
+            f'data-chart="{chart}" data-label="{label}"> <output id="{label}" for="slider-{name}"></output></p>'
             + _data(frames, shown)
         )
-        caption = "Load of every expert, all layers: near white is the fair share, blue less, red more."
-        self.chart(chart, figures.utilisation(shown), caption)
 
 
 def _data(name: str, value: Any) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_dist.config_loading import ConfigError
-from moe_dist.monitor.records import LayerRecord, known
+from moe_dist.monitor.records import FailureRecord, LayerRecord, known
 
 Row = dict[str, Any]
 _NUMBERS = {"NaN", "Infinity", "-Infinity"}
@@ -26,6 +27,8 @@ class RunLog:
     evals: list[Row] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     """Rows of every kind that count, in the order of time."""
+    actions: list[Row] = field(default_factory=list)
+    """Automatic changes of balancing."""
     checkpoints: list[Row] = field(default_factory=list)
     """In the order of time, of all starts."""
     summary: Row | None = None
@@ -60,10 +63,24 @@ def read_run(folder: Path | str) -> RunLog:
     return run
 
 
+def note_failure(folder: Path | str, reason: str) -> None:
+    """Write into the log of a run whose ranks are gone how they ended; nothing when there is no log to write to."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        return
+    from moe_dist.monitor.sinks.jsonl import JsonlSink  # numpy and more, for the few runs that fail
+
+    sink = JsonlSink(path)
+    with suppress(OSError):  # a full disk may be why it failed
+        sink.failure(FailureRecord(reason))
+    with suppress(OSError):
+        sink.close()
+
+
 def _add(run: RunLog, row: Row) -> None:
     kind = row["kind"]
     if kind == "train" and run.starts and run.starts[-1]["step"] is None:
-        repeated = ("train", "eval")
+        repeated = ("train", "eval", "action")
         run.rows = [old for old in run.rows if old["kind"] not in repeated or old["step"] < row["step"]]
     run.rows.append(row)
     if kind == "run":
@@ -74,9 +91,12 @@ def _add(run: RunLog, row: Row) -> None:
             run.starts[-1]["step"] = row["step"]
             run.train = [old for old in run.train if old["step"] < row["step"]]
             run.evals = [old for old in run.evals if old["step"] < row["step"]]
+            run.actions = [old for old in run.actions if old["step"] < row["step"]]
         run.train.append(row)
     elif kind == "eval":
         run.evals = [old for old in run.evals if old["step"] < row["step"]] + [row]
+    elif kind == "action":
+        run.actions.append(row)
     elif kind == "checkpoint":
         run.checkpoints.append(row)
     elif kind == "summary":

@@ -20,11 +20,12 @@ class Balancer:
     over all ranks that hold tokens: +rate for experts below the layer's mean, -rate above.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, bias_update_rate: float) -> None:
-        self.mesh, self.rate = mesh, bias_update_rate
+    def __init__(self, model: Transformer, mesh: Mesh, bias_update_rate: float, num_domains: int = 0) -> None:
+        self.mesh = mesh
         self.layers = {moe.layer: moe for moe in model.moe_layers()}
+        self.rates = dict.fromkeys(self.layers, bias_update_rate)
         for moe in self.layers.values():
-            moe.balance.facts = LoadFacts.zeros(moe.num_experts, mesh.device)
+            moe.balance.facts = LoadFacts.zeros(moe.num_experts, mesh.device, num_domains)
 
     @property
     def facts(self) -> dict[int, LoadFacts]:
@@ -58,9 +59,9 @@ class Balancer:
     @torch.no_grad()
     def update_bias(self) -> None:
         """Move every layer's selection bias by one step, the same way on every rank."""
-        if not self.rate or not self.layers:
+        if not any(self.rates.values()):
             return
-        for pairs_E, moe in zip(self.global_pairs(), self.layers.values(), strict=True):
+        for pairs_E, (layer, moe) in zip(self.global_pairs(), self.layers.items(), strict=True):
             # mean - count, in integers: E * count against the sum, so that no unit is lost to rounding.
             direction = (pairs_E.sum() - pairs_E * pairs_E.numel()).sign()
-            moe.router.bias_E += self.rate * direction
+            moe.router.bias_E += self.rates[layer] * direction

@@ -80,6 +80,11 @@ class Datasets:
     validation: PackedDataset | None
     skipped: list[SkippedDocument]
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the sources of the training data; empty unless there are several."""
+        return self.train.domains if isinstance(self.train, PackedDataset) else ()
+
 
 def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None = None) -> Datasets:
     """Samples of the configured source, or of `dataset` (texts, token lists, a `datasets` dataset)."""

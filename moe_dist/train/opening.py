@@ -15,6 +15,7 @@ from moe_dist.config_loading import dump_config, load_config, load_mapping
 from moe_dist.models.counts import parameter_counts
 from moe_dist.monitor.records import RunInfo
 from moe_dist.monitor.train_log import setup_logging
+from moe_dist.parallel.layout import layers_by_place
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.build import Datasets
 from moe_dist.train.describe import layout_lines, sentence
@@ -113,7 +114,17 @@ def run_info(config: Config, mesh: Mesh, datasets: Datasets) -> RunInfo:
         world_size=mesh.layout.world_size,
         device=mesh.device.type,
         hosts=mesh.from_all(socket.gethostname()),
+        stage_of_rank=[mesh.layout.coordinates(rank)[0] for rank in range(mesh.layout.world_size)],
+        stage_of_layer=_stage_of_layer(config),
+        domains=list(datasets.domains),
     )
+
+
+def _stage_of_layer(config: Config) -> list[int]:
+    if config.parallel.pp_size == 1:
+        return [0] * config.model.num_hidden_layers
+    places = [(layer, place) for place, ranges in enumerate(layers_by_place(config)) for r in ranges for layer in r]
+    return [place for _, place in sorted(places)]
 
 
 def _num_tokens(datasets: Datasets) -> int | None:

@@ -20,6 +20,7 @@ from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.acting import Acting
 from moe_dist.train.opening import RunPlace
 from moe_dist.train.optimizer import Optimizer
 from moe_dist.train.step import StepResult
@@ -65,10 +66,11 @@ class Persistence:
         optimizer: Optimizer | DeepSpeedEngine,
         loader: GlobalLoader,
         stopping: Stopping,
+        acting: Acting,
         place: RunPlace,
     ) -> None:
         self.config, self.mesh, self.model, self.optimizer = config, mesh, model, optimizer
-        self.loader, self.stopping = loader, stopping
+        self.loader, self.stopping, self.acting = loader, stopping, acting
         checkpoint = config.checkpoint
         storage = open_storage(checkpoint.folder or config.train.output_dir)
         self.checkpoints = Checkpoints(storage, mesh, checkpoint, place.run, place.generation, place.lock)
@@ -107,6 +109,7 @@ class Persistence:
             setattr(counters, name, value)
         self.stopping.load_state_dict(state["stopping"])
         self.loader.load_state_dict(state["data"])
+        self.acting.load_state_dict(state.get("acting"))
         self.saved_step = counters.step
         message(f"resumed from {found} at step {counters.step}")
         if self.mesh.rank == 0 and found.storage.where == self.checkpoints.storage.where:
@@ -188,6 +191,7 @@ class Persistence:
             "counters": vars(counters),
             "stopping": self.stopping.state_dict(),
             "data": self.loader.state_dict(),
+            "acting": self.acting.state_dict(),
             "config": self.config.model_dump(mode="json"),
         }
         self.checkpoints.begin(counters.step, self._state(), trainer_state, metrics)

@@ -21,7 +21,14 @@ from moe_dist.monitor.diagnosis import Diagnosis
 from moe_dist.monitor.expert_stats import imbalance_seconds
 from moe_dist.monitor.health import Finding
 from moe_dist.monitor.rank_facts import PHASE_KEYS, mean_phases, pack_row, ranks_record
-from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunSummary, TrainRecord
+from moe_dist.monitor.records import (
+    ActionRecord,
+    CheckpointRecord,
+    EvalRecord,
+    LayerRecord,
+    RunSummary,
+    TrainRecord,
+)
 from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.monitor.stragglers import Stragglers
 from moe_dist.parallel.clock import Clock
@@ -37,10 +44,10 @@ logger = logging.getLogger("moe_dist")
 class Reporter:
     """Gathers facts step by step on every rank; rank 0 tells them to the sinks, once per logging interval."""
 
-    def __init__(self, config: Config, mesh: Mesh, clock: Clock, unigram: float | None = None) -> None:
+    def __init__(self, config: Config, mesh: Mesh, clock: Clock, num_domains: int = 0) -> None:
         self.config, self.mesh, self.clock = config, mesh, clock
         self.sinks = build_sinks(config.train.output_dir, config.monitor) if mesh.rank == 0 else Sinks([])
-        self.unigram = unigram
+        self.unigram: float | None = None
         self.diagnosis = Diagnosis()
         self.collector = Collector(
             config.model.moe_layers,
@@ -51,6 +58,7 @@ class Reporter:
             ep_size=mesh.layout.ep_size,
             rank=mesh.rank,
             world_size=mesh.layout.world_size,
+            num_domains=num_domains,
         )
         # Stages of a pipeline do different work; the replicas of one do the same.
         self.stragglers = Stragglers([mesh.layout.coordinates(rank)[0] for rank in range(mesh.layout.world_size)])
@@ -169,6 +177,12 @@ class Reporter:
         )
         self.sinks.checkpoint(record)
         self._say(self.diagnosis.checkpoint(record, time.time()))
+
+    def actions(self, done: list[ActionRecord]) -> None:
+        """Automatic changes of balancing."""
+        for record in done if self.mesh.rank == 0 else ():
+            self.sinks.action(record)
+            logger.warning("step %d: %s", record.step, record.words)
 
     def _say(self, found: list[Finding]) -> None:
         """What the trainer has not said itself, on the one rank that speaks."""

@@ -138,6 +138,8 @@ def model_inputs(batch: Batch, token_scale: float | Tensor = 1.0, *, document_ma
     documents = batch.document_ids
     valid = documents >= 0 if documents is not None and batch.num_tokens < documents.numel() else None
     inputs = {"x": batch.input_ids, "valid": valid, "token_scale": token_scale}
+    if batch.domain_ids is not None:
+        inputs["domain_ids"] = batch.domain_ids
     if document_mask:
         inputs |= {"position_ids": batch.position_ids, "document_ids": documents}
     return inputs

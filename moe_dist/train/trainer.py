@@ -20,6 +20,7 @@ from moe_dist.data.packing import PackedDataset
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
+from moe_dist.train.acting import Acting
 from moe_dist.train.agreement import StopRequests, agree
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer
@@ -106,17 +107,20 @@ class MoETrainer:
         config, mesh = self.config, self.mesh
         torch.use_deterministic_algorithms(config.train.deterministic)
         self.clock = Clock(mesh.device, self.status)
-        self.reporter = Reporter(config, mesh, self.clock)
         self.datasets = build_datasets(config, dataset)
+        num_domains = len(self.datasets.domains)
+        self.reporter = Reporter(config, mesh, self.clock, num_domains)
         self.loader = build_loader(config, self.datasets.train, mesh)
         self.model = build_model(config, mesh, self.clock)
         self.gradients = build_gradients(self.model, config, mesh)
         self.optimizer = build_optimizer(self.model, self.gradients, config)
-        self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate)
+        self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
         self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config, self.status)
         self.stopping = Stopping(config.train, self.loader.steps_per_epoch)
+        self.acting = Acting(config, mesh, self.balancer, self.reporter.collector.pending)
         self.counters = Counters()
-        self.persistence = Persistence(config, mesh, self.model, self.optimizer, self.loader, self.stopping, self.place)
+        parts = (self.model, self.optimizer, self.loader, self.stopping, self.acting)
+        self.persistence = Persistence(config, mesh, *parts, self.place)
         self.persistence.check_room()
         self.evaluated_at, self.eval_loss = -1, float("nan")
         self.signal: int | None = None
@@ -165,6 +169,7 @@ class MoETrainer:
         self.stopping.after_step(counters.step, result.loss, self.loader.epoch, result.skipped, self._time_share())
         if counters.step % config.monitor.logging_steps == 0 or counters.step == 1 or self.stopping.reason:
             self.reporter.log(counters, self.stopping, result, rate, self.loader.epoch)
+            self.reporter.actions(self.acting.observe(counters.step, self.reporter.layers))
         if config.train.eval_steps and counters.step % config.train.eval_steps == 0:
             self._evaluate()
         if self.persistence.is_due(counters.step):

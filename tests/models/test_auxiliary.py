@@ -60,7 +60,8 @@ def losses_by_loop(
 @pytest.mark.parametrize("padded", [False, True])
 def test_losses_and_gradients_against_a_loop(scope: Any, sigmoid: bool, padded: bool) -> None:
     """Traps 10 and 11 within a rank, 21. Planted: mean over groups instead of the token-weighted sum;
-    division by T instead of the valid tokens of the group; padding tokens left in the scores."""
+    division by T instead of the valid tokens of the group; padding tokens left in the scores, or in the
+    squares of the logits."""
     torch.manual_seed(0)
     batch, length, num_experts, top_k = 3, 5, 6, 2
     logits = torch.randn(batch * length, num_experts, requires_grad=True)
@@ -96,6 +97,8 @@ def test_losses_and_gradients_against_a_loop(scope: Any, sigmoid: bool, padded: 
     shares = scores.detach().double()[valid.flatten()]
     torch.testing.assert_close(facts.sums[2], -(shares * shares.log()).sum(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(facts.sums[3], shares.max(1).values.sum(), rtol=1e-5, atol=1e-5)
+    squares = logits.detach().double()[valid.flatten()].square().mean(1).sum()
+    torch.testing.assert_close(facts.sums[4], squares, rtol=1e-5, atol=1e-5)
 
 
 def test_balanced_is_one_and_collapsed_is_experts_over_k() -> None:

@@ -21,7 +21,7 @@ def build(balance: BalanceConfig | None = None, **changes: object) -> MoE:
     layer = MoE(ModelConfig.model_validate(CONFIG.model_dump() | changes), balance or BalanceConfig(), 3)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    layer.balance.facts = LoadFacts.zeros(layer.num_experts, torch.device("cpu"))
+    layer.balance.facts = LoadFacts.zeros(layer.num_experts, torch.device("cpu"), num_domains=2)
     return layer
 
 

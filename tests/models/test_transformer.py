@@ -31,7 +31,7 @@ def build(config: ModelConfig = CONFIG, balance: BalanceConfig | None = None, se
         model = Transformer(config, balance)
     model.initialize(seed)
     for layer in model.moe_layers():
-        layer.balance.facts = LoadFacts.zeros(config.num_experts, torch.device("cpu"))
+        layer.balance.facts = LoadFacts.zeros(config.num_experts, torch.device("cpu"), num_domains=2)
     return model
 
 

@@ -22,8 +22,8 @@ def _fresh_logger() -> Iterator[None]:
 def layers() -> list[LayerRecord]:
     """Two layers of four experts; the hottest expert is L3/E01 (2.0x), the coldest L0/E02 (0.0x)."""
     return [
-        layer_record(0, [25, 30, 0, 45], dropped=2, tokens=50, sums=[55.0, 100.0, 60.0, 30.0], top_k=2),
-        layer_record(3, [20, 50, 20, 10], dropped=0, tokens=50, sums=[50.0, 150.0, 65.0, 20.0], top_k=2),
+        layer_record(0, [25, 30, 0, 45], dropped=2, tokens=50, sums=[55.0, 100.0, 60.0, 30.0, 450.0], top_k=2),
+        layer_record(3, [20, 50, 20, 10], dropped=0, tokens=50, sums=[50.0, 150.0, 65.0, 20.0, 200.0], top_k=2),
     ]
 
 
@@ -39,6 +39,8 @@ def info() -> RunInfo:
         output_dir="outputs/run",
         world_size=4,
         device="cpu",
+        stage_of_rank=[0, 0, 1, 1],
+        stage_of_layer=[0, 0, 1, 1],
     )
 
 

@@ -41,7 +41,9 @@ def diagnosed(records: Sequence[TrainRecord]) -> list[Finding]:
 @pytest.fixture
 def interval(train_record: Make) -> Make:
     """One logging interval of a healthy run."""
-    balanced = [layer_record(layer, [100, 95, 105, 100], 0, 200, [205.0, 400.0, 200.0, 90.0], 2) for layer in (0, 3)]
+    balanced = [
+        layer_record(layer, [100, 95, 105, 100], 0, 200, [205.0, 400.0, 200.0, 90.0, 300.0], 2) for layer in (0, 3)
+    ]
 
     def make(number: int, **changes: Any) -> TrainRecord:
         return train_record(1 + 10 * number, **({"layers": balanced, "loss": 2.0} | changes))
@@ -82,7 +84,8 @@ def fields(count: int, **changes: Any) -> Callable[[Make], list[TrainRecord]]:
 
 def layer(load: list[int], entropy: float = 1.0, confidence: float = 0.45) -> dict[str, Any]:
     tokens = sum(load) // 2
-    return {"layers": [layer_record(7, load, 0, tokens, [tokens, tokens, entropy * tokens, confidence * tokens], 2)]}
+    sums = [tokens, tokens, entropy * tokens, confidence * tokens, 900.0 * tokens]
+    return {"layers": [layer_record(7, load, 0, tokens, sums, 2)]}
 
 
 def slow_rank(phase: str, rows: int = 100) -> dict[str, Any]:
@@ -105,7 +108,7 @@ CASES: list[tuple[str, Callable[[Make], list[TrainRecord]], range, str, str]] = 
     ("dead_experts", fields(60, **layer([200, 0, 100, 100])), range(42, 43), "1 of 4 experts", "dead_experts"),
     ("collapse", fields(60, **layer([1000, 1, 1, 1] * 2)), range(42, 43), "has collapsed", "used_share"),
     ("imbalance", fields(60, **layer([450, *[100] * 7])), range(49, 50), "3.1 times its fair", "load_imbalance"),
-    ("router_saturated", fields(60, **layer([100] * 4, 1e-3, 0.999)), range(42, 43), "certain", "router_entropy"),
+    ("router_saturated", fields(60, **layer([100] * 4, 1e-3, 0.999)), range(42, 43), "logits of 30", "router_entropy"),
     ("straggler", fields(60, **slow_rank("computing")), range(40, 41), "rank 2 on gamma takes 2.3", "lost_seconds"),
     ("straggler", fields(60, **slow_rank("data")), range(40, 41), "most of it waiting for data", "own_seconds"),
     ("straggler", fields(60, **slow_rank("computing", 300)), range(40, 41), "3.0 times the rows", "rows_ratio"),
@@ -155,7 +158,7 @@ def test_every_kind_is_tried_and_documented() -> None:
     of_training = {case[0] for case in CASES}
     assert of_training == NEARLY.keys()
     more = {"overfitting", "validation_rising", "slow_checkpoint", "checkpoint_failed"}
-    for kind in of_training | more | {"restart", "no_end", "stopped_itself", "nothing_learned"}:
+    for kind in of_training | more | {"restart", "run_failed", "action", "no_end", "stopped_itself", "nothing_learned"}:
         assert f"| `{kind}` |" in page, kind
 
 

@@ -22,7 +22,7 @@ from services import need, serving
 
 from moe_dist.config import MonitorConfig, PrometheusConfig
 from moe_dist.monitor.expert_stats import layer_record, load_ratios, used_share
-from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import JsonlSink, Sinks, build_sinks, prometheus
 from moe_dist.monitor.sinks.prometheus import PrometheusSink, PushgatewaySink
 from moe_dist.monitor.sinks.snapshot import CHECKPOINT_GAUGES, EVAL_GAUGES, LAYER_GAUGES, TRAIN_COUNTERS, TRAIN_GAUGES
@@ -71,6 +71,8 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
     sink.train(record)
     sink.evaluation(eval_record)
     sink.checkpoint(SAVED)
+    sink.action(ActionRecord(120, 3, "balance.bias_update_rate", 1e-3, 2e-3, "why"))
+    sink.action(ActionRecord(120, 3, "balance.bias_update_rate", 1e-3, 2e-3, "why", applied=False))
     sink.checkpoint(CheckpointRecord(130, 1.0, 1.0, 0, "run/checkpoint-130", ok=False, reason="disk full"))
     got = scrape(sink)
     expected: dict[tuple[str, ...], float] = {}
@@ -83,6 +85,12 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
         expected |= {(f"moe_dist_{name}{end}",): getattr(source, field) for field, name, _ in table}
     expected |= {(f"moe_dist_phase_{phase}_seconds",): seconds for phase, seconds in record.phase_seconds.items()}
     expected["moe_dist_stragglers",] = 0
+    assert record.ranks is not None
+    for stage, ranks in (("0", (0, 1)), ("1", (2, 3))):
+        own = sum(record.ranks.own_seconds[rank] for rank in ranks) / 2
+        expected["moe_dist_stage_own_seconds", stage] = pytest.approx(own)
+        expected["moe_dist_stage_memory_peak_bytes", stage] = 1_310_000_000
+    expected |= {("moe_dist_layer_info", str(layer), str(layer // 2)): 1 for layer in range(4)}
     for layer in record.layers:
         number = str(layer.layer)
         expected |= {(f"moe_dist_{name}", number): getattr(layer, field) for field, name, _ in LAYER_GAUGES}
@@ -93,6 +101,7 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
     expected |= {
         ("moe_dist_checkpoints_total",): 1,
         ("moe_dist_checkpoint_failures_total",): 1,
+        ("moe_dist_actions_total",): 1,
         ("moe_dist_run_finished",): 0,
         ("moe_dist_logging_interval_steps",): 7,
     }
@@ -109,7 +118,7 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
 
 
 def test_names_and_labels_follow_the_rules(sink: PrometheusSink, train_record: Make, eval_record: EvalRecord) -> None:
-    """`promtool check metrics` has no complaint; no label but layer and expert; nothing in the global registry."""
+    """`promtool check metrics` has no complaint; labels are layer, expert and stage; none in the global registry."""
     sink.train(train_record())
     sink.evaluation(eval_record)
     sink.checkpoint(SAVED)
@@ -121,7 +130,7 @@ def test_names_and_labels_follow_the_rules(sink: PrometheusSink, train_record: M
         for label in sample.labels
         if family.name != "moe_dist_run_info"
     }
-    assert labels == {"layer", "expert"}
+    assert labels == {"layer", "expert", "stage"}
     assert "_created" not in text
     assert not [family.name for family in REGISTRY.collect() if "moe_dist" in family.name]
     done = subprocess.run(
@@ -131,7 +140,7 @@ def test_names_and_labels_follow_the_rules(sink: PrometheusSink, train_record: M
 
 
 def test_expert_counters_grow_over_intervals(sink: PrometheusSink, train_record: Make) -> None:
-    empty = [layer_record(0, [0] * 4, 0, 0, [0.0] * 4, 2), layer_record(3, [1, 2, 3, 4], 0, 5, [1.0] * 4, 2)]
+    empty = [layer_record(0, [0] * 4, 0, 0, [0.0] * 5, 2), layer_record(3, [1, 2, 3, 4], 0, 5, [1.0] * 5, 2)]
     for layers in (train_record().layers, train_record().layers, empty):
         sink.train(train_record(layers=layers))
     got = scrape(sink)
@@ -154,7 +163,7 @@ def test_numbers_that_are_not_finite(sink: PrometheusSink, train_record: Make) -
 def test_detail_per_expert(tmp_path: Path, info: RunInfo, train_record: Make, per_expert: str, experts: int) -> None:
     sink = PrometheusSink(tmp_path, config(per_expert=per_expert))
     sink.open(info)
-    layers = [layer_record(n, [10 + e * (n + 1) for e in range(128)], 0, 9999, [1.0] * 4, 2) for n in range(3)]
+    layers = [layer_record(n, [10 + e * (n + 1) for e in range(128)], 0, 9999, [1.0] * 5, 2) for n in range(3)]
     sink.train(train_record(layers=layers))
     got = scrape(sink)
     sink.close()

@@ -146,7 +146,7 @@ def test_the_imbalance_tax_adds_up_over_layers() -> None:
     """Two layers that burden different ranks do not cancel: each makes the others wait."""
 
     def layer(number: int, load: list[int]) -> Any:
-        return layer_record(number, load, 0, sum(load) // 2, [0.0] * 4, 2, ep_size=2)
+        return layer_record(number, load, 0, sum(load) // 2, [0.0] * 5, 2, ep_size=2)
 
     layers = [layer(0, [30, 30, 10, 10]), layer(1, [10, 10, 30, 30])]
     assert [one.rank_imbalance for one in layers] == [1.5, 1.5]

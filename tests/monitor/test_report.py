@@ -35,7 +35,7 @@ def healthy_layers(step: int) -> list[LayerRecord]:
         [100 + (step * (expert + 3) * (layer + 1)) % (40 - 7 * layer) for expert in range(EXPERTS)] for layer in (0, 2)
     ]
     return [
-        layer_record(layer, load, 0, sum(load) // 2, [1.1 * sum(load) // 2] * 4, 2)
+        layer_record(layer, load, 0, sum(load) // 2, [1.1 * sum(load) // 2] * 5, 2)
         for layer, load in zip((0, 2), loads, strict=True)
     ]
 
@@ -159,7 +159,7 @@ def test_what_is_wrong_is_found_and_named(tmp_path: Path, info: RunInfo, train_r
     def layers(step: int) -> list[LayerRecord]:
         dead = [100, 90, 0, 110, 95, 105, 100, 100]
         pair = [1, 1, 1, 500, 1, 1, 1, 500]
-        return [layer_record(0, dead, 0, 350, [1.0] * 4, 2), layer_record(2, pair, 0, 503, [1.0] * 4, 2)]
+        return [layer_record(0, dead, 0, 350, [1.0] * 5, 2), layer_record(2, pair, 0, 503, [1.0] * 5, 2)]
 
     sink = write_run(tmp_path / "bad", info, train_record, layers=layers, data_wait_share=0.6)
     sink.train(train_record(110, loss=math.nan, skipped_steps=3, layers=layers(110)))
@@ -222,7 +222,7 @@ def test_a_long_run_has_as_many_pictures_as_a_page_can_bear(tmp_path: Path, info
 
 def test_many_layers_are_a_picture(tmp_path: Path, info: RunInfo, train_record: Make) -> None:
     def layers(step: int) -> list[LayerRecord]:
-        return [layer_record(n, [step, n + 1], 0, step, [1.0] * 4, 1) for n in range(20)]
+        return [layer_record(n, [step, n + 1], 0, step, [1.0] * 5, 1) for n in range(20)]
 
     write_run(tmp_path, info, train_record, layers=layers).close()
     shown = data(write_report([tmp_path]).read_text())

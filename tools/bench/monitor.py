@@ -6,7 +6,7 @@
 is given as a share of `--step-seconds`. A scrape runs in its own thread, whenever a Prometheus asks. CPU time of the
 whole process, so that a busy machine changes little; the best of five rounds.
 
-Not covered: the reduction over ranks (one tensor of layers x (experts + 6) float64), slow disks.
+Not covered: the reduction over ranks (one tensor of layers x (experts + 7) float64), slow disks.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 
 
 class Sink:
@@ -24,6 +24,9 @@ class Sink:
 
     def checkpoint(self, record: CheckpointRecord) -> None:
         """After each checkpoint, also one that failed."""
+
+    def action(self, record: ActionRecord) -> None:
+        """After each automatic change of a layer's balancing."""
 
     def summary(self, summary: RunSummary) -> None:
         """Once, at the end."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks.base import Sink
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,9 @@ class Sinks:
 
     def checkpoint(self, record: CheckpointRecord) -> None:
         self._each(lambda sink: sink.checkpoint(record))
+
+    def action(self, record: ActionRecord) -> None:
+        self._each(lambda sink: sink.action(record))
 
     def summary(self, summary: RunSummary) -> None:
         self._each(lambda sink: sink.summary(summary))

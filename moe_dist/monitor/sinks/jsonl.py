@@ -8,7 +8,16 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moe_dist.monitor.records import CheckpointRecord, EvalRecord, Record, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import (
+    ActionRecord,
+    CheckpointRecord,
+    EvalRecord,
+    FailureRecord,
+    Record,
+    RunInfo,
+    RunSummary,
+    TrainRecord,
+)
 from moe_dist.monitor.sinks.base import Sink
 
 
@@ -45,6 +54,13 @@ class JsonlSink(Sink):
         self._write(record)
 
     def checkpoint(self, record: CheckpointRecord) -> None:
+        self._write(record)
+
+    def action(self, record: ActionRecord) -> None:
+        self._write(record)
+
+    def failure(self, record: FailureRecord) -> None:
+        """Not from the run, which is gone: from what had started it."""
         self._write(record)
 
     def summary(self, summary: RunSummary) -> None:

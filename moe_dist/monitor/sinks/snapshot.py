@@ -1,8 +1,8 @@
 """The run as Prometheus metrics: one immutable snapshot of the latest records, turned into samples when asked.
 
 Nothing is counted or registered while the run goes on: a scrape costs training nothing but the moment in which it
-is written. Names are `moe_dist_*` in base units; the only labels are `layer` and `expert`, and those of
-`moe_dist_run_info`. `docs/metrics.md` lists all.
+is written. Names are `moe_dist_*` in base units; the only labels are `layer`, `expert` and `stage`, and those
+of `moe_dist_run_info`. `docs/metrics.md` lists all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from prometheus_client.metrics_core import Metric
 
 from moe_dist import __version__
 from moe_dist.monitor.expert_stats import load_ratios, used_share
-from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import (
+    ActionRecord,
+    CheckpointRecord,
+    EvalRecord,
+    LayerRecord,
+    RanksRecord,
+    RunInfo,
+    RunSummary,
+    TrainRecord,
+)
 from moe_dist.monitor.sinks.base import Sink
 
 PerExpert = Literal["full", "layer", "top"]
@@ -72,6 +81,7 @@ LAYER_GAUGES = (
     ("router_entropy", "router_entropy_nats", "Mean entropy of a token's router scores."),
     ("router_confidence", "router_confidence_ratio", "Mean of the largest of a token's router scores."),
     ("rank_imbalance", "rank_imbalance_ratio", "Load of the busiest rank / mean of ranks; 1: balanced."),
+    ("router_logits_rms", "router_logits_rms", "Root mean square of the router's logits."),
 )
 
 
@@ -91,6 +101,7 @@ class Snapshot:
     checkpoint_time: float = 0.0
     num_checkpoints: int = 0
     num_failed_checkpoints: int = 0
+    num_actions: int = 0
     tokens: Mapping[int, tuple[int, ...]] | None = None
     """(token, expert) pairs of every expert since this start of the run, by layer."""
     finished: bool = False
@@ -123,6 +134,9 @@ class SnapshotSink(Sink):
             self.snapshot = replace(seen, checkpoint=record, checkpoint_time=time.time(), num_checkpoints=count)
         else:
             self.snapshot = replace(seen, num_failed_checkpoints=seen.num_failed_checkpoints + 1)
+
+    def action(self, record: ActionRecord) -> None:
+        self.snapshot = replace(self.snapshot, num_actions=self.snapshot.num_actions + record.applied)
 
     def summary(self, summary: RunSummary) -> None:
         self.snapshot = replace(self.snapshot, finished=not summary.failed)
@@ -160,11 +174,14 @@ class RunMetrics:
             yield _gauge("last_evaluation_timestamp_seconds", "End of the last evaluation.", seen.evaluation_time)
         yield _counter("checkpoints", "Complete checkpoints of this start of the run.", seen.num_checkpoints)
         yield _counter("checkpoint_failures", "Checkpoints that failed.", seen.num_failed_checkpoints)
+        yield _counter("actions", "Automatic changes of balancing in this start of the run.", seen.num_actions)
         if seen.checkpoint is not None:
             yield from _gauges(CHECKPOINT_GAUGES, seen.checkpoint)
             yield _gauge(
                 "last_checkpoint_timestamp_seconds", "When the last checkpoint was complete.", seen.checkpoint_time
             )
+        if seen.info is not None and seen.train is not None and seen.train.ranks is not None:
+            yield from _of_stages(seen.info, seen.train.ranks)
         # A layer that routed nothing in the interval has no ratios, and its experts are not dead.
         layers = [layer for layer in seen.train.layers if any(layer.tokens_per_expert)] if seen.train else []
         if layers:
@@ -185,6 +202,24 @@ def _of_the_run(seen: Snapshot) -> Iterator[Metric]:
     yield _gauge("logging_interval_steps", "Steps between two updates of these metrics.", seen.logging_steps)
     if seen.save_steps:
         yield _gauge("checkpoint_interval_steps", "Steps between two checkpoints.", seen.save_steps)
+
+
+def _of_stages(info: RunInfo, ranks: RanksRecord) -> Iterator[Metric]:
+    """Time and memory by pipeline stage (stage 0 is all there is without a pipeline), and which layer is where."""
+    own = GaugeMetricFamily(
+        "moe_dist_stage_own_seconds", "Own seconds of a step, mean over the stage's ranks.", labels=["stage"]
+    )
+    memory = GaugeMetricFamily(
+        "moe_dist_stage_memory_peak_bytes", "Peak memory, the highest of the stage's ranks.", labels=["stage"]
+    )
+    for stage in sorted(set(info.stage_of_rank)):
+        members = [rank for rank, place in enumerate(info.stage_of_rank) if place == stage]
+        own.add_metric([str(stage)], sum(ranks.own_seconds[rank] for rank in members) / len(members))
+        memory.add_metric([str(stage)], max(ranks.memory_bytes[rank] for rank in members))
+    layers = InfoMetricFamily("moe_dist_layer", "Pipeline stage of each layer.", labels=["layer"])
+    for layer, stage in enumerate(info.stage_of_layer):
+        layers.add_metric([str(layer)], {"stage": str(stage)})
+    yield from (own, memory, layers)
 
 
 def _of_layers(layers: list[LayerRecord]) -> Iterator[Metric]:

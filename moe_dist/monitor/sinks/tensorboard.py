@@ -9,7 +9,15 @@ import numpy as np
 import yaml
 
 from moe_dist.monitor.expert_stats import RATIOS, overall
-from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.records import (
+    ActionRecord,
+    CheckpointRecord,
+    EvalRecord,
+    LayerRecord,
+    RunInfo,
+    RunSummary,
+    TrainRecord,
+)
 from moe_dist.monitor.sinks.base import Sink
 from moe_dist.monitor.sinks.heatmap import load_heatmap
 
@@ -103,6 +111,11 @@ class TensorBoardSink(Sink):
             ("checkpoint/ok", float(record.ok)),
         ):
             self._writer.add_scalar(tag, value, record.step)
+
+    def action(self, record: ActionRecord) -> None:
+        if record.applied:
+            key = record.key.removeprefix("balance.")
+            self._writer.add_scalar(f"moe/layer_{record.layer:02d}/{key}", record.now, record.step)
 
     def summary(self, summary: RunSummary) -> None:
         for name, sample, step in (
