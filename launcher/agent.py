@@ -74,8 +74,12 @@ def one_code(codes: Iterable[int]) -> int:
     for code in _FINAL:
         if code in found:
             return code
-    # Killed by a signal, as a shell says it: 137 is what the kernel does to a pod without memory.
-    return next((128 - code for code in found if code < 0), EXIT_FAILED)
+    # Killed by a signal, as a shell says it: 137 is what the kernel does to a pod without memory. SIGTERM is also what
+    # torchrun sends to those that have not failed.
+    killed = [code for code in found if code < 0]
+    if all(code == -signal.SIGTERM for code in killed) and len(killed) < len(found):
+        return EXIT_FAILED
+    return next((128 - code for code in killed if code != -signal.SIGTERM), 128 + signal.SIGTERM)
 
 
 def ranks(torchrun: str = "self") -> list[int]:
@@ -190,6 +194,8 @@ class Watch:
         here = {worker.local_rank: worker.global_rank for worker in group.workers}
         places = {here[rank]: place for rank, place in self.board.places.items()}
         ended = [Ended(rank, failure.pid, failure.exitcode) for rank, failure in failures.items()]
+        # torchrun has ended the others with SIGTERM.
+        ended = [end for end in ended if end.code != -signal.SIGTERM] or ended
         folder = self.config.train.output_dir if self.config is not None else None
         several = group.group_world_size > 1
         told = self.board.told

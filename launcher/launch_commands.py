@@ -83,6 +83,30 @@ def torchrun(
     _start(plan(config, context.args, settings, Request(*asked, tuple(option or ()))), dry_run)
 
 
+@app.command("mpi", context_settings=_OVERRIDES)
+def mpi(
+    context: typer.Context,
+    config: ConfigPath,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", "-n", min=1, help="Default: all of --hosts, or launch.nproc_per_node.")
+    ] = None,
+    hosts: Annotated[Text, typer.Option(help="Machines with their ranks, such as node1:8,node2:8.")] = None,
+    hostfile: Annotated[Text, typer.Option(help="A file with them, in mpirun's own format.")] = None,
+    mpirun: Annotated[Text, typer.Option(help="The program; default: beside this Python, else on the PATH.")] = None,
+    option: Annotated[list[str] | None, typer.Option(metavar="OPTION", help="One more option for mpirun.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train CONFIG with mpirun, Open MPI's or MPICH's.
+
+    [dim]Example:[/dim]  moe-dist launch mpi configs/demo.yaml --hosts node1:8,node2:8
+    """
+    from launcher.mpirun import Request, plan
+
+    settings = load_config(config, context.args, notice=_notice)
+    asked = Request(ranks, hosts, hostfile, mpirun, tuple(option or ()))
+    _start(plan(config, context.args, settings, asked), dry_run)
+
+
 @app.command("k8s", context_settings=_OVERRIDES)
 def k8s(
     context: typer.Context,

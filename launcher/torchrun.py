@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from launcher.environment import BATCH, given_batch
 from launcher.processes import LOOPBACK, rank_environment
 from launcher.starting import TRAIN, Start
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.layout import Layout
-from moe_dist.train.elastic import replan
+from moe_dist.train.elastic import first_batch, replan
 
 _SIOCGIFADDR = 0x8915
 # A lost machine is noticed within 3 s instead of 15, and those that are left wait 3 s for others instead of 30.
@@ -47,7 +48,8 @@ def plan(path: str, overrides: Sequence[str], config: Config, request: Request) 
     """The agent of this machine. Raises ConfigError when it could not work."""
     few, many = machines(request.nnodes)
     ranks = request.nproc_per_node or config.launch.nproc_per_node
-    _check(config, request, few, many, ranks)
+    _check(config, request, few, many)
+    batch = _global_batch(config, few, many, ranks)
     if many == 1:
         endpoint = request.rdzv_endpoint or f"{LOOPBACK}:0"
         name = request.rdzv_id or secrets.token_hex(8)
@@ -78,7 +80,10 @@ def plan(path: str, overrides: Sequence[str], config: Config, request: Request) 
         *request.options,
         *(*TRAIN, path, *overrides),
     ]
-    return Start(defaults(config, ranks, address), tuple(command))
+    variables = defaults(config, ranks, address)
+    if few < many and BATCH not in os.environ:
+        variables[BATCH] = str(batch)
+    return Start(variables, tuple(command))
 
 
 def machines(nnodes: str) -> tuple[int, int]:
@@ -133,7 +138,7 @@ def interface_of(address: str) -> str | None:
     return "lo" if address.startswith("127.") else None
 
 
-def _check(config: Config, request: Request, few: int, many: int, ranks: int) -> None:
+def _check(config: Config, request: Request, few: int, many: int) -> None:
     elastic = few < many
     if many > 1 and not request.rdzv_endpoint:
         raise ConfigError(
@@ -151,11 +156,17 @@ def _check(config: Config, request: Request, few: int, many: int, ranks: int) ->
             "a new start, which must go on from the newest checkpoint; take auto, and for a new run a new "
             "train.output_dir"
         )
+
+
+def _global_batch(config: Config, few: int, many: int, ranks: int) -> int:
+    """Sequences in a step with all machines there, which fewer must be able to keep. Raises ConfigError if not."""
+    batch = given_batch() or first_batch(config, many * ranks)
     for nodes in range(few, many + 1):
         try:
-            Layout.of(replan(config, nodes * ranks)[0], nodes * ranks)
+            Layout.of(replan(config, nodes * ranks, batch)[0], nodes * ranks)
         except ConfigError as error:
             raise ConfigError(f"{nodes} nodes x {ranks} ranks: {error}") from None
+    return batch
 
 
 def _with_port(endpoint: str | None) -> str:

@@ -70,6 +70,7 @@ LIGHT = (
     "launcher.agent",
     "launcher.board",
     "launcher.endings",
+    "launcher.mpirun",
     "launcher.starting",
     "launcher.torchrun",
     "launcher.slurm",
