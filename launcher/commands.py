@@ -13,7 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from launcher import checkpoint_commands
-from launcher.environment import detect, join_slurm, let_the_first_speak, started_by_torchrun
+from launcher.environment import (
+    detect,
+    given_batch,
+    join_slurm,
+    let_the_first_speak,
+    refuse_half_a_torchrun,
+    started_by_torchrun,
+)
 from launcher.launch_commands import app as launch_app
 from launcher.mpi import join_mpi
 from launcher.worker import EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED
@@ -87,6 +94,7 @@ def train(context: typer.Context, config: ConfigPath) -> None:
     """
     join_slurm()
     join_mpi()
+    refuse_half_a_torchrun()
     inside = started_by_torchrun()
     notice = _notice if os.environ.get("RANK", "0") == "0" else _nothing
     settings = load_config(config, context.args, notice=notice)
@@ -250,7 +258,7 @@ def _for_world(config: Config, world_size: int, notice: Callable[[str], None]) -
     from moe_dist.parallel.layout import Layout
     from moe_dist.train.elastic import replan
 
-    config, sentence = replan(config, world_size)
+    config, sentence = replan(config, world_size, given_batch())
     if sentence is not None:
         notice(sentence)
     Layout.of(config, world_size)

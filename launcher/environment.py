@@ -13,6 +13,7 @@ from moe_dist.config_loading import ConfigError
 
 SLURM = "MOE_DIST_SLURM"
 """1: a task of srun is a rank even when it is the only one. 0: leave Slurm's variables alone."""
+BATCH = "MOE_DIST_GLOBAL_BATCH"
 _SPECIAL_STEPS = 0xFFFFFFF0  # the batch script, the shell of salloc: steps that nobody started with srun
 _PORTS = range(10000, 30000)  # below those that Linux hands out by itself
 
@@ -37,6 +38,28 @@ def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
     Half of it counts: someone has tried, and starting ranks inside a rank would only hide it.
     """
     return "RANK" in environ or ("WORLD_SIZE" in environ and "MASTER_ADDR" in environ)
+
+
+def refuse_half_a_torchrun(environ: Mapping[str, str] = os.environ) -> None:
+    """Raises ConfigError where torchrun is meant to run on several machines, but has not started this process.
+
+    Every machine would train a run of its own. PET_...: torchrun's options, as operators of Kubernetes give them.
+    """
+    for name in ("PET_NNODES", "GROUP_WORLD_SIZE"):
+        value = environ.get(name, "1")
+        if value not in ("1", "1:1") and not started_by_torchrun(environ):
+            raise ConfigError(
+                f"{name}={value}, but no torchrun has started this process: use moe-dist launch torchrun, "
+                f"or unset {name}"
+            )
+
+
+def given_batch(environ: Mapping[str, str] = os.environ) -> int | None:
+    """Sequences in a step of an elastic run, however many machines its first start has; None: not said."""
+    text = environ.get(BATCH)
+    if text is not None and (not text.isdecimal() or int(text) < 1):
+        raise ConfigError(f"{BATCH}={text}: a whole number from 1")
+    return None if text is None else int(text)
 
 
 def usable_cores() -> int:
@@ -109,6 +132,8 @@ def from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
         raise ConfigError(f"{SLURM}={asked}: 1 (a task of srun is a rank) or 0 (leave Slurm alone)")
     if asked == "0" or "TORCHELASTIC_RUN_ID" in environ:
         return {}
+    if not asked and _mpirun_is_between(environ):
+        return {}
     step = environ.get("SLURM_STEP_ID", "")
     if not step.isdecimal() or int(step) >= _SPECIAL_STEPS or "SLURM_PROCID" not in environ:
         if asked:
@@ -165,6 +190,17 @@ def from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
         "MASTER_ADDR": environ.get("MASTER_ADDR", hosts[0]),
         "MASTER_PORT": environ.get("MASTER_PORT", str(port)),
     }
+
+
+def _mpirun_is_between(environ: Mapping[str, str]) -> bool:
+    """Whether srun has started mpirun's daemon, and that one this process: Slurm's numbers are the daemon's."""
+    pairs = (("SLURM_STEP_NUM_TASKS", "SIZE"), ("SLURM_PROCID", "RANK"))
+    starters = ("OMPI_COMM_WORLD_", "PMI_")
+    return any(
+        start + what in environ and environ[start + what] != environ.get(slurm, "")
+        for slurm, what in pairs
+        for start in starters
+    )
 
 
 def tasks_per_node(name: str, text: str) -> list[int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -10,19 +11,100 @@ from rich.markup import escape
 
 from moe_dist.config_loading import load_config
 
-app = typer.Typer(name="launch", help="Train CONFIG on a cluster: check it, submit it.")
+if TYPE_CHECKING:
+    from launcher.starting import Start
+
+app = typer.Typer(name="launch", help="Train CONFIG, started by something else: check it, start it.")
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/demo.yaml.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted; submit nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be started; start nothing.")]
 Text = str | None
 
 
 @app.callback(invoke_without_command=True)
 def top(context: typer.Context) -> None:
-    """Train CONFIG on a cluster: check it, submit it."""
+    """Train CONFIG, started by something else: check it, start it."""
     if context.invoked_subcommand is None:
         print(context.get_help(), end="")
         raise typer.Exit
+
+
+@app.command("local", context_settings=_OVERRIDES)
+def local(context: typer.Context, config: ConfigPath, dry_run: DryRun = False) -> None:
+    """Train CONFIG on this machine: `moe-dist train`, which can be looked at first.
+
+    [dim]Example:[/dim]  moe-dist launch local configs/demo.yaml --dry-run
+    """
+    from launcher.processes import rank_environment
+    from launcher.starting import TRAIN, Start
+    from moe_dist.parallel.layout import Layout
+    from moe_dist.train.elastic import replan
+
+    settings = load_config(config, context.args, notice=_notice)
+    ranks = settings.launch.nproc_per_node
+    Layout.of(replan(settings, ranks)[0], ranks)
+    _start(Start(rank_environment(settings), (sys.executable, *TRAIN, config, *context.args)), dry_run)
+
+
+@app.command("torchrun", context_settings=_OVERRIDES)
+def torchrun(
+    context: typer.Context,
+    config: ConfigPath,
+    nnodes: Annotated[str, typer.Option(envvar="PET_NNODES", help="Machines, or MIN:MAX for an elastic run.")] = "1",
+    nproc_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on each machine; default: launch.nproc_per_node.")
+    ] = None,
+    node_rank: Annotated[
+        int | None,
+        typer.Option(min=0, envvar=["PET_NODE_RANK", "JOB_COMPLETION_INDEX"], help="0 where the machines meet."),
+    ] = None,
+    rdzv_endpoint: Annotated[
+        Text, typer.Option(envvar="PET_RDZV_ENDPOINT", help="HOST:PORT where the machines meet, the same on each.")
+    ] = None,
+    rdzv_id: Annotated[
+        Text, typer.Option(envvar="PET_RDZV_ID", help="Name of the run there; default: from train.output_dir.")
+    ] = None,
+    rdzv_conf: Annotated[Text, typer.Option(help="More of torchrun's rendezvous: read_timeout=60.")] = None,
+    local_addr: Annotated[Text, typer.Option(help="This machine's address; default: towards the endpoint.")] = None,
+    max_restarts: Annotated[
+        int | None, typer.Option(min=0, help="Starts in a row without progress; default: launch.max_restarts.")
+    ] = None,
+    option: Annotated[list[str] | None, typer.Option(metavar="OPTION", help="One more option for torchrun.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train CONFIG with torchrun: on this machine, or as one of several that each run the same line.
+
+    [dim]Example:[/dim]  moe-dist launch torchrun configs/demo.yaml --nnodes 2 --rdzv-endpoint host0:29400
+    """
+    from launcher.torchrun import Request, plan
+
+    settings = load_config(config, context.args, notice=_notice)
+    asked = (nnodes, nproc_per_node, node_rank, rdzv_endpoint, rdzv_id, rdzv_conf, local_addr, max_restarts)
+    _start(plan(config, context.args, settings, Request(*asked, tuple(option or ()))), dry_run)
+
+
+@app.command("mpi", context_settings=_OVERRIDES)
+def mpi(
+    context: typer.Context,
+    config: ConfigPath,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", "-n", min=1, help="Default: all of --hosts, or launch.nproc_per_node.")
+    ] = None,
+    hosts: Annotated[Text, typer.Option(help="Machines with their ranks, such as node1:8,node2:8.")] = None,
+    hostfile: Annotated[Text, typer.Option(help="A file with them, in mpirun's own format.")] = None,
+    mpirun: Annotated[Text, typer.Option(help="The program; default: beside this Python, else on the PATH.")] = None,
+    option: Annotated[list[str] | None, typer.Option(metavar="OPTION", help="One more option for mpirun.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train CONFIG with mpirun, Open MPI's or MPICH's.
+
+    [dim]Example:[/dim]  moe-dist launch mpi configs/demo.yaml --hosts node1:8,node2:8
+    """
+    from launcher.mpirun import Request, plan
+
+    settings = load_config(config, context.args, notice=_notice)
+    asked = Request(ranks, hosts, hostfile, mpirun, tuple(option or ()))
+    _start(plan(config, context.args, settings, asked), dry_run)
 
 
 @app.command("k8s", context_settings=_OVERRIDES)
@@ -106,6 +188,16 @@ def slurm(
         print(f"{job}\n\n# {job.script}\n{job.script.read_text()}", end="")
     else:
         print(followed(job, submit(job)))
+
+
+def _start(start: Start, dry_run: bool) -> NoReturn:
+    if dry_run:
+        print(start)
+        raise typer.Exit
+    if start.variables:
+        chosen = " ".join(f"{name}={value}" for name, value in start.variables.items())
+        _notice(f"set, since nobody has: {chosen}")
+    start.become()
 
 
 def _notice(text: str) -> None:

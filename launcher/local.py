@@ -8,16 +8,12 @@ Imports no torch.
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import time
-from typing import NamedTuple
 
-from launcher.processes import GRACE, PATIENCE, POLL, Ended, Ranks, Signals, say
-from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED, EXIT_STOPPED, Proof
-from moe_dist.checkpoint.manifest import CheckpointError
-from moe_dist.checkpoint.storage import open_storage, step_folder
+from launcher.endings import End, Ended, Tries, goes_on, restore_terminal, say, say_end, verdict
+from launcher.processes import GRACE, PATIENCE, POLL, Ranks, Signals
+from launcher.worker import EXIT_AGAIN, EXIT_FAILED, EXIT_STOPPED, Proof
 from moe_dist.config import Config
 from moe_dist.monitor.run_log import note_failure
 from moe_dist.monitor.train_log import log_path
@@ -32,49 +28,21 @@ def launch(config: Config, proof: Proof | None = None) -> int:
     `launch.max_restarts` starts in a row have not got any further.
     """
     with Signals() as signals:
-        tries, furthest = 0, newest_step(config)
+        tries = Tries(config, config.launch.max_restarts)
         while True:
             end = _run(config, proof, signals)
             if end.code == EXIT_FAILED and end.line is not None and proof is None:
                 note_failure(config.train.output_dir, end.line.removeprefix("error: "))
             saves = proof is None and config.checkpoint.save_steps > 0
             if end.code != EXIT_FAILED or signals.first or not saves or not config.launch.max_restarts:
-                _say_all(end)
+                say_end(end)
                 return end.code
-            step = newest_step(config)
-            tries, furthest = (1, step) if step > furthest else (tries + 1, furthest)
-            if tries > config.launch.max_restarts:
-                _say_all(end)
-                where = f"step {furthest}" if furthest >= 0 else "a first checkpoint"
-                say(f"error: {tries} starts in a row have ended like this without getting past {where}; giving up")
+            more = tries.again()
+            say_end(end, more or "")
+            if more is None:
+                say(tries.summary)
                 return end.code
-            place = f"from {step_folder(step)}" if step >= 0 else "at the beginning"
-            _say_all(end, f"; starting again {place} (try {tries} of {config.launch.max_restarts})")
-            config = config.model_copy(deep=True)
-            if step >= 0 or config.checkpoint.resume == "never":
-                config.checkpoint.resume = "auto"  # this run's own newest, not what the first start was told
-
-
-def newest_step(config: Config) -> int:
-    """The newest committed step of the run folder, -1 when there is none or nobody can say."""
-    try:
-        steps = open_storage(config.checkpoint.folder or config.train.output_dir).steps()
-    except (OSError, CheckpointError):
-        return -1
-    return steps[-1] if steps else -1
-
-
-class End(NamedTuple):
-    """How one start of a run has ended, and the line that says it (None: it has been said)."""
-
-    code: int
-    line: str | None = None
-    log: str | None = None
-
-
-def _say_all(end: End, more: str = "") -> None:
-    if end.line is not None:
-        say(end.line + more + (f"; log: {end.log}" if end.log else ""))
+            config = goes_on(config)
 
 
 def _run(config: Config, proof: Proof | None, signals: Signals) -> End:
@@ -98,7 +66,8 @@ def _run(config: Config, proof: Proof | None, signals: Signals) -> End:
             return _interrupted(signals.first, ranks)
         ranks.ask_to_stop(signals, PATIENCE)
         ranks.end()
-        return _verdict([end for end in ended if end.code], ranks, config)
+        failed = [end for end in ended if end.code]
+        return verdict(failed, ranks.told, ranks.places, config.train.output_dir, len(ranks.processes) == 1)
 
 
 def _standing_still(ranks: Ranks, config: Config) -> dict[int, Place]:
@@ -117,7 +86,7 @@ def _standing_still(ranks: Ranks, config: Config) -> dict[int, Place]:
 
 def _hung(places: dict[int, Place], ranks: Ranks, config: Config) -> End:
     """Name the ranks that the others wait for, and have every rank that can write down its Python stack."""
-    _restore_terminal()
+    restore_terminal()
     ranks.write_stacks()
     stopped = [rank for rank in places if ranks.is_stopped(rank)]
     # Who is in a collective waits for the others; who is somewhere else keeps them waiting.
@@ -139,7 +108,7 @@ WAITING = ("the all-to-all", "reducing gradients", "agreeing on the next step")
 
 def _interrupted(number: int, ranks: Ranks) -> End:
     """Say what has come of it. All ranks that were training end alike: on request, saved."""
-    _restore_terminal()
+    restore_terminal()
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     codes = {process.returncode for process in ranks.processes}
     told = ranks.told.get(0, "")
@@ -152,38 +121,3 @@ def _interrupted(number: int, ranks: Ranks) -> End:
     if codes == {0}:
         return End(0)  # it was at its end anyway
     return End(128 + number, f"stopped by {name}; every process has ended")
-
-
-def _verdict(failed: list[Ended], ranks: Ranks, config: Config) -> End:
-    """Say what went wrong first. A rank ended from outside is the cause, whatever its peers said before."""
-    if not failed:
-        return End(0)
-    _restore_terminal()
-    alone, told = config.launch.nproc_per_node == 1, ranks.told
-    # Not SIGABRT: that is how libraries give up when a peer is gone.
-    killed = [end for end in failed if end.code < 0 and end.code != -signal.SIGABRT]
-    spoke = [end for rank in told for end in failed if end.rank == rank]
-    cause = (killed or spoke or failed)[0]
-    who = f"the process (pid {cause.pid})" if alone else f"rank {cause.rank} (pid {cause.pid})"
-    others = "" if alone else "; the other ranks were stopped"
-    log = str(log_path(config.train.output_dir, cause.rank))
-    place = ranks.places.get(cause.rank)
-    where = f" {place}" if place is not None and place.step else ""
-    if cause.code == EXIT_AGAIN:
-        return End(EXIT_AGAIN, told.get(0, "stopped on request"))
-    if cause.code < 0:
-        name = signal.Signals(-cause.code).name
-        hint = ", by someone or for want of memory" if name == "SIGKILL" else ""
-        return End(EXIT_FAILED, f"error: {who} was ended by {name}{where}{hint}{others}", log)
-    code = cause.code if cause.code in (EXIT_CONFIG, EXIT_STOPPED, EXIT_DIFFERS) else EXIT_FAILED
-    if cause.rank in told:
-        return End(code, f"error: {told[cause.rank]}")
-    if cause.code in (EXIT_STOPPED, EXIT_DIFFERS):
-        return End(code)
-    return End(code, f"error: {who} ended with exit code {cause.code}{where}{others}", log)
-
-
-def _restore_terminal() -> None:
-    """Rank 0 may have ended with its cursor hidden, in the middle of a line."""
-    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-        print("\x1b[?25h", flush=True)

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import errno
 import json
-import mmap
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
 
+from launcher.board import Board
+from launcher.endings import Ended, say
 from launcher.environment import usable_cores
-from launcher.worker import CONFIG, EXIT_AGAIN, LAUNCHER, PROOF, REPORTS, STATUS, STORE, Proof
+from launcher.worker import CONFIG, EXIT_AGAIN, LAUNCHER, PROOF, STORE, Proof
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
-from moe_dist.parallel.status import SLOT, Place, read
+from moe_dist.parallel.status import Place
 
 LOOPBACK = "127.0.0.1"
 POLL = 0.05
@@ -32,14 +31,6 @@ GRACE = 1.0
 """Seconds in which the others may notice by themselves that a rank has failed, and write it to their logs."""
 PATIENCE = 2.0
 """Seconds between asking a rank to end and ending it."""
-
-
-class Ended(NamedTuple):
-    """A rank that has ended by itself. `code`: as in subprocess, negative for a signal."""
-
-    rank: int
-    pid: int
-    code: int
 
 
 class Signals:
@@ -74,22 +65,13 @@ class Ranks:
         count = config.launch.nproc_per_node
         self.processes: list[subprocess.Popen[bytes]] = []
         self._counted: set[int] = set()
-        self._told: dict[int, str] = {}
-        self._heard: set[int] = set()
-        self._unread = b""
         with _listen(config.launch.master_port) as listener:
-            self._reports, theirs = os.pipe()
-            os.set_blocking(self._reports, False)
-            self._status, path = tempfile.mkstemp()
-            os.unlink(path)  # shared by its number, gone with the last process that has it
-            os.ftruncate(self._status, count * SLOT)
-            self._board = mmap.mmap(self._status, count * SLOT)
+            self.board = Board(count)
             shared = rank_environment(config) | {
                 CONFIG: config.model_dump_json(),
                 PROOF: json.dumps(proof and asdict(proof)),
                 LAUNCHER: str(os.getpid()),
-                REPORTS: str(theirs),
-                STATUS: str(self._status),
+                **self.board.for_children(),
                 "WORLD_SIZE": str(count),
                 "LOCAL_WORLD_SIZE": str(count),
                 "MASTER_ADDR": LOOPBACK,
@@ -100,7 +82,7 @@ class Ranks:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             for rank in range(count):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), STORE: ""}
-                files = [theirs, self._status]
+                files = [self.board.theirs, self.board.status]
                 if rank == 0:
                     own[STORE] = str(listener.fileno())
                     files.append(listener.fileno())
@@ -108,7 +90,7 @@ class Ranks:
                 environment = {**os.environ, **shared, **own}
                 self.processes.append(subprocess.Popen(command, env=environment, pass_fds=files))
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            os.close(theirs)
+            os.close(self.board.theirs)
 
     def __enter__(self) -> Ranks:
         return self
@@ -117,9 +99,7 @@ class Ranks:
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
-        os.close(self._reports)
-        self._board.close()
-        os.close(self._status)
+        self.board.close()
 
     @property
     def running(self) -> bool:
@@ -128,28 +108,17 @@ class Ranks:
     @property
     def told(self) -> dict[int, str]:
         """What went wrong in each rank in its own words, the first to speak first."""
-        with suppress(BlockingIOError):
-            while data := os.read(self._reports, 65536):
-                self._unread += data
-        *lines, self._unread = self._unread.split(b"\n")
-        for line in lines:
-            rank, text = json.loads(line)
-            if text is None:
-                self._heard.add(rank)
-            else:
-                self._told.setdefault(rank, text)
-        return self._told
+        return self.board.told
 
     @property
     def all_have_heard(self) -> bool:
         """Whether every rank knows that it is asked to stop."""
-        return bool(self.told is not None and len(self._heard) == len(self.processes))
+        return len(self.board.heard) == len(self.processes)
 
     @property
     def places(self) -> dict[int, Place]:
         """Where each rank was when it last moved; those that have said nothing yet are missing."""
-        found = {rank: read(self._board, rank) for rank in range(len(self.processes))}
-        return {rank: place for rank, place in found.items() if place is not None}
+        return self.board.places
 
     def is_stopped(self, rank: int) -> bool:
         """Whether somebody has stopped the process (Linux)."""
@@ -230,8 +199,3 @@ def _listen(port: int) -> socket.socket:
         reason = "in use" if getattr(error, "errno", None) == errno.EADDRINUSE else str(error)
         raise ConfigError(f"launch.master_port={port}: {reason}; choose another, or 0 for a free one") from error
     return listener
-
-
-def say(text: str) -> None:
-    """One line for people."""
-    print(f"moe-dist: {text}", file=sys.stderr, flush=True)

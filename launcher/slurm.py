@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.starting import Start
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.layout import Layout
@@ -50,18 +50,12 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A command and the variables it is given besides those that are there."""
+class Job(Start):
+    """What is given to sbatch."""
 
-    variables: dict[str, str]
-    command: tuple[str, ...]
     script: Path
     output: str
     """Where the job prints to, with %j for its number."""
-
-    def __str__(self) -> str:
-        variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
-        return " ".join([*variables, shlex.join(self.command)])
 
 
 def plan(path: str, overrides: Sequence[str], config: Config, request: Request) -> Job:

@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -32,11 +33,14 @@ EXIT_FAILED = 1
 """Anything unexpected."""
 EXIT_AGAIN = 75
 """Asked to stop by SIGTERM or SIGUSR1; the last step is saved, and the same command goes on from it."""
+EXIT_CTRL_C = 128 + signal.SIGINT
+"""Ctrl-C; saved, if it was training."""
 EXIT_DIFFERS = 4
 """`verify` has told which layouts differ from one process; the command makes it 1."""
 
 # What the local launcher leaves in a rank's environment.
 CONFIG, PROOF, LAUNCHER = "MOE_DIST_CONFIG", "MOE_DIST_PROOF", "MOE_DIST_LAUNCHER"
+# ... and an agent too (launcher.board): where a rank says what went wrong, and where it is.
 REPORTS, STATUS = "MOE_DIST_REPORTS", "MOE_DIST_STATUS"
 # How ranks meet: the socket on which rank 0 serves ("" for the others), and a word that keeps strangers out.
 STORE, TOKEN = "MOE_DIST_STORE", "MOE_DIST_TOKEN"
@@ -84,7 +88,7 @@ def train(config: Config, environment: Environment) -> int:
         text = f"{result.reason} after step {result.steps}: {kept}"
         if not _tell_launcher(0, text):
             print(f"moe-dist: {text}", file=sys.stderr, flush=True)
-    return 128 + signal.SIGINT if result.signal == signal.SIGINT else EXIT_AGAIN
+    return EXIT_CTRL_C if result.signal == signal.SIGINT else EXIT_AGAIN
 
 
 def verify(config: Config, environment: Environment, proof: Proof) -> int:
@@ -158,10 +162,23 @@ def _report(error: BaseException, environment: Environment, code: int) -> int:
 
 
 def _status(environment: Environment) -> Status:
-    """Where the local launcher sees where this rank is; elsewhere nobody looks."""
-    if STATUS not in os.environ:
+    """Where whoever started this rank sees where it is; without a board nobody looks."""
+    board = _channel(STATUS)
+    if board is None:
         return Status()
-    return Status(mmap.mmap(int(os.environ[STATUS]), environment.world_size * SLOT), environment.rank)
+    return Status(mmap.mmap(board, environment.local_world_size * SLOT), environment.local_rank)
+
+
+@cache
+def _channel(name: str) -> int | None:
+    """The open file that a launcher has left in this variable, by its number, or by a path as from an agent."""
+    text = os.environ.get(name)
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    try:
+        return os.open(text, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None  # it has gone, and this process soon will
 
 
 def _stacks_on_request(config: Config, environment: Environment) -> None:
@@ -172,10 +189,11 @@ def _stacks_on_request(config: Config, environment: Environment) -> None:
 
 
 def _tell_launcher(rank: int, text: str | None) -> bool:
-    """Words for the local launcher, None when a signal has been heard; False when there is no such launcher."""
-    if REPORTS not in os.environ:
+    """Words for the launcher or agent, None when a signal has been heard; False when there is none that listens."""
+    reports = _channel(REPORTS)
+    if reports is None:
         return False
-    os.write(int(os.environ[REPORTS]), json.dumps([rank, text and text[:_MAX_TEXT]]).encode() + b"\n")
+    os.write(reports, json.dumps([rank, text and text[:_MAX_TEXT]]).encode() + b"\n")
     return True
 
 
@@ -213,6 +231,10 @@ def run_under_torchrun(config: Config, environment: Environment, proof: Proof | 
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _go if sys.stdout.isatty() else signal.SIG_DFL)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        from launcher.endings import goes_on
+
+        config = goes_on(config)
     leave(main(config, environment, proof))
 
 

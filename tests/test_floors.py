@@ -67,7 +67,12 @@ LIGHT = (
     "launcher.layout_report",
     "launcher.launch_commands",
     "launcher.kubernetes",
-    "launcher.pod",
+    "launcher.agent",
+    "launcher.board",
+    "launcher.endings",
+    "launcher.mpirun",
+    "launcher.starting",
+    "launcher.torchrun",
     "launcher.slurm",
 )
 HEAVY = (

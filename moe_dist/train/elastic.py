@@ -19,15 +19,16 @@ from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.layout import Layout
 
 
-def replan(config: Config, world_size: int) -> tuple[Config, str | None]:
+def replan(config: Config, world_size: int, batch: int | None = None) -> tuple[Config, str | None]:
     """`config` for this many ranks, and a sentence about what was changed (None: nothing).
 
-    Without `parallel.elastic` nothing ever is. Raises ConfigError when no layout of these ranks keeps the global
-    batch, with the numbers of ranks that do.
+    `batch`: sequences in a step before there is a checkpoint that says so; by default what the configuration gives on
+    these ranks. Without `parallel.elastic` nothing is ever changed. Raises ConfigError when no layout of these ranks
+    keeps the global batch, with the numbers of ranks that do.
     """
     if not config.parallel.elastic:
         return config, None
-    batch = saved_batch(config) or _smallest_batch(config, world_size)
+    batch = saved_batch(config) or batch or first_batch(config, world_size)
     for found in _plans(config, world_size, batch):
         if found == config:
             return config, None
@@ -63,7 +64,7 @@ def saved_batch(config: Config) -> int | None:
     return None
 
 
-def _smallest_batch(config: Config, world_size: int) -> int:
+def first_batch(config: Config, world_size: int) -> int:
     """Before the first checkpoint: what the configuration says, on these ranks or the fewest it is made for."""
     try:
         replicas = Layout.of(config, world_size).dp_size

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from mortal import start
 from programs import ONE_RANK, Program, stop_all, write_config
 from ranks import free_port
 
@@ -48,6 +49,15 @@ def two_ranks(config: Path) -> Run:
     folder = config.parent / "two"
     options = (f"train.output_dir={folder}", "monitor.progress=auto")
     return _run(folder, Program("moe-dist", "train", config, *options, tty=True))
+
+
+@pytest.fixture(scope="session")
+def twin(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of tests/launcher/mortal.py, left alone."""
+    folder = tmp_path_factory.mktemp("twin")
+    program = start(config, folder, [])
+    assert program.end() == 0, program.err
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")

@@ -80,6 +80,8 @@ class Program:
         self.began = time.monotonic()
         words = [str(word) for word in command]
         words[0] = str(BIN / words[0]) if (BIN / words[0]).exists() else words[0]
+        if "PYTHONPATH" in environment and "PYTHONPATH" in os.environ:
+            environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
         surroundings = {**os.environ, "COLUMNS": "160", "TERM": "xterm", "PYTHONUTF8": "1", **environment}
         self.terminal: int | None = None
         streams: dict[str, int]

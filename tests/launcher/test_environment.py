@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.environment import Environment, detect, expand_nodes, from_slurm, join_slurm, started_by_torchrun
+from launcher.environment import (
+    Environment,
+    detect,
+    expand_nodes,
+    from_slurm,
+    join_slurm,
+    refuse_half_a_torchrun,
+    started_by_torchrun,
+)
 from moe_dist.config_loading import ConfigError
 
 TORCHRUN = {
@@ -120,12 +128,29 @@ def test_two_steps_of_a_job_and_two_jobs_have_ports_of_their_own() -> None:
         {"SLURM_STEP_NUM_TASKS": "1"},
         {"MOE_DIST_SLURM": "0"},
         {**TORCHRUN, "TORCHELASTIC_RUN_ID": "41234-0"},
+        {"OMPI_COMM_WORLD_SIZE": "14", "OMPI_COMM_WORLD_RANK": "5"},
+        {"PMI_SIZE": "7", "PMI_RANK": "6"},
     ],
-    ids=["batch script", "salloc on the login node", "salloc", "one task", "told not to", "torchrun"],
+    ids=["batch script", "salloc on the login node", "salloc", "one task", "told not to", "torchrun", "ompi", "hydra"],
 )
 def test_who_starts_ranks_of_its_own(change: dict[str, str | None]) -> None:
     """Seen to fail with SLURM_NTASKS, the number of the whole job, in place of the step's."""
     assert from_slurm(changed(change)) == {}
+
+
+def test_a_task_of_srun_that_mpi_knows_too() -> None:
+    """`srun --mpi=pmi2`: both say the same."""
+    assert from_slurm(changed({"PMI_SIZE": "7", "PMI_RANK": "5"})) == from_slurm(SRUN)
+
+
+def test_machines_that_would_each_train_alone() -> None:
+    """Seen to train twice into one folder: the command of a TrainJob without torchrun."""
+    with pytest.raises(
+        ConfigError, match=r"PET_NNODES=2, but no torchrun has started this process: use moe-dist launch"
+    ):
+        refuse_half_a_torchrun({"PET_NNODES": "2"})
+    for environ in ({}, {"PET_NNODES": "1"}, {"PET_NNODES": "2", **TORCHRUN}):
+        refuse_half_a_torchrun(environ)
 
 
 def test_a_single_task_on_request() -> None:

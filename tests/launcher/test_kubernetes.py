@@ -22,10 +22,10 @@ import yaml
 from programs import BIN, HARD_LIMIT, Program, write_config
 from ranks import free_port
 
+from launcher.agent import one_code, ranks
 from launcher.commands import run
 from launcher.environment import Environment, detect
 from launcher.kubernetes import MANIFESTS, overlays, render
-from launcher.pod import ranks, verdict
 from moe_dist.config_loading import load_config
 
 kube_check = pytest.importorskip("kube_check", reason="kubernetes-validate is not installed: pip install -e '.[dev]'")
@@ -293,7 +293,7 @@ def test_torchrun_and_the_ranks_understand_what_pods_are_told(name: str, monkeyp
     worlds, masters = set(), set()
     for node in range(2):
         words, env = words_of(objects, node, {})
-        assert words[:3] == ["python", "-m", "launcher.pod"]
+        assert words[:3] == ["python", "-m", "launcher.agent"]
         with monkeypatch.context() as pod:
             for key, value in env.items():
                 pod.setenv(key, value)
@@ -335,7 +335,7 @@ def test_a_rayjob_starts_what_the_launcher_understands() -> None:
     ("codes", "one"), [([75, -15], 75), ([1, 75], 75), ([2, -15], 2), ([75, 3], 3), ([-9], 137), ([-15], 143), ([1], 1)]
 )
 def test_one_exit_code_for_a_pod(codes: list[int], one: int) -> None:
-    assert verdict(codes) == one
+    assert one_code(codes) == one
 
 
 # --- moe-dist launch k8s
@@ -523,7 +523,7 @@ def test_pods_train_together_save_on_sigterm_and_go_on(tmp_path: Path) -> None:
         assert b"moe_dist_train_loss" in answer.read()
     os.kill(pods.programs[1].pid, signal.SIGTERM)
     assert pods.end() == [75, 75]
-    assert "SIGTERM, passed on to the ranks of this pod: 1" in pods.programs[1].err
+    assert "SIGTERM, passed on to the ranks of this machine: 1" in pods.programs[1].err
     (saved,) = folder.glob("checkpoint-*")
     assert json.loads((saved / "manifest.json").read_text())["layout"]["world"] == 2
 

@@ -10,107 +10,30 @@ import time
 from pathlib import Path
 
 import pytest
-from programs import Program, metrics
-
-from moe_dist.checkpoint.inspecting import digests
-from moe_dist.checkpoint.reading import Found
-from moe_dist.checkpoint.storage import LocalStorage
+from mortal import TORCHRUN, Death, errors, is_the_same, start
+from programs import Program
 
 pytestmark = pytest.mark.dist
 
-DYING = '''
-import os
-import signal
-
-from moe_dist.models.experts import Experts
-from moe_dist.parallel import dispatch
-from moe_dist.parallel.gradients import Gradients
-from moe_dist.train.optimizer import Optimizer
-
-WHERE, STEP, RANK = os.environ["DIE_IN"], int(os.environ["DIE_AT"]), os.environ["DIE_RANK"]
-once = os.environ["DIE_ONCE"]  # made at the first death, which so is the only one; "": again and again
-calls = 0
-
-
-def die():
-    global calls
-    calls += 1
-    if calls == STEP and os.environ["RANK"] == RANK and not os.path.exists(once):
-        if once:
-            open(once, "w").close()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def spoil(owner, name):
-    exact = getattr(owner, name)
-
-    def spoiled(*arguments, **options):
-        die()
-        return exact(*arguments, **options)
-
-    setattr(owner, name, spoiled)
-
-
-if WHERE == "optimizer":
-    spoil(Optimizer, "step")
-elif WHERE == "reduction":
-    spoil(Gradients, "reduce")
-elif WHERE == "backward":
-    backward = dispatch._AllToAll.backward
-    dispatch._AllToAll.backward = staticmethod(lambda ctx, *grads: (die(), backward(ctx, *grads))[1])
-
-
-class Mortal(Experts):
-    """Between the two all-to-alls of a layer."""
-
-    def forward(self, rows, rows_per_expert):
-        if WHERE == "experts" and self.training:
-            die()
-        return super().forward(rows, rows_per_expert)
-'''
-OPTIONS = ("checkpoint.save_steps=2", "train.max_steps=7")
-
-
-@pytest.fixture(scope="module")
-def twin(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, left alone."""
-    folder = tmp_path_factory.mktemp("twin")
-    program = start(config, folder, "nowhere", 1, 0, folder / "never")
-    assert program.end() == 0, program.err
-    return folder / "run"
-
-
-def start(config: Path, folder: Path, where: str, at: int, rank: int, once: Path | str, *options: str) -> Program:
-    (folder / "mortal.py").write_text(DYING)
-    command = ("moe-dist", "train", config, "model.expert=mortal:Mortal", *OPTIONS, *options)
-    environment = {"DIE_IN": where, "DIE_AT": str(at), "DIE_RANK": str(rank), "DIE_ONCE": str(once)}
-    return Program(*command, f"train.output_dir={folder / 'run'}", PYTHONPATH=str(folder), **environment)
-
-
-def is_the_same(folder: Path, twin: Path) -> None:
-    """Every step's loss, and every weight, moment and bias at the end, bit for bit."""
-    ours = {row["step"]: row["loss"] for row in metrics(folder, "train")}
-    assert ours == {row["step"]: row["loss"] for row in metrics(twin, "train")}
-    assert digests(Found(LocalStorage(folder), 7)) == digests(Found(LocalStorage(twin), 7))
+DEATHS: list[tuple[Death, str]] = [
+    (("attention", 3, 1), "computing"),  # two layers a step: in the second step of each start
+    (("experts", 4, 0), "computing"),
+    (("backward", 6, 1), r"the all-to-all of layer \d|computing"),
+    (("reduction", 2, 0), "reducing gradients"),
+]
 
 
 @pytest.mark.parametrize(
-    ("where", "at", "rank", "phase"),
-    [
-        ("experts", 9, 1, "computing"),  # two layers a step: in step 5
-        ("optimizer", 5, 0, "updating weights"),
-        pytest.param("backward", 18, 0, r"the all-to-all of layer \d|computing", marks=pytest.mark.slow),
-        pytest.param("reduction", 5, 1, "reducing gradients", marks=pytest.mark.slow),
-    ],
+    ("place", "at", "rank", "phase"), [("experts", 9, 1, "computing"), ("optimizer", 5, 0, "updating weights")]
 )
 def test_a_killed_rank_costs_a_few_steps(
-    config: Path, tmp_path: Path, twin: Path, where: str, at: int, rank: int, phase: str
+    config: Path, tmp_path: Path, twin: Path, place: str, at: int, rank: int, phase: str
 ) -> None:
     """FAULTS row 1: one line names rank, signal, step and phase; the run starts again by itself, loses at most one
     checkpoint interval, and ends bitwise as its twin."""
-    program = start(config, tmp_path, where, at, rank, tmp_path / "once")
+    program = start(config, tmp_path, [(place, at, rank)])
     assert program.end() == 0
-    (line,) = (line for line in program.err.splitlines() if line.startswith("moe-dist: error"))
+    (line,) = errors(program)
     said = rf"moe-dist: error: rank {rank} \(pid \d+\) was ended by SIGKILL in step [45], ({phase}), .*"
     # The save of step 4 may still have been on its way.
     assert re.fullmatch(said + r"starting again from checkpoint-[24] \(try 1 of 3\); log: .*", line), line
@@ -118,20 +41,36 @@ def test_a_killed_rank_costs_a_few_steps(
     is_the_same(tmp_path / "run", twin)
 
 
-def test_the_same_crash_again_and_again(config: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", [("moe-dist", "train"), TORCHRUN], ids=["local", "torchrun"])
+def test_killed_in_every_phase_one_after_another(
+    config: Path, tmp_path: Path, twin: Path, starter: tuple[str, ...]
+) -> None:
+    """FAULTS row 1, every start at its first try: a line for each death, and the twin's losses and weights."""
+    options = ("launch.max_restarts=4", "checkpoint.background=false")
+    program = start(config, tmp_path, [death for death, _ in DEATHS], *options, starter=starter)
+    assert program.end() == 0, program.err
+    for line, ((_, _, rank), phase) in zip(errors(program), DEATHS, strict=True):
+        said = rf"moe-dist: error: rank {rank} \(pid \d+\) was ended by SIGKILL in step 2, ({phase}), .*"
+        assert re.fullmatch(said + r"starting again at the beginning \(try \d of 4\); log: .*", line), line
+    is_the_same(tmp_path / "run", twin)
+
+
+@pytest.mark.parametrize("starter", [("moe-dist", "train"), pytest.param(TORCHRUN, marks=pytest.mark.slow)])
+def test_the_same_crash_again_and_again(config: Path, tmp_path: Path, starter: tuple[str, ...]) -> None:
     """FAULTS row 20."""
     options = ("launch.max_restarts=2", "checkpoint.background=false")
-    program = start(config, tmp_path, "optimizer", 3, 0, "", *options)
-    assert program.end() == 1
-    errors = [line for line in program.err.splitlines() if "error" in line]
-    assert len(errors) == 4, errors
-    assert "starting again from checkpoint-2 (try 1 of 2)" in errors[0]
-    assert "starting again from checkpoint-2 (try 2 of 2)" in errors[1]
-    assert errors[3].endswith("3 starts in a row have ended like this without getting past step 2; giving up")
+    program = start(config, tmp_path, [("optimizer", 3, 0)], *options, starter=starter, for_ever=True)
+    assert program.end() == (137 if starter == TORCHRUN else 1)
+    said = errors(program)
+    assert len(said) == 4, said
+    assert "starting again from checkpoint-2 (try 1 of 2)" in said[0]
+    assert "starting again from checkpoint-2 (try 2 of 2)" in said[1]
+    assert said[3].endswith("3 starts in a row have ended like this without getting past step 2; giving up")
 
 
 def test_nothing_to_go_on_from_nothing_started_again(config: Path, tmp_path: Path) -> None:
-    program = start(config, tmp_path, "optimizer", 4, 0, tmp_path / "never", "checkpoint.save_steps=0")
+    program = start(config, tmp_path, [("optimizer", 4, 0)], "checkpoint.save_steps=0")
     assert program.end() == 1
     assert "starting again" not in program.err
 
@@ -180,7 +119,7 @@ def test_killed_at_random(config: Path, tmp_path: Path, twin: Path) -> None:
     """FAULTS row 2 and 4: the launcher or a rank, killed at any time; started again until it is done."""
     chance, kills = random.Random(7), 0
     while True:
-        program = start(config, tmp_path, "nowhere", 1, 0, tmp_path / "never")
+        program = start(config, tmp_path, [])
         deadline = time.monotonic() + chance.uniform(1.0, 6.0)
         while program.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -1,0 +1,126 @@
+"""How a start has ended: what went wrong first, in one line. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_DIFFERS, EXIT_FAILED, EXIT_STOPPED
+from moe_dist.checkpoint.manifest import CheckpointError
+from moe_dist.checkpoint.storage import open_storage, step_folder
+from moe_dist.config import Config
+from moe_dist.monitor.train_log import log_path
+from moe_dist.parallel.status import Place
+
+
+class Ended(NamedTuple):
+    """A rank that has ended by itself. `code`: as in subprocess, negative for a signal."""
+
+    rank: int
+    pid: int
+    code: int
+
+
+def newest_step(config: Config) -> int:
+    """The newest committed step of the run folder, -1 when there is none or nobody can say."""
+    try:
+        steps = open_storage(config.checkpoint.folder or config.train.output_dir).steps()
+    except (OSError, CheckpointError):
+        return -1
+    return steps[-1] if steps else -1
+
+
+class Tries:
+    """Starts in a row that got no further than a checkpoint; more than `limit` are enough."""
+
+    def __init__(self, config: Config, limit: int) -> None:
+        self.config, self.limit = config, limit
+        self.count, self.furthest = 0, newest_step(config)
+
+    def again(self) -> str | None:
+        """One more start has failed: where the next one goes on from, in words; None when there shall be none."""
+        step = newest_step(self.config)
+        self.count, self.furthest = (1, step) if step > self.furthest else (self.count + 1, self.furthest)
+        if self.count > self.limit:
+            return None
+        place = f"from {step_folder(step)}" if step >= 0 else "at the beginning"
+        return f"; starting again {place} (try {self.count} of {self.limit})"
+
+    @property
+    def summary(self) -> str:
+        where = f"step {self.furthest}" if self.furthest >= 0 else "a first checkpoint"
+        return f"error: {self.count} starts in a row have ended like this without getting past {where}; giving up"
+
+
+def goes_on(config: Config) -> Config:
+    """`config` for a start after the first: this run's own newest checkpoint, not what the first start was told."""
+    if newest_step(config) < 0 and config.checkpoint.resume != "never":
+        return config
+    config = config.model_copy(deep=True)
+    config.checkpoint.resume = "auto"
+    return config
+
+
+class End(NamedTuple):
+    """How one start of a run has ended, and the line that says it (None: it has been said)."""
+
+    code: int
+    line: str | None = None
+    log: str | None = None
+
+
+def say_end(end: End, more: str = "") -> None:
+    if end.line is not None:
+        say(end.line + more + (f"; log: {end.log}" if end.log else ""))
+
+
+def verdict(
+    failed: list[Ended],
+    told: dict[int, str],
+    places: dict[int, Place],
+    folder: Path | None,
+    alone: bool,
+    host: str = "",
+) -> End:
+    """Say what went wrong first. A rank ended from outside is the cause, whatever its peers said before.
+
+    `folder`: of the run, if it is known. `alone`: there is one rank in all. `host` is named when there are several.
+    """
+    if not failed:
+        return End(0)
+    restore_terminal()
+    # Not SIGABRT: that is how libraries give up when a peer is gone.
+    killed = [end for end in failed if end.code < 0 and end.code != -signal.SIGABRT]
+    spoke = [end for rank in told for end in failed if end.rank == rank]
+    cause = (killed or spoke or failed)[0]
+    who = f"the process (pid {cause.pid})" if alone else f"rank {cause.rank} (pid {cause.pid}{host and ' on ' + host})"
+    others = "" if alone else "; the other ranks were stopped"
+    log = None if folder is None else str(log_path(folder, cause.rank))
+    place = places.get(cause.rank)
+    where = f" {place}" if place is not None and place.step else ""
+    if cause.code in (EXIT_AGAIN, EXIT_CTRL_C):
+        return End(cause.code, told.get(0, "stopped on request"))
+    if cause.code < 0:
+        name = signal.Signals(-cause.code).name
+        hint = ", by someone or for want of memory" if name == "SIGKILL" else ""
+        return End(EXIT_FAILED, f"error: {who} was ended by {name}{where}{hint}{others}", log)
+    code = cause.code if cause.code in (EXIT_CONFIG, EXIT_STOPPED, EXIT_DIFFERS) else EXIT_FAILED
+    if cause.rank in told:
+        return End(code, f"error: {told[cause.rank]}")
+    if cause.code in (EXIT_STOPPED, EXIT_DIFFERS):
+        return End(code)
+    return End(code, f"error: {who} ended with exit code {cause.code}{where}{others}", log)
+
+
+def restore_terminal() -> None:
+    """Rank 0 may have ended with its cursor hidden, in the middle of a line."""
+    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        print("\x1b[?25h", flush=True)
+
+
+def say(text: str) -> None:
+    """One line for people."""
+    print(f"moe-dist: {text}", file=sys.stderr, flush=True)

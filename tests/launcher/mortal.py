@@ -1,0 +1,103 @@
+"""A run that dies where it is told to, and its comparison with one left alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from programs import Program, metrics
+
+from moe_dist.checkpoint.inspecting import digests
+from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.storage import LocalStorage
+
+MODULE = '''
+import json
+import os
+import signal
+
+from moe_dist.models.attention import Attention
+from moe_dist.models.experts import Experts
+from moe_dist.parallel import dispatch
+from moe_dist.parallel.gradients import Gradients
+from moe_dist.train.optimizer import Optimizer
+
+happened = os.environ["DEATHS_HAPPENED"]  # a file with a byte for each; "": the first one, again and again
+done = os.path.getsize(happened) if os.path.exists(happened) else 0
+place, call, rank = (json.loads(os.environ["DEATHS"])[done:] or [("nowhere", 0, 0)])[0]
+calls = 0
+
+
+def die():
+    global calls
+    calls += 1
+    if calls == call and os.environ["RANK"] == str(rank):
+        if happened:
+            with open(happened, "ab") as file:
+                file.write(b".")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def spoil(owner, name):
+    exact = getattr(owner, name)
+
+    def spoiled(*arguments, **options):
+        die()
+        return exact(*arguments, **options)
+
+    setattr(owner, name, spoiled)
+
+
+if place == "optimizer":
+    spoil(Optimizer, "step")
+elif place == "reduction":
+    spoil(Gradients, "reduce")
+elif place == "attention":
+    spoil(Attention, "forward")
+elif place == "backward":
+    backward = dispatch._AllToAll.backward
+    dispatch._AllToAll.backward = staticmethod(lambda ctx, *grads: (die(), backward(ctx, *grads))[1])
+
+
+class Mortal(Experts):
+    """Between the two all-to-alls of a layer."""
+
+    def forward(self, rows, rows_per_expert):
+        if place == "experts" and self.training:
+            die()
+        return super().forward(rows, rows_per_expert)
+'''
+OPTIONS = ("checkpoint.save_steps=2", "train.max_steps=7")
+TORCHRUN = ("moe-dist", "launch", "torchrun")
+Death = tuple[str, int, int]
+"""Place, how manieth time a rank comes there since it was started (layers count), rank."""
+
+
+def start(
+    config: Path,
+    folder: Path,
+    deaths: Sequence[Death],
+    *options: str,
+    starter: Sequence[str] = ("moe-dist", "train"),
+    for_ever: bool = False,
+    **environment: str,
+) -> Program:
+    """A run in folder/run; each start after a death dies the next one, with `for_ever` the first again and again."""
+    (folder / "mortal.py").write_text(MODULE)
+    environment["DEATHS"] = json.dumps(deaths)
+    environment["DEATHS_HAPPENED"] = "" if for_ever else str(folder / "deaths")
+    own = ("model.expert=mortal:Mortal", *OPTIONS, f"train.output_dir={folder / 'run'}")
+    return Program(*starter, config, *own, *options, PYTHONPATH=str(folder), OMP_NUM_THREADS="1", **environment)
+
+
+def is_the_same(folder: Path, twin: Path) -> None:
+    """Every step's loss, and every weight, moment and bias at the end, bit for bit."""
+    ours = {row["step"]: row["loss"] for row in metrics(folder, "train")}
+    assert ours == {row["step"]: row["loss"] for row in metrics(twin, "train")}
+    assert digests(Found(LocalStorage(folder), 7)) == digests(Found(LocalStorage(twin), 7))
+
+
+def errors(program: Program) -> list[str]:
+    """What was said to be wrong."""
+    return [line for line in program.err.splitlines() if line.startswith("moe-dist: error")]
