@@ -73,7 +73,8 @@ def train(config: Config, environment: Environment) -> int:
     from moe_dist.train.agreement import StopRequests
     from moe_dist.train.trainer import MoETrainer
 
-    requests = StopRequests(heard=lambda: tell_launcher(environment.rank, None))
+    # When a rank dies torchrun ends the others, which may have something to say about it.
+    requests = StopRequests(heard=lambda: tell_launcher(environment.rank, None), last_words=True)
     status = _status(environment)
     with connected(config, environment) as mesh, _watched(config, environment, mesh, status):
         trainer = MoETrainer(config, mesh=mesh, stop_requests=requests, status=status)
