@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 
 Message = dict[str, Any]
 PATIENCE = 5.0
-"""Seconds in which a connection must say who it is, or be made."""
+"""Seconds in which a connection must say who it is."""
+_WELCOME = 20.0
+"""Seconds in which a connection must be made and answered."""
 _LONGEST = 65536
-_STRANGERS = 64
+_STRANGERS = 256
 """Connections that have not yet said who they are; more have to wait."""
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _SIOCGIFADDR = 0x8915
@@ -208,7 +210,7 @@ class Spoke(Peers):
         reasons = []
         for address in offer.addresses:
             try:
-                connection = socket.create_connection((address, offer.port), timeout=PATIENCE)
+                connection = socket.create_connection((address, offer.port), timeout=_WELCOME)
                 connection.sendall(json.dumps({"token": offer.token, "rank": rank}).encode() + b"\n")
                 answer, _, more = connection.recv(4096).partition(b"\n")
                 if json.loads(answer) != {"welcome": rank}:

@@ -37,6 +37,8 @@ HEARSAY = 2.0
 _BREATH = 0.05
 _DOUBT = 0.2
 """Seconds before a rank is said to have gone: when a scheduler ends all of them, this one is gone by then too."""
+_GAP = 2.0
+"""Seconds between two looks that mean that not the others were silent: this process was stopped."""
 _LAST_WORDS = 0.5
 """Seconds in which the others hear that they are to stop, before their connections break."""
 
@@ -95,7 +97,7 @@ class Watchdog:
         except OSError as error:
             logger.warning("hangs will not be found: rank %d cannot reach rank 0's watchdog: %s", self.rank, error)
             return
-        peers, due = self._peers, 0.0
+        peers, due, now = self._peers, 0.0, time.monotonic()
         while True:
             began = time.monotonic()
             if began >= due:
@@ -103,8 +105,6 @@ class Watchdog:
                 peers.send(self._sign_of_life(), must=False)
             peers.poll(max(0.0, due - time.monotonic()))
             time.sleep(_BREATH)  # rank 0 must not wake for each of a thousand messages
-            if time.monotonic() - began > 2 * self._interval + 2.0:  # not the others were silent: this process stood
-                self._went_on = time.monotonic()
             self._listen(peers)
             if self._goodbye:
                 self._say_who_has_gone(peers)
@@ -112,10 +112,14 @@ class Watchdog:
                 peers.close()
                 return
             self._say_who_has_gone(peers, after=_DOUBT)
+            verdict = None
             if self.rank == 0 or 0 in peers.gone or self._silence(peers, 0) >= self._timeout:
                 verdict = judge(self._seen(peers), self._timeout, self.name)
-                if verdict is not None:
-                    self._end(peers, verdict)
+            before, now = now, time.monotonic()
+            if now - before > 2 * self._interval + _GAP:
+                self._went_on = now
+            elif verdict is not None:
+                self._end(peers, verdict)
 
     def _sign_of_life(self) -> Message:
         place = self.status.place
