@@ -17,7 +17,10 @@ from launcher.worker import EXIT_AGAIN, EXIT_FAILED, EXIT_STOPPED, Proof
 from moe_dist.config import Config
 from moe_dist.monitor.run_log import note_failure
 from moe_dist.monitor.train_log import log_path
-from moe_dist.parallel.status import Place
+from moe_dist.parallel.hang import Sighting, Verdict, judge
+
+GAP = 2.0
+"""Seconds between two looks that mean that this process was stopped, by Ctrl-Z for example, and its ranks with it."""
 
 
 def launch(config: Config, proof: Proof | None = None) -> int:
@@ -49,13 +52,18 @@ def _run(config: Config, proof: Proof | None, signals: Signals) -> End:
     with Ranks(config, proof) as ranks:
         ended: list[Ended] = []
         deadline = None
+        went_on = now = time.monotonic()
         while ranks.running and not signals.first:
             ended += ranks.poll()
             if deadline is None and any(end.code for end in ended):
                 deadline = time.monotonic() + GRACE
             if deadline is not None and time.monotonic() > deadline:
                 break
-            if deadline is None and (still := _standing_still(ranks, config)):
+            still = _standing_still(ranks, config, time.monotonic() - went_on)
+            before, now = now, time.monotonic()
+            if now - before > GAP:
+                went_on = now
+            elif deadline is None and still is not None:
                 return _hung(still, ranks, config)
             time.sleep(POLL)
         # Whoever failed in this very moment is still a cause, not a casualty.
@@ -70,40 +78,26 @@ def _run(config: Config, proof: Proof | None, signals: Signals) -> End:
         return verdict(failed, ranks.told, ranks.places, config.train.output_dir, len(ranks.processes) == 1)
 
 
-def _standing_still(ranks: Ranks, config: Config) -> dict[int, Place]:
-    """Where all ranks are when none of them has moved for `monitor.stall_timeout`; else nothing.
-
-    Before the first step they read data and compile, which may take any time.
-    """
-    places = ranks.places
+def _standing_still(ranks: Ranks, config: Config, longest: float) -> Verdict | None:
+    """Whom all ranks wait for, when in the last `longest` seconds none has moved for `monitor.stall_timeout`."""
+    timeout = config.monitor.stall_timeout
+    places = {rank: place._replace(seconds=min(place.seconds, longest)) for rank, place in ranks.places.items()}
     if (
         len(places) < len(ranks.processes)
-        or min(place.seconds for place in places.values()) < config.monitor.stall_timeout
+        or judge({rank: Sighting(place) for rank, place in places.items()}, timeout) is None
     ):
-        return {}
-    return places if all(place.step > 0 for place in places.values()) else {}
+        return None
+    seen = {rank: Sighting(place, state="stopped" if ranks.is_stopped(rank) else "") for rank, place in places.items()}
+    return judge(seen, timeout, lambda rank: f"rank {rank} (pid {ranks.processes[rank].pid})")
 
 
-def _hung(places: dict[int, Place], ranks: Ranks, config: Config) -> End:
-    """Name the ranks that the others wait for, and have every rank that can write down its Python stack."""
+def _hung(still: Verdict, ranks: Ranks, config: Config) -> End:
+    """Say whom the others wait for, and have every rank that can write down its Python stack."""
     restore_terminal()
     ranks.write_stacks()
-    stopped = [rank for rank in places if ranks.is_stopped(rank)]
-    # Who is in a collective waits for the others; who is somewhere else keeps them waiting.
-    elsewhere = [rank for rank, place in places.items() if place.phase not in WAITING]
-    culprits = stopped or elsewhere or [max(places, key=lambda rank: places[rank].seconds)]
-    rank = culprits[0]
-    how = "it is stopped (SIGSTOP)" if rank in stopped else "its Python stack is in its log"
     ranks.end()
-    line = (
-        f"error: rank {rank} (pid {ranks.processes[rank].pid}) has not moved for {places[rank].seconds:.0f} s, "
-        f"{places[rank]}: {how}; the other ranks were stopped"
-    )
-    return End(EXIT_FAILED, line, str(log_path(config.train.output_dir, rank)))
-
-
-WAITING = ("the all-to-all", "reducing gradients", "agreeing on the next step")
-"""Phases in which a rank may be held up by others."""
+    line = f"error: {still.text}; the other ranks were stopped"
+    return End(EXIT_FAILED, line, str(log_path(config.train.output_dir, still.ranks[0])))
 
 
 def _interrupted(number: int, ranks: Ranks) -> End:

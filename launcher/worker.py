@@ -13,17 +13,22 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from launcher.environment import Environment, detect, let_the_first_speak
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel.status import SLOT, Status
+
+if TYPE_CHECKING:
+    from moe_dist.parallel.mesh import Mesh
 
 EXIT_CONFIG = 2
 """The configuration, the data or a checkpoint cannot be used as they are; nothing was changed."""
@@ -72,9 +77,11 @@ def train(config: Config, environment: Environment) -> int:
     from moe_dist.train.agreement import StopRequests
     from moe_dist.train.trainer import MoETrainer
 
-    requests = StopRequests(heard=lambda: _tell_launcher(environment.rank, None))
-    with connected(config, environment) as mesh:
-        trainer = MoETrainer(config, mesh=mesh, stop_requests=requests, status=_status(environment))
+    # When a rank dies torchrun ends the others, which may have something to say about it.
+    requests = StopRequests(heard=lambda: tell_launcher(environment.rank, None), last_words=True)
+    status = _status(environment)
+    with connected(config, environment) as mesh, _watched(config, environment, mesh, status):
+        trainer = MoETrainer(config, mesh=mesh, stop_requests=requests, status=status)
         _stacks_on_request(config, environment)
         result = trainer.train()
     if result.failed:
@@ -86,9 +93,40 @@ def train(config: Config, environment: Environment) -> int:
     if environment.rank == 0:
         kept = f"{result.checkpoint} is saved; the same command goes on from it" if result.checkpoint else "not saved"
         text = f"{result.reason} after step {result.steps}: {kept}"
-        if not _tell_launcher(0, text):
+        if not tell_launcher(0, text):
             print(f"moe-dist: {text}", file=sys.stderr, flush=True)
     return EXIT_CTRL_C if result.signal == signal.SIGINT else EXIT_AGAIN
+
+
+class CasualtyError(RuntimeError):
+    """This rank cannot go on because another one has gone or failed: the text says who, and somebody has said it."""
+
+
+@contextmanager
+def _watched(config: Config, environment: Environment, mesh: Mesh, status: Status) -> Iterator[None]:
+    """A watchdog for the block, where the local launcher does not see all ranks from outside."""
+    if os.environ.get(STATUS, "").isdecimal() or not environment.is_distributed:
+        yield
+        return
+    from launcher.watchdog import Watchdog
+
+    watchdog = Watchdog(config, environment, mesh, status)
+    goodbye = "failed"
+    try:
+        yield
+        goodbye = "done"
+    except Exception as error:
+        if _lost_a_peer(error) and (text := watchdog.loss()):
+            raise CasualtyError(text) from error
+        raise
+    finally:
+        watchdog.close(goodbye)
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether a collective has failed because another rank is not there any more, in the words of gloo and NCCL."""
+    words = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "connection refused")
+    return any(word in str(error).lower() for word in words)
 
 
 def verify(config: Config, environment: Environment, proof: Proof) -> int:
@@ -138,24 +176,27 @@ def _is_ours(error: BaseException) -> bool:
     return any(Path(last.filename).is_relative_to(root) for root in roots)
 
 
-def _report(error: BaseException, environment: Environment, code: int) -> int:
+def _report(error: Exception, environment: Environment, code: int) -> int:
     """One line for people; the traceback goes to the rank's log file."""
     details = "".join(traceback.format_exception(error))
     text = " ".join(str(error).split())
     if code == EXIT_FAILED:
         where = f"rank {environment.rank}: " if environment.is_distributed else ""
-        text = f"{where}{type(error).__name__}: {text}"[:_MAX_TEXT]
         log = _write_log(details)
-        text += f"; log: {log}" if log else "; MOE_DIST_DEBUG=1 shows where"
+        if not isinstance(error, CasualtyError):
+            text = f"{where}{type(error).__name__}: {text}"[:_MAX_TEXT]
+            text += f"; log: {log}" if log else "; MOE_DIST_DEBUG=1 shows where"
         if os.environ.get("MOE_DIST_DEBUG") == "1":
             print(details, file=sys.stderr, flush=True)
     else:
         _write_log(f"moe-dist: error: {text}")
-    if _tell_launcher(environment.rank, text):  # it says the first one
+    if tell_launcher(environment.rank, text):  # it says the first one
+        return code
+    if isinstance(error, CasualtyError):  # it has been said
         return code
     if code == EXIT_CONFIG:
         let_the_first_speak()
-    elif "closed by peer" in text or "reset by peer" in text:
+    elif _lost_a_peer(error):
         time.sleep(2)  # a peer has failed and says why; torchrun ends this rank meanwhile
     print(f"moe-dist: error: {text}", file=sys.stderr, flush=True)
     return code
@@ -188,7 +229,7 @@ def _stacks_on_request(config: Config, environment: Environment) -> None:
     faulthandler.register(signal.SIGUSR2, file=path.open("a"), all_threads=True)
 
 
-def _tell_launcher(rank: int, text: str | None) -> bool:
+def tell_launcher(rank: int, text: str | None) -> bool:
     """Words for the launcher or agent, None when a signal has been heard; False when there is none that listens."""
     reports = _channel(REPORTS)
     if reports is None:

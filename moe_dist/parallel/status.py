@@ -86,6 +86,12 @@ class Status:
         self._set(*before)
 
     @property
+    def place(self) -> Place:
+        """Where this rank is, for its other threads."""
+        layer = None if self.layer < 0 else self.layer
+        return Place(time.monotonic() - self._since, self.step, PHASES[self.phase], layer)
+
+    @property
     def own_seconds(self) -> float:
         """Seconds since the last `take` in which this rank waited for no other, up to the last change of phase."""
         return sum(self.seconds[PHASES.index(phase)] for phase in OWN)

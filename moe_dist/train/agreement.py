@@ -20,10 +20,11 @@ class StopRequests:
     Outside the main thread, and for signals that are ignored, nothing is changed.
     """
 
-    def __init__(self, heard: Callable[[], object] = lambda: None) -> None:
-        """`heard` is called when the first one comes, in the middle of whatever this process does."""
+    def __init__(self, heard: Callable[[], object] = lambda: None, last_words: bool = False) -> None:
+        """`heard` is called when the first one comes, in the middle of whatever this process does. `last_words`: after
+        an error nothing is restored, for a process that ends then, and first says why."""
         self.number: int | None = None
-        self._heard = heard
+        self._heard, self._last_words = heard, last_words
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequests:
@@ -43,6 +44,8 @@ class StopRequests:
             self._heard()
 
     def __exit__(self, *exception: object) -> None:
+        if self._last_words and exception[0] is not None:
+            return
         for number, before in self._before.items():
             signal.signal(number, before)  # type: ignore[arg-type]
 

@@ -1,0 +1,229 @@
+"""A thread in every rank that notices when the run stands still, says whom it waits for, and ends it.
+
+It works however the ranks were started; where our own launcher watches from outside it is not needed. Rank 0 hears of
+everybody and decides; who can no longer hear rank 0 decides alone. The thread touches no device and calls no
+collective.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from launcher.environment import Environment
+from launcher.heartbeat import Hub, Message, Offer, Peers, Spoke, addresses, state_of
+from launcher.worker import EXIT_FAILED, tell_launcher
+from moe_dist.config import Config
+from moe_dist.monitor.train_log import log_path
+from moe_dist.parallel.calls import counted, inside
+from moe_dist.parallel.hang import Sighting, State, Verdict, judge
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.status import Place, Status
+
+logger = logging.getLogger("moe_dist")
+INTERVAL = 0.5
+"""Seconds between two signs of life; more with very many ranks, so that rank 0 hears at most a thousand a second."""
+HEARSAY = 2.0
+"""Seconds in which a rank that has lost a connection learns who it was that has gone."""
+_BREATH = 0.05
+_DOUBT = 0.2
+"""Seconds before a rank is said to have gone: when a scheduler ends all of them, this one is gone by then too."""
+_GAP = 2.0
+"""Seconds between two looks that mean that not the others were silent: this process was stopped."""
+_LAST_WORDS = 0.5
+"""Seconds in which the others hear that they are to stop, before their connections break."""
+
+
+class Who(NamedTuple):
+    """A rank as people find it."""
+
+    host: str
+    address: str
+    pid: int
+    spaces: tuple[str, str]
+    """The machine's boot and its process namespace: where a pid means the same."""
+    offer: Offer | None = None
+
+
+class Watchdog:
+    """Started by every rank at the same time (collective); `close` when this rank stops training, whatever for."""
+
+    def __init__(self, config: Config, environment: Environment, mesh: Mesh, status: Status) -> None:
+        self.rank, self.status = environment.rank, status
+        self._timeout = config.monitor.stall_timeout
+        self._interval = max(INTERVAL, environment.world_size / 1000)
+        self._folder, self._training = config.train.output_dir, threading.get_ident()
+        pipeline = mesh.group("pp")
+        self._leave_out = "" if pipeline is None else pipeline.group_name
+        alone = environment.local_world_size == environment.world_size
+        hub = Hub(environment.world_size, secrets.token_hex(16), alone) if environment.rank == 0 else None
+        address = "" if alone else addresses()[0]
+        me = Who(socket.gethostname(), address, os.getpid(), _spaces(), hub.offer if hub else None)
+        self.everybody: list[Who] = mesh.from_all(me)
+        self._peers: Peers | None = hub
+        self._went_on = time.monotonic()
+        self._told: set[int] = set()
+        self._known, self._lost, self._goodbye = threading.Event(), "", ""
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self, goodbye: str) -> None:
+        """This rank stops training: it is `done`, or has `failed` and says why itself."""
+        self._goodbye = goodbye
+        if self._peers is not None:
+            self._peers.wake()
+        self._thread.join(HEARSAY)
+
+    def loss(self) -> str:
+        """Who has gone or failed first, as somebody says it aloud; waits a moment for the news, "" without any."""
+        self._known.wait(HEARSAY)
+        return self._lost
+
+    def _watch(self) -> None:
+        try:
+            if self._peers is None:
+                offer = self.everybody[0].offer
+                assert offer is not None
+                self._peers = Spoke(self.rank, offer)
+        except OSError as error:
+            logger.warning("hangs will not be found: rank %d cannot reach rank 0's watchdog: %s", self.rank, error)
+            return
+        peers, due, now = self._peers, 0.0, time.monotonic()
+        while True:
+            began = time.monotonic()
+            if began >= due:
+                due = began + self._interval
+                peers.send(self._sign_of_life(), must=False)
+            peers.poll(max(0.0, due - time.monotonic()))
+            time.sleep(_BREATH)  # rank 0 must not wake for each of a thousand messages
+            self._listen(peers)
+            if self._goodbye:
+                self._say_who_has_gone(peers)
+                peers.send({"bye": self._goodbye, "rank": self.rank})
+                peers.close()
+                return
+            self._say_who_has_gone(peers, after=_DOUBT)
+            verdict = None
+            if self.rank == 0 or 0 in peers.gone or self._silence(peers, 0) >= self._timeout:
+                verdict = judge(self._seen(peers), self._timeout, self.name)
+            before, now = now, time.monotonic()
+            if now - before > 2 * self._interval + _GAP:
+                self._went_on = now
+            elif verdict is not None:
+                self._end(peers, verdict)
+
+    def _sign_of_life(self) -> Message:
+        place = self.status.place
+        seconds = min(place.seconds, time.monotonic() - self._went_on)
+        return {
+            "place": [seconds, place.step, place.phase, place.layer],
+            "inside": inside(self._training),
+            "calls": counted(self._leave_out),
+        }
+
+    def _silence(self, peers: Peers, rank: int) -> float:
+        moment = peers.heard[rank][0] if rank in peers.heard else self._went_on
+        return time.monotonic() - max(moment, self._went_on)
+
+    def _seen(self, peers: Peers) -> dict[int, Sighting]:
+        """What is known of everybody who trains; nothing as long as somebody has not been heard of at all."""
+        seen = {self.rank: _sighting(self._sign_of_life(), 0.0, "")}
+        for rank in range(len(self.everybody)) if self.rank == 0 else [0]:
+            if rank == self.rank or peers.left.get(rank) == "done":
+                continue
+            if rank not in peers.heard:
+                return {}
+            silence = self._silence(peers, rank)
+            state: State = "gone" if rank in peers.gone or rank in peers.left else ""
+            if not state and silence > 2 * self._interval and self._is_stopped(rank):
+                state = "stopped"
+            seen[rank] = _sighting(peers.heard[rank][1], silence, state)
+        return seen
+
+    def _listen(self, peers: Peers) -> None:
+        while peers.told:
+            message = peers.told.pop(0)
+            if "end" in message and self.rank != 0:
+                self._leave(str(message["end"]), message.get("ranks", []))
+            if "lost" in message:
+                self._lose(peers, str(message["lost"]))
+            elif message.get("bye") == "failed":
+                rank = int(message["rank"])
+                self._lose(peers, f"{self.name(rank)} has failed; log: {log_path(self._folder, rank)}")
+
+    def _lose(self, peers: Peers, text: str) -> bool:
+        """The first loss is news, for every rank; what comes after is its consequence."""
+        if self._known.is_set():
+            return False
+        self._lost = text
+        self._known.set()
+        if self.rank == 0:
+            peers.send({"lost": text})
+        return True
+
+    def _say_who_has_gone(self, peers: Peers, after: float = 0.0) -> None:
+        """One line, from rank 0, or where nobody can hear it any more from one rank of each host."""
+        for rank, since in peers.gone.items():
+            if rank not in self._told and time.monotonic() - since >= after:
+                self._told.add(rank)
+                where = _sighting(peers.heard[rank][1], 0.0, "gone").where if rank in peers.heard else "at its start"
+                text = f"{self.name(rank)} has gone, last seen {where}: killed, by someone or for want of memory"
+                text += f", or its host is lost; log: {log_path(self._folder, rank)}"
+                if self._lose(peers, text):
+                    self._speak(text)
+
+    def _speak(self, text: str) -> None:
+        mine = self.everybody[self.rank]
+        here = [rank for rank, who in enumerate(self.everybody) if rank and who[:2] == mine[:2]]
+        if (self.rank == 0 or self.rank == here[0]) and not tell_launcher(self.rank, text):
+            os.write(2, f"moe-dist: error: {text}\n".encode())
+
+    def _end(self, peers: Peers, verdict: Verdict) -> NoReturn:
+        whose = "all ranks stop" if self.rank == 0 else "the ranks that cannot hear it stop"
+        log = log_path(self._folder, verdict.ranks[0])
+        text = f"{verdict.text}; {whose}; log: {log}"
+        peers.send({"end": text, "ranks": verdict.ranks})
+        self._speak(text)
+        self._leave(text, verdict.ranks)
+
+    def _leave(self, text: str, ranks: list[int]) -> NoReturn:
+        """Write down the Python stacks and end this process, whatever its other threads do. What is stopped on this
+        machine is ended too: it would keep everybody waiting once more."""
+        with suppress(OSError), log_path(self._folder, self.rank).open("a") as file:
+            file.write(f"moe-dist: error: {text}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        time.sleep(_LAST_WORDS)
+        for rank in ranks:
+            if rank != self.rank and self._is_stopped(rank):
+                with suppress(OSError):
+                    os.kill(self.everybody[rank].pid, signal.SIGKILL)
+        os._exit(EXIT_FAILED)
+
+    def _is_stopped(self, rank: int) -> bool:
+        who = self.everybody[rank]
+        return who.spaces == self.everybody[self.rank].spaces and state_of(who.pid) == "T"
+
+    def name(self, rank: int) -> str:
+        """A rank as people find it."""
+        who = self.everybody[rank]
+        return f"rank {rank} (pid {who.pid} on {who.host}{', ' if who.address else ''}{who.address})"
+
+
+def _sighting(message: Message, silence: float, state: State) -> Sighting:
+    return Sighting(Place(*message["place"]), silence, state, message.get("inside"), message.get("calls", {}))
+
+
+def _spaces() -> tuple[str, str]:
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+    return socket.gethostname(), ""

@@ -1,0 +1,107 @@
+"""Nothing moves any more: whom does everybody wait for? One set of rules for all launchers. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+from moe_dist.parallel.status import Place
+
+WAITING = ("the all-to-all", "reducing gradients", "agreeing on the next step")
+"""Phases in which a rank may be held up by others."""
+MOURNING = 10.0
+"""Seconds without progress after which a run ends that has lost a rank; most notice by themselves, and sooner."""
+_NAMED = 4
+State = Literal["", "stopped", "gone"]
+"""Stopped: by SIGSTOP. Gone: it has left without a word, or has failed."""
+
+
+class Sighting(NamedTuple):
+    """What is known of a rank. `place` is where it was when it was last heard of, `silent` seconds ago."""
+
+    place: Place
+    silent: float = 0.0
+    state: State = ""
+    inside: str | None = None
+    """The function of torch.distributed that it was in."""
+    calls: Mapping[str, int] = {}
+    """Group -> collectives that this rank has called in it; the name people know ends at the @."""
+
+    @property
+    def still(self) -> float:
+        """Seconds for which it has not moved, as far as anybody can know."""
+        return self.place.seconds + self.silent
+
+    @property
+    def where(self) -> str:
+        """Step, phase, layer, and the last collectives with their numbers."""
+        calls = ", ".join(f"{name.partition('@')[0]} {number}" for name, number in self.calls.items())
+        last = f", last collectives {calls}" if calls else ""
+        return f"{self.place}{f', in {self.inside}' if self.inside else ''}{last}"
+
+
+class Verdict(NamedTuple):
+    """Whom everybody waits for, and a sentence about it."""
+
+    ranks: list[int]
+    text: str
+
+
+def judge(
+    seen: Mapping[int, Sighting], timeout: float, name: Callable[[int], str] = "rank {}".format
+) -> Verdict | None:
+    """None while anyone has moved within `timeout` seconds. `seen`: all ranks, or those this rank can hear of.
+
+    Before the first step ranks read data and compile, which may take any time. Whoever cannot answer is named first:
+    gone, stopped or silent. Then by the order of collectives: who has called fewer than the others of a group keeps
+    them waiting, unless others keep it waiting. Then who is in a phase of its own. When all of them wait, and not in
+    the same place, they have called different collectives.
+    """
+    here = [sighting for sighting in seen.values() if sighting.state != "gone"]
+    limit = timeout if len(here) == len(seen) else min(timeout, MOURNING)
+    if not here or any(one.place.step == 0 for one in seen.values()) or min(one.still for one in here) < limit:
+        return None
+
+    def those(which: Callable[[Sighting], bool]) -> list[int]:
+        return [rank for rank, sighting in sorted(seen.items()) if which(sighting)]
+
+    def told(ranks: list[int], how: str) -> Verdict:
+        names = [f"{name(rank)} has not moved for {seen[rank].still:.0f} s, {seen[rank].where}" for rank in ranks]
+        more = f"; and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
+        return Verdict(ranks, "; ".join(names[:_NAMED]) + more + f": {how}")
+
+    if gone := those(lambda one: one.state == "gone"):
+        names = [f"{name(rank)} has gone, last seen {seen[rank].where}" for rank in gone[:_NAMED]]
+        return Verdict(gone, "; ".join(names))
+    if stopped := those(lambda one: one.state == "stopped"):
+        return told(stopped, "it is stopped (SIGSTOP)")
+    if silent := those(lambda one: one.silent > limit / 2):
+        return told(silent, "nothing is heard of it: its link is cut, its host gone, or the process stopped")
+    if late := _late(seen):
+        return told(late, "its Python stack is in its log")
+    if busy := those(lambda one: one.place.phase not in WAITING and one.inside is None):
+        return told(busy, "its Python stack is in its log")
+    places = defaultdict(list)
+    for rank, sighting in sorted(seen.items()):
+        places[sighting.where].append(rank)
+    if len(places) == 1:
+        return told([max(seen, key=lambda rank: seen[rank].still)], "its Python stack is in its log")
+    groups = [f"{', '.join(map(name, ranks))} {where}" for where, ranks in places.items()]
+    return Verdict(
+        those(lambda one: True),
+        f"the ranks wait for each other in different collectives since {min(one.still for one in here):.0f} s: "
+        + "; ".join(groups[:_NAMED])
+        + ": their Python stacks are in their logs",
+    )
+
+
+def _late(seen: Mapping[int, Sighting]) -> list[int]:
+    """Ranks that have called fewer collectives than others of a group, and in no group more than others."""
+    groups: dict[str, dict[int, int]] = defaultdict(dict)
+    for rank, sighting in seen.items():
+        for group, number in sighting.calls.items():
+            groups[group][rank] = number
+    late = {rank for calls in groups.values() for rank in calls if calls[rank] < max(calls.values())}
+    early = {rank for calls in groups.values() for rank in calls if calls[rank] > min(calls.values())}
+    return sorted(late - early)

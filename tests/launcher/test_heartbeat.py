@@ -1,0 +1,119 @@
+"""Connections between watchdogs: ranks hear each other, and strangers do no harm."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from launcher.heartbeat import Hub, Peers, Spoke, addresses
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    made = Hub(3, "the word", alone=True)
+    yield made
+    made.close()
+
+
+def connect(hub: Hub, rank: int) -> Spoke:
+    """A spoke, while the hub listens as it would in its own thread."""
+    found: list[Spoke] = []
+    thread = threading.Thread(target=lambda: found.append(Spoke(rank, hub.offer)))
+    thread.start()
+    until(hub, lambda: rank in hub.lines)
+    thread.join(10)
+    return found[0]
+
+
+def until(peers: Peers, condition: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        peers.poll(0.05)
+
+
+def test_who_is_heard_who_leaves_and_who_has_gone(hub: Hub) -> None:
+    one, two = connect(hub, 1), connect(hub, 2)
+    one.send({"place": [0.5, 3, "computing", None]})
+    until(hub, lambda: 1 in hub.heard)
+    assert hub.heard[1][1]["place"] == [0.5, 3, "computing", None]
+    hub.send({"lost": "x"})
+    until(two, lambda: two.told)
+    one.send({"bye": "done", "rank": 1})
+    one.close()
+    two.close()
+    until(hub, lambda: not hub.lines)
+    assert hub.left == {1: "done"}
+    assert set(hub.gone) == {2}
+
+
+GARBAGE = {
+    "HTTP": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "bytes": bytes(range(256)) * 64 + b"\n",
+    "a wrong word": b'{"token": "another", "rank": 1}\n',
+    "no rank": b'{"token": "the word", "rank": "1"}\n',
+    "a rank too many": b'{"token": "the word", "rank": 3}\n',
+    "no object": b"[]\n",
+    "depth": b"[" * 100_000 + b"\n",
+    "length": b"x" * 1_000_000,
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE.keys())
+def test_strangers_are_sent_away(hub: Hub, garbage: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS row 18: nobody is taken for a rank, nothing breaks, and the ranks still come in."""
+    monkeypatch.setattr("launcher.heartbeat.PATIENCE", 0.3)
+    with socket.create_connection(("127.0.0.1", hub.offer.port)) as stranger:
+        stranger.setblocking(False)
+        left = garbage
+        for _ in range(30):
+            with suppress(BlockingIOError, ConnectionError):
+                left = left[stranger.send(left) :] if left else left
+            hub.poll(0.02)
+        until(hub, lambda: not hub._strangers)
+        assert not hub.lines
+    assert connect(hub, 1).lines.keys() == {0}
+
+
+def test_a_rank_that_talks_nonsense_has_gone(hub: Hub) -> None:
+    spoke = connect(hub, 1)
+    spoke.lines[0].socket.send(b"{nonsense\n")
+    until(hub, lambda: 1 in hub.gone)
+
+
+def test_the_same_rank_does_not_come_twice(hub: Hub) -> None:
+    first = connect(hub, 1)
+    with socket.create_connection(("127.0.0.1", hub.offer.port)) as second:
+        second.send(json.dumps({"token": "the word", "rank": 1}).encode() + b"\n")
+        for _ in range(10):
+            hub.poll(0.05)
+        assert hub.lines.keys() == {1}
+        assert second.recv(100) == b"", "closed"
+    assert not first.lines[0].closed
+
+
+def test_who_does_not_read_holds_nobody_up(hub: Hub) -> None:
+    """As a stopped process: what it does not take in is not piled up."""
+    deaf = connect(hub, 1)
+    began = time.monotonic()
+    for _ in range(2000):
+        hub.send({"place": [0.0, 1, "computing", None], "inside": "x" * 5000}, must=False)
+    assert time.monotonic() - began < 10
+    assert len(hub.lines[1]._unsent) < 10_000
+    until(deaf, lambda: 0 in deaf.heard)
+
+
+def test_an_interface_that_is_named_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert addresses()[0] == "127.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-one")
+    assert addresses()

@@ -1,0 +1,161 @@
+"""Under torchrun nobody watches from outside: the ranks find out themselves whom they wait for, say so and end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from programs import Program, losses
+
+pytestmark = pytest.mark.dist
+
+PLANTED = '''
+import os
+import time
+
+import torch
+import torch.distributed as dist
+from moe_dist.models.experts import Experts
+
+RANK, WHAT = os.environ["RANK"], os.environ.get("PLANTED", "")
+
+
+class Planted(Experts):
+    """In step 4, on rank 1, once: an endless loop, or a collective that nobody else calls."""
+
+    calls = 0
+
+    def forward(self, rows, counts):
+        self.calls += self.training
+        if self.calls == 4 and RANK == "1" and self.training:
+            while WHAT == "loop":
+                pass
+            if WHAT == "other":
+                dist.all_reduce(torch.zeros(1))
+        time.sleep(0.05)
+        return super().forward(rows, counts)
+'''
+
+
+def start(config: Path, folder: Path, *options: str, ranks: int = 2, planted: str = "", restarts: int = 0) -> Program:
+    folder.mkdir(exist_ok=True)
+    (folder / "planted.py").write_text(PLANTED)
+    command = ("torchrun", "--standalone", f"--max-restarts={restarts}", "--nproc-per-node", str(ranks))
+    command += ("-m", "launcher", "train", config, "model.expert=planted:Planted", "parallel.ep_size=2")  # type: ignore[assignment]
+    surroundings = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(folder), "PLANTED": planted}
+    return Program(*command, f"train.output_dir={folder / 'run'}", *options, **surroundings)
+
+
+def ranks_of(folder: Path) -> dict[int, int]:
+    """Rank -> pid of those that train into `folder`; torchrun gives each a session of its own."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            if f"train.output_dir={folder}".encode() in words:
+                for item in (entry / "environ").read_bytes().split(b"\0"):
+                    if item.startswith(b"RANK="):
+                        found[int(item[5:])] = int(entry.name)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _no_ranks_left(tmp_path: Path) -> Iterator[None]:
+    yield
+    for pid in ranks_of(tmp_path / "run").values():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def said(program: Program) -> list[str]:
+    """What our ranks have said went wrong, without torchrun's report."""
+    return [line for line in program.err.splitlines() if line.startswith("moe-dist: error")]
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, victim: int) -> None:
+    """FAULTS row 10, also when it is rank 0 that nobody can ask any more."""
+    program = start(config, tmp_path, "train.max_steps=4000", "monitor.stall_timeout=4")
+    program.wait_for("step: 3/")
+    pid = ranks_of(tmp_path / "run")[victim]
+    os.kill(pid, signal.SIGSTOP)
+    sent = time.monotonic()
+    program.wait_until(lambda: said(program), "an error")
+    assert time.monotonic() - sent < 10
+    assert program.end() == 1
+    assert not ranks_of(tmp_path / "run")
+    (line,) = said(program)
+    assert re.match(
+        rf"moe-dist: error: rank {victim} \(pid {pid} on \S+\) has not moved for [4-9] s, in step \d+, .*, last "
+        r"collectives world \d+: it is stopped \(SIGSTOP\); ",
+        line,
+    ), line
+    log = "train.log" if victim else "logs/rank-1.log"
+    assert "most recent call first" in (tmp_path / "run" / log).read_text()
+
+
+@pytest.mark.parametrize(
+    ("planted", "expected"),
+    [
+        (
+            "loop",
+            r"rank 1 \(pid \d+ on \S+\) has not moved for \d+ s, in step 4, computing, last collectives world",
+        ),
+        (
+            "other",
+            r"the ranks wait for each other in different collectives since \d+ s: rank 0 \(pid .* in step 4, the "
+            r"all-to-all of layer 0, in all_to_all_single, .*; rank 1 \(pid .* in step 4, computing, in all_reduce, ",
+        ),
+    ],
+)
+def test_a_loop_and_a_wrong_collective_are_found_and_named(
+    config: Path, tmp_path: Path, planted: str, expected: str
+) -> None:
+    """FAULTS rows 10 and 12: the others wait in a collective; every rank writes its stack and ends."""
+    options = ("parallel.ep_size=2", "train.max_steps=9", "monitor.stall_timeout=4")
+    program = start(config, tmp_path, *options, planted=planted, ranks=2)
+    assert program.end() == 1
+    (line,) = said(program)
+    assert re.match(f"moe-dist: error: {expected}", line), line
+    assert not ranks_of(tmp_path / "run")
+    assert re.search(r'planted.py", line \d+ in forward', (tmp_path / "run" / "logs" / "rank-1.log").read_text())
+
+
+@pytest.mark.slow
+def test_stopped_and_continued(config: Path, tmp_path: Path) -> None:
+    """FAULTS row 11: a rank that is stopped for less than the limit, or all of them for more, as Slurm suspends a job:
+    nothing happens, the run is its twin. Seen to fail without `_went_on`."""
+    program = start(config, tmp_path, "train.max_steps=40", "monitor.stall_timeout=8")
+    program.wait_for("step: 5/")
+    pids = ranks_of(tmp_path / "run")
+    for victims, seconds in (([pids[1]], 3), ([pids[0]], 3), (list(pids.values()), 12)):
+        for pid in victims:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        for pid in victims:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(1)
+    assert program.end() == 0, program.err
+    assert not said(program)
+    twin = start(config, tmp_path / "twin", "train.max_steps=40")
+    assert twin.end() == 0, twin.err
+    assert losses(tmp_path / "run") == losses(tmp_path / "twin" / "run")
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_rank_is_named_once(config: Path, tmp_path: Path, victim: int) -> None:
+    """By the lowest one that is left; not by everybody, and not as `Connection closed by peer`."""
+    program = start(config, tmp_path, "train.max_steps=4000", ranks=4)
+    program.wait_for("step: 3/")
+    pid = ranks_of(tmp_path / "run")[victim]
+    os.kill(pid, signal.SIGKILL)
+    assert program.end() == 1
+    (line,) = said(program)
+    assert line.startswith(f"moe-dist: error: rank {victim} (pid {pid} on "), line
+    assert re.search(r"has gone, last seen in step \d+, .*: killed, by someone or for want of memory", line), line
