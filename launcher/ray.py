@@ -86,7 +86,7 @@ class Plan:
         resize = f", elastic_resize_monitor_interval_s={RESIZE_INTERVAL:g}" if self.elastic else ""
         defaults = {name: os.environ.get(name, value) for name, value in DEFAULTS.items()}
         lines = [
-            f"address      {self.address or 'the cluster that this machine belongs to, else a new one on this machine'}",
+            f"address      {self.address or 'the cluster that this machine belongs to, else a new one on it'}",
             f"ScalingConfig(num_workers={self.num_workers}, use_gpu={self.use_gpu}, "
             f"resources_per_worker={self.resources}{resize})",
             f"RunConfig(name={self.name!r}, storage_path={str(self.storage_path)!r})",

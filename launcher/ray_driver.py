@@ -19,8 +19,7 @@ from launcher.ray_rank import TICK, Desk, RankFailed, run
 from launcher.worker import EXIT_AGAIN, EXIT_FAILED
 from moe_dist.config_loading import ConfigError
 
-for _name, _value in DEFAULTS.items():
-    os.environ.setdefault(_name, _value)  # Ray reads them when it is imported
+os.environ.update({name: value for name, value in DEFAULTS.items() if name not in os.environ})  # read at import
 try:
     import ray
     import ray.train
