@@ -16,6 +16,7 @@ from launcher import checkpoint_commands
 from launcher.environment import detect, join_slurm, let_the_first_speak, started_by_torchrun
 from launcher.launch_commands import app as launch_app
 from launcher.mpi import join_mpi
+from launcher.sweep_command import sweep
 from launcher.worker import EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED
 from moe_dist import __version__
 from moe_dist.config import Config
@@ -194,6 +195,9 @@ def profile(
     from launcher.local import launch
 
     raise typer.Exit(launch(settings, wanted))
+
+
+app.command(context_settings=_OVERRIDES)(sweep)
 
 
 @app.command()

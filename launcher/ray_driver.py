@@ -40,7 +40,7 @@ class _SharedDevices(Backend):
     share_cuda_visible_devices = True
 
 
-class _NoBackend(BackendConfig):  # type: ignore[misc]
+class _NoBackend(BackendConfig):
     """The ranks connect themselves."""
 
     backend = "none"
@@ -50,7 +50,7 @@ class _NoBackend(BackendConfig):  # type: ignore[misc]
         return _SharedDevices
 
 
-class _Tells(ray.train.UserCallback):  # type: ignore[misc]
+class _Tells(ray.train.UserCallback):
     """One line about each failure, from Ray's controller."""
 
     def __init__(self, desk: Any, max_failures: int) -> None:
@@ -83,7 +83,7 @@ def connect(address: str | None, cpus: float, **options: Any) -> None:
             if address is not None:
                 raise ConfigError(f"--address {address}: there is no Ray cluster; start one with ray start --head")
         ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(-(-cpus // 1))), **options)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"Ray cannot be reached or started: {' '.join(str(error).split())[:500]}") from error
 
 

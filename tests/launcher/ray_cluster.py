@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,18 @@ class Cluster:
         # A socket's path must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         self.port = free_port()
+        token = self.folder / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        # For everybody who is to find the cluster.
+        self.environment = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         self._count = 0
 
@@ -85,11 +98,8 @@ class Cluster:
         surroundings = {
             **os.environ,
             **quick,
+            **self.environment,
             "RAY_NODE_OF_TEST": f"{self.folder}:{number}",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "RAY_USAGE_STATS_ENABLED": "0",
         }
         with (self.folder / f"node-{number}.console").open("wb") as log:
             self._nodes[number] = subprocess.Popen(
