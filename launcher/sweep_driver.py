@@ -19,6 +19,7 @@ from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # of which not even verbose=0 is silent
 import ray
 from ray import tune
 
