@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.processes import HEARING, Signals, say
 from launcher.ray import DEFAULTS, RESIZE_INTERVAL, Plan
-from launcher.ray_rank import TICK, Desk, RankFailed, run
+from launcher.ray_rank import LEAVING, TICK, Desk, RankFailed, run
 from launcher.worker import EXIT_AGAIN, EXIT_FAILED
 from moe_dist.config_loading import ConfigError
 
@@ -183,9 +183,10 @@ def _watch(thread: threading.Thread, desk: Any, signals: Signals, plan: Plan) ->
             asked_at = time.monotonic()
             ray.get(desk.ask_to_stop.remote(signals.first))
         if asked_at is not None:
-            waited = time.monotonic() - asked_at
-            unheard = waited > HEARING + 2 * TICK and not ray.get(desk.heard.remote())
-            if signals.count > 1 or waited > plan.config.launch.grace_period + 10 or unheard:
+            waited, grace = time.monotonic() - asked_at, plan.config.launch.grace_period
+            hearing = HEARING + 2 * TICK if signals.first == signal.SIGINT else grace
+            unheard = waited > hearing and not ray.get(desk.heard.remote())
+            if signals.count > 1 or waited > grace + LEAVING or unheard:
                 return False
         thread.join(PRINTING)
 

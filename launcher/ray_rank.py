@@ -276,11 +276,13 @@ def _accompany(rank: Rank | None, desk: Any, config: Config) -> None:
     import ray
 
     over: float | None = None  # since when rank 0 has ended for good
-    next_tick = 0.0
+    next_tick, told = 0.0, False
     while True:
         code = rank.process.poll() if rank is not None else None
         if rank is not None and code in FINAL:
-            ray.get(desk.tell.remote(code, rank.told))
+            if not told:
+                ray.get(desk.tell.remote(code, rank.told))
+            told = True
         elif rank is not None and code:
             if code > 0:  # perhaps because of another, which has an answer for good
                 time.sleep(GRACE)

@@ -69,6 +69,7 @@ LIGHT = (
     "launcher.kubernetes",
     "launcher.pod",
     "launcher.slurm",
+    *("launcher.ray", "launcher.ray_rank", "launcher.sweep", "launcher.sweep_command", "launcher.sweep_trial"),
 )
 HEAVY = (
     *("torch", "numpy", "transformers", "datasets", "tokenizers", "tensorboard"),
