@@ -241,6 +241,6 @@ def cause(failures: dict[int, Exception]) -> str:
 def _one_line(error: Exception) -> str:
     """Ray's errors are pages; their last line says it."""
     inner = getattr(error, "health_check_failure", None) or getattr(error, "controller_failure", None) or error
-    if "died" in str(inner):
+    if isinstance(inner, ray.exceptions.RayActorError):
         return "its process or its node has died"
     return " ".join(str(inner).split())[:300]

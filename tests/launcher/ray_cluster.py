@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -130,12 +131,21 @@ class Cluster:
                 with suppress(ProcessLookupError):
                     os.kill(pid, what)
 
-    def node_of(self, pid: int) -> int:
-        """The number of the node that a process belongs to."""
-        for number in self._nodes:
-            if pid in self.processes(number):
-                return number
-        raise AssertionError(f"process {pid} is on no node")
+    def drain_node(self, number: int, seconds: int) -> None:
+        """As when a cloud wants a machine back, in so many seconds."""
+        text = b" ".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in self.processes(number))
+        node = re.search(rb"--node[-_]id=(\w+)", text)
+        assert node, text
+        words = [
+            f"--address={self.address}",
+            f"--node-id={node[1].decode()}",
+            f"--deadline-remaining-seconds={seconds}",
+        ]
+        reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"]
+        command = [str(BIN / "ray"), "drain-node", *words, *reason]
+        environment = {**os.environ, **self.environment}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert done.returncode == 0, done.stderr
 
     def processes(self, number: int | None = None) -> list[int]:
         """Everything alive of one node, or of all."""
