@@ -23,6 +23,7 @@ from launcher.environment import (
 )
 from launcher.launch_commands import app as launch_app
 from launcher.mpi import join_mpi
+from launcher.sweep_command import sweep
 from launcher.worker import EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED
 from moe_dist import __version__
 from moe_dist.config import Config
@@ -202,6 +203,9 @@ def profile(
     from launcher.local import launch
 
     raise typer.Exit(launch(settings, wanted))
+
+
+app.command(context_settings=_OVERRIDES)(sweep)
 
 
 @app.command()

@@ -203,6 +203,29 @@ def _mpirun_is_between(environ: Mapping[str, str]) -> bool:
     )
 
 
+def ray_address(asked: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The Ray cluster to use: as asked, or as RAY_ADDRESS says (`ray job submit` sets it); None when nobody says.
+
+    Raises ConfigError when both speak of different ones, and inside a rank: Ray would start ranks in it.
+    """
+    if started_by_torchrun(environ):
+        name = "RANK" if "RANK" in environ else "WORLD_SIZE"
+        raise ConfigError(
+            f"{name}={environ[name]}: this process is a rank already, and Ray starts ranks itself: "
+            f"use moe-dist train here, or unset {name}"
+        )
+    given = environ.get("RAY_ADDRESS")
+    if asked and given and asked != given:
+        raise ConfigError(f"--address {asked}, but RAY_ADDRESS={given}: leave one of them out")
+    address = asked or given or None
+    if address and address.startswith("ray://"):
+        raise ConfigError(
+            f"--address {address}: training cannot go through Ray Client; run the command on the cluster, "
+            "by ray job submit or on its head, with --address auto"
+        )
+    return address
+
+
 def tasks_per_node(name: str, text: str) -> list[int]:
     """`2(x3),1` is [2, 2, 2, 1]. Raises ConfigError with the variable's name."""
     found: list[int] = []

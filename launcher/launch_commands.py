@@ -200,5 +200,43 @@ def _start(start: Start, dry_run: bool) -> NoReturn:
     start.become()
 
 
+@app.command("ray", context_settings=_OVERRIDES)
+def ray(
+    context: typer.Context,
+    config: ConfigPath,
+    address: Annotated[Text, typer.Option(help="Cluster: auto, local or HOST:PORT; default: RAY_ADDRESS.")] = None,
+    num_workers: Annotated[
+        Text, typer.Option("--num-workers", "-n", metavar="N|MIN:MAX", help="Ranks; default: launch.nproc_per_node.")
+    ] = None,
+    cpus_per_worker: Annotated[float, typer.Option(help="CPUs of a rank.")] = 1.0,
+    gpus_per_worker: Annotated[
+        int | None, typer.Option(min=0, max=1, help="GPUs of a rank; default: 1 with launch.device=cuda.")
+    ] = None,
+    max_failures: Annotated[
+        int | None, typer.Option(min=0, help="Lost workers or nodes to survive; default: launch.max_restarts.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train CONFIG with Ray Train, on a Ray cluster or on this machine.
+
+    A lost worker or node restarts the run from its newest checkpoint; with --num-workers MIN:MAX and parallel.elastic
+    on as many ranks as there is room for.
+
+    [dim]Example:[/dim]  moe-dist launch ray configs/demo.yaml --num-workers 8 --gpus-per-worker 1
+    """
+    from launcher.ray import Request, plan
+
+    request = Request(address, num_workers, cpus_per_worker, gpus_per_worker, max_failures)
+    asked, notes = plan(load_config(config, context.args, notice=_notice), request)
+    for note in notes:
+        _notice(note)
+    if dry_run:
+        print(asked)
+        return
+    from launcher.ray_driver import launch
+
+    raise typer.Exit(launch(asked))
+
+
 def _notice(text: str) -> None:
     Console(stderr=True, soft_wrap=True).print(f"[dim]note: {escape(text)}[/dim]", highlight=False)

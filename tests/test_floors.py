@@ -76,6 +76,7 @@ LIGHT = (
     "launcher.starting",
     "launcher.torchrun",
     "launcher.slurm",
+    *("launcher.ray", "launcher.ray_rank", "launcher.sweep", "launcher.sweep_command", "launcher.sweep_trial"),
 )
 HEAVY = (
     *("torch", "numpy", "transformers", "datasets", "tokenizers", "tensorboard"),

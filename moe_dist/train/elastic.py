@@ -6,7 +6,7 @@ are configured when the ranks allow it, otherwise they are spread over fewer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pydantic import ValidationError
 
@@ -39,11 +39,21 @@ def replan(config: Config, world_size: int, batch: int | None = None) -> tuple[C
             f"{train.gradient_accumulation_steps} micro-batches of {train.per_device_train_batch_size} on each replica "
             f"keep the global batch of {batch} sequences"
         )
-    fit = [str(world) for world in range(1, 4 * world_size + 65) if next(_plans(config, world, batch), None)]
+    fit = [str(world) for world in fitting(config, range(1, 4 * world_size + 65), batch)]
     raise ConfigError(
         f"world_size={world_size}: no layout keeps the global batch of {batch} sequences; "
         f"numbers of ranks that do: {', '.join(fit[:12]) or 'none'}"
     )
+
+
+def global_batch(config: Config, world_size: int) -> int:
+    """Sequences in one step, to be kept: those of the newest checkpoint, or of a first start on this many ranks."""
+    return saved_batch(config) or first_batch(config, world_size)
+
+
+def fitting(config: Config, worlds: Iterable[int], batch: int) -> list[int]:
+    """Those of `worlds`, numbers of ranks, that some layout trains on with this global batch."""
+    return [world for world in worlds if next(_plans(config, world, batch), None)]
 
 
 def saved_batch(config: Config) -> int | None:

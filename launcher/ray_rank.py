@@ -1,0 +1,330 @@
+"""What each worker of Ray Train does: start one rank as a process, and stay its parent.
+
+The rank is the process that every launcher of ours starts (`launcher.worker`), with the same variables, exit codes and
+signals; the worker listens to it as the local launcher does, and dies with it, or it with the worker. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from launcher.local import newest_step
+from launcher.processes import GRACE, LOOPBACK, POLL
+from launcher.worker import CONFIG, EXIT_AGAIN, EXIT_CONFIG, EXIT_STOPPED, LAUNCHER, REPORTS, STATUS, STORE, TOKEN
+from moe_dist.config import Config
+from moe_dist.monitor.train_log import log_path
+from moe_dist.parallel.status import SLOT, read
+from moe_dist.train.elastic import replan
+
+TICK = 1.0
+"""Seconds between two looks at what is asked of the run."""
+LEAVING = 30.0
+"""Seconds a rank has to end once rank 0 has ended well."""
+FINAL = (EXIT_CONFIG, EXIT_STOPPED, EXIT_AGAIN, 128 + signal.SIGINT)
+"""Exit codes after which starting again would be of no use, or is not wanted."""
+
+
+class RankFailed(Exception):
+    """A rank that has ended as it should not. `killed`: from outside, so that it is the cause of other failures."""
+
+    def __init__(self, text: str, killed: bool) -> None:
+        super().__init__(text, killed)
+        self.text, self.killed = text, killed
+
+
+class Desk:
+    """Where the command and the ranks leave word for each other: an actor on the command's node."""
+
+    def __init__(self) -> None:
+        self._said: list[tuple[int, bytes]] = []
+        self._last_seen = time.monotonic()
+        self._signal: int | None = None
+        self._heard = False
+        self._starts = 0
+        self._end: tuple[int, str | None] | None = None
+        self._leaving = False
+
+    def say(self, stream: int, text: bytes) -> None:
+        """For standard output (1) or error (2) of the command."""
+        self._said.append((stream, text))
+
+    def news(self) -> tuple[list[tuple[int, bytes]], float]:
+        """What has been said since the last call, and for how many seconds nobody has been here."""
+        said, self._said = self._said, []
+        return said, time.monotonic() - self._last_seen
+
+    def ask_to_stop(self, number: int) -> None:
+        self._signal = number
+
+    def asked(self) -> int | None:
+        """The signal that the command was sent; asked by rank 0's worker."""
+        self._last_seen = time.monotonic()
+        self._heard = self._heard or self._signal is not None
+        return self._signal
+
+    def heard(self) -> bool:
+        return self._heard
+
+    def begin(self) -> int:
+        """Which start of the workers this is, from 1."""
+        self._starts += 1
+        return self._starts
+
+    def node_leaves(self) -> None:
+        """A node is being taken away: the ranks save, to be started again elsewhere."""
+        self._leaving = True
+
+    def tell(self, code: int, text: str | None) -> None:
+        """How the run has ended; the first to speak is right."""
+        if self._end is None:
+            self._end = code, text
+
+    def told(self) -> tuple[int, str | None] | None:
+        return self._end
+
+    def goes_on(self) -> bool:
+        """Whether the run was stopped only because a node is taken away; forgotten once asked."""
+        again = self._leaving and self._end is not None and self._end[0] == EXIT_AGAIN and self._signal is None
+        if again:
+            self._end, self._leaving = None, False
+        return again
+
+
+class Rank:
+    """One rank as a process of its own."""
+
+    def __init__(self, number: int, config: Config, variables: dict[str, str], listener: Any, job: dict) -> None:
+        self.number, self._config = number, config
+        world_size = int(variables["WORLD_SIZE"])
+        self._reports, theirs = os.pipe()
+        os.set_blocking(self._reports, False)
+        self._unread = b""
+        status, path = tempfile.mkstemp()
+        os.unlink(path)
+        os.ftruncate(status, world_size * SLOT)
+        self._board = mmap.mmap(status, world_size * SLOT)
+        own = {
+            CONFIG: config.model_dump_json(),
+            LAUNCHER: str(os.getpid()),
+            REPORTS: str(theirs),
+            STATUS: str(status),
+            STORE: "" if listener is None else str(listener.fileno()),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "launcher.worker"],
+            env={**os.environ, **variables, **own},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[theirs, status, *([] if listener is None else [listener.fileno()])],
+            cwd=job["folder"],
+        )
+        os.close(theirs)
+        os.close(status)
+        self._asked = False
+        self._readers = [
+            threading.Thread(target=_pass_on, args=(file, stream, job["desk"]), daemon=True)
+            for stream, file in ((1, self.process.stdout), (2, self.process.stderr))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def ask_to_stop(self, number: int) -> None:
+        """Once: the step in hand is finished and saved."""
+        if not self._asked:
+            self._asked = True
+            self.process.send_signal(number)
+
+    @property
+    def told(self) -> str | None:
+        """What went wrong, in the rank's own words."""
+        with suppress(BlockingIOError):
+            while data := os.read(self._reports, 65536):
+                self._unread += data
+        for line in self._unread.split(b"\n")[:-1]:
+            if (text := json.loads(line)[1]) is not None:
+                return str(text)
+        return None
+
+    def failure(self) -> RankFailed:
+        code, text = self.process.returncode, self.told
+        log = log_path(self._config.train.output_dir, self.number)
+        if text is not None:
+            return RankFailed(text, False)
+        place = read(self._board, self.number)
+        where = f" {place}" if place is not None and place.step else ""
+        who = f"rank {self.number} (pid {self.process.pid} on {socket.gethostname()})"
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = ", by someone or for want of memory" if name == "SIGKILL" else ""
+            # Not SIGABRT: that is how libraries give up when a peer is gone.
+            return RankFailed(f"{who} was ended by {name}{where}{hint}; log: {log}", code != -signal.SIGABRT)
+        return RankFailed(f"{who} ended with exit code {code}{where}; log: {log}", False)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for reader in self._readers:
+            reader.join(GRACE)
+        os.close(self._reports)
+        self._board.close()
+
+
+def _pass_on(file: Any, stream: int, desk: Any) -> None:
+    """What a rank prints goes to the terminal of the command."""
+    with file:
+        while text := file.read1(65536):
+            desk.say.remote(stream, text)
+
+
+def run(job: dict[str, Any]) -> None:
+    """The function that Ray Train calls on every worker; `job` comes from `ray_driver`.
+
+    It returns when there is nothing more to do for this start of the run, for better or worse, having told the desk;
+    it raises RankFailed when Ray is to start the workers again.
+    """
+    import ray
+    import ray.train
+
+    desk, context = job["desk"], ray.train.get_context()
+    if ray.get(desk.told.remote()) is not None:
+        return
+    worker, workers = context.get_world_rank(), context.get_world_size()
+    world_size = max(number for number in job["worlds"] if number <= workers)
+    config, sentence = replan(Config.model_validate_json(job["config"]), world_size, job["batch"])
+    listener = socket.create_server(("", 0), backlog=1024) if worker == 0 else None
+    met = _meet(job, config, context, world_size, listener)
+    config.checkpoint.resume = met["resume"]
+    if worker == 0:
+        waiting = (
+            f"{workers - world_size} of {workers} workers wait: no layout fits more" if world_size < workers else None
+        )
+        for text in filter(None, (sentence, waiting)):
+            desk.say.remote(2, f"note: {text}\n".encode())
+    if worker >= world_size:
+        _accompany(None, desk, config)
+        return
+    # The workers of a node have numbers in a row, and the last node may be used in part.
+    first = worker - context.get_local_rank()
+    here = min(context.get_local_world_size(), world_size - first)
+    variables = {
+        **_defaults(config, here == world_size),
+        **job["environment"],
+        "RANK": str(worker),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(here),
+        "MASTER_ADDR": job["environment"].get("MASTER_ADDR", met["address"]),
+        "MASTER_PORT": str(met["port"]),
+        TOKEN: met["token"],
+    }
+    rank = Rank(worker, config, variables, listener, job)
+    if listener is not None:
+        listener.close()
+    try:
+        _accompany(rank, desk, config)
+    finally:
+        rank.close()
+
+
+def _meet(job: dict[str, Any], config: Config, context: Any, world_size: int, listener: Any) -> dict[str, Any]:
+    """Where rank 0 serves, and what is resumed, the same for all (collective)."""
+    import ray
+    from ray.train.collective import broadcast_from_rank_zero
+
+    offer = None
+    if listener is not None:
+        resume = config.checkpoint.resume
+        if ray.get(job["desk"].begin.remote()) > 1 and (resume == "never" or newest_step(config) >= 0):
+            resume = "auto"  # this run's own newest, not what the first start was told
+        one_machine = context.get_local_world_size() >= world_size
+        offer = {
+            "address": LOOPBACK if one_machine else ray.util.get_node_ip_address(),
+            "port": listener.getsockname()[1],
+            "token": secrets.token_hex(8),
+            "resume": resume,
+        }
+    met: dict[str, Any] = broadcast_from_rank_zero(offer)
+    return met
+
+
+def _defaults(config: Config, one_machine: bool) -> dict[str, str]:
+    """For variables that nobody has set."""
+    defaults = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
+    if config.launch.num_threads:
+        defaults["OMP_NUM_THREADS"] = str(config.launch.num_threads)
+    if one_machine and sys.platform.startswith("linux"):
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    return {name: value for name, value in defaults.items() if name not in os.environ or name == "OMP_NUM_THREADS"}
+
+
+def _accompany(rank: Rank | None, desk: Any, config: Config) -> None:
+    """Until the run has ended (rank None: a worker that waits): pass on what is asked, tell Ray of the progress."""
+    import ray
+
+    over: float | None = None  # since when rank 0 has ended for good
+    next_tick, told = 0.0, False
+    while True:
+        code = rank.process.poll() if rank is not None else None
+        if rank is not None and code in FINAL:
+            if not told:
+                ray.get(desk.tell.remote(code, rank.told))
+            told = True
+        elif rank is not None and code:
+            if code > 0:  # perhaps because of another, which has an answer for good
+                time.sleep(GRACE)
+                if ray.get(desk.told.remote()) is not None:
+                    return
+            raise rank.failure()
+        first_is_over = rank is not None and rank.number == 0 and code is not None
+        if over is None and (first_is_over or time.monotonic() >= next_tick):
+            over = time.monotonic() if _tick(rank, desk, config, first_is_over) else None
+            next_tick = time.monotonic() + TICK
+        if over is not None and (rank is None or code is not None or time.monotonic() > over + LEAVING):
+            return
+        time.sleep(POLL)
+
+
+def _tick(rank: Rank | None, desk: Any, config: Config, first_is_over: bool) -> bool:
+    """What rank 0's worker has to say, to all (collective): whether the run has ended."""
+    import ray
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    word = None
+    if rank is not None and rank.number == 0:
+        word = {"over": first_is_over, "asked": ray.get(desk.asked.remote()), **last_step(config.train.output_dir)}
+    word = broadcast_from_rank_zero(word)
+    leaving = ray.train.get_preemption_info()
+    if leaving is not None and not word["over"]:
+        ray.get(desk.node_leaves.remote())
+    if rank is not None and (word["asked"] is not None or leaving is not None):
+        rank.ask_to_stop(signal.SIGUSR1 if word["asked"] == signal.SIGUSR1 else signal.SIGTERM)
+    if "loss" in word:
+        ray.train.report({"step": word["step"], "loss": word["loss"]})
+    return bool(word["over"])
+
+
+def last_step(run_folder: Path) -> dict[str, Any]:
+    """Step and loss of the last line about training in metrics.jsonl; nothing before there is one."""
+    with suppress(OSError, ValueError), (run_folder / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+        for line in reversed(file.read().splitlines()):
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and row.get("kind") == "train":
+                    return {"step": row["step"], "loss": row["loss"]}
+    return {}
