@@ -85,7 +85,8 @@ def verdict(
     alone: bool,
     host: str = "",
 ) -> End:
-    """Say what went wrong first. A rank ended from outside is the cause, whatever its peers said before.
+    """Say what went wrong first. A rank ended from outside is the cause, whatever its peers said before, unless they
+    have said it of that rank: that it stood still, and had to be ended.
 
     `folder`: of the run, if it is known. `alone`: there is one rank in all. `host` is named when there are several.
     """
@@ -103,7 +104,7 @@ def verdict(
     where = f" {place}" if place is not None and place.step else ""
     if cause.code in (EXIT_AGAIN, EXIT_CTRL_C):
         return End(cause.code, told.get(0, "stopped on request"))
-    if cause.code < 0:
+    if cause.code < 0 and cause.rank not in told:
         name = signal.Signals(-cause.code).name
         hint = ", by someone or for want of memory" if name == "SIGKILL" else ""
         return End(EXIT_FAILED, f"error: {who} was ended by {name}{where}{hint}{others}", log)

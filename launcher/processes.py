@@ -18,7 +18,7 @@ from types import FrameType
 from launcher.board import Board
 from launcher.endings import Ended, say
 from launcher.environment import usable_cores
-from launcher.worker import CONFIG, EXIT_AGAIN, LAUNCHER, PROOF, STORE, Proof
+from launcher.worker import CONFIG, EXIT_AGAIN, LAUNCHER, PROOF, STORE, WATCHED, Proof
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.status import Place
@@ -72,6 +72,7 @@ class Ranks:
                 PROOF: json.dumps(proof and asdict(proof)),
                 LAUNCHER: str(os.getpid()),
                 **self.board.for_children(),
+                WATCHED: "1",
                 "WORLD_SIZE": str(count),
                 "LOCAL_WORLD_SIZE": str(count),
                 "MASTER_ADDR": LOOPBACK,

@@ -230,7 +230,7 @@ def cause(failures: dict[int, Exception]) -> str:
     """What went wrong first. A rank or worker ended from outside is the cause, whatever its peers said before."""
     ours = [error for error in failures.values() if isinstance(error, RankFailed)]
     for error in ours:
-        if error.killed:
+        if error.cause:
             return error.text
     for number, other in failures.items():
         if not isinstance(other, RankFailed):

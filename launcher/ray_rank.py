@@ -7,26 +7,24 @@ signals; the worker listens to it as the local launcher does, and dies with it, 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import secrets
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.local import newest_step
+from launcher.board import Board
+from launcher.endings import newest_step
 from launcher.processes import GRACE, LOOPBACK, POLL
-from launcher.worker import CONFIG, EXIT_AGAIN, EXIT_CONFIG, EXIT_STOPPED, LAUNCHER, REPORTS, STATUS, STORE, TOKEN
+from launcher.worker import CONFIG, EXIT_AGAIN, EXIT_CONFIG, EXIT_STOPPED, LAUNCHER, STORE, TOKEN
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
-from moe_dist.parallel.status import SLOT, read
 from moe_dist.train.elastic import replan
 
 TICK = 1.0
@@ -38,11 +36,11 @@ FINAL = (EXIT_CONFIG, EXIT_STOPPED, EXIT_AGAIN, 128 + signal.SIGINT)
 
 
 class RankFailed(Exception):
-    """A rank that has ended as it should not. `killed`: from outside, so that it is the cause of other failures."""
+    """A rank that has ended as it should not. `cause`: of the others' failures, as when it was ended from outside."""
 
-    def __init__(self, text: str, killed: bool) -> None:
-        super().__init__(text, killed)
-        self.text, self.killed = text, killed
+    def __init__(self, text: str, cause: bool) -> None:
+        super().__init__(text, cause)
+        self.text, self.cause = text, cause
 
 
 class Desk:
@@ -108,19 +106,12 @@ class Rank:
 
     def __init__(self, number: int, config: Config, variables: dict[str, str], listener: Any, job: dict) -> None:
         self.number, self._config = number, config
-        world_size = int(variables["WORLD_SIZE"])
-        self._reports, theirs = os.pipe()
-        os.set_blocking(self._reports, False)
-        self._unread = b""
-        status, path = tempfile.mkstemp()
-        os.unlink(path)
-        os.ftruncate(status, world_size * SLOT)
-        self._board = mmap.mmap(status, world_size * SLOT)
+        self._local = int(variables["LOCAL_RANK"])
+        self._board = Board(int(variables["LOCAL_WORLD_SIZE"]))
         own = {
             CONFIG: config.model_dump_json(),
             LAUNCHER: str(os.getpid()),
-            REPORTS: str(theirs),
-            STATUS: str(status),
+            **self._board.for_children(),
             STORE: "" if listener is None else str(listener.fileno()),
         }
         self.process = subprocess.Popen(
@@ -128,11 +119,10 @@ class Rank:
             env={**os.environ, **variables, **own},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=[theirs, status, *([] if listener is None else [listener.fileno()])],
+            pass_fds=[self._board.theirs, self._board.status, *([] if listener is None else [listener.fileno()])],
             cwd=job["folder"],
         )
-        os.close(theirs)
-        os.close(status)
+        os.close(self._board.theirs)
         self._asked = False
         self._readers = [
             threading.Thread(target=_pass_on, args=(file, stream, job["desk"]), daemon=True)
@@ -150,20 +140,14 @@ class Rank:
     @property
     def told(self) -> str | None:
         """What went wrong, in the rank's own words."""
-        with suppress(BlockingIOError):
-            while data := os.read(self._reports, 65536):
-                self._unread += data
-        for line in self._unread.split(b"\n")[:-1]:
-            if (text := json.loads(line)[1]) is not None:
-                return str(text)
-        return None
+        return self._board.told.get(self.number)
 
     def failure(self) -> RankFailed:
         code, text = self.process.returncode, self.told
         log = log_path(self._config.train.output_dir, self.number)
         if text is not None:
-            return RankFailed(text, False)
-        place = read(self._board, self.number)
+            return RankFailed(text, cause=len(self._board.told) > 1)  # of another rank, too
+        place = self._board.places.get(self._local)
         where = f" {place}" if place is not None and place.step else ""
         who = f"rank {self.number} (pid {self.process.pid} on {socket.gethostname()})"
         if code < 0:
@@ -179,7 +163,6 @@ class Rank:
         self.process.wait()
         for reader in self._readers:
             reader.join(GRACE)
-        os.close(self._reports)
         self._board.close()
 
 

@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -181,10 +182,13 @@ class Watchdog:
                 if self._lose(peers, text):
                     self._speak(text)
 
-    def _speak(self, text: str) -> None:
+    def _speak(self, text: str, about: Sequence[int] = ()) -> None:
+        """One line, or word for whoever has started this rank, `about` ranks that cannot say it themselves."""
         mine = self.everybody[self.rank]
         here = [rank for rank, who in enumerate(self.everybody) if rank and who[:2] == mine[:2]]
-        if (self.rank == 0 or self.rank == here[0]) and not tell_launcher(self.rank, text):
+        if self.rank != 0 and self.rank != here[0]:
+            return
+        if [rank for rank in (self.rank, *about) if not tell_launcher(rank, text)]:
             os.write(2, f"moe-dist: error: {text}\n".encode())
 
     def _end(self, peers: Peers, verdict: Verdict) -> NoReturn:
@@ -192,7 +196,7 @@ class Watchdog:
         log = log_path(self._folder, verdict.ranks[0])
         text = f"{verdict.text}; {whose}; log: {log}"
         peers.send({"end": text, "ranks": verdict.ranks})
-        self._speak(text)
+        self._speak(text, [rank for rank in verdict.ranks if rank != self.rank])
         self._leave(text, verdict.ranks)
 
     def _leave(self, text: str, ranks: list[int]) -> NoReturn:

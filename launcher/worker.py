@@ -47,6 +47,8 @@ EXIT_DIFFERS = 4
 CONFIG, PROOF, LAUNCHER = "MOE_DIST_CONFIG", "MOE_DIST_PROOF", "MOE_DIST_LAUNCHER"
 # ... and an agent too (launcher.board): where a rank says what went wrong, and where it is.
 REPORTS, STATUS = "MOE_DIST_REPORTS", "MOE_DIST_STATUS"
+WATCHED = "MOE_DIST_WATCHED"
+"""Set by a launcher that sees all ranks from outside: they need not watch each other."""
 # How ranks meet: the socket on which rank 0 serves ("" for the others), and a word that keeps strangers out.
 STORE, TOKEN = "MOE_DIST_STORE", "MOE_DIST_TOKEN"
 
@@ -104,8 +106,8 @@ class CasualtyError(RuntimeError):
 
 @contextmanager
 def _watched(config: Config, environment: Environment, mesh: Mesh, status: Status) -> Iterator[None]:
-    """A watchdog for the block, where the local launcher does not see all ranks from outside."""
-    if os.environ.get(STATUS, "").isdecimal() or not environment.is_distributed:
+    """A watchdog for the block, where no launcher sees all ranks from outside."""
+    if WATCHED in os.environ or not environment.is_distributed:
         yield
         return
     from launcher.watchdog import Watchdog
