@@ -33,7 +33,8 @@ TICK = 1.0
 """Seconds between two looks at what is asked of the run."""
 LEAVING = 30.0
 """Seconds a rank has to end once rank 0 has ended well."""
-FINAL = (EXIT_CONFIG, EXIT_STOPPED, EXIT_AGAIN, 128 + signal.SIGINT)
+BEFORE_TRAINING = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
+FINAL = (EXIT_CONFIG, EXIT_STOPPED, EXIT_AGAIN, 128 + signal.SIGINT, *BEFORE_TRAINING)
 """Exit codes after which starting again would be of no use, or is not wanted."""
 
 
@@ -97,7 +98,8 @@ class Desk:
 
     def goes_on(self) -> bool:
         """Whether the run was stopped only because a node is taken away; forgotten once asked."""
-        again = self._leaving and self._end is not None and self._end[0] == EXIT_AGAIN and self._signal is None
+        stopped = self._end is not None and self._end[0] in (EXIT_AGAIN, *BEFORE_TRAINING)
+        again = self._leaving and stopped and self._signal is None
         if again:
             self._end, self._leaving = None, False
         return again
@@ -133,7 +135,7 @@ class Rank:
         )
         os.close(theirs)
         os.close(status)
-        self._asked = False
+        self.asked: int | None = None
         self._readers = [
             threading.Thread(target=_pass_on, args=(file, stream, job["desk"]), daemon=True)
             for stream, file in ((1, self.process.stdout), (2, self.process.stderr))
@@ -143,8 +145,8 @@ class Rank:
 
     def ask_to_stop(self, number: int) -> None:
         """Once: the step in hand is finished and saved."""
-        if not self._asked:
-            self._asked = True
+        if self.asked is None:
+            self.asked = number
             self.process.send_signal(number)
 
     @property
@@ -279,6 +281,8 @@ def _accompany(rank: Rank | None, desk: Any, config: Config) -> None:
     next_tick, told = 0.0, False
     while True:
         code = rank.process.poll() if rank is not None else None
+        if rank is not None and rank.asked is not None and code == -rank.asked:
+            code = 128 + rank.asked  # before it was training: there was nothing to save
         if rank is not None and code in FINAL:
             if not told:
                 ray.get(desk.tell.remote(code, rank.told))
