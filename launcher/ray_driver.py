@@ -11,7 +11,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from launcher.processes import HEARING, Signals, say
 from launcher.ray import DEFAULTS, RESIZE_INTERVAL, Plan
@@ -87,6 +87,16 @@ def connect(address: str | None, cpus: float, **options: Any) -> None:
         raise ConfigError(f"Ray cannot be reached or started: {' '.join(str(error).split())[:500]}") from error
 
 
+def abandon(code: int) -> NoReturn:
+    """End this process while another thread waits for Ray: a cluster of ours ends first, another ends our workers.
+
+    `ray.shutdown` would do, but for the other thread, in which Ray then ends the process with a code of its own.
+    """
+    with suppress(Exception):
+        ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
+    leave(code)
+
+
 def launch(plan: Plan) -> int:
     """Train by Ray; returns the exit code of `moe-dist launch ray`."""
     connect(plan.address, plan.resources["CPU"] * plan.worlds[-1])
@@ -158,7 +168,7 @@ def _fit(plan: Plan, desk: Any, signals: Signals) -> tuple[int, str | None]:
         _clear(plan)
         number = signals.first or signal.SIGTERM
         say(f"stopped by {_name(number)}; every process has ended")
-        leave(128 + number)  # Ray ends what it has started for a command that is gone; `fit` itself cannot be ended
+        abandon(128 + number)
     told = ray.get(desk.told.remote())
     if told is not None:
         return _ended(told, signals)

@@ -89,8 +89,8 @@ class Desk:
         self._leaving = True
 
     def tell(self, code: int, text: str | None) -> None:
-        """How the run has ended; the first to speak is right."""
-        if self._end is None:
+        """How the run has ended; the first to speak is right, and of those who agree the one with words."""
+        if self._end is None or self._end == (code, None):
             self._end = code, text
 
     def told(self) -> tuple[int, str | None] | None:

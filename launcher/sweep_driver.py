@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.processes import Signals, say
-from launcher.ray_driver import connect  # before Ray: it sets what Ray reads
+from launcher.ray_driver import abandon, connect  # before Ray: it sets what Ray reads
 from launcher.sweep import TRIALS, Sweep, Trial, is_done, metric_of, state
 from launcher.sweep_trial import run
-from launcher.worker import EXIT_FAILED, leave
+from launcher.worker import EXIT_FAILED
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 
@@ -49,7 +49,7 @@ def train(sweep: Sweep, address: str | None) -> int:
         if signals.first:
             name = "Ctrl-C" if signals.first == signal.SIGINT else signal.Signals(signals.first).name
             say(f"stopped by {name}; the same command goes on with the trials that are left")
-            leave(128 + signals.first)  # Ray ends what it has started for a command that is gone
+            abandon(128 + signals.first)
         ray.shutdown()
     return 0 if all(is_done(sweep.outcome(trial)) for trial in sweep.trials) else EXIT_FAILED
 
