@@ -11,12 +11,12 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from launcher.processes import HEARING, Signals, say
 from launcher.ray import DEFAULTS, RESIZE_INTERVAL, Plan
-from launcher.ray_rank import LEAVING, TICK, Desk, RankFailed, run
-from launcher.worker import EXIT_AGAIN, EXIT_FAILED
+from launcher.ray_rank import BEFORE_TRAINING, LEAVING, TICK, Desk, RankFailed, run
+from launcher.worker import EXIT_AGAIN, EXIT_FAILED, leave
 from moe_dist.config_loading import ConfigError
 
 os.environ.update({name: value for name, value in DEFAULTS.items() if name not in os.environ})  # read at import
@@ -87,10 +87,20 @@ def connect(address: str | None, cpus: float, **options: Any) -> None:
         raise ConfigError(f"Ray cannot be reached or started: {' '.join(str(error).split())[:500]}") from error
 
 
+def abandon(code: int) -> NoReturn:
+    """End this process while another thread waits for Ray: a cluster of ours ends first, another ends our workers.
+
+    `ray.shutdown` would do, but for the other thread, in which Ray then ends the process with a code of its own.
+    """
+    with suppress(Exception):
+        ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
+    leave(code)
+
+
 def launch(plan: Plan) -> int:
     """Train by Ray; returns the exit code of `moe-dist launch ray`."""
-    with Signals() as signals:
-        connect(plan.address, plan.resources["CPU"] * plan.worlds[-1])
+    connect(plan.address, plan.resources["CPU"] * plan.worlds[-1])
+    with Signals() as signals:  # after Ray, which takes SIGTERM to itself
         if (lacking := _room(plan)) is not None:
             say(f"{lacking} (Ctrl-C ends it)")
         try:
@@ -99,17 +109,22 @@ def launch(plan: Plan) -> int:
             desk = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(Desk).remote()
             while True:
                 code, line = _fit(plan, desk, signals)
-                if code != EXIT_AGAIN or not ray.get(desk.goes_on.remote()):
+                if code not in (EXIT_AGAIN, *BEFORE_TRAINING) or not ray.get(desk.goes_on.remote()):
                     break
                 say("a node is being taken away; the last step is saved, and the run goes on from it elsewhere")
         finally:
-            shutil.rmtree(plan.storage_path / plan.name, ignore_errors=True)
-            with suppress(OSError):
-                plan.storage_path.rmdir()
+            _clear(plan)
             ray.shutdown()
         if line is not None:
             say(line)
         return code
+
+
+def _clear(plan: Plan) -> None:
+    """Remove Ray's own notes."""
+    shutil.rmtree(plan.storage_path / plan.name, ignore_errors=True)
+    with suppress(OSError):
+        plan.storage_path.rmdir()
 
 
 def _fit(plan: Plan, desk: Any, signals: Signals) -> tuple[int, str | None]:
@@ -150,8 +165,10 @@ def _fit(plan: Plan, desk: Any, signals: Signals) -> tuple[int, str | None]:
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     if not _watch(thread, desk, signals, plan):
+        _clear(plan)
         number = signals.first or signal.SIGTERM
-        return 128 + number, f"stopped by {_name(number)}; every process has ended"
+        say(f"stopped by {_name(number)}; every process has ended")
+        abandon(128 + number)
     told = ray.get(desk.told.remote())
     if told is not None:
         return _ended(told, signals)
@@ -213,6 +230,9 @@ def _room(plan: Plan) -> str | None:
 def _ended(told: tuple[int, str | None], signals: Signals) -> tuple[int, str | None]:
     """A run that has been stopped, or cannot go on."""
     code, text = told
+    if code in BEFORE_TRAINING:
+        number = signals.first or code - 128
+        return 128 + number, f"stopped by {_name(number)}; every process has ended"
     if code in (EXIT_AGAIN, 128 + signal.SIGINT):
         _, _, after = (text or "").partition(" after ")
         name = f" by {_name(signals.first)}" if signals.first else ""

@@ -31,7 +31,8 @@ TICK = 1.0
 """Seconds between two looks at what is asked of the run."""
 LEAVING = 30.0
 """Seconds a rank has to end once rank 0 has ended well."""
-FINAL = (EXIT_CONFIG, EXIT_STOPPED, EXIT_AGAIN, 128 + signal.SIGINT)
+BEFORE_TRAINING = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
+FINAL = (EXIT_CONFIG, EXIT_STOPPED, EXIT_AGAIN, 128 + signal.SIGINT, *BEFORE_TRAINING)
 """Exit codes after which starting again would be of no use, or is not wanted."""
 
 
@@ -86,8 +87,8 @@ class Desk:
         self._leaving = True
 
     def tell(self, code: int, text: str | None) -> None:
-        """How the run has ended; the first to speak is right."""
-        if self._end is None:
+        """How the run has ended; the first to speak is right, and of those who agree the one with words."""
+        if self._end is None or self._end == (code, None):
             self._end = code, text
 
     def told(self) -> tuple[int, str | None] | None:
@@ -95,7 +96,8 @@ class Desk:
 
     def goes_on(self) -> bool:
         """Whether the run was stopped only because a node is taken away; forgotten once asked."""
-        again = self._leaving and self._end is not None and self._end[0] == EXIT_AGAIN and self._signal is None
+        stopped = self._end is not None and self._end[0] in (EXIT_AGAIN, *BEFORE_TRAINING)
+        again = self._leaving and stopped and self._signal is None
         if again:
             self._end, self._leaving = None, False
         return again
@@ -123,7 +125,7 @@ class Rank:
             cwd=job["folder"],
         )
         os.close(self._board.theirs)
-        self._asked = False
+        self.asked: int | None = None
         self._readers = [
             threading.Thread(target=_pass_on, args=(file, stream, job["desk"]), daemon=True)
             for stream, file in ((1, self.process.stdout), (2, self.process.stderr))
@@ -133,8 +135,8 @@ class Rank:
 
     def ask_to_stop(self, number: int) -> None:
         """Once: the step in hand is finished and saved."""
-        if not self._asked:
-            self._asked = True
+        if self.asked is None:
+            self.asked = number
             self.process.send_signal(number)
 
     @property
@@ -262,6 +264,8 @@ def _accompany(rank: Rank | None, desk: Any, config: Config) -> None:
     next_tick, told = 0.0, False
     while True:
         code = rank.process.poll() if rank is not None else None
+        if rank is not None and rank.asked is not None and code == -rank.asked:
+            code = 128 + rank.asked  # before it was training: there was nothing to save
         if rank is not None and code in FINAL:
             if not told:
                 ray.get(desk.tell.remote(code, rank.told))

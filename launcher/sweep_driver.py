@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.processes import Signals, say
-from launcher.ray_driver import connect  # before Ray: it sets what Ray reads
+from launcher.ray_driver import abandon, connect  # before Ray: it sets what Ray reads
 from launcher.sweep import TRIALS, Sweep, Trial, is_done, metric_of, state
 from launcher.sweep_trial import run
 from launcher.worker import EXIT_FAILED
@@ -36,21 +36,21 @@ def train(sweep: Sweep, address: str | None) -> int:
     for trial in todo:
         (sweep.folder / TRIALS / f"{trial.name}.json").unlink(missing_ok=True)
     notes = sweep.folder.absolute() / ".ray"
-    with Signals() as signals:
-        connect(address, max(trial.resources["cpu"] for trial in todo))
-        _check_room(todo)
+    connect(address, max(trial.resources["cpu"] for trial in todo))
+    _check_room(todo)
+    with Signals() as signals:  # after Ray, which takes SIGTERM to itself
         thread = threading.Thread(target=_fit, args=(sweep, todo, notes), daemon=True)
         thread.start()
         told: set[str] = set()
         while thread.is_alive() and not signals.first:
             thread.join(POLL)
             _tell(sweep, told)
-        ray.shutdown()
         shutil.rmtree(notes, ignore_errors=True)
-    if signals.first:
-        name = "Ctrl-C" if signals.first == signal.SIGINT else signal.Signals(signals.first).name
-        say(f"stopped by {name}; the same command goes on with the trials that are left")
-        return 128 + signals.first
+        if signals.first:
+            name = "Ctrl-C" if signals.first == signal.SIGINT else signal.Signals(signals.first).name
+            say(f"stopped by {name}; the same command goes on with the trials that are left")
+            abandon(128 + signals.first)
+        ray.shutdown()
     return 0 if all(is_done(sweep.outcome(trial)) for trial in sweep.trials) else EXIT_FAILED
 
 
