@@ -41,11 +41,16 @@ def main(arguments: list[str]) -> int:
     asked = Asked()  # first of all: importing torch takes a while, and process 1 has no default actions
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousClosedError,
+        RendezvousError,
+        RendezvousGracefulExitError,
+    )
     from torch.distributed.run import parse_args, run
 
     if os.environ.get("MOE_DIST_DEBUG") != "1":  # our line says the same, and where
-        logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+        for name in ("multiprocessing.api", "agent.server.api", "rendezvous.dynamic_rendezvous"):
+            logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     # Not to be without any; this one stays torchrun's.
     options = parse_args(["--signals-to-handle=SIGQUIT", *arguments])
     asked.patience = options.shutdown_timeout
@@ -58,12 +63,20 @@ def main(arguments: list[str]) -> int:
         return EXIT_CTRL_C if asked.number == signal.SIGINT and code == EXIT_AGAIN else code
     except SignalException:
         return EXIT_AGAIN
+    except RendezvousGracefulExitError:
+        say("the run has ended without this machine")
     except RendezvousClosedError:
         say("error: the agent of another machine has ended the run")
         return EXIT_FAILED
     except RendezvousError as error:
         text = " ".join(f"{error} {error.__cause__ or ''}".split()) or type(error).__name__
-        say(f"error: --rdzv-endpoint {options.rdzv_endpoint}: the machines cannot meet there: {text}")
+        place = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
+        say(f"error: --rdzv-endpoint {place}: the machines cannot meet there: {text}")
+        return EXIT_FAILED
+    except Exception as error:
+        if os.environ.get("MOE_DIST_DEBUG") == "1":
+            raise
+        say(f"error: {' '.join(f'{type(error).__name__}: {error}'.split())} (MOE_DIST_DEBUG=1 shows where)")
         return EXIT_FAILED
     return 0
 
@@ -208,9 +221,16 @@ def _set_to_watch(watch: Watch) -> None:
     """From here on the agents of this process are watched."""
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.rendezvous import RendezvousGracefulExitError
     from torch.distributed.launcher import api
 
     class Watched(LocalElasticAgent):
+        def run(self, role: str = "default") -> RunResult:
+            result = super().run(role)
+            if result is None:  # one machine too many: it has waited until the end
+                raise RendezvousGracefulExitError
+            return result
+
         def _initialize_workers(self, worker_group: WorkerGroup) -> None:
             watch.begin(self)
             super()._initialize_workers(worker_group)

@@ -144,7 +144,8 @@ def _check(config: Config, request: Request, few: int, many: int) -> None:
         raise ConfigError(
             f"--nnodes {request.nnodes}: say where the machines meet: --rdzv-endpoint HOST:PORT, the same on each"
         )
-    if request.node_rank is not None and request.node_rank >= many:
+    # With MIN:MAX there may be spare machines.
+    if request.node_rank is not None and request.node_rank >= many and not elastic:
         raise ConfigError(f"--node-rank {request.node_rank}: from 0 to {many - 1} (--nnodes {request.nnodes})")
     if elastic and not config.parallel.elastic:
         raise ConfigError(

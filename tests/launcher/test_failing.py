@@ -63,6 +63,7 @@ def test_an_exception_in_one_rank(config: Path, tmp_path: Path) -> None:
     program.gone_within(5)
 
 
+@pytest.mark.launch
 def test_an_exception_in_one_rank_of_torchrun(config: Path, tmp_path: Path) -> None:
     starter = ("torchrun", "--standalone", "--nproc-per-node=2", "-m", "launcher")
     program = run(config, tmp_path, "Bomb", starter=starter)

@@ -510,6 +510,7 @@ def rendered(folder: Path, *arguments: str, nodes: int = 2) -> list[Object]:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.launch
 def test_pods_train_together_save_on_sigterm_and_go_on(tmp_path: Path) -> None:
     """One pod is asked to leave, as for a drained node: all save the same step and end with 75; new pods go on."""
     objects = rendered(tmp_path, "train.max_steps=100000")
@@ -538,6 +539,7 @@ def test_pods_train_together_save_on_sigterm_and_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.launch
 @pytest.mark.parametrize("overlay", ["jobset", "trainjob", "pytorchjob"])
 def test_pods_of_operators_train_to_the_end(tmp_path: Path, overlay: str) -> None:
     """With what the operator adds to their environment: see INJECTED."""
@@ -550,6 +552,7 @@ def test_pods_of_operators_train_to_the_end(tmp_path: Path, overlay: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.launch
 def test_the_entrypoint_of_a_rayjob_trains_to_the_end(tmp_path: Path) -> None:
     objects = rendered(tmp_path, "--overlay=rayjob", nodes=1)
     (tmp_path / "run.yaml").write_text(next(x for x in objects if x["kind"] == "ConfigMap")["data"]["run.yaml"])
@@ -564,6 +567,7 @@ def test_the_entrypoint_of_a_rayjob_trains_to_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.launch
 def test_ready_means_that_steps_are_logged(tmp_path: Path) -> None:
     """The probes' own command, beside a run and without one."""
     objects = rendered(tmp_path)
@@ -584,12 +588,14 @@ def test_ready_means_that_steps_are_logged(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.launch
 def test_pods_with_a_run_that_cannot_be_end_with_2(tmp_path: Path) -> None:
     assert Pods(rendered(tmp_path, "data.path=/nowhere/*.txt"), tmp_path).end() == [2, 2]
 
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.launch
 def test_a_pod_that_waits_for_the_others_ends_at_once(tmp_path: Path) -> None:
     """Seen to go on for 40 s with a plain signal handler: the main thread is inside the rendezvous."""
     words, env = words_of(rendered(tmp_path), 1, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})

@@ -22,6 +22,7 @@ from moe_dist.config_loading import ConfigError
 MPIRUN = BIN / "mpiexec"
 real = [
     pytest.mark.dist,
+    pytest.mark.launch,
     pytest.mark.slow,
     pytest.mark.skipif(
         not MPIRUN.exists(), reason="NOT TESTED HERE: there is no mpiexec beside this Python (pip install mpich mpi4py)"
@@ -87,6 +88,11 @@ class TestReal:
         assert program.end() == 0, program.err
         assert losses(tmp_path / "run") == losses(two_ranks.folder)
         assert program.out.count("step: 1/3") == 1, "one rank speaks for all"
+
+    def test_launch_mpi_is_that_command(self, config: Path, tmp_path: Path, two_ranks: Run) -> None:
+        program = Program("moe-dist", "launch", "mpi", config, f"train.output_dir={tmp_path / 'run'}")
+        assert program.end() == 0, program.err
+        assert losses(tmp_path / "run") == losses(two_ranks.folder)
 
     def test_told_to_stop_it_saves(self, config: Path, tmp_path: Path) -> None:
         program = self.start(config, tmp_path / "run", *FOREVER)

@@ -42,6 +42,7 @@ def test_a_killed_rank_costs_a_few_steps(
 
 
 @pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize("starter", [("moe-dist", "train"), TORCHRUN], ids=["local", "torchrun"])
 def test_killed_in_every_phase_one_after_another(
     config: Path, tmp_path: Path, twin: Path, starter: tuple[str, ...]
@@ -56,7 +57,9 @@ def test_killed_in_every_phase_one_after_another(
     is_the_same(tmp_path / "run", twin)
 
 
-@pytest.mark.parametrize("starter", [("moe-dist", "train"), pytest.param(TORCHRUN, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "starter", [("moe-dist", "train"), pytest.param(TORCHRUN, marks=[pytest.mark.slow, pytest.mark.launch])]
+)
 def test_the_same_crash_again_and_again(config: Path, tmp_path: Path, starter: tuple[str, ...]) -> None:
     """FAULTS row 20."""
     options = ("launch.max_restarts=2", "checkpoint.background=false")
@@ -78,9 +81,7 @@ def test_nothing_to_go_on_from_nothing_started_again(config: Path, tmp_path: Pat
 def test_a_stopped_rank_is_found_and_named(config: Path, tmp_path: Path) -> None:
     """FAULTS row 10: not after the half hour of the collective library but after `monitor.stall_timeout`; the stacks
     of all ranks that can still write are in their logs, and the run goes on without the stopped process."""
-    program = start(
-        config, tmp_path, "nowhere", 1, 0, tmp_path / "no", "train.max_steps=400", "monitor.stall_timeout=3"
-    )
+    program = start(config, tmp_path, [], "train.max_steps=400", "monitor.stall_timeout=3")
     program.wait_for("step: 5/")
     victim = program.ranks()[1]
     os.kill(victim, signal.SIGSTOP)
