@@ -61,17 +61,18 @@ class Line:
 
     def receive(self) -> list[Message]:
         """What has come. Raises ValueError for what is no message; `closed` when there will be nothing more."""
+        lines: list[bytes] = []
         try:
             while data := self.socket.recv(_LONGEST):
-                self._unread += data
-                if len(self._unread) > 4 * _LONGEST:
+                *more, self._unread = (self._unread + data).split(b"\n")
+                lines += more
+                if len(self._unread) > _LONGEST:
                     raise ValueError("too long")
             self.closed = True
         except BlockingIOError:
             pass
         except OSError:
             self.closed = True
-        *lines, self._unread = self._unread.split(b"\n")
         try:
             messages = [json.loads(line) for line in lines]
         except RecursionError:
@@ -187,10 +188,10 @@ class Hub(Peers):
         try:
             for message in line.receive():
                 rank = message.get("rank")
-                if not hmac.compare_digest(str(message.get("token")).encode(), self.token.encode()):
-                    line.closed = True
-                elif isinstance(rank, int) and 0 < rank < self.world_size and rank not in self.lines:
+                known = hmac.compare_digest(str(message.get("token")).encode(), self.token.encode())
+                if known and isinstance(rank, int) and 0 < rank < self.world_size and rank not in self.lines:
                     return rank
+                line.closed = True
         except ValueError:
             line.closed = True
         return None

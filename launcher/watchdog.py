@@ -74,7 +74,7 @@ class Watchdog:
         self._went_on = time.monotonic()
         self._told: set[int] = set()
         self._known, self._lost, self._goodbye = threading.Event(), "", ""
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
     def close(self, goodbye: str) -> None:
@@ -89,16 +89,20 @@ class Watchdog:
         self._known.wait(HEARSAY)
         return self._lost
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         try:
             if self._peers is None:
                 offer = self.everybody[0].offer
                 assert offer is not None
                 self._peers = Spoke(self.rank, offer)
-        except OSError as error:
-            logger.warning("hangs will not be found: rank %d cannot reach rank 0's watchdog: %s", self.rank, error)
-            return
-        peers, due, now = self._peers, 0.0, time.monotonic()
+            self._watch(self._peers)
+        except Exception as error:  # training goes on without
+            logger.warning(
+                "hangs will not be found: rank %d has no watchdog: %s: %s", self.rank, type(error).__name__, error
+            )
+
+    def _watch(self, peers: Peers) -> None:
+        due, now = 0.0, time.monotonic()
         while True:
             began = time.monotonic()
             if began >= due:

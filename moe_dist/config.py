@@ -417,7 +417,8 @@ class MonitorConfig(Section):
     peak_flops: PositiveFloat | None = None
     """Floating-point operations per second of one device, for the MFU: 989e12 for an H100 in bfloat16; null: no MFU."""
     stall_timeout: PositiveFloat = 60.0
-    """Seconds without any sign of life from all ranks after which a run counts as hung, and is ended."""
+    """Seconds in which no rank has moved after which a run counts as hung: it is said whom the others wait for, and all
+    ranks end; from the first step on."""
     prometheus: PrometheusConfig = Field(default_factory=PrometheusConfig)
     """Metrics for a Prometheus server."""
 

@@ -92,6 +92,7 @@ def test_a_rank_that_talks_nonsense_has_gone(hub: Hub) -> None:
 def test_the_same_rank_does_not_come_twice(hub: Hub) -> None:
     first = connect(hub, 1)
     with socket.create_connection(("127.0.0.1", hub.offer.port)) as second:
+        second.settimeout(10)
         second.send(json.dumps({"token": "the word", "rank": 1}).encode() + b"\n")
         for _ in range(10):
             hub.poll(0.05)
