@@ -211,7 +211,8 @@ def utilisation(shown: dict[str, Any]) -> go.Figure:
     made = figure(
         xaxis_title="expert",
         hovermode="closest",
-        height=min(900, max(260, 120 + 24 * len(layers))),
+        height=min(900, max(280, 140 + 24 * len(layers))),
+        margin={"l": 60, "r": 60, "t": 40, "b": 50},  # room for the buttons above the scale
         yaxis={"title": {"text": "layer"}, "type": "category", "autorange": "reversed"},
     )
     made.add_trace(

@@ -130,8 +130,8 @@ class _Page:
             return
         self._slider(f"domains-{index}", f"domains-{index}", "Layer of the picture below", shown)
         caption = (
-            f"Routing by domain of data in the interval to step {shown['step']:,}: share of the domain's tokens an "
-            "expert gets / share of all tokens it gets; near white is no specialisation, red more, blue less."
+            f"Routing by domain of data, steps {shown['first']:,} to {shown['last']:,}: share of the domain's tokens "
+            "an expert gets / share of all tokens it gets; near white is no specialisation, red more, blue less."
         )
         self.chart(f"domains-{index}", specialisation.heatmap(shown), caption)
         titles = ["domain", "experts that have most more of it than of all data (share / average)"]

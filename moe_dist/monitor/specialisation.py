@@ -5,49 +5,60 @@ Shape suffixes: L layers, N domains, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from moe_dist.monitor.figures import figure, load_scale
-from moe_dist.monitor.records import LayerRecord
-from moe_dist.monitor.run_log import RunLog
+from moe_dist.monitor.run_log import Row, RunLog
 
+INTERVALS = 10
+"""Logged lines, from the last one back, that are added up: a rare domain may be absent from a single one."""
 STRONGEST = 3
 """Experts that the table names for each domain."""
 
 
-def specialisation(record: LayerRecord) -> list[list[float | None]]:
+def specialisation(pairs_NE: Sequence[Sequence[int]]) -> list[list[float | None]]:
     """(N, E): share of the domain's tokens that the expert gets / share of all tokens that it gets.
 
     1 where the domain is routed as the rest is, 0 where the expert gets none of it; None for an expert without tokens
-    and a domain without any in the interval.
+    and a domain without any.
     """
-    load_E = [sum(column) for column in zip(*record.domain_tokens, strict=True)]
+    load_E = [sum(column) for column in zip(*pairs_NE, strict=True)]
     total = sum(load_E)
     return [
         [
             pairs * total / (sum(pairs_E) * load) if load and sum(pairs_E) else None
             for pairs, load in zip(pairs_E, load_E, strict=True)
         ]
-        for pairs_E in record.domain_tokens
+        for pairs_E in pairs_NE
     ]
 
 
 def frames(run: RunLog) -> dict[str, Any] | None:
-    """What the slider over layers shows, of the last interval: (L, N, E) ratios; None when nothing was counted."""
-    row = next((row for row in reversed(run.train) if any(layer.get("domain_tokens") for layer in row["layers"])), None)
+    """What the slider over layers shows, of the last intervals: (L, N, E) ratios; None when nothing was counted."""
     names = run.starts[-1].get("domains") if run.starts else None
-    if row is None or not names:
+    rows = [row for row in run.train if row["layers"] and _num_domains(row) == len(names or ())]
+    if not rows or not names:
         return None
-    layers = run.layers(row)
+    rows = rows[-INTERVALS:]
+    before = run.train.index(rows[0])
+    counts = np.array([[layer["domain_tokens"] for layer in row["layers"]] for row in rows], dtype=np.int64)
+    ratios_LNE = [specialisation(pairs_NE) for pairs_NE in counts.sum(axis=0).tolist()]
     return {
         "unit": "layer",
-        "steps": [layer.layer for layer in layers],
-        "step": row["step"],
+        "steps": [layer["layer"] for layer in rows[-1]["layers"]],
+        "first": run.train[before - 1]["step"] + 1 if before else 1,
+        "last": rows[-1]["step"],
         "domains": names,
-        "z": [[[_rounded(ratio) for ratio in ratios] for ratios in specialisation(layer)] for layer in layers],
+        "z": [[[_rounded(ratio) for ratio in ratios] for ratios in ratios_NE] for ratios_NE in ratios_LNE],
     }
+
+
+def _num_domains(row: Row) -> int:
+    return len(row["layers"][0].get("domain_tokens", ()))
 
 
 def _rounded(ratio: float | None) -> float | None:
@@ -58,10 +69,11 @@ def heatmap(shown: dict[str, Any]) -> go.Figure:
     """The last of the layers; blue less than of all data, red more."""
     names, ratios = shown["domains"], shown["z"][-1]
     made = figure(
-        xaxis_title="expert",
+        xaxis={"title": {"text": "expert"}, "showgrid": False},  # cells without a value stay empty
         hovermode="closest",
-        height=max(220, 130 + 26 * len(names)),
-        yaxis={"type": "category", "autorange": "reversed", "automargin": True},
+        height=max(240, 150 + 26 * len(names)),
+        margin={"l": 60, "r": 60, "t": 40, "b": 50},
+        yaxis={"type": "category", "autorange": "reversed", "automargin": True, "showgrid": False},
     )
     made.add_trace(
         go.Heatmap(
@@ -91,5 +103,6 @@ def strongest(shown: dict[str, Any]) -> list[list[str]]:
             if ratio is not None
         ]
         best = sorted(found, key=lambda one: (-one[0], one[1:]))[:STRONGEST]
-        rows.append([name, ", ".join(f"layer {layer} expert {expert} ({ratio:.2f})" for ratio, layer, expert in best)])
+        words = ", ".join(f"layer {layer} expert {expert} ({ratio:.2f})" for ratio, layer, expert in best)
+        rows.append([name, words or "no tokens"])
     return rows

@@ -41,6 +41,7 @@ def info() -> RunInfo:
         device="cpu",
         stage_of_rank=[0, 0, 1, 1],
         stage_of_layer=[0, 0, 1, 1],
+        domains=["code", "prose"],
     )
 
 

@@ -16,7 +16,6 @@ from tiny import mesh_of
 
 from moe_dist.config_loading import load_mapping
 from moe_dist.data import ByteTokenizer, GlobalLoader, load_documents, pack, split_corpus
-from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.report import write_report
 from moe_dist.monitor.run_log import read_run
 from moe_dist.monitor.specialisation import specialisation
@@ -151,17 +150,16 @@ def test_every_layout_counts_the_same_tokens(tmp_path: Path, sources: dict[str, 
 def test_shares_against_the_average() -> None:
     """By hand. Seen to fail with the plain share of the domain."""
     pairs_NE = np.array([[30, 10, 0, 0], [10, 30, 20, 0]])
-    record = layer_record(3, pairs_NE.sum(0), 0, 50, [0.0] * 5, 2, pairs_NE=pairs_NE)
-    first, second = specialisation(record)
+    first, second = specialisation(pairs_NE.tolist())
     assert first == [pytest.approx(0.75 / 0.4), pytest.approx(0.25 / 0.4), 0.0, None]
     assert second == [pytest.approx((1 / 6) / 0.4), pytest.approx(0.5 / 0.4), pytest.approx((1 / 3) / 0.2), None]
-    none = layer_record(3, [1, 1], 0, 1, [0.0] * 5, 2, pairs_NE=np.array([[1, 1], [0, 0]]))
-    assert specialisation(none) == [[1.0, 1.0], [None, None]]
+    assert specialisation([[1, 1], [0, 0]]) == [[1.0, 1.0], [None, None]]
 
 
 def test_the_report_shows_what_was_logged(tmp_path: Path, sources: dict[str, Any]) -> None:
     settings = tree(tmp_path / "run", sources)
-    settings["train"]["per_device_train_batch_size"] = 8
+    settings["train"] |= {"per_device_train_batch_size": 8, "max_steps": 12}
+    settings["monitor"]["logging_steps"] = 1
     MoETrainer(load_mapping(settings)).train()
     text = write_report([tmp_path / "run"]).read_text()
 
@@ -169,11 +167,13 @@ def test_the_report_shows_what_was_logged(tmp_path: Path, sources: dict[str, Any
         return json.loads(text.split(f'<script type="application/json" id="{name}">')[1].split("</script>")[0])
 
     frames, (picture,) = data("frames-domains-0"), data("figure-domains-0")["data"]
-    layers = read_run(tmp_path / "run").train[-1]["layers"]
+    logged = [row["layers"] for row in read_run(tmp_path / "run").train][-10:]
     assert (frames["unit"], frames["steps"], frames["domains"]) == ("layer", [0, 1], ["low", "other"])
-    for shown, layer in zip(frames["z"], layers, strict=True):
-        pairs_NE = np.array(layer["domain_tokens"], dtype=float)
-        share_E = np.array(layer["tokens_per_expert"]) / sum(layer["tokens_per_expert"])
+    assert (frames["first"], frames["last"]) == (3, 12)  # the last ten lines
+    for number, shown in enumerate(frames["z"]):
+        pairs_NE = sum(np.array(layers[number]["domain_tokens"], dtype=float) for layers in logged)
+        share_E = sum(np.array(layers[number]["tokens_per_expert"], dtype=float) for layers in logged)
+        share_E /= share_E.sum()
         assert pairs_NE.sum(1).min() > 0
         wanted = pairs_NE / pairs_NE.sum(1, keepdims=True) / np.where(share_E > 0, share_E, np.nan)
         assert np.array(shown, dtype=float) == pytest.approx(wanted, abs=6e-4, nan_ok=True)

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from services import need
 
@@ -35,7 +36,12 @@ def healthy_layers(step: int) -> list[LayerRecord]:
         [100 + (step * (expert + 3) * (layer + 1)) % (40 - 7 * layer) for expert in range(EXPERTS)] for layer in (0, 2)
     ]
     return [
-        layer_record(layer, load, 0, sum(load) // 2, [1.1 * sum(load) // 2] * 5, 2)
+        layer_record(
+            *(layer, load, 0, sum(load) // 2, [1.1 * sum(load) // 2] * 5, 2),
+            pairs_NE=np.array(
+                [[pairs // (3 + layer) for pairs in load], [pairs - pairs // (3 + layer) for pairs in load]]
+            ),
+        )
         for layer, load in zip((0, 2), loads, strict=True)
     ]
 
@@ -303,6 +309,13 @@ drawn.then(async () => {
   await new Promise((done) => setTimeout(done, 500));
   said("after", chart.data[0].z);
   said("label", document.getElementById("step-0").textContent);
+  const layers = document.getElementById("slider-domains-0"), domains = document.getElementById("domains-0");
+  said("last", domains.data[0].z);
+  layers.value = 0;
+  layers.dispatchEvent(new Event("input"));
+  await new Promise((done) => setTimeout(done, 500));
+  said("first", domains.data[0].z);
+  said("layer", document.getElementById("step-domains-0").textContent);
   document.getElementById("contrast").click();
   await new Promise((done) => setTimeout(done, 500));
   said("width", document.getElementById("loss").data[0].line.width);
@@ -325,6 +338,10 @@ def test_a_real_browser_draws_every_figure_and_the_slider_works(run: Path, tmp_p
     assert told["range"] == ["0", str(len(frames) - 1), str(len(frames) - 1), 0]
     assert told["after"] == frames[3] != frames[-1]
     assert told["label"] == "step 40"
+    by_layer = shown["frames-domains-0"]["z"]
+    assert [told["first"], told["last"]] == by_layer
+    assert by_layer[0] != by_layer[1]
+    assert told["layer"] == "layer 0"
     assert told["width"] == 4
     assert len(told["figures"]) == len([name for name in shown if name.startswith("figure-")])
     assert all(told["figures"])

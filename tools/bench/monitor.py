@@ -4,9 +4,10 @@
 
 `add` runs once a step, `take` and the sinks once per logging interval, all in the training thread; their sum per step
 is given as a share of `--step-seconds`. A scrape runs in its own thread, whenever a Prometheus asks. CPU time of the
-whole process, so that a busy machine changes little; the best of five rounds.
+whole process, so that a busy machine changes little; the best of five rounds. `--domains N`: with so many named sources
+of data, whose counting in the layers is measured too, against the time of a whole layer.
 
-Not covered: the reduction over ranks (one tensor of layers x (experts + 7) float64), slow disks.
+Not covered: the reduction over ranks (one tensor of layers x (experts * (1 + domains) + 7) float64), slow disks.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from moe_dist.config import MonitorConfig, PrometheusConfig
-from moe_dist.models.auxiliary import LoadFacts
+from moe_dist.config import BalanceConfig, ModelConfig, MonitorConfig, PrometheusConfig
+from moe_dist.models.auxiliary import LoadBalance, LoadFacts
+from moe_dist.models.moe import MoE
+from moe_dist.models.router import Routing
 from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.health import Health
 from moe_dist.monitor.records import RunInfo, TrainRecord
@@ -32,6 +36,7 @@ from moe_dist.monitor.sinks.prometheus import PrometheusSink
 
 SIZES = ((16, 8), (48, 128), (94, 128))
 ROUNDS = 5
+TOKENS = 4096
 INFO = RunInfo("bench", [], 1, 1, 1, "model: {}\n", "bench", 1, "cpu")
 
 
@@ -52,15 +57,45 @@ def record(step: int, collector: Collector) -> TrainRecord:
     return TrainRecord(**fields, memory_bytes=1, layers=collector.take())  # type: ignore[arg-type]
 
 
-def measure(layers: int, experts: int, step_seconds: float, logging_steps: int) -> None:
+def count_domains(experts: int, domains: int) -> tuple[float, float]:
+    """CPU milliseconds of a layer's auxiliary losses and counts of TOKENS tokens, top-8: without domains and with."""
+    top_k = min(8, experts)
+    logits_TE = torch.randn(TOKENS, experts)
+    ids_TK = logits_TE.topk(top_k).indices
+    routing = Routing(torch.ones(TOKENS, top_k), ids_TK, logits_TE.softmax(-1), logits_TE)
+    costs = []
+    for number in (0, domains):
+        balance = LoadBalance(BalanceConfig(), experts, top_k)
+        balance.facts = LoadFacts.zeros(experts, torch.device("cpu"), number)
+        balance.domain_ids = torch.randint(max(1, number), (TOKENS,), dtype=torch.uint8)
+        call = partial(balance.losses, routing, None, 1, 1.0)
+        call()
+        costs.append(best(call))
+    return costs[0], costs[1]
+
+
+def layer_milliseconds(experts: int) -> float:
+    """CPU milliseconds of a layer, forward and backward, for TOKENS tokens of width 512, experts of 256."""
+    config = ModelConfig(hidden_size=512, moe_intermediate_size=256, num_experts=experts)
+    config.num_experts_per_tok = min(8, experts)
+    layer = MoE(config, BalanceConfig(), 0)
+    layer.experts.initialize(lambda expert: expert, 0.02)
+    x_BSD = torch.randn(1, TOKENS, 512, requires_grad=True)
+    layer(x_BSD).sum().backward()
+    return best(lambda: layer(x_BSD).sum().backward())
+
+
+def measure(layers: int, experts: int, step_seconds: float, logging_steps: int, domains: int) -> None:
     """Print one size."""
-    collector = Collector(range(layers), experts, 2, "cpu")
-    facts = {layer: LoadFacts.zeros(experts, torch.device("cpu")) for layer in range(layers)}
+    collector = Collector(range(layers), experts, 2, "cpu", num_domains=domains)
+    facts = {layer: LoadFacts.zeros(experts, torch.device("cpu"), domains) for layer in range(layers)}
     for one in facts.values():
         one.pairs_E += torch.tensor([random.randrange(10**6, 10**9) for _ in range(experts)])
         one.tokens += one.pairs_E.sum() // 2
         one.sums += 1.1e9
-    print(f"\n{layers} x {experts}")
+        if one.pairs_NE is not None:
+            one.pairs_NE += torch.randint(10**6, 10**9, one.pairs_NE.shape)
+    print(f"\n{layers} x {experts}" + (f", {domains} domains" if domains else ""))
     per_step, per_interval = best(lambda: collector.add(facts)), best(collector.take)
     print(f"  {'add':<13} {per_step:8.2f} ms a step\n  {'take':<13} {per_interval:8.2f} ms an interval")
     collector.add(facts)
@@ -77,6 +112,11 @@ def measure(layers: int, experts: int, step_seconds: float, logging_steps: int) 
             cost = best(lambda sink=sink: sink.train(shown))  # type: ignore[misc]
             per_interval += cost
             print(f"  {sink.name:<13} {cost:8.2f} ms an interval")
+        if domains:
+            plain, counted = count_domains(experts, domains)
+            whole = layer_milliseconds(experts)
+            ratio = f"{100 * (counted - plain) / whole:.2f} % of a layer's {whole:.0f} ms"
+            print(f"  {'domains':<13} {counted - plain:8.2f} ms a layer and {TOKENS} tokens, {ratio}")
         share = (per_step + per_interval / logging_steps) / (1e3 * step_seconds)
         print(f"  {'together':<13} {100 * share:8.2f} % of a step of {step_seconds:g} s, logged every {logging_steps}")
         url = f"http://{prometheus.address}/metrics"
@@ -93,10 +133,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step-seconds", type=float, default=1.0, help="seconds of one training step")
     parser.add_argument("--logging-steps", type=int, default=10, help="monitor.logging_steps")
+    parser.add_argument("--domains", type=int, default=0, help="named sources of data")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for layers, experts in SIZES:
-        measure(layers, experts, arguments.step_seconds, arguments.logging_steps)
+        measure(layers, experts, arguments.step_seconds, arguments.logging_steps, arguments.domains)
 
 
 if __name__ == "__main__":

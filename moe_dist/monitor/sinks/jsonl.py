@@ -31,6 +31,8 @@ def json_safe(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): json_safe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
+        if set(map(type, value)) == {int}:  # counts of every expert: most of a record
+            return value
         return [json_safe(item) for item in value]
     return value
 
