@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import shutil
 import signal
@@ -82,7 +84,8 @@ def connect(address: str | None, cpus: float, **options: Any) -> None:
                 return
             if address is not None:
                 raise ConfigError(f"--address {address}: there is no Ray cluster; start one with ray start --head")
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(-(-cpus // 1))), **options)
+        enough = max(os.cpu_count() or 1, math.ceil(cpus))
+        ray.init(address="local", num_cpus=enough, include_dashboard=False, **options)
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"Ray cannot be reached or started: {' '.join(str(error).split())[:500]}") from error
 
@@ -92,8 +95,9 @@ def abandon(code: int) -> NoReturn:
 
     `ray.shutdown` would do, but for the other thread, in which Ray then ends the process with a code of its own.
     """
+    logging.disable(logging.CRITICAL)  # what that thread thinks of it
     with suppress(Exception):
-        ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=True)
     leave(code)
 
 
