@@ -84,9 +84,18 @@ def connect(address: str | None, cpus: float, **options: Any) -> None:
                 return
             if address is not None:
                 raise ConfigError(f"--address {address}: there is no Ray cluster; start one with ray start --head")
-        enough = max(os.cpu_count() or 1, math.ceil(cpus))
-        ray.init(address="local", num_cpus=enough, include_dashboard=False, **options)
-    except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
+        options |= {"num_cpus": max(os.cpu_count() or 1, math.ceil(cpus)), "include_dashboard": False}
+        try:
+            ray.init(address="local", **options)
+        except Exception as error:
+            # Ray gives its own processes 30 s, which a busy machine may need for reading them from its disk.
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            ray.init(address="local", **options)
+    except ConfigError:
+        raise
+    except Exception as error:  # some are just that
         raise ConfigError(f"Ray cannot be reached or started: {' '.join(str(error).split())[:500]}") from error
 
 
