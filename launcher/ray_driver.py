@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import shutil
 import signal
@@ -82,8 +84,18 @@ def connect(address: str | None, cpus: float, **options: Any) -> None:
                 return
             if address is not None:
                 raise ConfigError(f"--address {address}: there is no Ray cluster; start one with ray start --head")
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(-(-cpus // 1))), **options)
-    except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
+        options |= {"num_cpus": max(os.cpu_count() or 1, math.ceil(cpus)), "include_dashboard": False}
+        try:
+            ray.init(address="local", **options)
+        except Exception as error:
+            # Ray gives its own processes 30 s, which a busy machine may need for reading them from its disk.
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            ray.init(address="local", **options)
+    except ConfigError:
+        raise
+    except Exception as error:  # some are just that
         raise ConfigError(f"Ray cannot be reached or started: {' '.join(str(error).split())[:500]}") from error
 
 
@@ -92,8 +104,9 @@ def abandon(code: int) -> NoReturn:
 
     `ray.shutdown` would do, but for the other thread, in which Ray then ends the process with a code of its own.
     """
+    logging.disable(logging.CRITICAL)  # what that thread thinks of it
     with suppress(Exception):
-        ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=True)
     leave(code)
 
 
