@@ -102,18 +102,24 @@ class Cluster:
             **self.environment,
             "RAY_NODE_OF_TEST": f"{self.folder}:{number}",
         }
-        with (self.folder / f"node-{number}.console").open("wb") as log:
-            self._nodes[number] = subprocess.Popen(
-                [str(BIN / "ray"), "start", *words],
-                env=surroundings,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
         console = self.folder / f"node-{number}.console"
-        self.wait(lambda: "Ray runtime started" in console.read_text(), f"node {number}")
-        return number
+        for _ in range(3):  # Ray gives its own processes 30 s, which a busy machine may need to read them
+            with console.open("wb") as log:
+                self._nodes[number] = subprocess.Popen(
+                    [str(BIN / "ray"), "start", *words],
+                    env=surroundings,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            self.wait(lambda: "runtime started" in console.read_text() or self._ended(number), f"node {number}")
+            if not self._ended(number):
+                return number
+        raise AssertionError(f"node {number} does not start\n{self.logs()}")
+
+    def _ended(self, number: int) -> bool:
+        return self._nodes[number].poll() is not None
 
     def wait(self, condition: Callable[[], Any], what: str, within: float = PATIENCE) -> Any:
         """The first true answer of `condition`."""
