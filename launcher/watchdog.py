@@ -104,7 +104,8 @@ class Watchdog:
         due, now = 0.0, time.monotonic()
         while True:
             began = time.monotonic()
-            if began >= due:
+            look = began >= due
+            if look:
                 due = began + self._interval
                 peers.send(self._sign_of_life(), must=False)
             peers.poll(max(0.0, due - time.monotonic()))
@@ -117,7 +118,7 @@ class Watchdog:
                 return
             self._say_who_has_gone(peers, after=_DOUBT)
             verdict = None
-            if self.rank == 0 or 0 in peers.gone or self._silence(peers, 0) >= self._timeout:
+            if look and (self.rank == 0 or 0 in peers.gone or self._silence(peers, 0) >= self._timeout):
                 verdict = judge(self._seen(peers), self._timeout, self.name)
             before, now = now, time.monotonic()
             if now - before > 2 * self._interval + _GAP:
