@@ -158,6 +158,7 @@ class Watchdog:
         while peers.told:
             message = peers.told.pop(0)
             if "end" in message and self.rank != 0:
+                tell_launcher(self.rank, str(message["end"]))
                 self._leave(str(message["end"]), message.get("ranks", []))
             if "lost" in message:
                 self._lose(peers, str(message["lost"]))

@@ -78,7 +78,7 @@ def said(program: Program) -> list[str]:
     return [line for line in program.err.splitlines() if line.startswith("moe-dist: error")]
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, victim: int) -> None:
     """FAULTS row 10, also when it is rank 0 that nobody can ask any more. Seen to fail with verdicts not acted on."""
     program = start(config, tmp_path, "train.max_steps=4000", "monitor.stall_timeout=4")
@@ -103,9 +103,10 @@ def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, v
 @pytest.mark.parametrize(
     ("planted", "expected"),
     [
-        (
+        pytest.param(
             "loop",
             r"rank 1 \(pid \d+ on \S+\) has not moved for \d+ s, in step 4, computing, last collectives world",
+            marks=pytest.mark.slow,
         ),
         (
             "other",
@@ -150,7 +151,7 @@ def test_stopped_and_continued(config: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "run") == losses(tmp_path / "twin" / "run")
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_once(config: Path, tmp_path: Path, victim: int) -> None:
     """By the lowest one that is left; not by everybody, and not as `Connection closed by peer`. Seen to fail
     without `last_words`: torchrun's SIGTERM came before the line."""
