@@ -105,7 +105,8 @@ class Watchdog:
         due, now = 0.0, time.monotonic()
         while True:
             began = time.monotonic()
-            if began >= due:
+            look = began >= due
+            if look:
                 due = began + self._interval
                 peers.send(self._sign_of_life(), must=False)
             peers.poll(max(0.0, due - time.monotonic()))
@@ -118,7 +119,7 @@ class Watchdog:
                 return
             self._say_who_has_gone(peers, after=_DOUBT)
             verdict = None
-            if self.rank == 0 or 0 in peers.gone or self._silence(peers, 0) >= self._timeout:
+            if look and (self.rank == 0 or 0 in peers.gone or self._silence(peers, 0) >= self._timeout):
                 verdict = judge(self._seen(peers), self._timeout, self.name)
             before, now = now, time.monotonic()
             if now - before > 2 * self._interval + _GAP:
@@ -158,6 +159,7 @@ class Watchdog:
         while peers.told:
             message = peers.told.pop(0)
             if "end" in message and self.rank != 0:
+                tell_launcher(self.rank, str(message["end"]))
                 self._leave(str(message["end"]), message.get("ranks", []))
             if "lost" in message:
                 self._lose(peers, str(message["lost"]))

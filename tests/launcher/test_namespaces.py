@@ -38,7 +38,8 @@ def test_experts_on_two_hosts(config: Path, tmp_path: Path, two_ranks: Run) -> N
 
 def test_a_cable_is_pulled(config: Path, tmp_path: Path) -> None:
     """FAULTS rows 9 and 10: found within 10 s and named on both sides; the host that is alone stops, the others go on
-    from the newest checkpoint with what they have, to the losses of a run left alone; and only they have written."""
+    from the newest checkpoint with what they have, to the losses of a run left alone; and only they have written.
+    Seen to fail with verdicts not acted on."""
     (tmp_path / "planted.py").write_text(PLANTED)
     ours = ["model.expert=planted:Planted", "model.num_experts=6", "parallel.ep_size=3", "parallel.elastic=true"]
     ours += ["train.max_steps=20", "checkpoint.save_steps=3", "monitor.stall_timeout=5"]

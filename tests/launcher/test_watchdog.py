@@ -80,9 +80,9 @@ def said(program: Program) -> list[str]:
     return [line for line in program.err.splitlines() if line.startswith("moe-dist: error")]
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, victim: int) -> None:
-    """FAULTS row 10, also when it is rank 0 that nobody can ask any more."""
+    """FAULTS row 10, also when it is rank 0 that nobody can ask any more. Seen to fail with verdicts not acted on."""
     program = start(config, tmp_path, "train.max_steps=4000", "monitor.stall_timeout=4")
     program.wait_for("step: 3/")
     pid = ranks_of(tmp_path / "run")[victim]
@@ -105,9 +105,10 @@ def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, v
 @pytest.mark.parametrize(
     ("planted", "expected"),
     [
-        (
+        pytest.param(
             "loop",
             r"rank 1 \(pid \d+ on \S+\) has not moved for \d+ s, in step 4, computing, last collectives world",
+            marks=pytest.mark.slow,
         ),
         (
             "other",
@@ -115,11 +116,13 @@ def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, v
             r"all-to-all of layer 0, in all_to_all_single, .*; rank 1 \(pid .* in step 4, computing, in all_reduce, ",
         ),
     ],
+    ids=["loop", "other"],
 )
 def test_a_loop_and_a_wrong_collective_are_found_and_named(
     config: Path, tmp_path: Path, planted: str, expected: str
 ) -> None:
-    """FAULTS rows 10 and 12: the others wait in a collective; every rank writes its stack and ends."""
+    """FAULTS rows 10 and 12: the others wait in a collective; every rank writes its stack and ends.
+    Seen to fail with verdicts not acted on."""
     options = ("parallel.ep_size=2", "train.max_steps=9", "monitor.stall_timeout=4")
     program = start(config, tmp_path, *options, planted=planted, ranks=2)
     assert program.end() == 1
@@ -150,9 +153,10 @@ def test_stopped_and_continued(config: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "run") == losses(tmp_path / "twin" / "run")
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_once(config: Path, tmp_path: Path, victim: int) -> None:
-    """By the lowest one that is left; not by everybody, and not as `Connection closed by peer`."""
+    """By the lowest one that is left; not by everybody, and not as `Connection closed by peer`. Seen to fail
+    without `last_words`: torchrun's SIGTERM came before the line."""
     program = start(config, tmp_path, "train.max_steps=4000", ranks=4)
     program.wait_for("step: 3/")
     pid = ranks_of(tmp_path / "run")[victim]
