@@ -169,6 +169,7 @@ class MoETrainer:
         self.stopping.after_step(counters.step, result.loss, self.loader.epoch, result.skipped, self._time_share())
         if counters.step % config.monitor.logging_steps == 0 or counters.step == 1 or self.stopping.reason:
             self.reporter.log(counters, self.stopping, result, rate, self.loader.epoch)
+            self.status.at("agreeing on the next step")  # with rank 0, which has written its line first
             self.reporter.actions(self.acting.observe(counters.step, self.reporter.layers))
         if config.train.eval_steps and counters.step % config.train.eval_steps == 0:
             self._evaluate()
