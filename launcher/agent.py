@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.board import Board
-from launcher.endings import Ended, Tries, say, say_end, verdict
+from launcher.endings import Ended, Tries, note, say, say_end, verdict
 from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_FAILED, EXIT_STOPPED
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, load_config
@@ -213,6 +213,8 @@ class Watch:
         several = group.group_world_size > 1
         told = self.board.told
         end = verdict(ended, told, places, folder, len(here) == 1 and not several, socket.gethostname() * several)
+        if folder is not None and group.group_rank == 0:  # once, whatever the number of machines
+            note(end, folder)
         if end.code != EXIT_CONFIG or told:  # it has been said before anybody listened
             say_end(end, more)
 

@@ -12,6 +12,7 @@ from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_DIFFERS, 
 from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.storage import open_storage, step_folder
 from moe_dist.config import Config
+from moe_dist.monitor.run_log import note_failure
 from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel.status import Place
 
@@ -75,6 +76,12 @@ class End(NamedTuple):
 def say_end(end: End, more: str = "") -> None:
     if end.line is not None:
         say(end.line + more + (f"; log: {end.log}" if end.log else ""))
+
+
+def note(end: End, folder: Path) -> None:
+    """Write a failure into the log of the run too, for `doctor` and the report."""
+    if end.code == EXIT_FAILED and end.line is not None:
+        note_failure(folder, end.line.removeprefix("error: "))
 
 
 def verdict(

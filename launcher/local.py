@@ -11,11 +11,10 @@ from __future__ import annotations
 import signal
 import time
 
-from launcher.endings import End, Ended, Tries, goes_on, restore_terminal, say, say_end, verdict
+from launcher.endings import End, Ended, Tries, goes_on, note, restore_terminal, say, say_end, verdict
 from launcher.processes import GRACE, PATIENCE, POLL, Ranks, Signals
 from launcher.worker import EXIT_AGAIN, EXIT_FAILED, EXIT_STOPPED, Proof
 from moe_dist.config import Config
-from moe_dist.monitor.run_log import note_failure
 from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel.hang import Sighting, Verdict, judge
 
@@ -34,8 +33,8 @@ def launch(config: Config, proof: Proof | None = None) -> int:
         tries = Tries(config, config.launch.max_restarts)
         while True:
             end = _run(config, proof, signals)
-            if end.code == EXIT_FAILED and end.line is not None and proof is None:
-                note_failure(config.train.output_dir, end.line.removeprefix("error: "))
+            if proof is None:
+                note(end, config.train.output_dir)
             saves = proof is None and config.checkpoint.save_steps > 0
             if end.code != EXIT_FAILED or signals.first or not saves or not config.launch.max_restarts:
                 say_end(end)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from programs import Program, losses
+from programs import Program, losses, metrics
 
 pytestmark = pytest.mark.dist
 
@@ -183,3 +183,5 @@ def test_an_agent_of_ours_says_it_in_one_line_and_starts_again(config: Path, tmp
     assert line.startswith("moe-dist: error: rank 1 (pid "), line
     assert "it is stopped (SIGSTOP)" in line
     assert re.search(r"; starting again from checkpoint-(8|1\d|2\d) \(try 1 of 3\)$", line), line
+    (noted,) = metrics(tmp_path / "run", "failure")  # where doctor and the report find it
+    assert line.startswith(f"moe-dist: error: {noted['reason']}; starting again")
