@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +54,26 @@ class RankSet:
         for connection in self.connections:
             connection.send((function, arguments))
         deadline = time.monotonic() + timeout
-        results, problems = [], []
-        for rank, connection in enumerate(self.connections):
-            # After one failure the others get a moment to say what they saw, no more.
-            patience = 2.0 if problems else max(0.0, deadline - time.monotonic())
-            try:
-                if not connection.poll(patience):
-                    problems.append(f"rank {rank}: no answer")
-                    continue
-                ok, value = connection.recv()
-            except (EOFError, ConnectionError):
-                self.processes[rank].join(1)
-                problems.append(f"rank {rank}: died, exit code {self.processes[rank].exitcode}")
-                continue
-            results.append(value) if ok else problems.append(f"rank {rank}: {value}")
+        results, problems = {}, {}
+        waiting = dict(enumerate(self.connections))
+        while waiting:
+            ready = wait(waiting.values(), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                problems |= dict.fromkeys(waiting, "no answer")
+                break
+            for rank in [rank for rank, connection in waiting.items() if connection in ready]:
+                try:
+                    ok, value = waiting.pop(rank).recv()
+                    (results if ok else problems)[rank] = value
+                except (EOFError, ConnectionError):
+                    self.processes[rank].join(1)
+                    problems[rank] = f"died, exit code {self.processes[rank].exitcode}"
+            if problems:  # the others get a moment to say what they saw, no more
+                deadline = min(deadline, time.monotonic() + 2.0)
         if problems:
-            raise RankFailure("\n".join(problems) + self.logs())
-        return results
+            lines = [f"rank {rank}: {problems[rank]}" for rank in sorted(problems)]
+            raise RankFailure("\n".join(lines) + self.logs())
+        return [results[rank] for rank in range(len(self.connections))]
 
     def logs(self) -> str:
         texts = [(path.name, path.read_text(errors="replace")) for path in sorted(self.folder.glob("*.log"))]
