@@ -1,13 +1,14 @@
 """Kill a real training run again and again, and see whether it ends where an undisturbed one does.
 
     python tools/soak.py --kills 25 --seed 1
+    python tools/soak.py --kills 25 --launcher torchrun
 
-`moe-dist train` of a tiny model, saving in the background every few steps, is killed by SIGKILL at seeded random
-times: the whole process group, one rank, or the launcher alone; while starting, while training, or as soon as a save
-is seen on disk. It is started again until all kills are done, then finished. Checked after every kill: the newest
-committed step verifies, no committed step is damaged, none that was newest is gone. Checked at the end, against a run
-that nobody disturbed: the loss of every step, of every start, and the hash of every tensor, bitwise. Exit code 1 when
-anything is not as it must be.
+`moe-dist train`, or `moe-dist launch torchrun`, of a tiny model, saving in the background every few steps, is killed by
+SIGKILL at seeded random times: all its processes, one rank, or the launcher alone; while starting, while training, or
+as soon as a save is seen on disk. It is started again until all kills are done, then finished. Checked after every kill:
+the newest committed step verifies, no committed step is damaged, none that was newest is gone. Checked at the end,
+against a run that nobody disturbed: the loss of every step, of every start, and the hash of every tensor, bitwise. Exit
+code 1 when anything is not as it must be.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ monitor: {{logging_steps: 1, progress: none, tensorboard: false}}
 launch: {{nproc_per_node: {ranks}, device: cpu, num_threads: 1, timeout: 20, max_restarts: 0}}  # we start it again
 """
 HOW = ("group", "group", "rank", "launcher")
+STARTERS = {"local": ("train",), "torchrun": ("launch", "torchrun")}
+MARK = "MOE_DIST_SOAK"
+"""Variable by which every process of a run is found: torchrun gives each rank a session of its own."""
 WHEN = ("training", "training", "saving", "saving", "starting")
 PATIENCE = 120.0
 
@@ -70,8 +74,9 @@ class Kill:
 class Soak:
     """One run folder and everything that happens to it."""
 
-    def __init__(self, folder: Path, ranks: int, save_steps: int, seed: int) -> None:
+    def __init__(self, folder: Path, ranks: int, save_steps: int, seed: int, launcher: str) -> None:
         self.folder, self.draw, self.kills = folder, random.Random(seed), list[Kill]()
+        self.starter = STARTERS[launcher]
         self.ranks, self.save_steps = ranks, save_steps
         (folder / "text").mkdir(parents=True)
         for number in range(12):
@@ -83,17 +88,20 @@ class Soak:
         self.storage = LocalStorage(self.run)
 
     def start(self, output: Path, steps: int) -> subprocess.Popen[bytes]:
-        words = [sys.executable, "-m", "launcher", "train", str(self.config)]
+        words = [sys.executable, "-m", "launcher", *self.starter, str(self.config)]
         words += [f"train.output_dir={output}", f"train.max_steps={steps}"]
         log = open(self.folder / "console.log", "ab")  # noqa: SIM115
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        marked = os.environ | {MARK: str(self.folder), "GLOO_SOCKET_IFNAME": "lo"}
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=marked
+        )
 
     def finish(self, output: Path, steps: int) -> None:
         process = self.start(output, steps)
         try:
             code = process.wait(20 * PATIENCE)
         finally:
-            end(process)
+            self.end(process)
         if code != 0:
             raise SystemExit(f"a run that nobody disturbed ended with {code}:\n{self.console()[-2000:]}")
 
@@ -123,24 +131,42 @@ class Soak:
             self.strike(process, how)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            left = wait_gone(process.pid, 30)
+            left = self.wait_gone(30)
         finally:
-            end(process)
-        kill = Kill(how, when, seconds, last_step(self.run), self.newest(), len(self.storage.leftovers()))
-        kill.problems += [f"still alive 30 s after the kill: {left}"] * bool(left)
-        kill.problems += self.look(before)
-        self.kills.append(kill)
-        return kill
+            self.end(process)
+        done = Kill(how, when, seconds, last_step(self.run), self.newest(), len(self.storage.leftovers()))
+        done.problems += [f"still alive 30 s after the kill: {left}"] * bool(left)
+        done.problems += self.look(before)
+        self.kills.append(done)
+        return done
 
     def strike(self, process: subprocess.Popen[bytes], how: str) -> None:
         if how == "group":
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(self.alive())
         elif how == "launcher":
             process.kill()
         else:
-            ranks = [pid for pid in session(process.pid) if pid != process.pid]
-            with suppress(ProcessLookupError):
-                os.kill(self.draw.choice(sorted(ranks)), signal.SIGKILL)
+            kill([self.draw.choice(sorted(pid for pid in self.alive() if pid != process.pid))])
+
+    def alive(self) -> list[int]:
+        """Processes of this run, its launcher first."""
+        mark, found = f"{MARK}={self.folder}\0".encode(), []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with suppress(OSError):
+                    if mark in (entry / "environ").read_bytes():
+                        found.append(int(entry.name))
+        return sorted(found)
+
+    def wait_gone(self, seconds: float) -> list[int]:
+        deadline = time.monotonic() + seconds
+        while (left := self.alive()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return left
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        kill(self.alive())
+        process.wait(30)
 
     def newest(self) -> int | None:
         return max(self.storage.steps(), default=None)
@@ -179,30 +205,10 @@ def wait(process: subprocess.Popen[bytes], condition: Callable[[], bool], soak: 
         time.sleep(0.002)
 
 
-def session(leader: int) -> list[int]:
-    """Processes alive in a session."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                state, _, _, number = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-                if int(number) == leader and state != "Z":
-                    found.append(int(entry.name))
-    return found
-
-
-def wait_gone(leader: int, seconds: float) -> list[int]:
-    deadline = time.monotonic() + seconds
-    while (left := session(leader)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return left
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    for pid in session(process.pid):
+def kill(pids: list[int]) -> None:
+    for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    process.wait(30)
 
 
 def compare(soak: Soak, twin: Path, last: int) -> tuple[list[str], int]:
@@ -228,6 +234,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--launcher", default="local", choices=STARTERS)
     parser.add_argument("--ranks", type=int, default=2, choices=(1, 2, 4))
     parser.add_argument("--save-steps", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no more kills after this long")
@@ -235,14 +242,14 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     began = time.monotonic()
     try:
-        soak = Soak(folder, options.ranks, options.save_steps, options.seed)
+        soak = Soak(folder, options.ranks, options.save_steps, options.seed, options.launcher)
         print(f"{'kill':>4}  {'what':8}  {'while':8}  {'after':>6}  {'step':>5}  {'committed':>9}  {'cut short':>9}")
         while len(soak.kills) < options.kills and time.monotonic() - began < options.seconds:
-            kill = soak.kill_once()
-            committed = "none" if kill.newest is None else str(kill.newest)
+            done = soak.kill_once()
+            committed = "none" if done.newest is None else str(done.newest)
             print(
-                f"{len(soak.kills):4}  {kill.how:8}  {kill.when:8}  {kill.seconds:5.1f}s  {kill.reached:5}  "
-                f"{committed:>9}  {kill.cut_short:9}  {'; '.join(kill.problems) or 'ok'}",
+                f"{len(soak.kills):4}  {done.how:8}  {done.when:8}  {done.seconds:5.1f}s  {done.reached:5}  "
+                f"{committed:>9}  {done.cut_short:9}  {'; '.join(done.problems) or 'ok'}",
                 flush=True,
             )
         last = max(last_step(soak.run), soak.newest() or 0) + 10
