@@ -3,12 +3,12 @@
     python tools/soak.py --kills 25 --seed 1
     python tools/soak.py --kills 25 --launcher torchrun
 
-`moe-dist train`, or `moe-dist launch torchrun`, of a tiny model, saving in the background every few steps, is killed by
-SIGKILL at seeded random times: all its processes, one rank, or the launcher alone; while starting, while training, or
-as soon as a save is seen on disk. It is started again until all kills are done, then finished. Checked after every kill:
-the newest committed step verifies, no committed step is damaged, none that was newest is gone. Checked at the end,
-against a run that nobody disturbed: the loss of every step, of every start, and the hash of every tensor, bitwise. Exit
-code 1 when anything is not as it must be.
+`moe-dist train`, or `moe-dist launch torchrun`, of a tiny model, saving in the background every few steps, is
+killed by SIGKILL at seeded random times: all its processes, one rank, or the launcher alone; while starting, while
+training, or as soon as a save is seen on disk. It is started again until all kills are done, then finished. Checked
+after every kill: the newest committed step verifies, no committed step is damaged, none that was newest is gone.
+Checked at the end, against a run that nobody disturbed: the loss of every step, of every start, and the hash of
+every tensor, bitwise. Exit code 1 when anything is not as it must be.
 """
 
 from __future__ import annotations
