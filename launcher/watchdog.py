@@ -92,10 +92,9 @@ class Watchdog:
     def _run(self) -> None:
         try:
             if self._peers is None:
-                offer = self.everybody[0].offer
-                assert offer is not None
-                self._peers = Spoke(self.rank, offer)
-            self._watch(self._peers)
+                self._peers = self._met()
+            if self._peers is not None:
+                self._watch(self._peers)
         except Exception as error:  # training goes on without
             logger.warning(
                 "hangs will not be found: rank %d has no watchdog: %s: %s", self.rank, type(error).__name__, error
@@ -127,6 +126,22 @@ class Watchdog:
             elif verdict is not None:
                 self._end(peers, verdict)
 
+    def _met(self) -> Peers | None:
+        """The connection to rank 0, which may be slow to answer, or stopped; None when training has ended before."""
+        offer, nobody, warned = self.everybody[0].offer, Peers(), False
+        assert offer is not None
+        while not self._goodbye:
+            try:
+                return Spoke(self.rank, offer)
+            except OSError as error:
+                if not warned:
+                    logger.warning("rank %d cannot reach rank 0's watchdog, and tries again: %s", self.rank, error)
+                warned = True
+            if self._is_stopped(0) and (verdict := judge(self._seen(nobody), self._timeout, self.name)) is not None:
+                self._end(nobody, verdict)
+            time.sleep(self._interval)
+        return None
+
     def _sign_of_life(self) -> Message:
         place = self.status.place
         seconds = min(place.seconds, time.monotonic() - self._went_on)
@@ -141,18 +156,20 @@ class Watchdog:
         return time.monotonic() - max(moment, self._went_on)
 
     def _seen(self, peers: Peers) -> dict[int, Sighting]:
-        """What is known of everybody who trains; nothing as long as somebody has not been heard of at all."""
+        """What is known of everybody who trains; nothing as long as somebody may be about to be heard of first."""
         seen = {self.rank: _sighting(self._sign_of_life(), 0.0, "")}
+        unheard = {"place": [0.0, self.status.step, "starting", None]}
         for rank in range(len(self.everybody)) if self.rank == 0 else [0]:
             if rank == self.rank or peers.left.get(rank) == "done":
                 continue
-            if rank not in peers.heard:
-                return {}
             silence = self._silence(peers, rank)
+            if rank not in peers.heard and silence < self._timeout:
+                return {}
             state: State = "gone" if rank in peers.gone or rank in peers.left else ""
             if not state and silence > 2 * self._interval and self._is_stopped(rank):
                 state = "stopped"
-            seen[rank] = _sighting(peers.heard[rank][1], silence, state)
+            _, message = peers.heard.get(rank, (0.0, unheard))
+            seen[rank] = _sighting(message, silence, state)
         return seen
 
     def _listen(self, peers: Peers) -> None:

@@ -60,7 +60,10 @@ def judge(
     """
     here = [sighting for sighting in seen.values() if sighting.state != "gone"]
     limit = timeout if len(here) == len(seen) else min(timeout, MOURNING)
-    if not here or any(one.place.step == 0 for one in seen.values()) or min(one.still for one in here) < limit:
+    steps = [one.place.step for one in seen.values()]
+    # Who has begun a second step has had all the others in the first, whatever was last heard of them.
+    starting = 0 in steps and max(steps) < 2
+    if not here or starting or min(one.still for one in here) < limit:
         return None
 
     def those(which: Callable[[Sighting], bool]) -> list[int]:

@@ -118,7 +118,7 @@ def test_a_rank_in_an_endless_loop_is_found_and_named(config: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_suspended_as_a_whole(config: Path, tmp_path: Path) -> None:
     """Ctrl-Z, and on again after longer than the limit. Seen to fail without `went_on` in the launcher."""
-    program = start(config, tmp_path, "nowhere", 1, 0, "", "train.max_steps=60", "monitor.stall_timeout=3")
+    program = start(config, tmp_path, [], "train.max_steps=60", "monitor.stall_timeout=3")
     program.wait_for("step: 5/")
     everybody = program.processes()
     for number, seconds in ((signal.SIGSTOP, 6), (signal.SIGCONT, 0)):

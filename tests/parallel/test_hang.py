@@ -23,8 +23,15 @@ def test_nobody_is_named_while_anyone_moves() -> None:
     still = at()
     assert judge({0: still, 1: at(seconds=59.0)}, LIMIT) is None
     assert judge({0: still, 1: at(seconds=1.0, silent=58.0)}, LIMIT) is None
-    assert judge({0: still, 1: at(step=0)}, LIMIT) is None, "before the first step it may take any time"
+    assert judge({0: at(step=1), 1: at(step=0)}, LIMIT) is None, "before the first step it may take any time"
     assert judge({0: still, 1: at("computing", seconds=30.0, silent=30.0)}, LIMIT) is not None
+
+
+def test_who_was_last_heard_of_before_its_first_step() -> None:
+    """Steps may be shorter than the time between two signs of life: a rank stopped in between would never be found."""
+    found = judge({0: at(step=2), 1: at("starting", step=0, seconds=0.2, silent=61.0, state="stopped")}, LIMIT)
+    assert found is not None
+    assert found.ranks == [1]
 
 
 @pytest.mark.parametrize(
