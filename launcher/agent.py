@@ -3,8 +3,8 @@
 What differs from torchrun:
 - It ends with the exit code of its ranks, where torchrun ends with 1 whatever they say: "saved, start me again" is
   something else than "useless to try again".
-- SIGTERM, SIGUSR1 and Ctrl-C go to the ranks and leave them the time they need to save (`--shutdown-timeout` seconds;
-  without it any).
+- SIGTERM, SIGUSR1, SIGHUP and Ctrl-C go to the ranks and leave them the time they need to save (`--shutdown-timeout`
+  seconds; without it any).
 - One line says which rank has failed, how, and where it was; the same line as under `moe-dist train`.
 - Ranks that saved because they were asked to, or whose configuration cannot be used, are not started again, and
   `--max-restarts` counts starts that got no further than a checkpoint, not all.
@@ -26,11 +26,12 @@ from typing import Any
 
 from launcher.board import Board
 from launcher.endings import Ended, Tries, note, say, say_end, verdict
-from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_FAILED, EXIT_STOPPED
+from launcher.environment import JOB, named_job
+from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_FAILED, EXIT_STOPPED, LAUNCHER
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, load_config
 
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _FINAL = (EXIT_CONFIG, EXIT_STOPPED, EXIT_AGAIN, EXIT_CTRL_C)
 """Exit codes of ranks after which the same start again would not help, or is not wanted."""
 _LAST_WAIT = 10.0
@@ -122,7 +123,8 @@ class Asked:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer)
         for number in PASSED_ON:
-            signal.signal(number, lambda number, frame: None)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -173,9 +175,11 @@ class Watch:
             return
         spec = agent.get_worker_group().spec
         self.board = Board(spec.local_world_size)
-        os.environ.update(self.board.for_strangers())
+        os.environ.update(self.board.for_strangers() | named_job())
+        if self.config is not None:
+            os.environ[LAUNCHER] = str(os.getpid())  # of ranks that are its children: with no script in between
         if self.config is not None and spec.max_restarts:
-            self.tries = Tries(self.config, spec.max_restarts)
+            self.tries = Tries(self.config, spec.max_restarts, os.environ[JOB])
         # Ranks end together; an agent that has died does not come to the last meeting.
         agent._exit_barrier_timeout = min(agent._exit_barrier_timeout, _LAST_WAIT)
 
@@ -236,6 +240,10 @@ def _set_to_watch(watch: Watch) -> None:
         def _initialize_workers(self, worker_group: WorkerGroup) -> None:
             watch.begin(self)
             super()._initialize_workers(worker_group)
+
+        def _stop_workers(self, worker_group: WorkerGroup) -> None:
+            # torch's own way gives ranks 30 s to save before machines meet anew, whatever they have been promised.
+            self._shutdown(timeout=self._shutdown_timeout)
 
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result = super()._monitor_workers(worker_group)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -15,7 +14,6 @@ from rich.markup import escape
 from launcher import checkpoint_commands
 from launcher.environment import (
     detect,
-    given_batch,
     join_slurm,
     let_the_first_speak,
     refuse_half_a_torchrun,
@@ -23,10 +21,10 @@ from launcher.environment import (
 )
 from launcher.launch_commands import app as launch_app
 from launcher.mpi import join_mpi
+from launcher.starting import for_world
 from launcher.sweep_command import sweep
 from launcher.worker import EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED
 from moe_dist import __version__
-from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, dump_config, load_config
 
 app = typer.Typer(
@@ -93,9 +91,7 @@ def train(context: typer.Context, config: ConfigPath) -> None:
 
     [dim]Example:[/dim]  moe-dist train configs/demo.yaml train.max_time=60
     """
-    join_slurm()
-    join_mpi()
-    refuse_half_a_torchrun()
+    _join()
     inside = started_by_torchrun()
     notice = _notice if os.environ.get("RANK", "0") == "0" else _nothing
     settings = load_config(config, context.args, notice=notice)
@@ -103,8 +99,8 @@ def train(context: typer.Context, config: ConfigPath) -> None:
         from launcher.worker import run_under_torchrun
 
         environment = detect()
-        run_under_torchrun(_for_world(settings, environment.world_size, notice), environment)
-    settings = _for_world(settings, settings.launch.nproc_per_node, notice)
+        run_under_torchrun(for_world(settings, environment.world_size, notice), environment)
+    settings = for_world(settings, settings.launch.nproc_per_node, notice)
     from launcher.local import launch
 
     raise typer.Exit(launch(settings))
@@ -157,7 +153,7 @@ def verify(
     from moe_dist.config import ParallelConfig
     from moe_dist.verify.layouts import BUGS, cases, shrunken
 
-    join_slurm()
+    _join()
     settings = load_config(config, context.args, notice=_notice if os.environ.get("RANK", "0") == "0" else _nothing)
     if plant is not None and plant not in BUGS:
         raise ConfigError(f"--plant {plant}: not a known bug; allowed: {', '.join(BUGS)}")
@@ -192,14 +188,15 @@ def profile(
     """
     from launcher.worker import Profiling
 
+    _join()
     settings = load_config(config, context.args, notice=_notice if os.environ.get("RANK", "0") == "0" else _nothing)
     wanted = Profiling(steps=steps, memory=memory)
     if started_by_torchrun():
         from launcher.worker import run_under_torchrun
 
         environment = detect()
-        run_under_torchrun(_for_world(settings, environment.world_size, _nothing), environment, wanted)
-    settings = _for_world(settings, settings.launch.nproc_per_node, _notice)
+        run_under_torchrun(for_world(settings, environment.world_size, _nothing), environment, wanted)
+    settings = for_world(settings, settings.launch.nproc_per_node, _notice)
     from launcher.local import launch
 
     raise typer.Exit(launch(settings, wanted))
@@ -257,16 +254,11 @@ def doctor(
     raise typer.Exit(EXIT_FAILED if alarming else 0)
 
 
-def _for_world(config: Config, world_size: int, notice: Callable[[str], None]) -> Config:
-    """`config` as this many ranks can run it. Raises ConfigError when they cannot."""
-    from moe_dist.parallel.layout import Layout
-    from moe_dist.train.elastic import replan
-
-    config, sentence = replan(config, world_size, given_batch())
-    if sentence is not None:
-        notice(sentence)
-    Layout.of(config, world_size)
-    return config
+def _join() -> None:
+    """A process that srun or mpirun has started as one of several becomes a rank."""
+    join_slurm()
+    join_mpi()
+    refuse_half_a_torchrun()
 
 
 def _notice(text: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_DIFFERS, EXIT_FAILED, EXIT_STOPPED
-from moe_dist.checkpoint.manifest import CheckpointError
+from moe_dist.checkpoint.lock import begun
 from moe_dist.checkpoint.storage import open_storage, step_folder
 from moe_dist.config import Config
 from moe_dist.monitor.run_log import note_failure
@@ -29,7 +30,7 @@ def newest_step(config: Config) -> int:
     """The newest committed step of the run folder, -1 when there is none or nobody can say."""
     try:
         steps = open_storage(config.checkpoint.folder or config.train.output_dir).steps()
-    except (OSError, CheckpointError):
+    except Exception:  # of an object store it may be anything, and whoever asks must not end of it
         return -1
     return steps[-1] if steps else -1
 
@@ -37,32 +38,31 @@ def newest_step(config: Config) -> int:
 class Tries:
     """Starts in a row that got no further than a checkpoint; more than `limit` are enough."""
 
-    def __init__(self, config: Config, limit: int) -> None:
-        self.config, self.limit = config, limit
+    def __init__(self, config: Config, limit: int, job: str) -> None:
+        """`job`: its name (`launcher.environment.JOB`)."""
+        self.config, self.limit, self.job = config, limit, job
         self.count, self.furthest = 0, newest_step(config)
 
     def again(self) -> str | None:
         """One more start has failed: where the next one goes on from, in words; None when there shall be none."""
         step = newest_step(self.config)
-        self.count, self.furthest = (1, step) if step > self.furthest else (self.count + 1, self.furthest)
+        # Fewer than before: what it does not go on from has been set aside.
+        further = step >= 0 and step != self.furthest
+        self.count, self.furthest = (1, step) if further else (self.count + 1, self.furthest)
         if self.count > self.limit:
             return None
-        place = f"from {step_folder(step)}" if step >= 0 else "at the beginning"
+        resume = self.config.checkpoint.resume
+        has_begun = any(self.job in name for name in begun(self.config.train.output_dir))
+        if resume != "auto" and not has_begun:
+            place = f"with checkpoint.resume={resume}"
+        else:
+            place = f"from {step_folder(step)}" if step >= 0 else "at the beginning"
         return f"; starting again {place} (try {self.count} of {self.limit})"
 
     @property
     def summary(self) -> str:
         where = f"step {self.furthest}" if self.furthest >= 0 else "a first checkpoint"
         return f"error: {self.count} starts in a row have ended like this without getting past {where}; giving up"
-
-
-def goes_on(config: Config) -> Config:
-    """`config` for a start after the first: this run's own newest checkpoint, not what the first start was told."""
-    if newest_step(config) < 0 and config.checkpoint.resume != "never":
-        return config
-    config = config.model_copy(deep=True)
-    config.checkpoint.resume = "auto"
-    return config
 
 
 class End(NamedTuple):
@@ -130,5 +130,6 @@ def restore_terminal() -> None:
 
 
 def say(text: str) -> None:
-    """One line for people."""
-    print(f"moe-dist: {text}", file=sys.stderr, flush=True)
+    """One line for people; nothing happens when their terminal has gone."""
+    with suppress(OSError):
+        print(f"moe-dist: {text}", file=sys.stderr, flush=True)

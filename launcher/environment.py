@@ -5,16 +5,23 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import secrets
 import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
+from moe_dist.checkpoint.lock import Job
 from moe_dist.config_loading import ConfigError
 
+JOB = "MOE_DIST_JOB"
+"""A name that all starts of one job have, and no other job: a launcher that starts ranks again gives it, or whoever
+else does (the manifests of k8s/)."""
 SLURM = "MOE_DIST_SLURM"
 """1: a task of srun is a rank even when it is the only one. 0: leave Slurm's variables alone."""
 BATCH = "MOE_DIST_GLOBAL_BATCH"
 _SPECIAL_STEPS = 0xFFFFFFF0  # the batch script, the shell of salloc: steps that nobody started with srun
+STORE, TOKEN = "MOE_DIST_STORE", "MOE_DIST_TOKEN"
+"""How ranks meet: the socket on which rank 0 serves ("" for the others), and a word that keeps strangers out."""
 _PORTS = range(10000, 30000)  # below those that Linux hands out by itself
 
 
@@ -60,6 +67,25 @@ def given_batch(environ: Mapping[str, str] = os.environ) -> int | None:
     if text is not None and (not text.isdecimal() or int(text) < 1):
         raise ConfigError(f"{BATCH}={text}: a whole number from 1")
     return None if text is None else int(text)
+
+
+def named_job(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a launcher leaves its ranks, the same at each of their starts."""
+    return {JOB: environ.get(JOB) or secrets.token_hex(8)}
+
+
+def this_job(environ: Mapping[str, str] = os.environ) -> Job:
+    """Which earlier starts belong to this one: the one rule for `checkpoint.resume`, whoever starts again.
+
+    A name of our own is new with every job, so whoever knows it has been there. Slurm and torchrun call by one name
+    what people may start several times, and count what is a start of the same.
+    """
+    counted = [("SLURM_JOB_ID", "SLURM_RESTART_COUNT")]
+    if JOB not in environ:
+        counted.append(("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"))
+    known = [(JOB, True), *((name, environ.get(count, "0") != "0") for name, count in counted)]
+    named = [(f"{name}={environ[name]}", again) for name, again in known if environ.get(name)]
+    return Job(tuple(name for name, _ in named), tuple(name for name, again in named if again))
 
 
 def usable_cores() -> int:
@@ -183,12 +209,15 @@ def from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
                 f"{name}={environ[name]}, but in this task of srun it is {value}: "
                 f"unset {name}, or set {SLURM}=0 to leave Slurm alone"
             )
-    # Steps and jobs on one node meet at ports of their own.
-    port = _PORTS[(number("SLURM_JOB_ID", "SLURM_JOBID") + 4093 * int(step)) % len(_PORTS)]
+    # Steps and jobs on one node meet at ports of their own, and so does every start of a job.
+    job = number("SLURM_JOB_ID", "SLURM_JOBID")
+    start = number("SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
+    port = _PORTS[(job + 4093 * int(step) + 7919 * start) % len(_PORTS)]
     return {
         **found,
         "MASTER_ADDR": environ.get("MASTER_ADDR", hosts[0]),
         "MASTER_PORT": environ.get("MASTER_PORT", str(port)),
+        TOKEN: f"slurm-{job}-{step}-{start}",
     }
 
 

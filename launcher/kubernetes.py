@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from launcher.starting import for_world
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, dump_config
 
@@ -102,16 +103,16 @@ def _chosen(overlay: str | None) -> list[str]:
 
 
 def _check(config: Config, chosen: list[str], nodes: int, nproc_per_node: int) -> None:
-    from moe_dist.parallel.layout import Layout
-
     if "rayjob" in chosen and nodes != 1:
         raise ConfigError(
             f"--nodes {nodes}: the entrypoint of a RayJob runs in one pod; allowed: 1, or another overlay"
         )
     if "pytorchjob" in chosen and nodes < 2:
         raise ConfigError(f"--nodes {nodes}: a PyTorchJob here is a master and workers; allowed: 2 or more")
+    there = config.model_copy(deep=True)
+    there.train.output_dir = Path(run_folder(config))  # a folder of that name here is another run's
     try:
-        Layout.of(config, nodes * nproc_per_node)
+        for_world(there, nodes * nproc_per_node)
     except ConfigError as error:
         raise ConfigError(f"{nodes} nodes x {nproc_per_node} ranks: {error}") from None
 

@@ -36,13 +36,10 @@ def local(context: typer.Context, config: ConfigPath, dry_run: DryRun = False) -
     [dim]Example:[/dim]  moe-dist launch local configs/demo.yaml --dry-run
     """
     from launcher.processes import rank_environment
-    from launcher.starting import TRAIN, Start
-    from moe_dist.parallel.layout import Layout
-    from moe_dist.train.elastic import replan
+    from launcher.starting import TRAIN, Start, for_world
 
     settings = load_config(config, context.args, notice=_notice)
-    ranks = settings.launch.nproc_per_node
-    Layout.of(replan(settings, ranks)[0], ranks)
+    for_world(settings, settings.launch.nproc_per_node)
     _start(Start(rank_environment(settings), (sys.executable, *TRAIN, config, *context.args)), dry_run)
 
 

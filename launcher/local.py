@@ -11,7 +11,8 @@ from __future__ import annotations
 import signal
 import time
 
-from launcher.endings import End, Ended, Tries, goes_on, note, restore_terminal, say, say_end, verdict
+from launcher.endings import End, Ended, Tries, note, restore_terminal, say, say_end, verdict
+from launcher.environment import JOB, named_job
 from launcher.processes import GRACE, PATIENCE, POLL, Ranks, Signals
 from launcher.worker import EXIT_AGAIN, EXIT_FAILED, EXIT_STOPPED, Proof
 from moe_dist.config import Config
@@ -30,9 +31,10 @@ def launch(config: Config, proof: Proof | None = None) -> int:
     `launch.max_restarts` starts in a row have not got any further.
     """
     with Signals() as signals:
-        tries = Tries(config, config.launch.max_restarts)
+        job = named_job()
+        tries = Tries(config, config.launch.max_restarts, job[JOB])
         while True:
-            end = _run(config, proof, signals)
+            end = _run(config, proof, signals, job)
             if proof is None:
                 note(end, config.train.output_dir)
             saves = proof is None and config.checkpoint.save_steps > 0
@@ -44,11 +46,10 @@ def launch(config: Config, proof: Proof | None = None) -> int:
             if more is None:
                 say(tries.summary)
                 return end.code
-            config = goes_on(config)
 
 
-def _run(config: Config, proof: Proof | None, signals: Signals) -> End:
-    with Ranks(config, proof) as ranks:
+def _run(config: Config, proof: Proof | None, signals: Signals, job: dict[str, str]) -> End:
+    with Ranks(config, proof, job) as ranks:
         ended: list[Ended] = []
         deadline = None
         went_on = now = time.monotonic()

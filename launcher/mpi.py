@@ -11,20 +11,24 @@ import secrets
 import socket
 from collections.abc import Mapping
 
-from launcher.worker import STORE, TOKEN
+from launcher.environment import STORE, TOKEN
 from moe_dist.config_loading import ConfigError
 
 MPI = "MOE_DIST_MPI"
 """1: a process of mpirun is a rank even when it is the only one. 0: leave MPI alone."""
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")
+_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 
 def started_by_mpi(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether mpirun has started this process as one of several, and nothing else has made it a rank since."""
+    """Whether mpirun has started this process as one of several, and nothing else has made it a rank since.
+
+    Raises ConfigError where somebody's RANK or WORLD_SIZE is not mpirun's: each process would train for itself.
+    """
     asked = environ.get(MPI, "")
     if asked not in ("", "0", "1"):
         raise ConfigError(f"{MPI}={asked}: 1 (a process of mpirun is a rank) or 0 (leave MPI alone)")
-    if asked == "0" or "RANK" in environ:
+    if asked == "0" or "TORCHELASTIC_RUN_ID" in environ:
         return False
     sizes = [(name, environ[name]) for name in _SIZES if name in environ]
     if not sizes:
@@ -34,7 +38,16 @@ def started_by_mpi(environ: Mapping[str, str] = os.environ) -> bool:
     name, text = sizes[0]
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"{name}={text}: a whole number from 1; {MPI}=0 leaves MPI alone")
-    return int(text) > 1 or asked == "1"
+    if int(text) == 1 and not asked:
+        return False
+    rank = next((environ[other] for other in _RANKS if other in environ), None)
+    for ours, theirs in (("WORLD_SIZE", text), ("RANK", rank)):
+        if theirs is not None and environ.get(ours, theirs) != theirs:
+            raise ConfigError(
+                f"{ours}={environ[ours]}, but in this process of mpirun it is {theirs}: unset {ours}, "
+                f"or set {MPI}=0 to leave MPI alone"
+            )
+    return "RANK" not in environ
 
 
 def join_mpi() -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from launcher.mpi import MPI
 from launcher.processes import rank_environment
-from launcher.starting import TRAIN, Start
+from launcher.starting import TRAIN, Start, for_world
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
-from moe_dist.parallel.layout import Layout
 
 OPEN_MPI, MPICH = "Open MPI", "MPICH"
 _PASSED = ("PYTHONPATH", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "OMP_NUM_THREADS")
@@ -43,7 +42,7 @@ def plan(path: str, overrides: Sequence[str], config: Config, request: Request) 
     if request.hosts and request.hostfile:
         raise ConfigError(f"--hosts {request.hosts}: and --hostfile {request.hostfile}: one of them")
     ranks = request.ranks or (sum(slots.values()) if slots else config.launch.nproc_per_node)
-    Layout.of(config, ranks)
+    for_world(config, ranks)
     program = _program(request.mpirun)
     family = family_of(program)
     # On several machines the libraries look for their interface themselves.

@@ -10,8 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from launcher.environment import Environment, usable_cores
-from launcher.worker import STORE, TOKEN
+from launcher.environment import STORE, TOKEN, Environment, usable_cores
 from moe_dist.config import Config
 from moe_dist.models.memory import keep_freed_memory
 from moe_dist.parallel.layout import Layout
@@ -72,20 +71,21 @@ def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
 
 
 def _store(environment: Environment, timeout: timedelta) -> dist.Store | None:
-    """Where ranks of our own launchers meet: rank 0 serves on the socket it was given. None under torchrun.
+    """Where ranks of our own launchers and of srun meet: rank 0 serves, on the socket it was given if it was given one.
+    None under torchrun.
 
     A token keeps ranks of another run, which meet at the same port by mistake, from being taken for ours.
     """
-    if STORE not in os.environ:
+    if STORE not in os.environ and TOKEN not in os.environ:
         return None
-    listener = int(os.environ[STORE]) if os.environ[STORE] else None
+    listener = int(os.environ[STORE]) if os.environ.get(STORE) else None
     if listener is not None:
         os.set_inheritable(listener, False)
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         environment.world_size,
-        is_master=listener is not None,
+        is_master=environment.rank == 0,
         timeout=timeout,
         master_listen_fd=listener,
     )

@@ -17,8 +17,8 @@ from types import FrameType
 
 from launcher.board import Board
 from launcher.endings import Ended, say
-from launcher.environment import usable_cores
-from launcher.worker import CONFIG, EXIT_AGAIN, LAUNCHER, PROOF, STORE, WATCHED, Proof
+from launcher.environment import STORE, usable_cores
+from launcher.worker import CONFIG, EXIT_AGAIN, LAUNCHER, PROOF, WATCHED, Proof
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.status import Place
@@ -61,13 +61,15 @@ class Signals:
 class Ranks:
     """The processes of one run. Raises ConfigError when the port is taken."""
 
-    def __init__(self, config: Config, proof: Proof | None = None) -> None:
+    def __init__(self, config: Config, proof: Proof | None, job: dict[str, str]) -> None:
+        """`job`: the variable with its name."""
         count = config.launch.nproc_per_node
         self.processes: list[subprocess.Popen[bytes]] = []
         self._counted: set[int] = set()
         with _listen(config.launch.master_port) as listener:
             self.board = Board(count)
             shared = rank_environment(config) | {
+                **job,
                 CONFIG: config.model_dump_json(),
                 PROOF: json.dumps(proof and asdict(proof)),
                 LAUNCHER: str(os.getpid()),

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launcher.environment import JOB
 from launcher.processes import HEARING, Signals, say
 from launcher.ray import DEFAULTS, RESIZE_INTERVAL, Plan
 from launcher.ray_rank import BEFORE_TRAINING, LEAVING, TICK, Desk, RankFailed, run
@@ -146,7 +147,7 @@ def _fit(plan: Plan, desk: Any, signals: Signals) -> tuple[int, str | None]:
         "config": plan.config.model_dump_json(),
         "worlds": plan.worlds,
         "batch": plan.batch,
-        "environment": plan.environment,
+        "environment": {JOB: os.environ.get(JOB) or plan.token, **plan.environment},
         "folder": str(Path.cwd()),
         "desk": desk,
     }

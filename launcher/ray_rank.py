@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.board import Board
-from launcher.endings import newest_step
+from launcher.environment import STORE, TOKEN
 from launcher.processes import GRACE, LOOPBACK, POLL
-from launcher.worker import CONFIG, EXIT_AGAIN, EXIT_CONFIG, EXIT_STOPPED, LAUNCHER, STORE, TOKEN
+from launcher.worker import CONFIG, EXIT_AGAIN, EXIT_CONFIG, EXIT_STOPPED, LAUNCHER
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
 from moe_dist.train.elastic import replan
@@ -52,7 +52,6 @@ class Desk:
         self._last_seen = time.monotonic()
         self._signal: int | None = None
         self._heard = False
-        self._starts = 0
         self._end: tuple[int, str | None] | None = None
         self._leaving = False
 
@@ -76,11 +75,6 @@ class Desk:
 
     def heard(self) -> bool:
         return self._heard
-
-    def begin(self) -> int:
-        """Which start of the workers this is, from 1."""
-        self._starts += 1
-        return self._starts
 
     def node_leaves(self) -> None:
         """A node is being taken away: the ranks save, to be started again elsewhere."""
@@ -191,8 +185,7 @@ def run(job: dict[str, Any]) -> None:
     world_size = max(number for number in job["worlds"] if number <= workers)
     config, sentence = replan(Config.model_validate_json(job["config"]), world_size, job["batch"])
     listener = socket.create_server(("", 0), backlog=1024) if worker == 0 else None
-    met = _meet(job, config, context, world_size, listener)
-    config.checkpoint.resume = met["resume"]
+    met = _meet(context, world_size, listener)
     if worker == 0:
         waiting = (
             f"{workers - world_size} of {workers} workers wait: no layout fits more" if world_size < workers else None
@@ -225,22 +218,18 @@ def run(job: dict[str, Any]) -> None:
         rank.close()
 
 
-def _meet(job: dict[str, Any], config: Config, context: Any, world_size: int, listener: Any) -> dict[str, Any]:
-    """Where rank 0 serves, and what is resumed, the same for all (collective)."""
+def _meet(context: Any, world_size: int, listener: Any) -> dict[str, Any]:
+    """Where rank 0 serves (collective)."""
     import ray
     from ray.train.collective import broadcast_from_rank_zero
 
     offer = None
     if listener is not None:
-        resume = config.checkpoint.resume
-        if ray.get(job["desk"].begin.remote()) > 1 and (resume == "never" or newest_step(config) >= 0):
-            resume = "auto"  # this run's own newest, not what the first start was told
         one_machine = context.get_local_world_size() >= world_size
         offer = {
             "address": LOOPBACK if one_machine else ray.util.get_node_ip_address(),
             "port": listener.getsockname()[1],
             "token": secrets.token_hex(8),
-            "resume": resume,
         }
     met: dict[str, Any] = broadcast_from_rank_zero(offer)
     return met

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.starting import Start
+from launcher.starting import Start, for_world
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
-from moe_dist.parallel.layout import Layout
 
 # In a checkout, and where a wheel puts them.
 _FOLDERS = (Path(__file__).parent.parent / "slurm", Path(sys.prefix) / "share" / "moe-dist" / "slurm")
@@ -71,7 +70,7 @@ def plan(path: str, overrides: Sequence[str], config: Config, request: Request) 
         raise ConfigError(f"--nodes {request.nodes}: every seed of --array trains on one node")
     if request.array and request.srun:
         raise ConfigError("--srun: the seeds of --array start their own ranks, without srun")
-    Layout.of(config, request.nodes * request.ntasks_per_node)
+    for_world(config, request.nodes * request.ntasks_per_node)
     grace = math.ceil(config.launch.grace_period)
     name = request.job_name or "moe-dist"
     output = f"{name}-%A-%a.out" if request.array else f"{name}-%j.out"

@@ -5,13 +5,27 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+from launcher.environment import given_batch
+from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
+from moe_dist.parallel.layout import Layout
+from moe_dist.train.elastic import replan
 
 TRAIN = ("-m", "launcher", "train")
 """What `moe-dist train` is to a Python."""
+
+
+def for_world(config: Config, world_size: int, notice: Callable[[str], None] = lambda text: None) -> Config:
+    """`config` as this many ranks can run it. Raises ConfigError when they cannot."""
+    config, sentence = replan(config, world_size, given_batch())
+    if sentence is not None:
+        notice(sentence)
+    Layout.of(config, world_size)
+    return config
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from launcher.environment import Environment, detect, let_the_first_speak
+from launcher.environment import Environment, detect, let_the_first_speak, this_job
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.monitor.train_log import log_path
@@ -37,7 +37,7 @@ EXIT_STOPPED = 3
 EXIT_FAILED = 1
 """Anything unexpected."""
 EXIT_AGAIN = 75
-"""Asked to stop by SIGTERM or SIGUSR1; the last step is saved, and the same command goes on from it."""
+"""Asked to stop by SIGTERM, SIGUSR1 or SIGHUP; the last step is saved, to go on from."""
 EXIT_CTRL_C = 128 + signal.SIGINT
 """Ctrl-C; saved, if it was training."""
 EXIT_DIFFERS = 4
@@ -49,8 +49,6 @@ CONFIG, PROOF, LAUNCHER = "MOE_DIST_CONFIG", "MOE_DIST_PROOF", "MOE_DIST_LAUNCHE
 REPORTS, STATUS = "MOE_DIST_REPORTS", "MOE_DIST_STATUS"
 WATCHED = "MOE_DIST_WATCHED"
 """Set by a launcher that sees all ranks from outside: they need not watch each other."""
-# How ranks meet: the socket on which rank 0 serves ("" for the others), and a word that keeps strangers out.
-STORE, TOKEN = "MOE_DIST_STORE", "MOE_DIST_TOKEN"
 
 _PR_SET_PDEATHSIG = 1
 _MAX_TEXT = 2000  # a report must go through the pipe in one piece
@@ -83,7 +81,7 @@ def train(config: Config, environment: Environment) -> int:
     requests = StopRequests(heard=lambda: tell_launcher(environment.rank, None), last_words=True)
     status = _status(environment)
     with connected(config, environment) as mesh, _watched(config, environment, mesh, status):
-        trainer = MoETrainer(config, mesh=mesh, stop_requests=requests, status=status)
+        trainer = MoETrainer(config, mesh=mesh, stop_requests=requests, status=status, job=this_job())
         _stacks_on_request(config, environment)
         result = trainer.train()
     if result.failed:
@@ -93,7 +91,9 @@ def train(config: Config, environment: Environment) -> int:
     if result.signal is None:
         return 0
     if environment.rank == 0:
-        kept = f"{result.checkpoint} is saved; the same command goes on from it" if result.checkpoint else "not saved"
+        told = "" if config.checkpoint.resume == "auto" else "with checkpoint.resume=auto "
+        again = f"is saved; {told}the same command goes on from it"
+        kept = f"{result.checkpoint} {again}" if result.checkpoint else "not saved"
         text = f"{result.reason} after step {result.steps}: {kept}"
         if not tell_launcher(0, text):
             print(f"moe-dist: {text}", file=sys.stderr, flush=True)
@@ -270,14 +270,11 @@ def die_with_parent(parent: int) -> None:
 
 def run_under_torchrun(config: Config, environment: Environment, proof: Proof | None = None) -> NoReturn:
     """A rank that torchrun, or something in its manner, has started."""
-    die_with_parent(os.getppid())
+    # An agent says who it is: it may have gone while this process was being started.
+    die_with_parent(int(os.environ.pop(LAUNCHER, "0")) or os.getppid())
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _go if sys.stdout.isatty() else signal.SIG_DFL)
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        from launcher.endings import goes_on
-
-        config = goes_on(config)
     leave(main(config, environment, proof))
 
 

@@ -385,6 +385,11 @@ class CheckpointConfig(Section):
 
     _best_has_a_metric = model_validator(mode="after")(check_checkpoint)
 
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _a_step_is_a_number(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
     @property
     def encryption_keys(self) -> list[str]:
         """Sources of keys, the sealing one first."""

@@ -8,14 +8,27 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from moe_dist.checkpoint.manifest import CheckpointError
 
 FILE = ".run.lock"
+_MOST_NAMES = 100  # each machine of a job may have one of its own; a few that are still there are enough
+
+
+class Job(NamedTuple):
+    """One start among those of a job: ranks started again, a job put back into the queue, a pod made anew.
+
+    `names`: what the job is called, to be noted once it has begun. `earlier`: those of them that only an earlier start
+    of the same job can have noted.
+    """
+
+    names: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
 
 
 @dataclass
@@ -29,6 +42,8 @@ class RunLock:
     path: Path
     run: str
     generation: int
+    begun: tuple[str, ...]
+    """Names of the last job that has begun here: from then on its starts go on from what it has saved itself."""
     _descriptor: int
 
     @staticmethod
@@ -54,12 +69,17 @@ class RunLock:
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+            "begun": before.get("begun", []),
         }
-        text = json.dumps(content, indent=1).encode() + b"\n"
-        os.pwrite(descriptor, text, 0)
-        os.ftruncate(descriptor, len(text))
-        os.fsync(descriptor)
-        return RunLock(path, run, generation, descriptor)
+        _write(descriptor, content)
+        return RunLock(path, run, generation, tuple(content["begun"]), descriptor)
+
+    def note_begun(self, names: Iterable[str]) -> None:
+        """The job of these names has begun: whatever it goes on from is settled, and nothing else is in its way."""
+        now = _read(self.path)
+        if now.get("generation") == self.generation:  # else the next save says who has taken over
+            self.begun = tuple(sorted(names)[:_MOST_NAMES])
+            _write(self._descriptor, {**now, "begun": self.begun})
 
     def check(self) -> None:
         """Raises CheckpointError when a newer start of this run has taken over: this process must not write."""
@@ -96,6 +116,18 @@ def quiet(folder: Path, why: str) -> Iterator[bool]:
         yield True
     finally:
         os.close(descriptor)
+
+
+def begun(folder: Path) -> tuple[str, ...]:
+    """As `RunLock.begun`, for those who only look; empty when nobody can say."""
+    return tuple(_read(folder / FILE).get("begun", []))
+
+
+def _write(descriptor: int, content: dict) -> None:
+    text = json.dumps(content, indent=1).encode() + b"\n"
+    os.pwrite(descriptor, text, 0)
+    os.ftruncate(descriptor, len(text))
+    os.fsync(descriptor)
 
 
 def _who(path: Path) -> str:

@@ -265,6 +265,12 @@ class LocalStorage(Storage):
         return self.root / path
 
 
+def same_place(one: Storage, other: Storage) -> bool:
+    """Whether both are the same folder, however it is written."""
+    here, there = one.local_path("."), other.local_path(".")
+    return one.where == other.where if here is None or there is None else here.resolve() == there.resolve()
+
+
 def open_storage(place: str | Path) -> Storage:
     """The storage at a path or URL."""
     text = str(place)

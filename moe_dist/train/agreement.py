@@ -14,7 +14,7 @@ from moe_dist.parallel.mesh import Mesh
 
 
 class StopRequests:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C inside a `with` block, so that a run ends at the end of a step.
+    """Notes SIGTERM, SIGUSR1, SIGHUP and Ctrl-C inside a `with` block, so that a run ends at the end of a step.
 
     `number` is the first signal that came, None while there is none. A second Ctrl-C stops at once, as ever.
     Outside the main thread, and for signals that are ignored, nothing is changed.
@@ -29,7 +29,7 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
                 before = signal.getsignal(number)
                 if before != signal.SIG_IGN:
                     self._before[number] = before

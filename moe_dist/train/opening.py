@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_dist.checkpoint.lock import RunLock
+from moe_dist.checkpoint.lock import Job, RunLock
+from moe_dist.checkpoint.storage import open_storage
 from moe_dist.config import Config
 from moe_dist.config_loading import dump_config, load_config, load_mapping
 from moe_dist.models.counts import parameter_counts
@@ -62,10 +63,14 @@ class RunPlace(NamedTuple):
 
     run: str
     generation: int
+    resume: str
+    """What this start goes on from: `checkpoint.resume`, or `auto` when an earlier start of the job has begun."""
+    names: tuple[str, ...]
+    """Of the job, to be noted when it has begun."""
     lock: RunLock | None
 
 
-def take_run_folder(config: Config, mesh: Mesh) -> RunPlace:
+def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunPlace:
     """Create the run folder, keep others out of it, and write logs there; every rank calls it.
 
     With `checkpoint.resume: never` an earlier run's folder is moved aside, so nothing is lost and nothing mixed.
@@ -73,21 +78,33 @@ def take_run_folder(config: Config, mesh: Mesh) -> RunPlace:
     """
     folder = config.train.output_dir
     held: list[RunLock] = []
+    # Every machine may know the job by another name. And told otherwise it is another job.
+    jobs, told = mesh.from_all(job), config.checkpoint.resume
+    names = sorted({f"{name}: {told}" for one in jobs for name in one.names})
+    earlier = {f"{name}: {told}" for one in jobs for name in one.earlier}
 
-    def take() -> tuple[str, int]:
+    def take() -> tuple[str, int, str]:
         lock = RunLock.acquire(folder)
-        if config.checkpoint.resume == "never" and (folder / "config.yaml").exists():
+        resume = told
+        if earlier.intersection(lock.begun) and (resume == "never" or _saved(config)):
+            resume = "auto"
+        if resume == "never" and (folder / "config.yaml").exists():
             stamp = time.strftime("%Y%m%d-%H%M%S")
             names = (f"{folder.name}-{stamp}{suffix}" for suffix in ("", *(f"-{number}" for number in range(1, 1000))))
             folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists()))
             lock.release()
             lock = RunLock.acquire(folder)
         held.append(lock)
-        return lock.run, lock.generation
+        return lock.run, lock.generation, resume
 
-    run, generation = mesh.ask_rank_zero(take)
+    run, generation, resume = mesh.ask_rank_zero(take)
     setup_logging(folder, mesh.rank)
-    return RunPlace(run, generation, held[0] if held else None)
+    return RunPlace(run, generation, resume, tuple(names), held[0] if held else None)
+
+
+def _saved(config: Config) -> bool:
+    """Whether there is anything to go on from in the run's own place."""
+    return bool(open_storage(config.checkpoint.folder or config.train.output_dir).steps())
 
 
 def write_config(config: Config, mesh: Mesh) -> None:

@@ -13,7 +13,7 @@ from moe_dist.checkpoint.manager import Checkpoints, Loaded, Outcome, check_room
 from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.state import LogicalState
-from moe_dist.checkpoint.storage import open_storage
+from moe_dist.checkpoint.storage import open_storage, same_place
 from moe_dist.config import Config
 from moe_dist.data.loader import GlobalLoader
 from moe_dist.models.counts import parameter_counts
@@ -73,6 +73,7 @@ class Persistence:
         self.loader, self.stopping, self.acting = loader, stopping, acting
         checkpoint = config.checkpoint
         storage = open_storage(checkpoint.folder or config.train.output_dir)
+        self.place = place
         self.checkpoints = Checkpoints(storage, mesh, checkpoint, place.run, place.generation, place.lock)
         self.saved_step = -1
         """Step of the last save begun, or of the checkpoint the run goes on from."""
@@ -90,17 +91,20 @@ class Persistence:
     def restore(self, counters: Counters, message: Callable[[str], None]) -> None:
         """Go on from what `checkpoint.resume` names, or leave everything as it is when there is nothing.
 
+        From then on the job has begun, and its next starts go on from what it saves itself.
         `message` tells people on rank 0. Raises CheckpointError on every rank, before any weight has changed.
         """
-        checkpoint = self.config.checkpoint
         if self.mesh.rank == 0:
             for name in self.checkpoints.clean_up():
                 logger.warning("%s: a save that was cut short; removed", name)
-        if checkpoint.resume == "never":
-            return
-        found = self.checkpoints.find(checkpoint.resume, self._warn)
-        if found is None:
-            return
+        resume = self.place.resume
+        found = None if resume == "never" else self.checkpoints.find(resume, self._warn)
+        if found is not None:
+            self._go_on_from(found, counters, message)
+        if self.mesh.rank == 0:
+            self._begin(found)
+
+    def _go_on_from(self, found: Found, counters: Counters, message: Callable[[str], None]) -> None:
         loaded = self.checkpoints.read_state(found)
         self._compare(loaded, message)
         self._read(loaded)
@@ -112,10 +116,20 @@ class Persistence:
         self.acting.load_state_dict(state.get("acting"))
         self.saved_step = counters.step
         message(f"resumed from {found} at step {counters.step}")
-        if self.mesh.rank == 0 and found.storage.where == self.checkpoints.storage.where:
-            for step, now in self.checkpoints.set_aside_after(found.step):
-                kept = f"kept as {now}" if now else "is in the way of a new one; remove it"
-                logger.warning("checkpoint-%d is later than where the run goes on: %s", step, kept)
+
+    def _begin(self, found: Found | None) -> None:
+        """Set aside what is not of this run's past (rank 0), and note that the job has begun.
+
+        Where steps had to stay it is not noted: the next start would take one of them for its own.
+        """
+        ours = found.step if found is not None and same_place(found.storage, self.checkpoints.storage) else -1
+        others = self.checkpoints.set_aside_after(ours)
+        for step, now in others:
+            kept = f"kept as {now}" if now else "is in the way of a new one; remove it"
+            what = "later than where the run goes on" if ours >= 0 else "of another run"
+            logger.warning("checkpoint-%d is %s: %s", step, what, kept)
+        if self.place.lock is not None and all(now for _, now in others):
+            self.place.lock.note_begun(self.place.names)
 
     def _read(self, loaded: Loaded) -> None:
         self.optimizer.create_state()

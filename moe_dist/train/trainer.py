@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moe_dist.checkpoint.lock import Job
 from moe_dist.checkpoint.manager import Outcome
 from moe_dist.config import Config
 from moe_dist.data.baseline import unigram_loss
@@ -60,7 +61,8 @@ class MoETrainer:
 
     `config`: a `Config`, a path to a YAML file, or a mapping of sections; or give `model_config` and
     `training_config` (a mapping with keys of any section, or a `transformers.TrainingArguments`, of which whatever
-    differs from its defaults is taken). `mesh`: this rank's place; by default one process.
+    differs from its defaults is taken). `mesh`: this rank's place; by default one process. `job`: which starts belong
+    together; by default this one stands alone.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class MoETrainer:
         mesh: Mesh | None = None,
         stop_requests: StopRequests | None = None,
         status: Status | None = None,
+        job: Job | None = None,
     ) -> None:
         self.config = merge_config(config, model_config, training_config, output_dir)
         self.mesh = mesh or Mesh.single()
         self.stop_requests = stop_requests or StopRequests()
         self.status = status or Status()
+        self.job = job or Job()
         self.output_dir = self.config.train.output_dir
 
     def train(self, dataset: Any = None) -> TrainingResult:
@@ -85,7 +89,7 @@ class MoETrainer:
 
         Raises ValueError for what only the data or a checkpoint can show to be wrong.
         """
-        self.place = take_run_folder(self.config, self.mesh)
+        self.place = take_run_folder(self.config, self.mesh, self.job)
         try:
             self._build(dataset)
             try:
