@@ -10,9 +10,12 @@ from launcher.environment import (
     expand_nodes,
     from_slurm,
     join_slurm,
+    named_job,
     refuse_half_a_torchrun,
     started_by_torchrun,
+    this_job,
 )
+from moe_dist.checkpoint.lock import Job
 from moe_dist.config_loading import ConfigError
 
 TORCHRUN = {
@@ -100,7 +103,10 @@ def changed(change: dict[str, str | None]) -> dict[str, str]:
 def test_a_task_of_srun_is_a_rank() -> None:
     environ = dict(SRUN)
     join_slurm(environ)
-    assert environ == {**SRUN, **TASK, "MASTER_ADDR": "node08", "MASTER_PORT": "11234"}
+    meeting = {"MASTER_ADDR": "node08", "MASTER_PORT": "11234", "MOE_DIST_TOKEN": "slurm-41234-0-0"}
+    assert environ == {**SRUN, **TASK, **meeting}
+    again = from_slurm(changed({"SLURM_RESTART_COUNT": "2"}))
+    assert (again["MASTER_PORT"], again["MOE_DIST_TOKEN"]) == ("27072", "slurm-41234-0-2")
     assert detect(environ) == Environment(rank=5, local_rank=1, world_size=7, local_world_size=2)
 
 
@@ -109,7 +115,8 @@ def test_an_older_slurm_and_a_given_meeting_point() -> None:
     old |= {"SLURM_NODELIST": "n[1-3]", "MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "29500"}
     del old["SLURM_JOB_NODELIST"]
     expected = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "9", "LOCAL_WORLD_SIZE": "3"}
-    assert from_slurm(old) == {**expected, "MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "29500"}
+    given = {"MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "29500", "MOE_DIST_TOKEN": "slurm-41234-0-0"}
+    assert from_slurm(old) == {**expected, **given}
 
 
 def test_two_steps_of_a_job_and_two_jobs_have_ports_of_their_own() -> None:
@@ -209,3 +216,35 @@ def test_node_lists(text: str, nodes: str) -> None:
 def test_what_is_no_node_list(text: str) -> None:
     with pytest.raises(ConfigError, match="LIST="):
         expand_nodes("LIST", text)
+
+
+@pytest.mark.parametrize(
+    ("environ", "names", "earlier"),
+    [
+        ({}, [], []),
+        ({"MOE_DIST_JOB": "a1"}, ["MOE_DIST_JOB=a1"], ["MOE_DIST_JOB=a1"]),
+        ({"SLURM_JOB_ID": "7"}, ["SLURM_JOB_ID=7"], []),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, ["SLURM_JOB_ID=7"], ["SLURM_JOB_ID=7"]),
+        ({"TORCHELASTIC_RUN_ID": "r", "TORCHELASTIC_RESTART_COUNT": "0"}, ["TORCHELASTIC_RUN_ID=r"], []),
+        (
+            {"TORCHELASTIC_RUN_ID": "r", "TORCHELASTIC_RESTART_COUNT": "2"},
+            ["TORCHELASTIC_RUN_ID=r"],
+            ["TORCHELASTIC_RUN_ID=r"],
+        ),
+        # Of our own agent: several machines have one run id for all runs into a folder.
+        (
+            {"MOE_DIST_JOB": "a1", "TORCHELASTIC_RUN_ID": "r", "TORCHELASTIC_RESTART_COUNT": "2"},
+            ["MOE_DIST_JOB=a1"],
+            ["MOE_DIST_JOB=a1"],
+        ),
+    ],
+    ids=str,
+)
+def test_which_starts_belong_together(environ: dict[str, str], names: list[str], earlier: list[str]) -> None:
+    """Seen to fail with SLURM_RESTART_COUNT not looked at: two runs by hand in one allocation are then one job."""
+    assert this_job(environ) == Job(tuple(names), tuple(earlier))
+
+
+def test_a_launcher_names_its_job_once() -> None:
+    assert named_job({"MOE_DIST_JOB": "given"}) == {"MOE_DIST_JOB": "given"}
+    assert named_job({}) != named_job({})

@@ -39,7 +39,9 @@ real = [
         ({"PMI_SIZE": "1"}, False),
         ({"PMI_SIZE": "1", "MOE_DIST_MPI": "1"}, True),
         ({"PMI_SIZE": "2", "MOE_DIST_MPI": "0"}, False),
-        ({"PMI_SIZE": "2", "RANK": "0", "WORLD_SIZE": "2"}, False),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1", "RANK": "0", "WORLD_SIZE": "1", "MOE_DIST_MPI": "0"}, False),
+        ({"PMI_SIZE": "2", "RANK": "9", "WORLD_SIZE": "16", "TORCHELASTIC_RUN_ID": "x"}, False),  # of agents
     ],
 )
 def test_who_is_a_process_of_mpirun(environ: dict[str, str], expected: bool) -> None:
@@ -52,6 +54,14 @@ def test_who_is_a_process_of_mpirun(environ: dict[str, str], expected: bool) -> 
         ({"PMI_SIZE": "two"}, "PMI_SIZE=two: a whole number"),
         ({"MOE_DIST_MPI": "yes"}, "MOE_DIST_MPI=yes: 1"),
         ({"MOE_DIST_MPI": "1"}, "no mpirun has started"),
+        (
+            {"PMI_SIZE": "2", "PMI_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"},
+            "WORLD_SIZE=1, but in .* it is 2: unset",
+        ),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "RANK": "0"},
+            "RANK=0, but in .* it is 1: unset",
+        ),
     ],
 )
 def test_contradictions(environ: dict[str, str], said: str) -> None:
