@@ -85,6 +85,7 @@ train: {mixed_precision: bf16}  =>  train.bf16=true  =>  train.mixed_precision=b
 mixed_precision: no  =>  train.bf16=false  =>  mixed_precision=no is read as train.bf16=false
 resume_from_checkpoint: true  =>  checkpoint.resume=auto  =>  read as checkpoint.resume=auto
 resume_from_checkpoint: false  =>  checkpoint.resume=never  =>  read as checkpoint.resume=never
+train: {resume_from_checkpoint: 500}  =>  checkpoint.resume="500"  =>  is read as checkpoint.resume
 train: {resume_from_checkpoint: a/b}  =>  checkpoint.resume=a/b  =>  is read as checkpoint.resume
 attn_implementation: flash_attention_2  =>  model.attn_implementation=sdpa  =>  model.attn_implementation=sdpa
 optimizer: {warmup_steps: 0.03}  =>  optimizer.warmup_ratio=0.03  =>  is read as optimizer.warmup_ratio

@@ -242,6 +242,7 @@ def test_numbers_that_must_agree_do(name: str) -> None:
         assert job["template"]["spec"]["restartPolicy"] == "Never", "podFailurePolicy asks for it"
         assert ("backoffLimit" in job) != ("backoffLimitPerIndex" in job)
     limits = main_container(objects).get("resources", {}).get("limits", {})
+    assert env["MOE_DIST_JOB"] == "kubernetes"
     assert limits.get("nvidia.com/gpu", 1) == (int(env["NPROC_PER_NODE"]) if name == "gpu" else 1)
     if name == "pytorchjob":
         replicas = job_of(objects)["spec"]["pytorchReplicaSpecs"]

@@ -104,6 +104,14 @@ class TestReal:
         assert program.end() == 0, program.err
         assert losses(tmp_path / "run") == losses(two_ranks.folder)
 
+    def test_profile_has_ranks_too(self, config: Path, tmp_path: Path) -> None:
+        """Seen to fail with `profile` not joining: two processes start two ranks each, and write two pages."""
+        program = Program(
+            MPIRUN, "-n", "2", BIN / "moe-dist", "profile", config, f"train.output_dir={tmp_path / 'run'}"
+        )
+        assert program.end() == 0, program.err
+        assert program.out.count("profile.html") == 1
+
     def test_told_to_stop_it_saves(self, config: Path, tmp_path: Path) -> None:
         program = self.start(config, tmp_path / "run", *FOREVER)
         program.wait_for("step: 2/")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from programs import BIN
 
+from launcher import kubernetes, mpirun
 from launcher.slurm import Request, followed, plan
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, load_config
@@ -69,6 +70,18 @@ def test_what_could_not_work(request_: Request, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         plan(DEMO, [], demo("parallel.ep_size=2"), request_)
     assert str(caught.value).startswith(said)
+
+
+def test_ranks_are_replanned_before_they_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `launch local` does. Seen to fail with `Layout.of` alone, both ways: it refuses what training would run, and
+    takes what cannot keep the batch."""
+    elastic = demo("parallel.elastic=true", "parallel.ep_size=2", "train.output_dir=nowhere")
+    assert "--ntasks-per-node=1" in plan(DEMO, [], elastic, Request()).command
+    assert mpirun.plan(DEMO, [], elastic, mpirun.Request(ranks=1, mpirun=str(BIN / "mpiexec"))).command
+    assert "kind: Job" in kubernetes.manifests(elastic, nodes=1, nproc_per_node=1)
+    monkeypatch.setenv("MOE_DIST_GLOBAL_BATCH", "10")
+    with pytest.raises(ConfigError, match="no layout keeps the global batch of 10 sequences"):
+        plan(DEMO, [], elastic, Request(ntasks_per_node=4))
 
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
