@@ -15,6 +15,8 @@ from mortal import TORCHRUN, errors
 from programs import FOREVER, Program, metrics
 from ranks import free_port
 
+from launcher.agent import ranks
+
 pytestmark = [pytest.mark.dist, pytest.mark.launch, pytest.mark.slow]
 LOCAL = ("moe-dist", "train")
 
@@ -159,10 +161,18 @@ def test_a_terminal_saves_too(config: Path, tmp_path: Path, how: str) -> None:
 def test_an_agent_killed_while_its_ranks_start(config: Path, tmp_path: Path) -> None:
     """Before a rank can ask the kernel to end it with its parent. Seen to fail with the agent's pid not left to it."""
     program = Program(*TORCHRUN, config, *FOREVER, f"train.output_dir={tmp_path / 'run'}")
-    program.wait_until(program.ranks, "ranks")
+    pids = program.wait_until(lambda: len(found := ranks(str(program.pid))) == 2 and found, "two ranks")
     os.kill(program.pid, signal.SIGKILL)
-    program.gone_within(60)  # they find out when they have imported what they need
-    assert not (tmp_path / "run").exists()
+    try:
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):  # they find out when they have been imported
+            assert time.monotonic() < deadline, "orphans"
+            time.sleep(0.1)
+        assert not (tmp_path / "run").exists()
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_a_port_that_somebody_else_has(config: Path, tmp_path: Path) -> None:
