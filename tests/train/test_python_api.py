@@ -126,7 +126,7 @@ def test_a_run_with_training_arguments(tmp_path: Path) -> None:
 
 
 def test_a_file_and_changes_to_it(tmp_path: Path) -> None:
-    """Both mappings count over all three kinds of `config`. Seen to fail with them dropped over a file and a `Config`."""
+    """Both mappings count over each kind of `config`. Seen to fail with them dropped over a file and a `Config`."""
     file = tmp_path / "run.yaml"
     file.write_text("train: {max_steps: 3, seed: 5}\nmodel: {hidden_size: 64, num_experts: 8}\n")
     for config in (file, str(file), load_config(file), {"train": {"max_steps": 3, "seed": 5}, "hidden_size": 64}):
