@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-slow lint format bench clean help
+.PHONY: demo test test-fast test-slow coverage lint format bench clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -18,6 +18,12 @@ test-fast: .venv/dev  ## tests in one process only
 
 test-slow: .venv/dev  ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+coverage: .venv/dev  ## which lines the tests reach, in every process they start; takes longer than they do
+	$(BIN)/coverage erase
+	-$(BIN)/coverage run -m pytest -m "not slow" $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered
 
 lint: .venv/dev  ## style and types
 	$(BIN)/ruff check .

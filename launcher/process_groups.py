@@ -13,22 +13,9 @@ import torch.distributed as dist
 from launcher.environment import STORE, TOKEN, Environment, usable_cores
 from moe_dist.config import Config
 from moe_dist.models.memory import keep_freed_memory
+from moe_dist.parallel.device import choose_backend, choose_device
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
-
-
-def choose_device(config: Config, environment: Environment) -> torch.device:
-    """The device of this rank. Raises ValueError when CUDA is asked for and missing."""
-    wanted = config.launch.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if environment.local_rank >= available:
-        raise ValueError(
-            f"launch.device={wanted}: rank {environment.rank} needs CUDA device {environment.local_rank}, "
-            f"this machine has {available}; start at most {available} ranks here, or set launch.device=cpu"
-        )
-    return torch.device("cuda", environment.local_rank)
 
 
 def choose_threads(config: Config, environment: Environment) -> int:
@@ -44,7 +31,7 @@ def choose_threads(config: Config, environment: Environment) -> int:
 def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
     """All ranks connected as the configuration's mesh; groups are destroyed at the end of the block."""
     layout = Layout.of(config, environment.world_size)
-    device = choose_device(config, environment)
+    device = choose_device(config.launch, environment.rank, environment.local_rank)
     torch.set_num_threads(choose_threads(config, environment))
     if device.type == "cpu":
         keep_freed_memory()
@@ -53,9 +40,7 @@ def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
     if not environment.is_distributed:
         yield Mesh(layout, 0, device)
         return
-    backend = config.launch.backend
-    if backend == "auto":
-        backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = choose_backend(config.launch, device)
     timeout = timedelta(seconds=config.launch.timeout)
     dist.init_process_group(
         backend,

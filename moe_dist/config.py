@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moe_dist.config_checks import (
+    FILE_SOURCES,
     check_balance,
     check_checkpoint,
     check_data,
@@ -20,6 +21,7 @@ from moe_dist.config_checks import (
     check_optimizer,
     check_sections,
     check_train,
+    file_source,
 )
 from moe_dist.config_deepspeed import read_deepspeed_config
 
@@ -132,27 +134,32 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Text to tokens to batches."""
 
-    source: Literal["stdlib", "text", "jsonl", "parquet", "huggingface"] = "stdlib"
-    """`stdlib` is the source of Python's own standard library: real text present on every machine."""
+    source: Literal["stdlib", "text", "jsonl", "parquet", "huggingface", "memory"] = "stdlib"
+    """`stdlib` is the source of Python's own standard library: real text present on every machine; `memory`: what a
+    program gives to `MoETrainer.train`."""
     path: str | list[str] | dict[str, str | list[str]] | None = None
     """File, folder pattern or list of them, for text, jsonl and parquet. Named, as in {code: a/*.py, prose: b/*.txt},
     routing is counted for each name."""
     validation_path: str | list[str] | None = None
-    """Separate held-out files; without it documents are split by validation_split."""
+    """Separate held-out files; without it documents are split by validation_split. They are of the same kind as path;
+    beside other sources .jsonl and .parquet are known by their names, and the rest is text."""
     name: str | None = None
     """Dataset name for `huggingface`."""
+    config_name: str | None = None
+    """Configuration of that dataset, where it has several."""
     split: str = "train"
     """Split of the Hugging Face dataset."""
     text_field: str = "text"
     """Column that holds the text."""
     streaming: bool = False
-    """Read a Hugging Face dataset as a stream, without an index."""
+    """Read a Hugging Face dataset as a stream, without an index: needs max_steps or max_time, and has no held-out part
+    but validation_path."""
     tokenizer: str = "bytes"
     """`bytes`, or the folder or name of any `transformers` tokenizer."""
     max_seq_length: Positive = 256
     """Tokens S in one training sample."""
     validation_split: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    """Share of documents held out for validation."""
+    """Share of documents held out for validation; not of a stream."""
     document_mask: bool = True
     """Attention and positions restart at document boundaries inside a packed sample."""
     shuffle: bool = True
@@ -167,6 +174,11 @@ class DataConfig(Section):
     """Page-locked host memory for batches (CUDA)."""
 
     _source_has_what_it_needs = model_validator(mode="after")(check_data)
+
+    @property
+    def validation_source(self) -> str:
+        """What the files of validation_path are."""
+        return self.source if self.source in FILE_SOURCES else file_source(self.validation_path)
 
 
 class ParallelConfig(Section):
@@ -266,7 +278,7 @@ class TrainConfig(Section):
     sample_tokens: NonNegative = 0
     """Generate this many tokens before and after training, for the eye."""
     sample_prompt: str = "def "
-    """Start of the generated text."""
+    """Start of the generated text; empty: the start of a document."""
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
@@ -290,11 +302,12 @@ class OptimizerConfig(Section):
     num_cycles: Positive = 1
     """Restarts of cosine_with_restarts."""
     warmup_steps: NonNegative = 0
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, however long they take."""
     warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Warm-up as a share of all steps; warmup_steps wins when both are set."""
+    """Warm-up as a share of the run, of its steps or of max_time, whichever is further; warmup_steps wins when both are
+    set."""
     weight_decay: NonNegativeFloat = 0.01
-    """Decoupled decay of matrices; norms and biases are never decayed."""
+    """Decay of matrices, decoupled from the gradient (with sgd: added to it); norms and biases are never decayed."""
     adam_beta1: Probability = 0.9
     """AdamW: decay of the first moment."""
     adam_beta2: Probability = 0.999

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
 
 
+FILE_SOURCES = ("text", "jsonl", "parquet")
 MAX_DOMAINS = 16
 """Named sources of data whose routing is counted apart."""
 
@@ -33,6 +34,11 @@ def _divisors(number: int) -> str:
 
 def check_model(model: ModelConfig) -> ModelConfig:
     """Routing, attention heads and layer numbers that one transformer can have."""
+    if model.router.replace("-", "_") in ("expert_choice", "expertchoice"):
+        raise ValueError(
+            f"router={model.router}: an expert that chooses its tokens looks at later ones too, which a language model "
+            "must not see (docs/routing.md); allowed: topk, or package.module:Class of your own"
+        )
     if model.num_experts:
         if model.num_experts_per_tok > model.num_experts:
             raise ValueError(
@@ -71,17 +77,36 @@ def check_model(model: ModelConfig) -> ModelConfig:
     return model
 
 
+def file_source(path: object) -> str:
+    """The source that reads such files, by the names of the first."""
+    while isinstance(path, (list, dict)):
+        path = next(iter(path.values() if isinstance(path, dict) else path), "")
+    name = str(path).removesuffix(".gz")
+    return next((kind for kind in ("jsonl", "parquet") if name.endswith(f".{kind}")), "text")
+
+
 def check_data(data: DataConfig) -> DataConfig:
-    """A source with what it reads from."""
-    if data.source in ("text", "jsonl", "parquet") and not data.path:
+    """A source with what it reads from, and nothing that it would not read."""
+    if data.source in FILE_SOURCES and not data.path:
         raise ValueError(f"path=null: source={data.source} needs data.path (a file or a pattern)")
+    if data.path and data.source not in FILE_SOURCES:
+        raise ValueError(
+            f"path={data.path}: source={data.source} reads no files; set data.source={file_source(data.path)} "
+            f"(one of {', '.join(FILE_SOURCES)}), or data.path=null"
+        )
     if isinstance(data.path, dict) and len(data.path) > MAX_DOMAINS:
         raise ValueError(
             f"path: {len(data.path)} names; routing is counted for each, at most {MAX_DOMAINS} (a name may have a list)"
         )
     if data.source == "huggingface" and not data.name:
         raise ValueError("name=null: source=huggingface needs data.name")
-    if data.streaming and data.source != "huggingface":
+    for key in ("name", "config_name"):
+        value = getattr(data, key)
+        if value and data.source != "huggingface":
+            raise ValueError(
+                f"{key}={value}: source={data.source} has none; set data.source=huggingface, or data.{key}=null"
+            )
+    if data.streaming and data.source not in ("huggingface", "memory"):
         raise ValueError(f"streaming=true: only for source=huggingface, not {data.source}")
     return data
 
@@ -175,7 +200,26 @@ def check_sections(config: Config) -> Config:
         raise ValueError("launch.backend=nccl: NCCL needs launch.device=cuda; use gloo on CPU")
     if config.train.early_stopping_patience and not config.train.eval_steps:
         raise ValueError("train.early_stopping_patience: needs train.eval_steps > 0")
+    check_held_out(config)
     return config
+
+
+def check_held_out(config: Config) -> None:
+    """Something to evaluate on where evaluations are asked for, and an end of a stream, whose length nobody knows."""
+    data, train = config.data, config.train
+    if train.eval_steps and data.validation_path is None:
+        key = f"train.eval_steps={train.eval_steps}: "
+        if data.streaming:
+            raise ValueError(f"{key}nothing is held out of a stream (data.streaming=true); set data.validation_path")
+        if not data.validation_split:
+            raise ValueError(
+                f"{key}nothing is held out; set data.validation_path or data.validation_split=0.05, or eval_steps=0"
+            )
+    if data.streaming and train.max_steps < 0 and train.max_time is None:
+        raise ValueError(
+            f"train.max_steps={train.max_steps}: data.streaming=true has no length for num_train_epochs="
+            f"{train.num_train_epochs} to end the run or shape the schedule by; set train.max_steps or train.max_time"
+        )
 
 
 def check_pipeline(config: Config) -> None:

@@ -32,6 +32,15 @@ model: {mlp_only_layers: [true]}  =>  model.mlp_only_layers=[True]: a list
 monitor: {tensorboard: yes}  =>  monitor.tensorboard='yes': true or false
 monitor: {tensorboard: on}  =>  monitor.tensorboard='on': true or false
 monitor: {tensorboard: 1}  =>  monitor.tensorboard=1: true or false
+data: {path: c/*.txt}  =>  data.path=c/*.txt: source=stdlib reads no files; set data.source=text  &  data.path=null
+data: {path: {a: c/*.jsonl.gz, b: d.txt}}  =>  source=stdlib reads no files; set data.source=jsonl
+data: {path: c/*.txt, source: huggingface, name: x}  =>  data.path=c/*.txt: source=huggingface reads no files
+data: {name: x}  =>  data.name=x: source=stdlib has none; set data.source=huggingface, or data.name=null
+data: {config_name: x, source: text, path: c}  =>  data.config_name=x: source=text has none
+data: {streaming: true, source: huggingface, name: x}  =>  train.max_steps=-1: data.streaming=true has no length
+data: {streaming: true, source: memory}⏎train: {max_steps: 9, eval_steps: 3}  =>  nothing is held out of a stream
+data: {validation_split: 0}⏎train: {eval_steps: 3}  =>  train.eval_steps=3: nothing is held out; set data
+model: {router: expert_choice}  =>  model.router=expert_choice: an expert that chooses its tokens looks at later ones
 data: {tokenizer: 5}  =>  data.tokenizer=5: text
 data: {path: 5}  =>  data.path=5: text or a list, each entry text or a mapping or null
 optimizer: {learning_rate: fast}  =>  optimizer.learning_rate='fast': a number above 0

@@ -27,14 +27,20 @@ class _Reading:
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.balance_defaults: dict[str, Any] = {}
-        self._notice = notice
+        self._notice: Callable[[str], None] | None = notice
         self._noticed: set[str] = set()
         self._files = 0
 
     def notice(self, text: str) -> None:
-        if text not in self._noticed:
+        if self._notice is not None and text not in self._noticed:
             self._noticed.add(text)
             self._notice(text)
+
+    def changes(self, tree: Mapping[str, Any]) -> None:
+        """What a program says over a file: which sections its keys belong to is ours to find, without a word."""
+        notice, self._notice = self._notice, None
+        self.layer(tree, "Python", Path())
+        self._notice = notice
 
     def file(self, path: Path, said: str = "", stack: tuple[Path, ...] = ()) -> None:
         """Add a file's values, after those of the files it is based on."""
@@ -140,9 +146,10 @@ def load_config(
     path: str | os.PathLike[str],
     overrides: Sequence[str] = (),
     *,
+    changes: Mapping[str, Any] | None = None,
     notice: Callable[[str], None] = _print_notice,
 ) -> Config:
-    """Read a run file, after the files it is based on, then the overrides.
+    """Read a run file, after the files it is based on, then `changes` from Python, then the overrides.
 
     `notice` gets one line for each key that was understood under another name than its own.
     Raises ConfigError, one line, for anything wrong.
@@ -150,6 +157,7 @@ def load_config(
     file = Path(os.path.expanduser(path))
     reading = _Reading(notice)
     reading.file(file)
+    reading.changes(changes or {})
     return _validated(reading, overrides, str(file))
 
 
@@ -157,11 +165,13 @@ def load_mapping(
     tree: Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
+    changes: Mapping[str, Any] | None = None,
     notice: Callable[[str], None] = _print_notice,
 ) -> Config:
     """A configuration from Python: what a run file would hold, as a mapping. Errors as `load_config`."""
     reading = _Reading(notice)
     reading.layer(tree, "Python", Path())
+    reading.changes(changes or {})
     return _validated(reading, overrides, "Python")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_dist.data.corpus import Corpus
+from moe_dist.data.corpus import Corpus, SkippedDocument
 from moe_dist.data.packing import Sample, make_sample, token_dtype, tokenize
 from moe_dist.data.tokenizer import Tokenizer
 
@@ -52,6 +52,7 @@ class StreamingPackedDataset:
         self._keep_tail = keep_tail
         self.max_seq_length = max_seq_length
         self.pad_id = tokenizer.pad_id
+        self._skipped: dict[str, SkippedDocument] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -85,6 +86,15 @@ class StreamingPackedDataset:
     def passes(self) -> int:
         """Number of times the corpus has been read to its end."""
         return self._passes
+
+    @property
+    def skipped(self) -> list[SkippedDocument]:
+        """Documents that could not be read so far, each once."""
+        self._remember_skipped()
+        return list(self._skipped.values())
+
+    def _remember_skipped(self) -> None:
+        self._skipped |= {document.id: document for document in self._corpus.skipped}
 
     def point(self) -> StreamPoint:
         """Where the stream stands; cheap enough to take at every step."""
@@ -170,6 +180,7 @@ class StreamingPackedDataset:
                 break
             self._passes += 1
             self._corpus_state = None
+            self._remember_skipped()  # the corpus forgets them when it begins again
             documents_before_pass = self._documents
             self._pieces = self._tokenized(None)
         if len(pieces) > 1:

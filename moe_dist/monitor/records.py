@@ -152,6 +152,8 @@ class TrainRecord(Record):
     """Ranks that have been slow for three intervals."""
     ranks: RanksRecord | None = None
     """Every rank; None in logs older than this field."""
+    steps: dict[str, list[float]] = field(default_factory=dict)
+    """`loss`, `learning_rate`, `grad_norm` and `tokens_per_second` of each step of the interval, up to `step`."""
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Self:

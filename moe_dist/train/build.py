@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moe_dist.config import Config
+from moe_dist.config import Config, DataConfig
 from moe_dist.data.corpus import Corpus, SkippedDocument, documents_from, load_documents
 from moe_dist.data.loader import GlobalLoader
 from moe_dist.data.packing import PackedDataset, pack
@@ -73,17 +73,28 @@ def build_optimizer(
 
 @dataclass(frozen=True)
 class Datasets:
-    """Training and held-out samples, and the documents that could not be read."""
+    """Training and held-out samples."""
 
     tokenizer: Tokenizer
     train: PackedDataset | StreamingPackedDataset
     validation: PackedDataset | None
-    skipped: list[SkippedDocument]
 
     @property
     def domains(self) -> tuple[str, ...]:
         """Names of the sources of the training data; empty unless there are several."""
         return self.train.domains if isinstance(self.train, PackedDataset) else ()
+
+    @property
+    def skipped(self) -> list[SkippedDocument]:
+        """Documents that could not be read; of a stream, so far."""
+        parts = (self.train, self.validation)
+        return list({entry.id: entry for part in parts if part is not None for entry in part.skipped}.values())
+
+
+def given(data: DataConfig) -> DataConfig:
+    """The section for data that a program gives: it must not speak of a source that nothing is read from."""
+    nothing = {"path": None, "name": None, "config_name": None}
+    return data.model_copy(update={"source": "memory", **nothing})
 
 
 def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None = None) -> Datasets:
@@ -97,11 +108,17 @@ def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None =
     options: dict[str, Any] = {"text_field": data.text_field, "on_error": data.on_error}
     if dataset is not None:
         corpus = documents_from(dataset, limit=data.limit, **options)
+    elif data.source == "memory":
+        raise ValueError(
+            "data.source=memory: data that a program gives, as in MoETrainer(config).train(dataset); "
+            "choose another source"
+        )
     else:
         corpus = load_documents(
             data.source,
             path=data.path,
             name=data.name,
+            config_name=data.config_name,
             split=data.split,
             streaming=data.streaming,
             limit=data.limit,
@@ -109,18 +126,19 @@ def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None =
         )
     held_out: Corpus | None = None
     if data.validation_path is not None:
-        held_out = load_documents(data.source, path=data.validation_path, **options)
+        held_out = load_documents(data.validation_source, path=data.validation_path, **options)
     elif data.validation_split > 0 and not data.streaming:
         corpus, held_out = split_corpus(corpus, data.validation_split, config.train.seed)
     sizes: dict[str, Any] = {"max_seq_length": data.max_seq_length}
+    train: PackedDataset | StreamingPackedDataset
     if data.streaming:
-        return Datasets(tokenizer, StreamingPackedDataset(corpus, tokenizer, repeat=True, **sizes), None, [])
-    train = pack(corpus, tokenizer, cache_dir=cache_dir, **sizes)
+        train = StreamingPackedDataset(corpus, tokenizer, repeat=True, **sizes)
+    else:
+        train = pack(corpus, tokenizer, cache_dir=cache_dir, **sizes)
     validation = None
     if held_out is not None:
         validation = pack(held_out, tokenizer, keep_tail=True, cache_dir=cache_dir, **sizes)
-    skipped = {entry.id: entry for part in (train, validation) if part is not None for entry in part.skipped}
-    return Datasets(tokenizer, train, validation, list(skipped.values()))
+    return Datasets(tokenizer, train, validation)
 
 
 def build_loader(config: Config, dataset: PackedDataset | StreamingPackedDataset, mesh: Mesh) -> GlobalLoader:

@@ -23,9 +23,16 @@ def byte_size(count: int) -> str:
     return f"{count} B"
 
 
-def sentence(config: Config, layout: Layout, device: str, num_tokens: int | None = None) -> str:
-    """What will run, in one plain sentence."""
+def sentence(
+    config: Config,
+    layout: Layout,
+    device: str,
+    num_tokens: int | None = None,
+    sizes: tuple[int, int] | None = None,
+) -> str:
+    """What will run, in one plain sentence. `sizes`: all and active parameters, where they have been counted."""
     model, train, counts = config.model, config.train, parameter_counts(config.model)
+    total, active = sizes or (counts.total, counts.active)
     batch = config.global_batch_size(layout.world_size)
     experts = (
         f"{model.num_experts} experts top-{model.num_experts_per_tok} in {len(model.moe_layers)} of "
@@ -33,7 +40,8 @@ def sentence(config: Config, layout: Layout, device: str, num_tokens: int | None
         if model.moe_layers
         else f"{model.num_hidden_layers} dense layers"
     )
-    text = "the source of Python's standard library" if config.data.source == "stdlib" else f"{config.data.source} data"
+    texts = {"stdlib": "the source of Python's standard library", "memory": "data given by the program"}
+    text = texts.get(config.data.source, f"{config.data.source} data")
     size = f" ({amount(num_tokens)} tokens)" if num_tokens else ""
     limits = [f"{train.max_steps} steps"] if train.max_steps > 0 else []
     if train.max_steps < 0 and train.num_train_epochs is not None:
@@ -42,7 +50,7 @@ def sentence(config: Config, layout: Layout, device: str, num_tokens: int | None
         limits.append(f"{train.max_time:g} s")
     ranks = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
     return (
-        f"Training a {amount(counts.total)}-parameter language model ({experts}; {amount(counts.active)} active per "
+        f"Training a {amount(total)}-parameter language model ({experts}; {amount(active)} active per "
         f"token) on {text}{size} with {ranks} on {device}, batches of {train.per_device_train_batch_size} x "
         f"{train.gradient_accumulation_steps} x {layout.dp_size} = {batch} sequences of {config.data.max_seq_length} "
         f"tokens, for {' or '.join(limits)}."

@@ -86,11 +86,11 @@ def sample_text(
     seed: int,
     temperature: float = 0.8,
 ) -> str:
-    """`prompt` continued by `num_tokens` sampled tokens.
+    """`prompt` continued by `num_tokens` sampled tokens; an empty one starts where a document ends.
 
     Every rank must call it: experts live on all of them. All draw the same tokens, and none stops early.
     """
-    ids = torch.tensor([list(tokenizer.encode(prompt))], dtype=torch.int64, device=mesh.device)
+    ids = torch.tensor([list(tokenizer.encode(prompt)) or [tokenizer.eos_id]], dtype=torch.int64, device=mesh.device)
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model):
         for _ in range(num_tokens):

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from moe_dist.checkpoint.lock import Job, RunLock
 from moe_dist.checkpoint.storage import open_storage
 from moe_dist.config import Config
 from moe_dist.config_loading import dump_config, load_config, load_mapping
 from moe_dist.models.counts import parameter_counts
+from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.records import RunInfo
 from moe_dist.monitor.train_log import setup_logging
 from moe_dist.parallel.layout import layers_by_place
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.arguments import settings_of
 from moe_dist.train.build import Datasets
 from moe_dist.train.describe import layout_lines, sentence
 
@@ -28,34 +31,20 @@ def merge_config(
     training_config: Any,
     output_dir: str | Path | None,
 ) -> Config:
-    """One validated configuration. Raises ConfigError as reading a file does."""
+    """One validated configuration: `config`, and the others over it. Raises ConfigError as reading a file does."""
+    changes = {"model": dict(model_config or {})}
+    if training_config is not None:
+        changes["training"] = settings_of(training_config)
     if isinstance(config, (str, Path)):
-        merged = load_config(config)
-    elif isinstance(config, Config):
+        merged = load_config(config, changes=changes)
+    elif isinstance(config, Config) and not any(changes.values()):
         merged = config.model_copy(deep=True)
     else:
-        tree: dict[str, Any] = dict(config or {})
-        if model_config:
-            tree["model"] = {**tree.get("model", {}), **model_config}
-        if training_config:
-            tree["training"] = {**tree.get("training", {}), **_chosen(training_config)}
-        merged = load_mapping(tree, notice=lambda text: None)  # sections are ours to fill in
+        tree = config.model_dump(mode="json") if isinstance(config, Config) else dict(config or {})
+        merged = load_mapping(tree, changes=changes, notice=lambda text: None)
     if output_dir is not None:
         merged.train.output_dir = Path(output_dir)
     return merged
-
-
-def _chosen(arguments: Any) -> dict[str, Any]:
-    """A mapping as it is; of a dataclass such as `TrainingArguments` the fields that differ from their defaults."""
-    if isinstance(arguments, Mapping):
-        return dict(arguments)
-    chosen = {}
-    for field in dataclasses.fields(arguments):
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        value = getattr(arguments, field.name)
-        if value != default and field.init and value is not None:
-            chosen[field.name] = value
-    return chosen
 
 
 class RunPlace(NamedTuple):
@@ -118,14 +107,13 @@ def write_config(config: Config, mesh: Mesh) -> None:
 
 def run_info(config: Config, mesh: Mesh, datasets: Datasets) -> RunInfo:
     """What is about to run, for people (collective: every rank tells its host)."""
-    counts = parameter_counts(config.model)
-    frozen = counts.router if config.balance.freeze_router else 0
+    trainable, total, active = model_sizes(config)
     return RunInfo(
-        sentence=sentence(config, mesh.layout, mesh.device.type, num_tokens=_num_tokens(datasets)),
+        sentence=sentence(config, mesh.layout, mesh.device.type, _num_tokens(datasets), (total, active)),
         layout=layout_lines(mesh.layout, config.model.num_experts),
-        trainable_params=counts.total - frozen,
-        total_params=counts.total,
-        active_params=counts.active,
+        trainable_params=trainable,
+        total_params=total,
+        active_params=active,
         config_text=dump_config(config),
         output_dir=str(config.train.output_dir),
         world_size=mesh.layout.world_size,
@@ -135,6 +123,21 @@ def run_info(config: Config, mesh: Mesh, datasets: Datasets) -> RunInfo:
         stage_of_layer=_stage_of_layer(config),
         domains=list(datasets.domains),
     )
+
+
+def model_sizes(config: Config) -> tuple[int, int, int]:
+    """Parameters of the whole model: trainable, all, active for a token. Own classes are counted as built."""
+    model = config.model
+    if (model.router, model.expert) == ("topk", "swiglu"):
+        counts = parameter_counts(model)
+        return counts.total - (counts.router if config.balance.freeze_router else 0), counts.total, counts.active
+    with torch.device("meta"):
+        built = Transformer(model, config.balance)
+    sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
+    trainable = sum(sizes[name] for name, parameter in built.named_parameters() if parameter.requires_grad)
+    experts = sum(sizes[name] for name in built.expert_parameter_names())
+    idle = experts * (model.num_experts - model.num_experts_per_tok) // max(1, model.num_experts)
+    return trainable, sum(sizes.values()), sum(sizes.values()) - idle
 
 
 def _stage_of_layer(config: Config) -> list[int]:

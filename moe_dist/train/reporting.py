@@ -74,13 +74,23 @@ class Reporter:
 
     def start_interval(self) -> None:
         """Nothing has happened yet."""
-        self._started = time.perf_counter()
+        self._started = self._step_started = time.perf_counter()
         self._steps, self._tokens, self._data_wait = 0, 0, 0.0
+        self._each: dict[str, list[float]] = {}
         self._own: list[float] = []
         self._own_before = self.clock.status.own_seconds
 
-    def add(self, result: StepResult, facts: dict[int, LoadFacts], data_wait: float) -> None:
-        """One step, which has waited `data_wait` seconds for its batch."""
+    def add(self, result: StepResult, facts: dict[int, LoadFacts], data_wait: float, rate: float) -> None:
+        """One step at this learning rate, which has waited `data_wait` seconds for its batch."""
+        before, self._step_started = self._step_started, time.perf_counter()
+        values = {
+            "loss": result.loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": result.num_tokens / max(1e-9, self._step_started - before),
+        }
+        for name, value in values.items():
+            self._each.setdefault(name, []).append(value)
         self.collector.add(facts)
         self._steps += 1
         self._tokens += result.num_tokens
@@ -92,6 +102,7 @@ class Reporter:
     def leave_out(self, seconds: float) -> None:
         """An evaluation or a save is no training time."""
         self._started += seconds
+        self._step_started += seconds
 
     def log(self, counters: Counters, stopping: Stopping, result: StepResult, rate: float, epoch: float) -> None:
         """End the interval and tell the sinks (collective: one reduction of all facts)."""
@@ -144,6 +155,7 @@ class Reporter:
             slowest_rank_ratio=self.stragglers.slowest_ratio,
             stragglers=stragglers,
             ranks=ranks,
+            steps=self._each,
         )
         self.sinks.train(record)
         self._say(self.diagnosis.train(record))

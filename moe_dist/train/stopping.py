@@ -38,6 +38,8 @@ class Stopping:
             )
         elif self.max_steps is not None and step >= self.max_steps:
             self.stop(f"all {self.max_steps} steps done")
+        elif self.max_steps is None and config.num_train_epochs is not None and epoch >= config.num_train_epochs:
+            self.stop(f"the stream has been read {epoch:g} times")
         elif time_share >= 1.0:
             self.stop(f"the time budget of {config.max_time:g} s is used up")
 

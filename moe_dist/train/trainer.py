@@ -18,16 +18,18 @@ from moe_dist.config import Config
 from moe_dist.data.baseline import unigram_loss
 from moe_dist.data.loader import eval_batches
 from moe_dist.data.packing import PackedDataset
+from moe_dist.data.streaming import StreamingPackedDataset
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
 from moe_dist.train.acting import Acting
 from moe_dist.train.agreement import StopRequests, agree
 from moe_dist.train.balance import Balancer
-from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer
+from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer, given
 from moe_dist.train.evaluation import evaluate, sample_text
 from moe_dist.train.opening import merge_config, run_info, take_run_folder, write_config
 from moe_dist.train.persistence import Counters, Persistence
+from moe_dist.train.place import own_place
 from moe_dist.train.reporting import Reporter
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.step import TrainStep
@@ -59,10 +61,11 @@ class MoETrainer:
 
         MoETrainer("configs/demo.yaml", output_dir="outputs/try").train()
 
-    `config`: a `Config`, a path to a YAML file, or a mapping of sections; or give `model_config` and
-    `training_config` (a mapping with keys of any section, or a `transformers.TrainingArguments`, of which whatever
-    differs from its defaults is taken). `mesh`: this rank's place; by default one process. `job`: which starts belong
-    together; by default this one stands alone.
+    `config`: a `Config`, a path to a YAML file, or a mapping of sections; over it `model_config` and
+    `training_config` (a mapping with keys of any section, or a `transformers.TrainingArguments`, whose values are taken
+    as they are). `mesh`: this rank's place; by default the process it is called in, on `launch.device`, or all ranks
+    of a program that torchrun has started. `launch.nproc_per_node` is for `moe-dist train`: from Python nothing is
+    started. `job`: which starts belong together; by default this one stands alone.
     """
 
     def __init__(
@@ -78,7 +81,8 @@ class MoETrainer:
         job: Job | None = None,
     ) -> None:
         self.config = merge_config(config, model_config, training_config, output_dir)
-        self.mesh = mesh or Mesh.single()
+        if mesh is not None:
+            self.mesh = mesh
         self.stop_requests = stop_requests or StopRequests()
         self.status = status or Status()
         self.job = job or Job()
@@ -87,8 +91,13 @@ class MoETrainer:
     def train(self, dataset: Any = None) -> TrainingResult:
         """Run to the end. `dataset`: texts, token lists or a `datasets` dataset instead of the configured source.
 
-        Raises ValueError for what only the data or a checkpoint can show to be wrong.
+        Raises ValueError for a layout that these ranks cannot have, and for what only the data or a checkpoint can
+        show to be wrong.
         """
+        if not hasattr(self, "mesh"):
+            self.mesh = own_place(self.config)
+        if dataset is not None:
+            self.config.data = given(self.config.data)
         self.place = take_run_folder(self.config, self.mesh, self.job)
         try:
             self._build(dataset)
@@ -133,14 +142,7 @@ class MoETrainer:
 
     def _open(self) -> None:
         config = self.config
-        skipped = self.datasets.skipped
-        for document in skipped:
-            logger.info("left out: %s at %s: %s", document.id, document.offset, document.reason)
-        if skipped:
-            logger.warning(
-                "%d documents could not be read and are left out, the first: %s at %s: %s; train.log names all",
-                *(len(skipped), skipped[0].id, skipped[0].offset, skipped[0].reason),
-            )
+        self._tell_skipped()
         info = run_info(config, self.mesh, self.datasets)
         self.reporter.sinks.open(info)
         self.reporter.diagnosis.hosts = info.hosts
@@ -154,6 +156,16 @@ class MoETrainer:
         if (self.stopping.max_steps is not None and done >= self.stopping.max_steps) or share >= 1.0:
             self.stopping.after_step(done, 0.0, 0.0, False, share)
 
+    def _tell_skipped(self) -> None:
+        skipped = self.datasets.skipped
+        for document in skipped:
+            logger.info("left out: %s at %s: %s", document.id, document.offset, document.reason)
+        if skipped:
+            logger.warning(
+                "%d documents could not be read and are left out, the first: %s at %s: %s; train.log names all",
+                *(len(skipped), skipped[0].id, skipped[0].offset, skipped[0].reason),
+            )
+
     def _one_step(self) -> None:
         config, counters, waiting = self.config, self.counters, time.perf_counter()
         self.status.at("waiting for data", step=counters.step + 1)
@@ -161,7 +173,7 @@ class MoETrainer:
         data_wait = time.perf_counter() - waiting
         rate = learning_rate(config.optimizer, counters.step, self.stopping.max_steps, self._time_share())
         result = self.step(batches, counters.step, rate)
-        self.reporter.add(result, self.balancer.facts, data_wait)
+        self.reporter.add(result, self.balancer.facts, data_wait, rate)
         self.balancer.clear()
         counters.add(result)
         if result.skipped:
@@ -287,6 +299,8 @@ class MoETrainer:
     def _finish(self) -> TrainingResult:
         self.status.at("ending")
         stopping = self.stopping
+        if isinstance(self.datasets.train, StreamingPackedDataset):
+            self._tell_skipped()  # not known before
         if not stopping.failed and self.signal is None:
             self._evaluate()
         self._save_the_last_step()

@@ -103,7 +103,7 @@ def test_rows_of_one_document_need_no_positions():
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("after", [(1, 8), (2, 2), (4, 4), (3, 1)])
 def test_a_resume_at_another_size_neither_repeats_nor_skips(packed, stream, after, num_workers, streamed):
-    """Mid-epoch, from 2 replicas x 4 micro-batches to other sizes, some with another global batch.
+    """Trap 30. Mid-epoch, from 2 replicas x 4 micro-batches to other sizes, some with another global batch.
 
     Seen to fail with each of these bugs planted in `GlobalLoader`: every replica permutes for itself
     (`GlobalOrder` seeded by seed + replica); `samples_consumed` advances by the samples of one replica; a

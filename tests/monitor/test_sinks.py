@@ -205,6 +205,20 @@ def test_tensorboard_events_equal_the_records(
     assert texts["sample/after"].startswith("    def parse(self, name):")
 
 
+def test_tensorboard_has_each_step(tmp_path: Path, train_record: Make) -> None:
+    """An interval of three steps is three points. Seen to fail with the last step alone."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path)
+    names = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+    sink.train(train_record(12, steps={name: [3.0, 2.0, 1.0] for name in names}))
+    sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "perf/tokens_per_second"):
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == [(10, 3.0), (11, 2.0), (12, 1.0)]
+    assert [event.step for event in events.Scalars("train/epoch")] == [12]
+
+
 def test_tensorboard_compares_runs_by_hyper_parameters(tmp_path: Path, info: RunInfo, train_record: Make) -> None:
     """Every key of the configuration with its value, in the run's own events; no second run is made."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,9 +19,23 @@ pytestmark = pytest.mark.dist
 HIDDEN = 8
 
 
-def both_ways(tokens: list[int], top_k: int, num_experts: int, dtype: str, skew: float, seed: int) -> float:
+GROUPS = [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0, 1, 2], [3]], [[3, 1], [0], [2]]]
+"""Expert-parallel groups side by side, of four, two, three ranks and one."""
+
+
+@cache
+def group_of(number: int) -> dist.ProcessGroup:
+    """This rank's group of GROUPS[number]; kept, since every process group has threads."""
+    return dist.new_subgroups_by_enumeration(GROUPS[number])[0]
+
+
+def both_ways(
+    tokens: list[int], top_k: int, local_experts: int, dtype: str, skew: float, seed: int, groups: int = 0
+) -> float:
     """Largest difference between the two dispatchers on this rank, relative to the largest number compared."""
-    rank, size = dist.get_rank(), dist.get_world_size()
+    group, rank = group_of(groups), dist.get_rank()
+    num_experts = group.size() * local_experts
+    top_k = min(top_k, num_experts)
     generator = torch.Generator().manual_seed(seed * 100 + rank)
     kind = getattr(torch, dtype)
     num_tokens = tokens[rank]
@@ -31,13 +47,12 @@ def both_ways(tokens: list[int], top_k: int, num_experts: int, dtype: str, skew:
     ids = scores.topk(top_k, dim=1).indices
     ids = ids.masked_fill(torch.rand(num_tokens, top_k, generator=generator) < 0.2, num_experts)
     all_maps = torch.randn(num_experts, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(kind)
-    first = rank * (num_experts // size)
-    mine = all_maps[first : first + num_experts // size]
+    mine = all_maps[group.rank() * local_experts :][:local_experts]
     out_grad = torch.randn(num_tokens, HIDDEN, generator=generator).to(kind)
     results = []
     for dispatcher in (
-        AllToAllDispatcher(dist.group.WORLD, num_experts, layer=3),
-        AllGatherDispatcher(dist.group.WORLD, num_experts),
+        AllToAllDispatcher(group, num_experts, layer=3),
+        AllGatherDispatcher(group, num_experts),
     ):
         leaves = [t.clone().requires_grad_() for t in (x, weights, mine)]
         rows, plan = dispatcher.dispatch(leaves[0], Routing(leaves[1], ids))
@@ -71,23 +86,25 @@ def both_ways(tokens: list[int], top_k: int, num_experts: int, dtype: str, skew:
     dtype=st.sampled_from(["float32", "bfloat16"]),
     skew=st.sampled_from([0.0, 0.5, 10.0]),
     seed=st.integers(0, 1000),
+    groups=st.sampled_from(range(len(GROUPS))),
 )
 def test_all_to_all_equals_all_gather(
-    tokens: list[int], local_experts: int, top_k: int, dtype: str, skew: float, seed: int
+    tokens: list[int], local_experts: int, top_k: int, dtype: str, skew: float, seed: int, groups: int
 ) -> None:
-    """Random tokens per rank (also none), top-k, experts, skew (ranks and experts without a row), both dtypes.
+    """Random tokens per rank (also none), top-k, experts, skew (ranks and experts without a row), both dtypes, and
+    groups of ranks side by side.
 
-    Planted: reading arrived rows as if they were sorted by expert (no `_Reorder`) turns it red.
+    Planted: reading arrived rows as if they were sorted by expert (no `_Reorder`), and exchanging counts with the whole
+    world instead of the group, each turns it red.
     """
-    num_experts = 4 * local_experts
-    results = run_ranks(both_ways, 4, tokens, min(top_k, num_experts), num_experts, dtype, skew, seed)
+    results = run_ranks(both_ways, 4, tokens, top_k, local_experts, dtype, skew, seed, groups)
     assert max(results) < (1e-5 if dtype == "float32" else 3e-2)
 
 
 @pytest.mark.parametrize("tokens", [[0, 0, 0, 0], [5, 0, 0, 0], [0, 3, 0, 7]])
 def test_ranks_without_tokens(tokens: list[int]) -> None:
     """Trap 5: a rank that has nothing to compute takes part in every collective, forward and backward."""
-    assert max(run_ranks(both_ways, 4, tokens, 2, 8, "float32", 10.0, 1)) < 1e-5
+    assert max(run_ranks(both_ways, 4, tokens, 2, 2, "float32", 10.0, 1)) < 1e-5
 
 
 def out_of_step(odd_rank: int, what: str) -> str:

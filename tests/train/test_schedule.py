@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_dist.config import OptimizerConfig
-from moe_dist.train.schedule import learning_rate, warmup_steps
+from moe_dist.train.schedule import learning_rate
 
 
 def rates(total: int = 100, **options: object) -> list[float]:
@@ -39,8 +39,8 @@ def test_restarts_return_to_the_peak() -> None:
 
 
 def test_warmup_ratio_and_steps() -> None:
-    assert warmup_steps(OptimizerConfig(warmup_ratio=0.03), 1000) == 30
-    assert warmup_steps(OptimizerConfig(warmup_ratio=0.03, warmup_steps=7), 1000) == 7
+    assert rates(total=1000, warmup_ratio=0.03)[29] < max(rates(total=1000, warmup_ratio=0.03)) == 1.0
+    assert rates(total=1000, warmup_ratio=0.03, warmup_steps=7) == rates(total=1000, warmup_steps=7)
 
 
 def test_time_budget_moves_the_schedule() -> None:
@@ -49,3 +49,18 @@ def test_time_budget_moves_the_schedule() -> None:
     assert learning_rate(config, 5, None, time_share=0.25) == pytest.approx(0.75)
     assert learning_rate(config, 5, 1000, time_share=0.5) == pytest.approx(0.5)
     assert learning_rate(config, 999, 1000, time_share=0.5) == 0.0
+
+
+@pytest.mark.parametrize("total", [None, 1000, 60], ids=["time alone", "time ends first", "steps end first"])
+def test_warmup_ratio_is_of_whatever_ends_first(total: int | None) -> None:
+    """Up for a tenth of the run, then down to the floor. Seen to fail with the ratio taken of the steps alone: without
+    steps there was no warm-up, and a run that the clock ends long before its steps was warm-up to the end."""
+    config = OptimizerConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_ratio=0.1, lr_scheduler_type="linear")
+    steps = 100 if total is None else min(100, total)
+    found = [learning_rate(config, step, total, time_share=(step + 1) / 100) for step in range(steps)]
+    top = found.index(max(found))
+    assert top == pytest.approx(steps / 10, abs=1)
+    assert max(found) == pytest.approx(1.0, abs=0.02)
+    assert found[:top] == sorted(found[:top])
+    assert found[top:] == sorted(found[top:], reverse=True)
+    assert found[-1] == pytest.approx(0.1, abs=0.02)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +78,11 @@ def test_learns_and_writes_its_run_folder(tmp_path: Path) -> None:
         for layer in row["layers"]:
             steps = 1 if row["step"] == 1 else 4 if row["step"] == 5 else 5
             assert sum(layer["tokens_per_expert"]) == steps * 4 * 32 * 2
+    for name, values in (("loss", result.losses), ("learning_rate", [TRAINING["learning_rate"]] * 20)):
+        assert [value for row in rows for value in row["steps"][name]] == values
+    assert {name: len(values) for name, values in rows[1]["steps"].items()} == dict.fromkeys(
+        ("loss", "learning_rate", "grad_norm", "tokens_per_second"), 4
+    )
     assert [row["step"] for row in records(folder, "eval")] == [10, 20]
     (summary,) = records(folder, "summary")
     assert summary["final_loss"] == result.final_loss
@@ -90,6 +94,20 @@ def test_same_seed_same_losses(tmp_path: Path) -> None:
     first, second = run(tmp_path / "a"), run(tmp_path / "b")
     assert first.losses == second.losses
     assert run(tmp_path / "c", seed=7).losses != first.losses
+
+
+def test_evaluations_and_samples_leave_no_trace(tmp_path: Path) -> None:
+    """Trap 29: evaluating after each step and sampling, from an empty prompt too, changes no bit of what is trained.
+
+    Seen to fail with the random state not put back after a sample (dropout is on), and with evaluations counting load.
+    """
+    quiet = run(tmp_path / "quiet", max_steps=5)
+    busy = run(tmp_path / "busy", max_steps=5, eval_steps=1, sample_tokens=3, sample_prompt="")
+    assert busy.losses == quiet.losses
+    assert weights(tmp_path / "busy" / "checkpoint-5") == weights(tmp_path / "quiet" / "checkpoint-5")
+    assert len(records(tmp_path / "busy", "eval")) == 5
+    (summary,) = records(tmp_path / "busy", "summary")
+    assert isinstance(summary["sample_before"], str)
 
 
 @pytest.mark.parametrize(
@@ -211,15 +229,6 @@ def test_data_errors_are_sentences(tmp_path: Path) -> None:
         MoETrainer(model_config={"num_expertz": 4})
 
 
-def test_config_may_be_a_file_and_settings_may_be_changed(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("train: {max_steps: 3, per_device_train_batch_size: 2}\nmonitor: {progress: none}\n")
-    trainer = MoETrainer(file, output_dir=tmp_path / "out")
-    trainer.config.train.per_device_train_batch_size = 4
-    assert trainer.config.train.max_steps == 3
-    assert trainer.config.train.per_device_train_batch_size == 4
-
-
 def test_unreadable_documents_are_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, text in enumerate(TEXTS):
         (tmp_path / f"{number}.txt").write_text(text)
@@ -235,26 +244,3 @@ def test_unreadable_documents_are_named_and_counted(tmp_path: Path, capsys: pyte
     assert "broken.txt at 11" in (tmp_path / "run" / "train.log").read_text()
     with pytest.raises(ValueError, match=r"broken\.txt"):
         go(tmp_path / "again", "fail")
-
-
-@dataclass
-class Arguments:
-    """Fields and defaults as `transformers.TrainingArguments` has them (importing that takes ten seconds)."""
-
-    learning_rate: float = 5e-5
-    max_steps: int = -1
-    gradient_checkpointing: bool = False
-    dataloader_pin_memory: bool = True
-    bf16: bool = False
-    push_to_hub: bool = False
-
-
-def test_training_arguments_are_understood(tmp_path: Path) -> None:
-    """Fields that differ from their defaults are taken; one that means something else here is refused by name."""
-    arguments = Arguments(learning_rate=1e-3, max_steps=7, gradient_checkpointing=True)
-    config = MoETrainer(model_config=MODEL, training_config=arguments, output_dir=tmp_path).config
-    assert (config.optimizer.learning_rate, config.train.max_steps) == (1e-3, 7)
-    assert config.train.gradient_checkpointing == "full"
-    assert not config.train.bf16
-    with pytest.raises(ConfigError, match="push_to_hub"):
-        MoETrainer(model_config=MODEL, training_config=Arguments(push_to_hub=True))

@@ -35,6 +35,10 @@ HPARAM_METRICS = ("train/loss", "eval/loss", "perf/tokens_per_second", "moe/load
 """What the table of runs shows beside their hyper-parameters."""
 
 
+STEP_TAGS = {"train/loss", "train/learning_rate", "train/grad_norm", "perf/tokens_per_second"}
+"""What is there for each step of an interval."""
+
+
 class TensorBoardSink(Sink):
     """Scalars, a histogram per layer, a heatmap over all layers, hyper-parameters, configuration and samples."""
 
@@ -60,7 +64,7 @@ class TensorBoardSink(Sink):
         self._add_hparams(info)
 
     def train(self, record: TrainRecord) -> None:
-        self._start_at(record.step)
+        self._start_at(record.step - len(record.steps.get("loss", [0])) + 1)
         scalars = {
             "train/loss": record.loss,
             "train/learning_rate": record.learning_rate,
@@ -90,7 +94,9 @@ class TensorBoardSink(Sink):
             scalars |= {f"{folder}/{tag}": getattr(layer, name) for name, tag in MOE_TAGS.items()}
             self._add_load_histogram(f"{folder}/tokens_per_expert", layer, record.step)
         for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, record.step)
+            values = record.steps.get(tag.partition("/")[2], [value]) if tag in STEP_TAGS else [value]
+            for step, step_value in enumerate(values, record.step - len(values) + 1):
+                self._writer.add_scalar(tag, step_value, step)
         if record.layers:
             self._writer.add_image("moe/expert_load", load_heatmap(record.layers), record.step, dataformats="HWC")
 

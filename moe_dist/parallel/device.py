@@ -1,0 +1,28 @@
+"""Where this rank computes, and what it communicates with."""
+
+from __future__ import annotations
+
+import torch
+
+from moe_dist.config import LaunchConfig
+
+
+def choose_device(launch: LaunchConfig, rank: int = 0, local_rank: int = 0) -> torch.device:
+    """The device of a rank. Raises ValueError when CUDA is asked for and missing."""
+    wanted = launch.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= available:
+        raise ValueError(
+            f"launch.device={wanted}: rank {rank} needs CUDA device {local_rank}, "
+            f"this machine has {available}; start at most {available} ranks here, or set launch.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def choose_backend(launch: LaunchConfig, device: torch.device) -> str:
+    """The collective library: as configured, or the one for the device."""
+    if launch.backend != "auto":
+        return launch.backend
+    return "nccl" if device.type == "cuda" else "gloo"
