@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_dist.checkpoint.lock import RunLock
+from moe_dist.checkpoint.manifest import CheckpointError
+from moe_dist.checkpoint.storage import open_storage
 from moe_dist.config import Config
 from moe_dist.config_loading import dump_config, load_config, load_mapping
 from moe_dist.models.counts import parameter_counts
@@ -68,26 +70,51 @@ class RunPlace(NamedTuple):
 def take_run_folder(config: Config, mesh: Mesh) -> RunPlace:
     """Create the run folder, keep others out of it, and write logs there; every rank calls it.
 
-    With `checkpoint.resume: never` an earlier run's folder is moved aside, so nothing is lost and nothing mixed.
-    Raises CheckpointError on every rank when somebody is in there.
+    With `checkpoint.resume: never` an earlier run's folder and checkpoints are moved aside, so nothing is lost and
+    nothing mixed. Raises CheckpointError on every rank when somebody is in there, or when they cannot be moved.
     """
-    folder = config.train.output_dir
     held: list[RunLock] = []
 
     def take() -> tuple[str, int]:
-        lock = RunLock.acquire(folder)
-        if config.checkpoint.resume == "never" and (folder / "config.yaml").exists():
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            names = (f"{folder.name}-{stamp}{suffix}" for suffix in ("", *(f"-{number}" for number in range(1, 1000))))
-            folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists()))
-            lock.release()
-            lock = RunLock.acquire(folder)
+        lock = _lock_run_folder(config)
         held.append(lock)
         return lock.run, lock.generation
 
     run, generation = mesh.ask_rank_zero(take)
-    setup_logging(folder, mesh.rank)
+    setup_logging(config.train.output_dir, mesh.rank)
     return RunPlace(run, generation, held[0] if held else None)
+
+
+def _lock_run_folder(config: Config) -> RunLock:
+    folder, afresh = config.train.output_dir, config.checkpoint.resume == "never"
+    storage = open_storage(config.checkpoint.folder or folder)
+    seen = storage.newest_generation()
+    try:
+        lock = RunLock.acquire(folder, seen)
+    except OSError as error:
+        raise CheckpointError(f"train.output_dir={folder}: cannot be written to: {error.strerror}") from error
+    if not afresh:
+        return lock
+    try:
+        steps = storage.candidates()
+        if steps and not storage.renames:
+            raise CheckpointError(
+                f"checkpoint.resume=never: {storage.where} holds checkpoints of an earlier start (the newest of step "
+                f"{steps[-1]}), and nothing can be renamed there: give another checkpoint.folder, or remove them"
+            )
+        if (folder / "config.yaml").exists():
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            names = (f"{folder.name}-{stamp}{suffix}" for suffix in ("", *(f"-{number}" for number in range(1, 1000))))
+            folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists()))
+            lock.release()
+            lock = RunLock.acquire(folder, lock.generation)
+        for step in storage.candidates():  # in a checkpoint.folder elsewhere
+            storage.set_aside(step, lock.generation)
+        lock.note(None)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
 
 
 def write_config(config: Config, mesh: Mesh) -> None:

@@ -73,7 +73,9 @@ class Persistence:
         self.loader, self.stopping, self.acting = loader, stopping, acting
         checkpoint = config.checkpoint
         storage = open_storage(checkpoint.folder or config.train.output_dir)
-        self.checkpoints = Checkpoints(storage, mesh, checkpoint, place.run, place.generation, place.lock)
+        self.checkpoints = Checkpoints(
+            storage, mesh, checkpoint, place.run, place.generation, place.lock, config.parallel.zero_stage
+        )
         self.saved_step = -1
         """Step of the last save begun, or of the checkpoint the run goes on from."""
 
@@ -92,30 +94,31 @@ class Persistence:
 
         `message` tells people on rank 0. Raises CheckpointError on every rank, before any weight has changed.
         """
-        checkpoint = self.config.checkpoint
+        wanted = self.config.checkpoint.resume
+        found = None if wanted == "never" else self.checkpoints.find(wanted, self._warn)
         if self.mesh.rank == 0:
             for name in self.checkpoints.clean_up():
                 logger.warning("%s: a save that was cut short; removed", name)
-        if checkpoint.resume == "never":
-            return
-        found = self.checkpoints.find(checkpoint.resume, self._warn)
         if found is None:
             return
         loaded = self.checkpoints.read_state(found)
         self._compare(loaded, message)
+        self._go_on_with_data(loaded, message)
         self._read(loaded)
         state = loaded.trainer_state
         for name, value in state["counters"].items():
             setattr(counters, name, value)
         self.stopping.load_state_dict(state["stopping"])
-        self.loader.load_state_dict(state["data"])
         self.acting.load_state_dict(state.get("acting"))
         self.saved_step = counters.step
         message(f"resumed from {found} at step {counters.step}")
-        if self.mesh.rank == 0 and found.storage.where == self.checkpoints.storage.where:
-            for step, now in self.checkpoints.set_aside_after(found.step):
-                kept = f"kept as {now}" if now else "is in the way of a new one; remove it"
-                logger.warning("checkpoint-%d is later than where the run goes on: %s", step, kept)
+        self._set_later_aside(found)
+
+    def _set_later_aside(self, found: Found) -> None:
+        """Also where the run goes on from a step that lies elsewhere: those here are not of its future either."""
+        for step, now in self.mesh.ask_rank_zero(lambda: self.checkpoints.set_aside_after(found.step)):
+            kept = f"kept as {now}" if now else "is in the way of a new one; remove it"
+            self._warn(f"checkpoint-{step} is later than where the run goes on: {kept}")
 
     def _read(self, loaded: Loaded) -> None:
         self.optimizer.create_state()
@@ -137,6 +140,19 @@ class Persistence:
         told = [change for change in found if not change.key.startswith(("monitor.", "launch.", "checkpoint."))]
         if told:
             message(f"configured otherwise than {loaded.found.folder}: {'; '.join(map(str, told))}")
+
+    def _go_on_with_data(self, loaded: Loaded, message: Callable[[str], None]) -> None:
+        """Raises CheckpointError when the samples come in another order than they did, unless that is allowed."""
+        saved = loaded.trainer_state["data"]
+        change = self.loader.order_change(saved)
+        if change is not None and not self.config.checkpoint.allow_config_change:
+            raise CheckpointError(
+                f"{change}: some samples would be repeated and others left out; set it back, or go on in the new order "
+                "with checkpoint.allow_config_change=true"
+            )
+        self.loader.load_state_dict(saved if change is None else {"samples_consumed": saved["samples_consumed"]})
+        if change is not None:
+            message(f"{change}: goes on after {saved['samples_consumed']} samples of the new order")
 
     def _warn(self, text: str) -> None:
         if self.mesh.rank == 0:

@@ -119,7 +119,7 @@ def test_without_a_manifest_it_is_no_checkpoint(storage: ObjectStorage, place: s
     fill(storage, 2)
     names = fill(storage, 4)
     storage.remove_file(f"checkpoint-4/{FILE}")
-    storage.put("checkpoint-4/receipt-00001.json", b"{}")
+    storage.put("checkpoint-4/receipt-1-00001.json", b"{}")
     storage.put("notes/mine.txt", b"not ours")
     storage.put("checkpoint-9/mine.txt", b"not ours either")
     assert storage.steps() == [2]
@@ -175,7 +175,7 @@ def test_a_step_is_never_overwritten(storage: ObjectStorage, place: str, tmp_pat
         fill(storage, step)
     before = {path: storage.read(path) for step in (4, 6) for path in _paths(storage, step)}
     with pytest.raises(CheckpointError, match="checkpoint-4: is there already"):
-        storage.begin(storage.staging(4, 9))
+        storage.begin(storage.staging(4, 9), 9)
     result = train(tmp_path / "run", folder=place, resume="2", learning_rate=1e-4, allow_config_change=True)
     assert result.failed
     assert "checkpoint-6: is there already, and no checkpoint is ever overwritten" in result.reason
@@ -184,7 +184,7 @@ def test_a_step_is_never_overwritten(storage: ObjectStorage, place: str, tmp_pat
     manifest = storage.manifest(4)
     with pytest.raises(CheckpointError, match="is there already"):
         storage.commit("checkpoint-4", manifest)
-    storage.discard("checkpoint-4")
+    storage.discard("checkpoint-4", 9)
     assert {path: storage.read(path) for step in (4, 6) for path in _paths(storage, step)} == before
 
 
