@@ -193,7 +193,7 @@ def test_a_step_is_never_overwritten(storage: ObjectStorage, place: str, tmp_pat
     before = {path: storage.read(path) for step in (4, 6) for path in _paths(storage, step)}
     with pytest.raises(CheckpointError, match="checkpoint-4: is there already"):
         storage.begin(storage.staging(4, 9), 9)
-    with pytest.raises(CheckpointError, match="checkpoint-4, checkpoint-6 would be later than .* another checkpoint"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-4, checkpoint-6 would be later than .* another checkpoint"):
         train(tmp_path / "run", folder=place, resume="2")
     (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(CheckpointError, match=r"never: .* \(the newest of step 6\).* give another checkpoint\.folder"):
