@@ -148,7 +148,7 @@ def test_afresh_with_checkpoints_elsewhere(tmp_path: Path) -> None:
     place = tmp_path / "steps"
     run(tmp_path / "run", folder=str(place), save_steps=2)
     assert run(tmp_path / "run", {"max_steps": 1}, folder=str(place), resume="never").steps == 1
-    names = ["aside-2-checkpoint-2", "aside-2-checkpoint-4", "aside-2-checkpoint-6", "checkpoint-1"]
+    names = ["aside-3-checkpoint-2", "aside-3-checkpoint-4", "aside-3-checkpoint-6", "checkpoint-1"]
     assert sorted(os.listdir(place)) == names
     again = run(tmp_path / "run", {"max_steps": 2}, folder=str(place), save_total_limit=1)
     assert (again.steps, len(again.losses), steps(place)) == (2, 1, [2])
