@@ -230,7 +230,7 @@ def _place(path: str) -> tuple[Storage, list[int]]:
         return storage, []
     if not root.is_dir():
         raise ConfigError(f"{path}: there is no such folder")
-    if (root / "config.yaml").is_file() and not storage.steps():
+    if (root / "config.yaml").is_file() and not storage.candidates():
         elsewhere = load_config(root / "config.yaml").checkpoint.folder
         if elsewhere:
             return open_storage(elsewhere), []
@@ -238,7 +238,7 @@ def _place(path: str) -> tuple[Storage, list[int]]:
 
 
 def _steps(storage: Storage, steps: list[int], some: bool = False) -> list[Found]:
-    found = steps or storage.steps()
+    found = steps or storage.candidates()
     if some and not found:
         raise ConfigError(f"{storage.where}: there is no checkpoint")
     for step in steps:

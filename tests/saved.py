@@ -10,7 +10,10 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from moe_dist.checkpoint.manifest import FILE
 from moe_dist.checkpoint.reading import Found
@@ -59,6 +62,12 @@ def trained(seed: int = 1) -> Path:
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     train(root / "run", seed=seed, eval_steps=2)
     return root / "run"
+
+
+def state(step: int) -> Any:
+    """A few tensors that tell of which step they are, for a `Checkpoints` without a model."""
+    names = ("model.a", "model.b", "optimizer.a.exp_avg")
+    return SimpleNamespace(tensors={name: torch.full((64, 3), float(step)) for name in names})
 
 
 def copy_of(run: Path, folder: Path) -> Path:

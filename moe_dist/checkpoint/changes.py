@@ -13,7 +13,6 @@ FREE = (
     "data.dataloader",
     "data.on_error",
     "data.path",
-    "data.validation",
     "train.deterministic",
     "train.divergence",
     "train.early_stopping",
@@ -29,9 +28,10 @@ FREE = (
     "train.sample_",
     "train.torch_compile",
 )
-"""Keys that do not change what a step computes (but for rounding); the end of a run may always be moved.
+"""Keys that do not change what a step computes (but for rounding).
 
-Where the data lies may change; that it is the same data, the loader checks.
+The end of a run may always be moved: a rate that falls towards it then falls towards the new one, and the change is
+shown. Where the data lies may change; that it is the same data, the loader checks.
 """
 _BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 

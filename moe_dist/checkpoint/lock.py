@@ -17,6 +17,7 @@ from typing import NamedTuple
 from moe_dist.checkpoint.manifest import CheckpointError
 
 FILE = ".run.lock"
+LAST_STEP = ".last-step"
 _MOST_NAMES = 100  # each machine of a job may have one of its own; a few that are still there are enough
 
 
@@ -89,6 +90,21 @@ class RunLock:
                 f"{self.path.parent}: start {now['generation']} of this run (process {now.get('pid')} on "
                 f"{now.get('host')}) has taken over from start {self.generation}; nothing more is written here"
             )
+
+    def note(self, checkpoint: str | None) -> None:
+        """Remember the newest committed checkpoint here, where it is known even when its own place is not mounted."""
+        file = self.path.with_name(LAST_STEP)
+        if checkpoint is None:
+            file.unlink(missing_ok=True)
+            return
+        whole = file.with_suffix(".part")
+        whole.write_text(json.dumps({"checkpoint": checkpoint}) + "\n")
+        whole.replace(file)
+
+    @property
+    def noted(self) -> str | None:
+        """The checkpoint that `note` was last told of."""
+        return _read(self.path.with_name(LAST_STEP)).get("checkpoint")
 
     def release(self) -> None:
         """Let others in."""

@@ -6,8 +6,10 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from moe_dist.config import CheckpointConfig
 from moe_dist.parallel.mesh import Mesh
 
 logger = logging.getLogger("moe_dist")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,15 @@ class Checkpoints:
         run: str = "0",
         generation: int = 0,
         lock: RunLock | None = None,
+        zero_stage: int = 0,
     ) -> None:
-        """`lock`: held by rank 0. `run`, `generation`: as the lock says, the same on every rank."""
+        """`lock`: held by rank 0. `run`, `generation`: as the lock says, the same on every rank. `zero_stage`: for
+        people who read the manifest."""
         self.storage, self.mesh, self.config = storage, mesh, config
-        self.run, self.generation, self.lock = run, generation, lock
+        self.run, self.generation, self.lock, self.zero_stage = run, generation, lock, zero_stage
         self.keys = Keys(config.encryption_keys)
+        self._rejected: set[int] = set()
+        """Steps that did not verify when this start looked for one to go on from."""
         self._plan: SavePlan | None = None
         self._shards: list[Shard] | None = None
         self._writer: Writer | None = None
@@ -118,7 +125,8 @@ class Checkpoints:
         commit = None
         if self.mesh.rank == 0:
             kept = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            commit = Commit(saving, self._plan.shapes(), trainer_state, kept, self._still_ours, self._prune)
+            then = partial(self._committed, step)
+            commit = Commit(saving, self._plan.shapes(), trainer_state, kept, self._still_ours, then)
         self._writer = Writer(saving, self._shards, self.mesh.rank, commit)
         if refused.item():
             self._writer.refuse(error)
@@ -158,7 +166,8 @@ class Checkpoints:
     def layout(self) -> dict[str, int]:
         """Sizes as the manifest tells them."""
         layout = self.mesh.layout
-        return {"world": layout.world_size, "pp": layout.pp_size, "edp": layout.edp_size, "ep": layout.ep_size}
+        sizes = {"world": layout.world_size, "pp": layout.pp_size, "edp": layout.edp_size, "ep": layout.ep_size}
+        return sizes | {"zero_stage": self.zero_stage}
 
     def _prepare(self, saving: Saving) -> str | None:
         """Make the folder; returns why not."""
@@ -166,17 +175,29 @@ class Checkpoints:
         try:
             self._still_ours()
             check_room(self.storage, self._plan.num_bytes)
-            self.storage.begin(saving.staging)
+            self.storage.begin(saving.staging, saving.generation)
         except Exception as error:
             return describe(error, saving)
         return None
 
     def _still_ours(self) -> None:
-        if self.lock is not None:
-            self.lock.check()
+        if self.lock is None:
+            return
+        self.lock.check()
+        newest = self.storage.newest_generation()
+        if newest > self.generation:  # one with another run folder, whose lock this one cannot see
+            raise CheckpointError(
+                f"{self.storage.where}: start {newest} of a run writes here, and this is start {self.generation}; "
+                "nothing more is written"
+            )
 
-    def _prune(self) -> None:
-        steps = self.storage.steps()
+    def _committed(self, step: int) -> None:
+        """`step` is safe: note it, and remove what need not stay."""
+        if self.lock is not None:
+            with suppress(OSError):
+                self.lock.note(f"{self.storage.where}/{step_folder(step)}")
+        # Where a step cannot be renamed, damaged ones stay, also later than this: they must not push out good ones.
+        steps = [other for other in self.storage.steps() if other <= step and other not in self._rejected]
         config = self.config
         metrics: dict[int, float] | None = None
         if config.metric_for_best_model is not None:
@@ -212,13 +233,23 @@ class Checkpoints:
         return found
 
     def set_aside_after(self, step: int) -> list[tuple[int, str | None]]:
-        """Rename committed steps after `step`, from which the run goes on (rank 0): they are not of its future.
+        """Rename steps after `step`, from which the run goes on, -1 for all (rank 0): they are not of its past.
 
         They would be taken for its newest by the next start, and be in the way of its own saves. Returns each with
-        its new name, None where it had to stay.
+        its new name, None where it had to stay. Raises CheckpointError, and nothing is renamed, where good ones
+        would have to.
         """
-        later = [other for other in self.storage.steps() if other > step]
-        return [(other, self.storage.set_aside(other, self.generation)) for other in later]
+        later = [other for other in self.storage.candidates() if other > step]
+        if self.storage.renames:
+            return [(other, self.storage.set_aside(other, self.generation)) for other in later]
+        good = [step_folder(other) for other in later if other not in self._rejected]
+        if good:
+            what = f"later than {step_folder(step)}" if step >= 0 else "not of the run"
+            raise CheckpointError(
+                f"{self.storage.where}: {', '.join(good)} would be {what} from which this run is to go on, and nothing "
+                "can be renamed there: give another checkpoint.folder, or remove them"
+            )
+        return [(other, None) for other in later]
 
     def find(self, wanted: str, skipped: Callable[[str], None]) -> Found | None:
         """The checkpoint to go on from (collective); None: start afresh, for nothing has ever been committed.
@@ -227,47 +258,72 @@ class Checkpoints:
         Raises CheckpointError on every rank.
         """
         if wanted == "auto":
-            steps = self.mesh.ask_rank_zero(self.storage.steps)
-            return choose([Found(self.storage, step) for step in reversed(steps)], self.verify, skipped)
+            steps = self.mesh.ask_rank_zero(self._candidates)
+            return choose([Found(self.storage, step) for step in reversed(steps)], self._accept, skipped)
         found = locate(wanted, self.storage)
         wrong = self.verify(found)
         if wrong:
             raise CheckpointError(f"checkpoint.resume={wanted}: {wrong[0]}")
         return found
 
+    def _candidates(self) -> list[int]:
+        steps = self.storage.candidates()
+        noted = None if steps or self.lock is None else self.lock.noted
+        if noted is not None:
+            raise CheckpointError(
+                f"{noted} was committed by this run, and {self.storage.where} holds no checkpoint now: is it mounted? "
+                "Bring it back, or start afresh with checkpoint.resume=never"
+            )
+        return steps
+
+    def _accept(self, found: Found) -> list[str]:
+        wrong = self.verify(found)
+        if wrong:
+            self._rejected.add(found.step)
+        return wrong
+
     def verify(self, found: Found) -> list[str]:
         """Everything wrong with a checkpoint (collective): the ranks share out its files.
 
         Raises CheckpointError for want of its key: a step that only cannot be opened is no reason for an older one.
         """
-        wrong: list[str] = []
-        try:
-            manifest = found.storage.manifest(found.step)
-        except (CheckpointError, OSError) as error:
-            wrong = [str(error)]
-        else:
+
+        def look() -> list[str]:
+            try:
+                manifest = found.storage.manifest(found.step)
+            except (CheckpointError, OSError) as error:
+                return [str(error)]
             self.keys.opening(manifest, str(found))
-            names = sorted(manifest.files)[self.mesh.rank :: self.mesh.layout.world_size]
-            wrong = problems(found, manifest, names)
-        return list(dict.fromkeys(line for lines in self._gathered(wrong) for line in lines))
+            return problems(found, manifest, sorted(manifest.files)[self.mesh.rank :: self.mesh.layout.world_size])
+
+        return list(dict.fromkeys(line for lines in self._gathered(self._together(look)) for line in lines))
 
     def read_state(self, found: Found) -> Loaded:
-        """Counters and configuration of a verified checkpoint."""
-        manifest = found.storage.manifest(found.step)
-        return Loaded(found, manifest, read_trainer_state(found, manifest, self.keys))
+        """Counters and configuration of a verified checkpoint (collective)."""
+
+        def read() -> Loaded:
+            manifest = found.storage.manifest(found.step)
+            return Loaded(found, manifest, read_trainer_state(found, manifest, self.keys))
+
+        return self._together(read)
 
     def read_tensors(self, loaded: Loaded, state: LogicalState) -> None:
         """Fill this rank's tensors in place, whatever layout wrote them. Raises CheckpointError on every rank."""
         seal = self.keys.opening(loaded.manifest, str(loaded.found))
         reader = ShardReader(loaded.found.storage, loaded.found.folder, seal and seal.open)
-        error: list[str] = []
+        self._together(lambda: read_into(state, loaded.manifest, reader))
+
+    def _together(self, do: Callable[[], Answer]) -> Answer:
+        """What `do` gives on this rank; when it raises on any, CheckpointError on all: none waits for the others."""
+        answer, errors = None, []
         try:
-            read_into(state, loaded.manifest, reader)
-        except (CheckpointError, OSError) as found:
-            error = [str(found)]
-        for lines in self._gathered(error):
+            answer = do()
+        except (ValueError, OSError) as error:
+            errors = [str(error)]
+        for lines in self._gathered(errors):
             if lines:
                 raise CheckpointError(lines[0])
+        return cast(Answer, answer)
 
     def _gathered(self, lines: list[str]) -> list[list[str]]:
         if self.mesh.group("world") is None:

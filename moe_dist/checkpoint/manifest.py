@@ -85,7 +85,7 @@ class Manifest(Strict):
     created: str
     """UTC, ISO 8601."""
     layout: dict[str, int]
-    """World, pp, edp and ep size it was written under; any other can read it."""
+    """World, pp, edp and ep size (and zero_stage) it was written under; any other can read it."""
     config_sha256: Hash
     """Of the configuration in trainer_state.json."""
     metrics: dict[str, float]
@@ -96,6 +96,8 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
+        if any(self.layout.get(axis, 0) < 1 for axis in ("world", "pp", "edp", "ep")):
+            raise ValueError(f"layout {self.layout} does not say how many ranks wrote it")
         for name in self.files:
             if not _BASENAME.fullmatch(name) or name == FILE:
                 raise ValueError(f"file name {name!r} is not a plain one")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from moe_dist.checkpoint.manifest import FILE, CheckpointError
-from moe_dist.checkpoint.storage import CHUNK, OURS, STEP, Buffer, Storage, step_folder
+from moe_dist.checkpoint.storage import CHUNK, OURS, STEP, Buffer, Storage, generation_of, step_folder
 
 _BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "oss"})
 """Stores of objects in buckets: no folder is ever made there, and no bucket that a typing error asks for."""
@@ -18,20 +19,23 @@ class ObjectStorage(Storage):
     """Anything fsspec can reach, such as `s3://bucket/run` or `memory://run`.
 
     Shards go straight under their final names: what makes them a checkpoint is the manifest beside them, the last
-    object, created on the condition that there is none (S3's If-None-Match) and the first to go.
+    object, created on the condition that there is none (S3's If-None-Match) and the first to go. Two starts of a run
+    may so write into one folder: each touches only what bears its own number.
     """
 
     poll = 0.2
+    renames = False
 
     def __init__(self, url: str) -> None:
         import fsspec  # type: ignore[import-untyped]
 
         try:
-            self.filesystem, root = fsspec.core.url_to_fs(url)
+            filesystem, root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise CheckpointError(f"checkpoint.folder={url}: {error}") from error
         self.root, self.where = str(root).rstrip("/"), url.rstrip("/")
-        protocol = self.filesystem.protocol
+        self.filesystem: Any = _Plain(filesystem, self.where)
+        protocol = filesystem.protocol
         self._has_folders = _BUCKETS.isdisjoint((protocol,) if isinstance(protocol, str) else protocol)
 
     def _path(self, path: str) -> str:
@@ -62,29 +66,35 @@ class ObjectStorage(Storage):
     def staging(self, step: int, generation: int) -> str:
         return step_folder(step)
 
-    def begin(self, folder: str) -> None:
+    def begin(self, folder: str, generation: int) -> None:
         names = self.files(folder)
         if FILE in names:
-            self.refuse_existing(int(folder.rpartition("-")[2]))
+            self.refuse_existing(_step(folder))
+        newest = max((generation_of(name) or 0 for name in names), default=0)
+        if newest > generation:
+            raise CheckpointError(
+                f"{self.where}/{folder}: start {newest} of the run writes there, this is {generation}"
+            )
         for name in filter(OURS.fullmatch, names):
             self.remove_file(f"{folder}/{name}")
         if self._has_folders:
             self.filesystem.makedirs(self._path(folder), exist_ok=True)
 
     def write(self, path: str, chunks: Iterable[Buffer]) -> None:
-        file = self.filesystem.open(self._path(path), "wb", block_size=2 * CHUNK)
-        try:
-            for chunk in chunks:
-                file.write(chunk)
-        except BaseException:
-            # Leaving a `with` block would complete the upload, and half a file would be an object.
-            with suppress(Exception):
-                file.discard()
-            with suppress(AttributeError):
-                file.closed = True
-            self.remove_file(path)
-            raise
-        file.close()
+        with _plainly(self.where):
+            file = self.filesystem.open(self._path(path), "wb", block_size=2 * CHUNK)
+            try:
+                for chunk in chunks:
+                    file.write(chunk)
+            except BaseException:
+                # Leaving a `with` block would complete the upload, and half a file would be an object.
+                with suppress(Exception):
+                    file.discard()
+                with suppress(AttributeError):
+                    file.closed = True
+                self.remove_file(path)
+                raise
+            file.close()
 
     def put(self, path: str, content: bytes) -> None:
         self.filesystem.pipe_file(self._path(path), content)
@@ -128,10 +138,14 @@ class ObjectStorage(Storage):
                 self.refuse_existing(step)
             raise
 
-    def discard(self, staging: str) -> None:
-        # The staging folder is the checkpoint's own: whoever has committed that step meanwhile must not lose it.
-        if FILE not in self.files(staging):
-            self.remove(staging)
+    def discard(self, staging: str, generation: int) -> None:
+        # The staging folder is the checkpoint's own: whoever else writes that step, or has committed it meanwhile,
+        # must lose nothing. What bears no number is left to the next start.
+        names = self.files(staging)
+        committed = self.manifest(_step(staging)).files if FILE in names else {}
+        for name in names:
+            if generation_of(name) == generation and name not in committed:
+                self.remove_file(f"{staging}/{name}")
 
     def remove(self, folder: str) -> None:
         # Without its manifest it is no checkpoint any more, whatever is left.
@@ -144,3 +158,33 @@ class ObjectStorage(Storage):
     def remove_file(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self.filesystem.rm_file(self._path(path))
+
+
+class _Plain:
+    """A file system whose own errors (no connection, no credentials) are OSErrors, as those of a disk are."""
+
+    def __init__(self, filesystem: Any, where: str) -> None:
+        self._filesystem, self._where = filesystem, where
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._filesystem, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with _plainly(self._where):
+                return method(*arguments, **options)
+
+        return call
+
+
+@contextmanager
+def _plainly(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise OSError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _step(folder: str) -> int:
+    return int(folder.rpartition("-")[2])

@@ -104,9 +104,11 @@ def choose(
         skipped(f"{found} is not used: {wrong[0]}" + (f" ({len(wrong)} problems)" if len(wrong) > 1 else ""))
     if not reasons:
         return None
+    storage = candidates[0].storage
+    afresh = "checkpoint.resume=never (they are kept, moved aside)" if storage.renames else "another checkpoint.folder"
     raise CheckpointError(
-        f"none of the {len(reasons)} checkpoints in {candidates[0].storage.where} can be used, the newest because of "
-        f"{reasons[0]}; repair one, or start afresh with checkpoint.resume=never (they are kept, moved aside)"
+        f"none of the {len(reasons)} checkpoints in {storage.where} can be used, the newest because of "
+        f"{reasons[0]}; repair one, or start afresh with {afresh}"
     )
 
 

@@ -54,7 +54,7 @@ def reshard(source: Found, opening: Keys, storage: Storage, num_shards: int, sea
     saving = Saving(storage, sealing, staging, source.step, manifest.run, manifest.generation, manifest.layout)
     made = Found(storage, source.step)
     storage.refuse_existing(source.step)
-    storage.begin(staging)
+    storage.begin(staging, manifest.generation)
     try:
         receipt = Receipt()
         for number, pieces in enumerate(cut(manifest.tensors, num_shards)):
@@ -64,7 +64,7 @@ def reshard(source: Found, opening: Keys, storage: Storage, num_shards: int, sea
         shapes = {name: (entry.dtype, entry.shape) for name, entry in manifest.tensors.items()}
         Commit(saving, shapes, state, manifest.metrics, lambda: None, lambda: None)([receipt])
     except BaseException:
-        storage.discard(staging)
+        storage.discard(staging, manifest.generation)
         raise
     finally:
         tensors.close()

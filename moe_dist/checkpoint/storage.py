@@ -26,7 +26,8 @@ _READ = 2 * 2**20
 """Bytes of a local file read at a time: they are hashed while the processor's own cache still holds them."""
 STEP = re.compile(r"checkpoint-(0|[1-9]\d{0,15})")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.\d+\.tmp|\.trash-checkpoint-.*")
-OURS = re.compile(r"shard-\d+-\d+(-\d+)?\.safetensors|receipt-\d+\.json|trainer_state\.json")
+OURS = re.compile(r"shard-\d+-\d+(-\d+)?\.safetensors|receipt-\d+-\d+\.json|trainer_state\.json")
+_OF_A_START = re.compile(r"(?:shard|receipt)-(\d+)-")
 
 Buffer = bytes | memoryview
 
@@ -36,11 +37,19 @@ def step_folder(step: int) -> str:
     return f"checkpoint-{step}"
 
 
+def generation_of(name: str) -> int | None:
+    """The start of a run that wrote this file; None when its name does not tell."""
+    match = _OF_A_START.match(name)
+    return int(match[1]) if match else None
+
+
 class Storage(ABC):
     """A place with checkpoints in it. Paths are `<folder>/<file>` relative to it."""
 
     where: str
     """For people."""
+    renames = True
+    """Whether a committed step can be given another name."""
     poll: float = 0.01
     """Seconds between two looks at whether something is there."""
 
@@ -53,8 +62,8 @@ class Storage(ABC):
         """Name of the folder that a save fills before it is committed."""
 
     @abstractmethod
-    def begin(self, folder: str) -> None:
-        """Make an empty staging folder."""
+    def begin(self, folder: str, generation: int) -> None:
+        """Make an empty staging folder for this start of the run."""
 
     @abstractmethod
     def write(self, path: str, chunks: Iterable[Buffer]) -> None:
@@ -91,9 +100,9 @@ class Storage(ABC):
     def remove_file(self, path: str) -> None:
         """Delete one file; nothing happens when it is not there."""
 
-    def set_aside(self, step: int, generation: int) -> str | None:
-        """Give a committed step another name, under which it is none; None where names cannot be changed."""
-        return None
+    def set_aside(self, step: int, generation: int) -> str:
+        """Give a step another name, under which it is none, and return it. Only where `renames`."""
+        raise NotImplementedError
 
     def free_bytes(self) -> int | None:
         """Room left, None where nobody can say."""
@@ -105,8 +114,17 @@ class Storage(ABC):
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first: folders of the right name with a manifest in them."""
-        found = [int(match[1]) for name in self.folders() if (match := STEP.fullmatch(name))]
-        return sorted(step for step in found if self.size(f"{step_folder(step)}/{FILE}") is not None)
+        found = _steps_in(self.folders())
+        return [step for step in found if self.size(f"{step_folder(step)}/{FILE}") is not None]
+
+    def candidates(self) -> list[int]:
+        """Steps that were committed once, oldest first, whatever has become of them since."""
+        return self.steps()
+
+    def newest_generation(self) -> int:
+        """The highest start of a run that has left files here, committed or not; 0 when none has."""
+        ours = (name for name in self.folders() if STEP.fullmatch(name) or _LEFTOVER.fullmatch(name))
+        return max((generation_of(name) or 0 for folder in ours for name in self.files(folder)), default=0)
 
     @abstractmethod
     def leftovers(self) -> list[str]:
@@ -139,8 +157,8 @@ class Storage(ABC):
                 f"{self.where}/{step_folder(step)}: is there already, and no checkpoint is ever overwritten"
             )
 
-    def discard(self, staging: str) -> None:
-        """Remove a staging folder that will not be committed."""
+    def discard(self, staging: str, generation: int) -> None:
+        """Remove what this start of the run has put into a staging folder that will not be committed."""
         self.remove(staging)
 
     def _beside(self) -> str:
@@ -159,13 +177,25 @@ class LocalStorage(Storage):
             return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         return []
 
+    def candidates(self) -> list[int]:
+        # A step gets its name together with its manifest: without one, or as a link, it is damage and not a beginning.
+        with suppress(FileNotFoundError):
+            return _steps_in(os.listdir(self.root))
+        return []
+
+    def manifest(self, step: int) -> Manifest:
+        folder = self.root / step_folder(step)
+        if folder.is_symlink():
+            raise CheckpointError(f"{folder}: is a link, and links are not followed; name the folder it leads to")
+        return super().manifest(step)
+
     def leftovers(self) -> list[str]:
         return sorted(name for name in self.folders() if _LEFTOVER.fullmatch(name))
 
     def staging(self, step: int, generation: int) -> str:
         return f".{step_folder(step)}.{generation}.tmp"
 
-    def begin(self, folder: str) -> None:
+    def begin(self, folder: str, generation: int) -> None:
         shutil.rmtree(self.root / folder, ignore_errors=True)
         (self.root / folder).mkdir(parents=True)
 
@@ -236,21 +266,21 @@ class LocalStorage(Storage):
         path = self.root / folder
         if not path.exists():
             return
-        trash = path if folder.startswith(".trash-") else self._trash(folder)
+        trash = path if folder.startswith(".trash-") else self._free(f".trash-{folder.lstrip('.')}")
         if trash != path:
             os.rename(path, trash)
             _flush_folder(self.root)
         shutil.rmtree(trash)
 
-    def _trash(self, folder: str) -> Path:
-        names = (f".trash-{folder.lstrip('.')}{suffix}" for suffix in ("", *(f"-{n}" for n in range(1, 10000))))
-        return next(path for name in names if not (path := self.root / name).exists())
+    def _free(self, name: str) -> Path:
+        names = (f"{name}{suffix}" for suffix in ("", *(f"-{n}" for n in range(1, 10000))))
+        return next(path for name in names if not os.path.lexists(path := self.root / name))
 
-    def set_aside(self, step: int, generation: int) -> str | None:
-        name = f"aside-{generation}-{step_folder(step)}"
-        os.rename(self.root / step_folder(step), self.root / name)
+    def set_aside(self, step: int, generation: int) -> str:
+        path = self._free(f"aside-{generation}-{step_folder(step)}")
+        os.rename(self.root / step_folder(step), path)
         _flush_folder(self.root)
-        return name
+        return path.name
 
     def remove_file(self, path: str) -> None:
         (self.root / path).unlink(missing_ok=True)
@@ -300,6 +330,10 @@ def _find_sync_file_range() -> Any:
 _sync_file_range = _find_sync_file_range() if sys.platform == "linux" else None
 _WRITE = 2
 """SYNC_FILE_RANGE_WRITE of <fcntl.h>."""
+
+
+def _steps_in(names: Iterable[str]) -> list[int]:
+    return sorted(int(match[1]) for name in names if (match := STEP.fullmatch(name)))
 
 
 def _flush_folder(path: Path) -> None:

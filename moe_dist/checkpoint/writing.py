@@ -58,7 +58,7 @@ class Saving:
         return self.layout["world"]
 
     def receipt(self, rank: int) -> str:
-        return f"{self.staging}/receipt-{rank:05d}.json"
+        return f"{self.staging}/receipt-{self.generation}-{rank:05d}.json"
 
     @property
     def seal(self) -> Seal | None:
@@ -152,7 +152,7 @@ class Writer(threading.Thread):
 
     def _clear_away(self) -> None:
         try:
-            self.saving.storage.discard(self.saving.staging)
+            self.saving.storage.discard(self.saving.staging, self.saving.generation)
         except Exception as error:
             logger.info("checkpoint-%d: partial work could not be removed yet: %s", self.saving.step, error)
 

@@ -131,21 +131,28 @@ class GlobalLoader:
             state["stream"] = self._stream.state_dict(self._point)
         return state
 
+    def order_change(self, state: dict[str, Any]) -> str | None:
+        """In what the order of a saved state is not this loader's (other data, sequence length or seed), in words."""
+        if self._stream is not None:
+            saved = state.get("stream", {})
+            mine: dict[str, Any] = {"max_seq_length": self._stream.max_seq_length}
+        else:
+            assert self._packed is not None
+            saved = state
+            mine = {"num_samples": len(self._packed), "seed": self._seed, "shuffle": self._shuffle}
+        other = [name for name, value in mine.items() if saved.get(name, value) != value]
+        words = "; ".join(f"{name} {saved[name]}, now {mine[name]}" for name in other)
+        return f"the data was read in another order ({words})" if other else None
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on at `samples_consumed`, whatever layout saved it.
 
-        Raises ValueError when the saved order was another one (other data, sequence length or seed): going on
-        would repeat some samples and leave out others.
+        Raises ValueError when the saved order was another one: going on would repeat some samples and leave out
+        others. A state that holds `samples_consumed` alone goes on in the new order.
         """
-        if self._packed is not None:
-            mine = {"num_samples": len(self._packed), "seed": self._seed, "shuffle": self._shuffle}
-            for name, value in mine.items():
-                if state.get(name, value) != value:
-                    raise ValueError(
-                        f"the checkpoint was saved with {name} {state[name]} and this run has {value}, which "
-                        "orders the samples differently: use the same data, max_seq_length and seed, or go "
-                        "on in the new order with a state that holds only samples_consumed"
-                    )
+        change = self.order_change(state)
+        if change is not None:
+            raise ValueError(change)
         self.close()
         self._samples_consumed = int(state["samples_consumed"])
         if self._stream is not None:

@@ -117,12 +117,12 @@ class Mesh:
         return tensor
 
     def ask_rank_zero(self, ask: Callable[[], Answer]) -> Answer:
-        """What `ask` gives on rank 0, on every rank; a ValueError it raises there is raised everywhere."""
+        """What `ask` gives on rank 0, on every rank; a ValueError or OSError it raises there is raised everywhere."""
         answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 answer[0] = ask()
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 if self.group("world") is None:
                     raise
                 answer[1] = error

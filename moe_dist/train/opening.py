@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_dist.checkpoint.lock import Job, RunLock
+from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.storage import open_storage
 from moe_dist.config import Config
 from moe_dist.config_loading import dump_config, load_config, load_mapping
@@ -62,10 +63,9 @@ class RunPlace(NamedTuple):
 def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunPlace:
     """Create the run folder, keep others out of it, and write logs there; every rank calls it.
 
-    With `checkpoint.resume: never` an earlier run's folder is moved aside, so nothing is lost and nothing mixed.
-    Raises CheckpointError on every rank when somebody is in there.
+    With `checkpoint.resume: never` an earlier run's folder and checkpoints are moved aside, so nothing is lost and
+    nothing mixed. Raises CheckpointError on every rank when somebody is in there, or when they cannot be moved.
     """
-    folder = config.train.output_dir
     held: list[RunLock] = []
     # Every machine may know the job by another name. And told otherwise it is another job.
     jobs, told = mesh.from_all(job), config.checkpoint.resume
@@ -73,27 +73,48 @@ def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunPlace:
     earlier = {f"{name}: {told}" for one in jobs for name in one.earlier}
 
     def take() -> tuple[str, int, str]:
-        lock = RunLock.acquire(folder)
-        resume = told
-        if earlier.intersection(lock.begun) and (resume == "never" or _saved(config)):
-            resume = "auto"
-        if resume == "never" and (folder / "config.yaml").exists():
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            names = (f"{folder.name}-{stamp}{suffix}" for suffix in ("", *(f"-{number}" for number in range(1, 1000))))
-            folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists()))
-            lock.release()
-            lock = RunLock.acquire(folder)
+        lock, resume = _lock_run_folder(config, earlier)
         held.append(lock)
         return lock.run, lock.generation, resume
 
     run, generation, resume = mesh.ask_rank_zero(take)
-    setup_logging(folder, mesh.rank)
+    setup_logging(config.train.output_dir, mesh.rank)
     return RunPlace(run, generation, resume, tuple(names), held[0] if held else None)
 
 
-def _saved(config: Config) -> bool:
-    """Whether there is anything to go on from in the run's own place."""
-    return bool(open_storage(config.checkpoint.folder or config.train.output_dir).steps())
+def _lock_run_folder(config: Config, earlier: set[str]) -> tuple[RunLock, str]:
+    """The lock, and what to go on from; `earlier` as in `Job`."""
+    folder, resume = config.train.output_dir, config.checkpoint.resume
+    storage = open_storage(config.checkpoint.folder or folder)
+    seen = storage.newest_generation()
+    try:
+        lock = RunLock.acquire(folder, seen)
+    except OSError as error:
+        raise CheckpointError(f"train.output_dir={folder}: cannot be written to: {error.strerror}") from error
+    try:
+        steps = storage.candidates()
+        if earlier.intersection(lock.begun) and (resume == "never" or steps):
+            resume = "auto"
+        if resume != "never":
+            return lock, resume
+        if steps and not storage.renames:
+            raise CheckpointError(
+                f"checkpoint.resume=never: {storage.where} holds checkpoints of an earlier start (the newest of step "
+                f"{steps[-1]}), and nothing can be renamed there: give another checkpoint.folder, or remove them"
+            )
+        if (folder / "config.yaml").exists():
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            names = (f"{folder.name}-{stamp}{suffix}" for suffix in ("", *(f"-{number}" for number in range(1, 1000))))
+            folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists()))
+            lock.release()
+            lock = RunLock.acquire(folder, lock.generation)
+        for step in storage.candidates():  # in a checkpoint.folder elsewhere
+            storage.set_aside(step, lock.generation)
+        lock.note(None)
+    except BaseException:
+        lock.release()
+        raise
+    return lock, resume
 
 
 def write_config(config: Config, mesh: Mesh) -> None:

@@ -74,7 +74,9 @@ class Persistence:
         checkpoint = config.checkpoint
         storage = open_storage(checkpoint.folder or config.train.output_dir)
         self.place = place
-        self.checkpoints = Checkpoints(storage, mesh, checkpoint, place.run, place.generation, place.lock)
+        self.checkpoints = Checkpoints(
+            storage, mesh, checkpoint, place.run, place.generation, place.lock, config.parallel.zero_stage
+        )
         self.saved_step = -1
         """Step of the last save begun, or of the checkpoint the run goes on from."""
 
@@ -94,41 +96,36 @@ class Persistence:
         From then on the job has begun, and its next starts go on from what it saves itself.
         `message` tells people on rank 0. Raises CheckpointError on every rank, before any weight has changed.
         """
+        resume = self.place.resume
+        found = None if resume == "never" else self.checkpoints.find(resume, self._warn)
         if self.mesh.rank == 0:
             for name in self.checkpoints.clean_up():
                 logger.warning("%s: a save that was cut short; removed", name)
-        resume = self.place.resume
-        found = None if resume == "never" else self.checkpoints.find(resume, self._warn)
         if found is not None:
             self._go_on_from(found, counters, message)
-        if self.mesh.rank == 0:
-            self._begin(found)
+        self._begin(found)
 
     def _go_on_from(self, found: Found, counters: Counters, message: Callable[[str], None]) -> None:
         loaded = self.checkpoints.read_state(found)
         self._compare(loaded, message)
+        self._go_on_with_data(loaded, message)
         self._read(loaded)
         state = loaded.trainer_state
         for name, value in state["counters"].items():
             setattr(counters, name, value)
         self.stopping.load_state_dict(state["stopping"])
-        self.loader.load_state_dict(state["data"])
         self.acting.load_state_dict(state.get("acting"))
         self.saved_step = counters.step
         message(f"resumed from {found} at step {counters.step}")
 
     def _begin(self, found: Found | None) -> None:
-        """Set aside what is not of this run's past (rank 0), and note that the job has begun.
-
-        Where steps had to stay it is not noted: the next start would take one of them for its own.
-        """
+        """Set aside what is not of this run's past, and note that the job has begun."""
         ours = found.step if found is not None and same_place(found.storage, self.checkpoints.storage) else -1
-        others = self.checkpoints.set_aside_after(ours)
-        for step, now in others:
+        for step, now in self.mesh.ask_rank_zero(lambda: self.checkpoints.set_aside_after(ours)):
             kept = f"kept as {now}" if now else "is in the way of a new one; remove it"
             what = "later than where the run goes on" if ours >= 0 else "of another run"
-            logger.warning("checkpoint-%d is %s: %s", step, what, kept)
-        if self.place.lock is not None and all(now for _, now in others):
+            self._warn(f"checkpoint-{step} is {what}: {kept}")
+        if self.place.lock is not None:
             self.place.lock.note_begun(self.place.names)
 
     def _read(self, loaded: Loaded) -> None:
@@ -151,6 +148,19 @@ class Persistence:
         told = [change for change in found if not change.key.startswith(("monitor.", "launch.", "checkpoint."))]
         if told:
             message(f"configured otherwise than {loaded.found.folder}: {'; '.join(map(str, told))}")
+
+    def _go_on_with_data(self, loaded: Loaded, message: Callable[[str], None]) -> None:
+        """Raises CheckpointError when the samples come in another order than they did, unless that is allowed."""
+        saved = loaded.trainer_state["data"]
+        change = self.loader.order_change(saved)
+        if change is not None and not self.config.checkpoint.allow_config_change:
+            raise CheckpointError(
+                f"{change}: some samples would be repeated and others left out; set it back, or go on in the new order "
+                "with checkpoint.allow_config_change=true"
+            )
+        self.loader.load_state_dict(saved if change is None else {"samples_consumed": saved["samples_consumed"]})
+        if change is not None:
+            message(f"{change}: goes on after {saved['samples_consumed']} samples of the new order")
 
     def _warn(self, text: str) -> None:
         if self.mesh.rank == 0:

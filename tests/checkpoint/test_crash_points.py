@@ -11,21 +11,25 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+from saved import state
 
 from moe_dist.checkpoint.encryption import Keys
 from moe_dist.checkpoint.inspecting import tensors
 from moe_dist.checkpoint.lock import RunLock
 from moe_dist.checkpoint.manager import Checkpoints, Outcome
+from moe_dist.checkpoint.manifest import FILE, STATE_FILE
 from moe_dist.checkpoint.reading import Found, whole
-from moe_dist.checkpoint.storage import LocalStorage
-from moe_dist.checkpoint.writing import Writer
+from moe_dist.checkpoint.shards import Piece, split
+from moe_dist.checkpoint.storage import Buffer, LocalStorage
+from moe_dist.checkpoint.writing import Commit, Saving, Writer
 from moe_dist.config import CheckpointConfig
 from moe_dist.parallel.mesh import Mesh
 
@@ -33,12 +37,6 @@ needs_strace = pytest.mark.skipif(
     shutil.which("strace") is None, reason="NOT PROVEN HERE: crash points need strace (apt-get install strace)"
 )
 CALLS = ("mkdir", "write", "fsync", "rename", "unlink", "unlinkat", "rmdir")
-
-
-def state(step: int) -> Any:
-    """A few tensors that tell of which step they are."""
-    names = ("model.a", "model.b", "optimizer.a.exp_avg")
-    return SimpleNamespace(tensors={name: torch.full((64, 3), float(step)) for name in names})
 
 
 def checkpoints(folder: Path, **options: Any) -> Checkpoints:
@@ -62,16 +60,25 @@ def good_steps(folder: Path) -> list[int]:
     return storage.steps()
 
 
-def under_strace(folder: Path, inject: str, step: int) -> int:
-    """Save `step` in a child whose system calls strace spoils; the child's exit code as of `os.wait`."""
+def saved_under_strace(folder: Path, inject: str, step: int) -> int:
+    """Save `step` in a child whose system calls strace spoils: 0 when it succeeded, 7 when it said the right error."""
+
+    def act() -> int:
+        Writer.start = Writer.run  # type: ignore[method-assign]  # one thread: calls are counted per thread
+        outcome = save(folder, step, save_total_limit=2)
+        said = outcome.error is None or os.strerror(getattr(errno, inject.partition("error=")[2].partition(":")[0]))
+        return 0 if outcome.error is None else 7 if str(said) in outcome.error else 8
+
+    return under_strace(inject, act)
+
+
+def under_strace(inject: str, act: Callable[[], int]) -> int:
+    """`act` in a child whose system calls strace spoils; what it gives, or the child's exit code as of `os.wait`."""
     child = os.fork()
     if child == 0:
         try:
             os.kill(os.getpid(), signal.SIGSTOP)
-            Writer.start = Writer.run  # type: ignore[method-assign]  # one thread: calls are counted per thread
-            outcome = save(folder, step, save_total_limit=2)
-            said = outcome.error is None or os.strerror(getattr(errno, inject.partition("error=")[2].partition(":")[0]))
-            os._exit(0 if outcome.error is None else 7 if str(said) in outcome.error else 8)
+            os._exit(act())
         finally:
             os._exit(99)
     os.waitpid(child, os.WUNTRACED)
@@ -106,7 +113,7 @@ def test_killed_at_every_call(tmp_path: Path, call: str) -> None:
         folder = tmp_path / str(number)
         assert save(folder, 1).error is None
         assert save(folder, 2).error is None
-        code = under_strace(folder, f"{call}:signal=SIGKILL:when={number}", 3)
+        code = saved_under_strace(folder, f"{call}:signal=SIGKILL:when={number}", 3)
         assert code in (0, -signal.SIGKILL), code
         steps = good_steps(folder)
         assert steps in ([1, 2], [1, 2, 3], [2, 3]), steps
@@ -135,7 +142,7 @@ def test_refused_by_the_disk_at_every_call(tmp_path: Path, call: str, number_of:
     for number in range(1, 200):
         folder = tmp_path / str(number)
         assert save(folder, 1).error is None
-        code = under_strace(folder, f"{call}:error={number_of}:when={number}", 3)
+        code = saved_under_strace(folder, f"{call}:error={number_of}:when={number}", 3)
         steps = good_steps(folder)
         if code == 0:
             break
@@ -150,8 +157,77 @@ def test_refused_by_the_disk_at_every_call(tmp_path: Path, call: str, number_of:
     assert steps == [1, 3]
     shutil.rmtree(folder)
     assert save(folder, 1).error is None
-    code = under_strace(folder, f"{call}:signal=SIGKILL:when={number}", 3)
+    code = saved_under_strace(folder, f"{call}:signal=SIGKILL:when={number}", 3)
     assert code == 0, f"{call} number {number} was refused and nobody noticed"
+
+
+def writer_of(folder: Path, rank: int) -> Writer:
+    """One of the two ranks that write step 3 together, each a tensor; they meet in the folder alone."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {f"model.{number}": ("F32", (64, 3)) for number in range(2)}
+    storage = LocalStorage(folder)
+    layout = {"world": 2, "pp": 1, "edp": 2, "ep": 1}
+    saving = Saving(storage, Keys(), storage.staging(3, 1), 3, "0", 1, layout)
+    (shard,) = split([Piece(f"model.{rank}", (0, 0), (64, 3), "F32", (64, 3))], f"shard-1-{rank:05d}")
+    shard.views[0].fill_(3.0)
+    commit = Commit(saving, shapes, {"config": {}}, {}, lambda: None, lambda: None) if rank == 0 else None
+    return Writer(saving, [shard], rank, commit)
+
+
+def written(writer: Writer) -> int:
+    writer.run()
+    return 0 if writer.error is None else 8
+
+
+@needs_strace
+@pytest.mark.parametrize(("victim", "call"), [(1, "write"), (1, "rename"), (0, "fsync"), (0, "rename"), (0, "unlink")])
+def test_one_of_two_ranks_is_killed_at_every_call(tmp_path: Path, victim: int, call: str) -> None:
+    """Rank 1 before its receipt, rank 0 also between the receipts and the commit: the whole step or none of it.
+
+    Seen to fail with the receipt left before the shard is written, and with the manifest written after the rename.
+    """
+    for number in range(1, 50):
+        folder = tmp_path / str(number)
+        assert save(folder, 1).error is None
+        one, other = writer_of(folder, victim), writer_of(folder, 1 - victim)
+        one.saving.storage.begin(one.saving.staging, 1)
+        if victim == 0:
+            assert written(other) == 0
+        code = under_strace(f"{call}:signal=SIGKILL:when={number}", partial(written, one))
+        assert code in (0, -signal.SIGKILL), code
+        if victim == 1:
+            if not (folder / one.saving.receipt(1)).exists():
+                other.abort.set()  # as when the ranks have heard that one is dead
+            assert (written(other) == 0) != other.abort.is_set()
+        steps = good_steps(folder)
+        assert steps in ([1], [1, 3])
+        checkpoints(folder).clean_up()
+        assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-{step}" for step in steps]
+        if code == 0:
+            break
+        shutil.rmtree(folder)
+    assert (code, steps) == (0, [1, 3])
+    assert number > 1, "no such call was made: nothing was tried"
+
+
+@needs_strace
+@pytest.mark.parametrize("call", ["unlinkat", "rmdir", "rename"])
+def test_what_may_go_cannot(tmp_path: Path, call: str) -> None:
+    """Retention is refused by the disk at every call: the new step is there all the same, and no old one is half gone.
+
+    Seen to fail with an error of `_committed` taken for one of the save.
+    """
+    for number in range(1, 200):
+        folder = tmp_path / str(number)
+        for step in (1, 2):
+            assert save(folder, step).error is None
+        code = saved_under_strace(folder, f"{call}:error=EIO:when={number}", 3)
+        steps = good_steps(folder)
+        assert (code, steps) in ((0, [1, 2, 3]), (0, [2, 3]), (7, [1, 2])), (code, steps)
+        if code == 0 and not list(folder.glob(".trash-*")) and steps == [2, 3]:
+            break
+        checkpoints(folder).clean_up()
+        shutil.rmtree(folder)
+    assert number > 1, "no such call was made: nothing was tried"
 
 
 def test_the_disk_is_full_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,3 +282,37 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     assert f"start 2 of this run (process {os.getpid()} on " in error
     assert LocalStorage(tmp_path).steps() == []
     second.release()
+
+
+@pytest.mark.parametrize("asleep_at", ["shard-", STATE_FILE])
+def test_a_writer_that_wakes_up_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asleep_at: str) -> None:
+    """A start that hangs in the middle of a save while another takes over: it commits nothing, and leaves nothing.
+
+    Seen to fail without each of the two looks at the lock in `Commit`: before the first file that bears no number of
+    its start, and before the rename.
+    """
+    first = RunLock.acquire(tmp_path)
+    storage, asleep, gate, written = LocalStorage(tmp_path), threading.Event(), threading.Event(), []
+    write = storage.write
+
+    def slowly(path: str, chunks: Iterable[Buffer]) -> None:
+        written.append(path.rpartition("/")[2])
+        if written[-1].startswith(asleep_at):
+            asleep.set()
+            assert gate.wait(60)
+        write(path, chunks)
+
+    monkeypatch.setattr(storage, "write", slowly)
+    manager = Checkpoints(storage, Mesh.single(), CheckpointConfig(), first.run, first.generation, lock=first)
+    manager.begin(1, state(1), {"config": {}}, {})
+    assert asleep.wait(60)
+    first.release()
+    second = RunLock.acquire(tmp_path)
+    gate.set()
+    error = manager.settle().error
+    second.release()
+    assert error is not None
+    assert f"start 2 of this run (process {os.getpid()} on " in error
+    assert (STATE_FILE in written) == (asleep_at == STATE_FILE)
+    assert FILE not in written
+    assert os.listdir(tmp_path) == [".run.lock"]

@@ -19,8 +19,9 @@ from saved import canonical, copy_of, found_at, rewrite_manifest, shard_of, trai
 from moe_dist.checkpoint import manifest as manifests
 from moe_dist.checkpoint.flipping import Weights, flip, load
 from moe_dist.checkpoint.inspecting import digests
+from moe_dist.checkpoint.listing import listed
 from moe_dist.checkpoint.manifest import FILE, STATE_FILE, CheckpointError, from_text, to_text
-from moe_dist.checkpoint.reading import whole
+from moe_dist.checkpoint.reading import Found, whole
 from moe_dist.checkpoint.resharding import Keys, reshard
 from moe_dist.checkpoint.storage import LocalStorage
 
@@ -188,6 +189,7 @@ FORGED: dict[str, Callable[[dict[str, Any]], None]] = {
     "a box elsewhere": lambda body: _put(body, f"{STACK}/boxes/0/file", "shard-1-00099.safetensors"),
     "a box in the state": lambda body: _put(body, f"{STACK}/boxes/0/file", STATE_FILE),
     "unknown cipher": lambda body: _put(body, "encryption", {"algorithm": "ROT13", "key_id": "0" * 16}),
+    "no layout": lambda body: _put(body, "layout", {}),
     "a run that is a path": lambda body: _put(body, "run", "../.."),
     "nameless tensor": lambda body: _put(body, "tensors", {"": body["tensors"][STACK[8:]]}),
 }
@@ -275,12 +277,35 @@ def test_a_manifest_too_long_is_not_read(run: Path) -> None:
     refused(run, f"{file}: longer than the {manifests.MAX_BYTES} bytes it may have")
 
 
-def test_a_manifest_that_is_a_link(run: Path) -> None:
-    file = run / "checkpoint-6" / FILE
-    file.rename(run / "aside")
-    file.symlink_to(run / "aside")
-    refused(run, "no complete checkpoint there")
-    assert LocalStorage(run).steps() == [2, 4]
+@pytest.mark.parametrize("damage", ["deleted", "a link", "the folder a link"])
+def test_a_step_without_its_manifest(run: Path, damage: str) -> None:
+    """On disk a step gets its name together with its manifest, so this is damage and said like any other; a link may
+    lead to something else tomorrow. When no step has one, it is not the beginning of a run.
+
+    Seen to fail with only folders that have a manifest looked at: a silent fresh start.
+    """
+    for step in (6, 4, 2):
+        folder = run / f"checkpoint-{step}"
+        if damage == "the folder a link":
+            folder.rename(run / f"moved-{step}")
+            folder.symlink_to(run / f"moved-{step}")
+        else:
+            (folder / FILE).rename(run / f"moved-{step}")
+            if damage == "a link":
+                (folder / FILE).symlink_to(run / f"moved-{step}")
+        if step == 6:
+            refused(run, "checkpoint-6: is a link, and" if "folder" in damage else "no complete checkpoint there")
+            assert [row.manifest is None for row in map(listed, storage_of(run))] == [False, False, True]
+            falls_back(run)
+            assert LocalStorage(run).candidates() == [2, 4]
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* can be used"):
+        train(run)
+    assert LocalStorage(run).leftovers() == []
+
+
+def storage_of(run: Path) -> list[Found]:
+    storage = LocalStorage(run)
+    return [Found(storage, step) for step in storage.candidates()]
 
 
 def test_a_good_manifest_comes_through_as_it_was() -> None:

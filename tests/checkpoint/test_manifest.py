@@ -35,7 +35,7 @@ def tree(**changed: Any) -> dict[str, Any]:
         "run": "ab",
         "generation": 1,
         "created": "2026-01-01T00:00:00Z",
-        "layout": {"world": 2},
+        "layout": {"world": 2, "pp": 1, "edp": 2, "ep": 1},
         "config_sha256": "0" * 64,
         "metrics": {"eval_loss": 2.5},
         "encryption": None,

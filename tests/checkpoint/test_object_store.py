@@ -9,24 +9,30 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 from ranks import free_port
-from saved import MODEL, TEXTS, TRAINING, found_at, train, trained
+from saved import MODEL, TEXTS, TRAINING, found_at, state, train, trained
 
 from launcher import commands
 from moe_dist.checkpoint.encryption import Keys
 from moe_dist.checkpoint.inspecting import digests
+from moe_dist.checkpoint.lock import RunLock
+from moe_dist.checkpoint.manager import Checkpoints
 from moe_dist.checkpoint.manifest import FILE, CheckpointError
 from moe_dist.checkpoint.object_storage import ObjectStorage
 from moe_dist.checkpoint.reading import whole
 from moe_dist.checkpoint.storage import CHUNK, open_storage
+from moe_dist.config import CheckpointConfig
+from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import MoETrainer
 
 pytest.importorskip("moto.server", reason="the S3 server of these tests is moto's")
@@ -100,8 +106,19 @@ def test_a_run_saves_there_goes_on_from_there_and_keeps_what_it_should(place: st
     assert storage.steps() == [4, 6]
     assert digests(found_at(place, 6)) == digests(found_at(trained(), 6))
     assert not list((tmp_path / "run").glob("*checkpoint*"))
-    # A folder with nothing but the store's URL goes on from it too: nothing of the state is elsewhere.
+    # A folder with nothing but the store's URL goes on from it too: nothing of the state is elsewhere. It counts its
+    # starts from what lies there, and a start with the first folder, whose lock knows nothing of it, writes no more.
+    # Seen to fail with `acquire` not told of the generation it has seen, and without the look for a newer one.
     assert train(tmp_path / "other", folder=place, max_steps=7).steps == 7
+    assert [storage.manifest(step).generation for step in (4, 6, 7)] == [1, 2, 3]
+    late = RunLock.acquire(tmp_path / "run")
+    manager = Checkpoints(storage, Mesh.single(), CheckpointConfig(), late.run, 2, late)
+    manager.begin(8, state(8), {"config": {}}, {})
+    assert (
+        manager.settle().error == f"{place}: start 3 of a run writes here, and this is start 2; nothing more is written"
+    )
+    late.release()
+    assert storage.folders() == ["checkpoint-4", "checkpoint-6", "checkpoint-7"]
 
 
 def test_sealed_there(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +136,7 @@ def test_without_a_manifest_it_is_no_checkpoint(storage: ObjectStorage, place: s
     fill(storage, 2)
     names = fill(storage, 4)
     storage.remove_file(f"checkpoint-4/{FILE}")
-    storage.put("checkpoint-4/receipt-00001.json", b"{}")
+    storage.put("checkpoint-4/receipt-1-00001.json", b"{}")
     storage.put("notes/mine.txt", b"not ours")
     storage.put("checkpoint-9/mine.txt", b"not ours either")
     assert storage.steps() == [2]
@@ -166,26 +183,77 @@ def test_a_run_killed_before_its_manifest(server: str, tmp_path: Path) -> None:
 
 
 def test_a_step_is_never_overwritten(storage: ObjectStorage, place: str, tmp_path: Path) -> None:
-    """Going on from an older step meets those after it: the new save fails, the old one stays whole.
+    """Going on from an older step, or afresh, would meet those after it, which nobody can move: refused in one line.
 
     Seen to fail when `begin` clears the folder first, and when a save that failed removes its folder: both belong to
-    the committed checkpoint here.
+    the committed checkpoint here. And without the refusals: the next start would go on from the old run.
     """
     for step in (2, 4, 6):
         fill(storage, step)
     before = {path: storage.read(path) for step in (4, 6) for path in _paths(storage, step)}
     with pytest.raises(CheckpointError, match="checkpoint-4: is there already"):
-        storage.begin(storage.staging(4, 9))
-    result = train(tmp_path / "run", folder=place, resume="2", learning_rate=1e-4, allow_config_change=True)
-    assert result.failed
-    assert "checkpoint-6: is there already, and no checkpoint is ever overwritten" in result.reason
+        storage.begin(storage.staging(4, 9), 9)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4, checkpoint-6 would be later than .* another checkpoint"):
+        train(tmp_path / "run", folder=place, resume="2")
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(CheckpointError, match=r"never: .* \(the newest of step 6\).* give another checkpoint\.folder"):
+        train(tmp_path / "run", folder=place, resume="never")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert {path: storage.read(path) for step in (4, 6) for path in _paths(storage, step)} == before
     # A writer that began before the other one committed.
     manifest = storage.manifest(4)
     with pytest.raises(CheckpointError, match="is there already"):
         storage.commit("checkpoint-4", manifest)
-    storage.discard("checkpoint-4")
+    storage.discard("checkpoint-4", 9)
     assert {path: storage.read(path) for step in (4, 6) for path in _paths(storage, step)} == before
+
+
+def test_retention_keeps_nothing_that_was_refused(storage: ObjectStorage, place: str, tmp_path: Path) -> None:
+    """A damaged newest step cannot be moved away: it is neither kept in place of a good one nor counted.
+
+    Seen to fail with `_committed` counting every step that has a manifest: the damaged one alone was left.
+    """
+    for step in (2, 6):
+        fill(storage, step)
+    shard = next(name for name in storage.files("checkpoint-6") if name.startswith("shard-"))
+    storage.put(f"checkpoint-6/{shard}", b"damaged")
+    train(tmp_path / "run", folder=place, max_steps=4, save_total_limit=1, eval_steps=2)
+    assert storage.steps() == [4, 6]
+    assert whole(found_at(place, 4)) == []
+
+
+def _slowly(do: Any, asleep: threading.Event, gate: threading.Event, *arguments: Any) -> None:
+    asleep.set()
+    assert gate.wait(60)
+    do(*arguments)
+
+
+def test_a_start_that_wakes_up_leaves_the_next_ones_files_alone(place: str, tmp_path: Path) -> None:
+    """Both save step 10 into one folder: start 1 hangs in an upload, start 2 is about to commit when 1 goes on.
+
+    Seen to fail with `discard` removing the folder, and with receipts that do not bear the number of their start.
+    """
+    asleep, gates = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+    managers = []
+    for index, hanging in enumerate(("write", "_publish")):
+        lock = RunLock.acquire(tmp_path / "run")
+        storage = open_storage(place)
+        setattr(storage, hanging, partial(_slowly, getattr(storage, hanging), asleep[index], gates[index]))
+        manager = Checkpoints(storage, Mesh.single(), CheckpointConfig(), lock.run, lock.generation, lock)
+        manager.begin(10, state(10), {"config": {}}, {})
+        managers.append(manager)
+        assert asleep[index].wait(60)
+        lock.release()
+    gates[0].set()
+    error = managers[0].settle().error
+    assert error is not None
+    assert "has taken over from start 1" in error
+    with pytest.raises(CheckpointError, match="start 2 of the run writes there, this is 1"):
+        storage.begin("checkpoint-10", 1)
+    gates[1].set()
+    assert managers[1].settle().error is None
+    storage.discard("checkpoint-10", 2)  # its answer got lost on the way: what is committed stays
+    assert whole(found_at(place, 10)) == []
 
 
 def _paths(storage: ObjectStorage, step: int) -> list[str]:
@@ -304,6 +372,29 @@ def test_a_bucket_that_is_not_there_is_one_line(server: str, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="s3://buckett/run: there is no bucket buckett"):
         train(tmp_path / "run", folder="s3://buckett/run")
     assert not fsspec.filesystem("s3").exists("buckett")
+
+
+def test_no_connection_and_no_credentials_are_errors_of_the_place(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """boto's own exceptions are neither OSError nor ValueError. Seen to fail with the file system as it is."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    try:
+        fsspec.filesystem("s3").clear_instance_cache()
+        with monkeypatch.context() as patch:
+            patch.delenv("AWS_ACCESS_KEY_ID")
+            patch.delenv("AWS_SECRET_ACCESS_KEY")
+            with pytest.raises(OSError, match=r"^s3://bucket/run: NoCredentialsError: "):
+                open_storage("s3://bucket/run").steps()
+        fsspec.filesystem("s3").clear_instance_cache()
+        with monkeypatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+            with pytest.raises(OSError, match=r"^s3://bucket/run: EndpointConnectionError: "):
+                open_storage("s3://bucket/run").write("checkpoint-2/shard-1-00000.safetensors", [b"12"])
+    finally:
+        fsspec.filesystem("s3").clear_instance_cache()
 
 
 def test_an_unknown_protocol_is_one_line(tmp_path: Path) -> None:
