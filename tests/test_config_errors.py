@@ -77,6 +77,7 @@ model: {num_experts: 0}⏎parallel: {ep_size: 2}  =>  parallel.ep_size=2: the mo
 data: {source: jsonl}  =>  data.path=null: source=jsonl needs data.path
 data: {source: huggingface}  =>  data.name=null
 data: {streaming: true}  =>  data.streaming=true: only for source=huggingface
+train: {torch_compile: true, gradient_checkpointing: full}  =>  train.torch_compile=true: nothing is compiled where
 train: {bf16: true, pure_bf16: true}  =>  train.pure_bf16=true: choose one
 train: {early_stopping_patience: 3}  =>  train.early_stopping_patience: needs train.eval_steps
 optimizer: {lr: 1e-4, min_lr: 1e-3}  =>  optimizer.min_learning_rate=0.001: at most learning_rate=0.0001

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import compare
+from parity import compare, on_layout
+from ranks import run_ranks
+from tiny import micro_batches
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.debug import CommDebugMode
 
 from moe_dist.models.experts import Expert
-from moe_dist.verify.trial import TOLERANCE
+from moe_dist.verify.trial import TOLERANCE, Trial, difference
 
 pytestmark = pytest.mark.dist
 
@@ -37,6 +41,51 @@ def test_options_agree(option: str) -> None:
     assert max(worst.values()) < TOLERANCE, worst
 
 
+def first_gradients(overrides: tuple[str, ...], pp_size: int = 1) -> dict[str, torch.Tensor]:
+    trial = Trial(*on_layout(overrides, 2, 8, pp_size))
+    with trial.unclipped() as gradients:
+        trial.step(trial.share(micro_batches(8)), 0, 1e-2)
+    return gradients
+
+
+@pytest.mark.parametrize(
+    ("precision", "layout", "pp_size"),
+    [
+        ("bf16", "zero_stage=1", 1),
+        ("bf16", "zero_stage=3", 1),
+        ("bf16", "zero_stage=0", 2),
+        ("pure_bf16", "zero_stage=3", 1),
+    ],
+)
+def test_bfloat16_gives_the_gradients_of_replicas(precision: str, layout: str, pp_size: int) -> None:
+    """Matmuls are the same wherever parameters are, and sums of gradients stay in float32.
+
+    Seen to fail with gradients reduced in bfloat16.
+    """
+    options = ("model.num_hidden_layers=4", f"train.{precision}=true")
+    wanted = run_ranks(first_gradients, 4, options)[0]
+    found = run_ranks(first_gradients, 4, (*options, f"parallel.{layout}"), pp_size)[0]
+    assert difference(found, wanted) < TOLERANCE
+
+
+def gathers_and_reductions(zero_stage: int) -> tuple[float, float]:
+    """Collectives of two micro-batches by FSDP, in units of the modules it wraps."""
+    trial = Trial(*on_layout((f"parallel.zero_stage={zero_stage}",), 2, 8))
+    num_modules = sum(isinstance(module, FSDPModule) for module in trial.model.modules())
+    with CommDebugMode() as mode:
+        trial.step(trial.share(micro_batches(8)), 0, 1e-2)
+    counts = {str(op): count for op, count in mode.get_comm_counts().items()}
+    gathers = sum(count for op, count in counts.items() if "allgather" in op or "all_gather" in op)
+    reductions = sum(count for op, count in counts.items() if "reduce_scatter" in op)
+    return gathers / num_modules, reductions / num_modules
+
+
+@pytest.mark.parametrize(("zero_stage", "gathers", "reductions"), [(1, 1, 1), (2, 1, 2), (3, 4, 2)])
+def test_traffic_of_two_micro_batches(zero_stage: int, gathers: float, reductions: float) -> None:
+    """As docs/parallelism.md says. Seen to fail (2 gathers with stages 1 and 2) while FSDP resharded each time."""
+    assert run_ranks(gathers_and_reductions, 4, zero_stage) == [(gathers, reductions)] * 4
+
+
 class Skipping(Expert):
     """A person's own expert that does nothing without rows: its weights are then not in the graph."""
 
@@ -54,8 +103,8 @@ class Skipping(Expert):
 def test_experts_without_rows_on_some_ranks(zero_stage: int, ep_size: int) -> None:
     """Trap 4: with 16 experts for a few tokens replicas use different ones, and FSDP reduces what has a gradient.
 
-    SGD, because AdamW divides by gradients of experts with a token or two. Seen to fail (hang, or gradients of different
-    experts summed) without the zeros of `ExpertList`.
+    SGD, because AdamW divides by gradients of experts with a token or two. Seen to fail (a collective of other sizes on
+    each rank) without the zeros of `ExpertList`.
     """
     own = ("model.expert=test_sharding:Skipping", "model.num_experts=16", "optimizer.optim=sgd")
     worst = compare((*own, f"parallel.zero_stage={zero_stage}"), ep_size, 8)
