@@ -79,7 +79,7 @@ def check_deepspeed(config: Config) -> None:
             )
         return
     if parallel.zero_stage not in (1, 2):
-        why = "its ZeRO 3 cannot sum gradients" if parallel.zero_stage else "0 would shard nothing"
+        why = "its ZeRO 3 takes no experts and cannot sum gradients" if parallel.zero_stage else "0 would shard nothing"
         raise ValueError(f"parallel.zero_stage={parallel.zero_stage}: 1 or 2 with parallel.engine=deepspeed ({why})")
     if parallel.pp_size > 1:
         raise ValueError(f"parallel.pp_size={parallel.pp_size}: only 1 with parallel.engine=deepspeed")

@@ -83,10 +83,11 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gathers_and_reductions(zero_stage: int) -> tuple[float, float]:
-    """Collectives of two micro-batches by FSDP, in units of the modules it wraps."""
-    trial = Trial(*on_layout((f"parallel.zero_stage={zero_stage}",), 2, 8))
-    num_modules = sum(isinstance(module, FSDPModule) for module in trial.model.modules())
+def gathers_and_reductions(zero_stage: int, pp_size: int) -> tuple[float, float]:
+    """Collectives of a step by FSDP, in units of the modules it wraps."""
+    trial = Trial(*on_layout((f"parallel.zero_stage={zero_stage}", "balance.aux_loss_scope=sequence"), 1, 8, pp_size))
+    modules = (module for stage in trial.model.stages for module in stage.modules())
+    num_modules = sum(isinstance(module, FSDPModule) for module in modules)
     with Calls() as calls:
         trial.step(trial.share(micro_batches(8)), 0, 1e-2)
     gathers = sum("allgather" in name for name in calls.names)
@@ -94,10 +95,16 @@ def gathers_and_reductions(zero_stage: int) -> tuple[float, float]:
     return gathers / num_modules, reductions / num_modules
 
 
-@pytest.mark.parametrize(("zero_stage", "gathers", "reductions"), [(1, 1, 1), (2, 1, 2), (3, 4, 2)])
-def test_traffic_of_two_micro_batches(zero_stage: int, gathers: float, reductions: float) -> None:
-    """As docs/parallelism.md says. Seen to fail (2 gathers with stages 1 and 2) while FSDP resharded each time."""
-    assert run_ranks(gathers_and_reductions, 4, zero_stage) == [(gathers, reductions)] * 4
+@pytest.mark.parametrize(
+    ("zero_stage", "pp_size", "gathers", "reductions"),
+    [(1, 1, 1, 1), (2, 1, 1, 2), (3, 1, 4, 2), (1, 2, 1, 1), (3, 2, 5, 1)],
+)
+def test_traffic_is_what_the_page_says(zero_stage: int, pp_size: int, gathers: float, reductions: float) -> None:
+    """Of two micro-batches on each rank, of four in a pipeline of two.
+
+    Seen to fail (2 gathers with stages 1 and 2) while FSDP freed parameters after every micro-batch.
+    """
+    assert run_ranks(gathers_and_reductions, 4, zero_stage, pp_size) == [(gathers, reductions)] * 4
 
 
 class Skipping(Expert):
