@@ -93,8 +93,8 @@ def check_deepspeed(config: Config) -> None:
         raise ValueError("train.torch_compile=true: not with parallel.engine=deepspeed; allowed: false")
     if parallel.zero_stage == 2 and config.model.moe_layers and config.model.expert not in ("swiglu", "swiglu_loop"):
         raise ValueError(
-            f"parallel.zero_stage=2: reduces each gradient as it comes, and one of model.expert={config.model.expert} "
-            "may not come on every rank; allowed with parallel.engine=deepspeed: 1"
+            f"parallel.zero_stage=2: reduces gradients as they come, and those of model.expert={config.model.expert} "
+            "may come in another order on every rank; allowed with parallel.engine=deepspeed: 1"
         )
     for key, value in _leaves(parallel.deepspeed_config):
         _check_key(key, value, config)

@@ -15,7 +15,7 @@ model: {num_expert: 4}  =>  model.num_expert=4: unknown key; nearest: model.num_
 train: {learning_rat: 1}  =>  train.learning_rat=1  &  nearest: optimizer.learning_rate
 modle: {num_experts: 4}  =>  modle: unknown section; nearest: model;  &  model, data, parallel
 lora: {r: 16}  =>  lora: unknown section  &  allowed: model, data
-train: {use_cpu_offload: true}  =>  train.use_cpu_offload=true: unknown key
+train: {use_cpu_offload: true}  =>  parallel.cpu_offload=true: needs parallel.zero_stage=3
 zzzz: 1  =>  zzzz=1: unknown key  &  allowed: the sections model
 launch: {zzzz: 1}  =>  launch.zzzz=1  &  allowed in launch: nproc_per_node
 model: {name: some/model}  =>  model.name='some/model': unknown key  &  nearest: data.name
