@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_DIFFERS, EXIT_FAILED, EXIT_STOPPED
+from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_DIFFERS, EXIT_FAILED, EXIT_STOPPED, EXIT_UNSEEN
 from moe_dist.checkpoint.lock import begun
 from moe_dist.checkpoint.storage import open_storage, step_folder
 from moe_dist.config import Config
@@ -115,10 +115,11 @@ def verdict(
         name = signal.Signals(-cause.code).name
         hint = ", by someone or for want of memory" if name == "SIGKILL" else ""
         return End(EXIT_FAILED, f"error: {who} was ended by {name}{where}{hint}{others}", log)
-    code = cause.code if cause.code in (EXIT_CONFIG, EXIT_STOPPED, EXIT_DIFFERS) else EXIT_FAILED
+    spoken = (EXIT_STOPPED, EXIT_DIFFERS, EXIT_UNSEEN)  # rank 0 has said why
+    code = cause.code if cause.code in (EXIT_CONFIG, *spoken) else EXIT_FAILED
     if cause.rank in told:
         return End(code, f"error: {told[cause.rank]}")
-    if cause.code in (EXIT_STOPPED, EXIT_DIFFERS):
+    if cause.code in spoken:
         return End(code)
     return End(code, f"error: {who} ended with exit code {cause.code}{where}{others}", log)
 

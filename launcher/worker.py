@@ -42,6 +42,8 @@ EXIT_CTRL_C = 128 + signal.SIGINT
 """Ctrl-C; saved, if it was training."""
 EXIT_DIFFERS = 4
 """`verify` has told which layouts differ from one process; the command makes it 1."""
+EXIT_UNSEEN = 5
+"""`verify` with a bug planted, and every layout has passed."""
 
 # What the local launcher leaves in a rank's environment.
 CONFIG, PROOF, LAUNCHER = "MOE_DIST_CONFIG", "MOE_DIST_PROOF", "MOE_DIST_LAUNCHER"
@@ -138,7 +140,7 @@ def verify(config: Config, environment: Environment, proof: Proof) -> int:
 
     with connected(config, environment) as mesh:
         passed = Verifier(mesh).verify(config, proof.layouts, proof.plant, proof.as_json)
-    return 0 if passed else EXIT_DIFFERS
+    return EXIT_DIFFERS if not passed else EXIT_UNSEEN if proof.plant else 0
 
 
 def profile(config: Config, environment: Environment, wanted: Profiling) -> int:

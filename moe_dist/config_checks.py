@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import re
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 from moe_dist.config_deepspeed import check_deepspeed
@@ -115,6 +117,11 @@ def check_train(train: TrainConfig) -> TrainConfig:
     """One precision, and something that ends the run."""
     if train.bf16 and train.pure_bf16:
         raise ValueError("pure_bf16=true: choose one of bf16 (autocast) and pure_bf16")
+    if train.torch_compile and train.gradient_checkpointing != "none":
+        raise ValueError(
+            "torch_compile=true: nothing is compiled where activations are recomputed; set "
+            f"gradient_checkpointing=none (it is {train.gradient_checkpointing}), or torch_compile=false"
+        )
     if train.max_steps == 0:
         raise ValueError("max_steps=0: a positive number, or -1 for num_train_epochs")
     if train.max_steps < 0 and train.num_train_epochs is None and train.max_time is None:
@@ -251,6 +258,11 @@ def check_pipeline(config: Config) -> None:
         )
     _check_micro_batches(pp_size, schedule, num_stages, train.gradient_accumulation_steps)
     splits_backward = schedule in ("zero_bubble", "dualpipe_v")
+    if splits_backward and (torch := _old_torch()) and config.launch.backend != "nccl":
+        raise ValueError(
+            f"parallel.schedule={schedule}: PyTorch {torch} cannot start it over gloo; allowed: gpipe, 1f1b, "
+            "interleaved_1f1b, or PyTorch 2.13, or launch.backend=nccl"
+        )
     if splits_backward and train.pure_bf16:
         raise ValueError(
             f"train.pure_bf16=true: parallel.schedule={schedule} computes weight gradients apart, where they are not "
@@ -272,6 +284,15 @@ def check_pipeline(config: Config) -> None:
             f"parallel.zero_stage=3: parallel.schedule={schedule} needs whole parameters between a stage's forward and "
             "backward; allowed: 0, 1, or gpipe, 1f1b, interleaved_1f1b"
         )
+
+
+def _old_torch() -> str | None:
+    """PyTorch's version, when it is one in which schedules in V shape end as they start (seen with 2.11, not 2.13)."""
+    try:
+        version = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return None
+    return version if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 13) else None
 
 
 def _check_micro_batches(pp_size: int, schedule: str, num_stages: int, count: int) -> None:

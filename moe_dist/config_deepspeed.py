@@ -79,7 +79,7 @@ def check_deepspeed(config: Config) -> None:
             )
         return
     if parallel.zero_stage not in (1, 2):
-        why = "its ZeRO 3 cannot sum gradients" if parallel.zero_stage else "0 would shard nothing"
+        why = "its ZeRO 3 takes no experts and cannot sum gradients" if parallel.zero_stage else "0 would shard nothing"
         raise ValueError(f"parallel.zero_stage={parallel.zero_stage}: 1 or 2 with parallel.engine=deepspeed ({why})")
     if parallel.pp_size > 1:
         raise ValueError(f"parallel.pp_size={parallel.pp_size}: only 1 with parallel.engine=deepspeed")
@@ -93,8 +93,8 @@ def check_deepspeed(config: Config) -> None:
         raise ValueError("train.torch_compile=true: not with parallel.engine=deepspeed; allowed: false")
     if parallel.zero_stage == 2 and config.model.moe_layers and config.model.expert not in ("swiglu", "swiglu_loop"):
         raise ValueError(
-            f"parallel.zero_stage=2: reduces each gradient as it comes, and one of model.expert={config.model.expert} "
-            "may not come on every rank; allowed with parallel.engine=deepspeed: 1"
+            f"parallel.zero_stage=2: reduces gradients as they come, and those of model.expert={config.model.expert} "
+            "may come in another order on every rank; allowed with parallel.engine=deepspeed: 1"
         )
     for key, value in _leaves(parallel.deepspeed_config):
         _check_key(key, value, config)

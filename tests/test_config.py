@@ -61,13 +61,14 @@ moe: {use_auxiliary_loss: false}  =>  balance.use_auxiliary_loss=false
 moe: {freeze_router: true}  =>  balance.freeze_router=true
 validation: {validation_split: 0.1}  =>  data.validation_split=0.1
 advanced: {torch_compile: true}  =>  train.torch_compile=true
+advanced: {use_cpu_offload: false}  =>  parallel.cpu_offload=false
 distributed: {expert_parallel_size: 4}  =>  parallel.ep_size=4
 logging: {logging_steps: 50}  =>  monitor.logging_steps=50
 max_seq_length: 64  =>  data.max_seq_length=64
 """
 SPELLINGS = [line.split("  =>  ") for line in ALIASED.strip().splitlines()]
 for alias, full in ALIASES.items():
-    if alias not in ("ddp_backend", "min_lr", "resume_from_checkpoint"):
+    if alias not in ("ddp_backend", "min_lr", "resume_from_checkpoint", "use_cpu_offload"):
         value = 1 if full == "parallel.pp_size" else 4
         SPELLINGS += [[f"{full.split('.')[0]}: {{{alias}: {value}}}", f"{full}={value}"]]
 

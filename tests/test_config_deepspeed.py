@@ -23,7 +23,7 @@ parallel.cpu_offload=true  =>  parallel.cpu_offload=true: with parallel.engine=d
 parallel.offload_optimizer=nvme  =>  parallel.offload_optimizer='nvme': one of none, cpu
 train.pure_bf16=true  =>  train.pure_bf16=true: not with  &  train.bf16
 train.torch_compile=true  =>  train.torch_compile=true: not with
-model.expert=mine:Expert  =>  parallel.zero_stage=2: reduces each gradient as it comes  &  deepspeed: 1
+model.expert=mine:Expert  =>  parallel.zero_stage=2: reduces gradients as they come  &  deepspeed: 1
 optimizer.optim=adafactor  =>  optimizer.optim=adafactor
 parallel.engine=horovod  =>  parallel.engine='horovod': one of torch, deepspeed
 """

@@ -15,7 +15,7 @@ model: {num_expert: 4}  =>  model.num_expert=4: unknown key; nearest: model.num_
 train: {learning_rat: 1}  =>  train.learning_rat=1  &  nearest: optimizer.learning_rate
 modle: {num_experts: 4}  =>  modle: unknown section; nearest: model;  &  model, data, parallel
 lora: {r: 16}  =>  lora: unknown section  &  allowed: model, data
-train: {use_cpu_offload: true}  =>  train.use_cpu_offload=true: unknown key
+train: {use_cpu_offload: true}  =>  parallel.cpu_offload=true: needs parallel.zero_stage=3
 zzzz: 1  =>  zzzz=1: unknown key  &  allowed: the sections model
 launch: {zzzz: 1}  =>  launch.zzzz=1  &  allowed in launch: nproc_per_node
 model: {name: some/model}  =>  model.name='some/model': unknown key  &  nearest: data.name
@@ -86,6 +86,7 @@ model: {num_experts: 0}⏎parallel: {ep_size: 2}  =>  parallel.ep_size=2: the mo
 data: {source: jsonl}  =>  data.path=null: source=jsonl needs data.path
 data: {source: huggingface}  =>  data.name=null
 data: {streaming: true}  =>  data.streaming=true: only for source=huggingface
+train: {torch_compile: true, gradient_checkpointing: full}  =>  train.torch_compile=true: nothing is compiled where
 train: {bf16: true, pure_bf16: true}  =>  train.pure_bf16=true: choose one
 train: {early_stopping_patience: 3}  =>  train.early_stopping_patience: needs train.eval_steps
 optimizer: {lr: 1e-4, min_lr: 1e-3}  =>  optimizer.min_learning_rate=0.001: at most learning_rate=0.0001

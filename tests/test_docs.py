@@ -40,3 +40,14 @@ def test_the_mesh_in_the_page_is_what_check_prints() -> None:
     environment = {**os.environ, "COLUMNS": "118"}
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert [line.rstrip() for line in done.stdout.rstrip().splitlines()] == wanted.rstrip().splitlines()
+
+
+@pytest.mark.slow
+def test_the_figures_in_the_page_are_what_the_tool_draws() -> None:
+    """With the PyTorch that is installed: its schedules may change."""
+    page = (ROOT / "docs" / "parallelism.md").read_text()
+    command = [sys.executable, "tools/parallelism_figures.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    schedules, memory = done.stdout.rstrip().rsplit("\n\n", 1)
+    assert [figure for figure in (schedules, memory) if f"```text\n{figure}\n```" not in page] == []

@@ -49,6 +49,7 @@ ALIASES = {
     "ep": "parallel.ep_size",
     "pipeline_model_parallel_size": "parallel.pp_size",
     "pipeline_parallel_size": "parallel.pp_size",
+    "use_cpu_offload": "parallel.cpu_offload",
     "aux_loss_coef": "balance.router_aux_loss_coef",
     "auxiliary_loss_weight": "balance.router_aux_loss_coef",
     "load_balance_loss_coef": "balance.router_aux_loss_coef",

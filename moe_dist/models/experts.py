@@ -219,6 +219,21 @@ class Expert(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.forward: (R, D) -> (R, D)")
 
 
+class _ZeroGradients(torch.autograd.Function):
+    """Pass x through and give the parameters gradients of zero, used or not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+        wanted = zip(zeros, ctx.needs_input_grad[1:], strict=True)
+        return grads[0], *(zero if want else None for zero, want in wanted)
+
+
 class ExpertList(nn.Module):
     """Experts of a person's own class, run one after the other; named by global expert id."""
 
@@ -230,7 +245,13 @@ class ExpertList(nn.Module):
 
     def forward(self, rows_RD: Tensor, rows_per_expert: Tensor) -> Tensor:
         chunks = rows_RD.split(rows_per_expert.tolist())
-        return torch.cat([expert(x) for expert, x in zip(self.experts.values(), chunks, strict=True)])
+        return torch.cat([self._run(expert, x) for expert, x in zip(self.experts.values(), chunks, strict=True)])
+
+    @staticmethod
+    def _run(expert: nn.Module, x_RD: Tensor) -> Tensor:
+        out_RD = expert(x_RD)
+        # FSDP reduces what has a gradient: without the zeros, ranks would sum gradients of different experts.
+        return out_RD if len(x_RD) else _ZeroGradients.apply(out_RD, *expert.parameters())
 
     def shard(self, first: int, count: int) -> None:
         """Keep only `count` experts from global id `first` on."""

@@ -4,7 +4,7 @@ Stages of ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054):
 
 1. Whole gradients are kept while micro-batches accumulate, then reduced into shards; optimizer state is sharded.
 2. Every micro-batch's gradients are reduced into shards at once.
-3. Parameters are freed after forward and gathered again for backward.
+3. Parameters are freed after forward and gathered again for backward, in every micro-batch; before that, once a step.
 """
 
 from __future__ import annotations
@@ -96,14 +96,17 @@ class ShardedGradients:
             parameter.grad = None
 
     def before_backward(self, is_last: bool) -> None:
-        """Called before each micro-batch: stage 1 reduces once, after the last; the others every time.
+        """Called before each micro-batch: stage 1 reduces once, after the last; the others every time. Stages 1 and 2
+        keep parameters whole until after the last.
 
-        Not for a pipeline: its schedule always reduces once, after the last.
+        Not for a pipeline: its schedule always does what stage 1 does.
         """
         assert isinstance(self.model, FSDPModule)
         if self.zero_stage == 1:
             self.model.set_requires_gradient_sync(is_last)
         self.model.set_requires_all_reduce(is_last)
+        if self.zero_stage < 3:
+            self.model.set_reshard_after_backward(is_last)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch, added to those before it."""

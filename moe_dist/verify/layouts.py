@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -11,30 +12,36 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from moe_dist.config import Config, ParallelConfig
+from moe_dist.config import Config, ModelConfig, ParallelConfig
 from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.layout import Layout
 
+_AUXILIARY_LOSS = {"balance.use_auxiliary_loss": True, "balance.router_aux_loss_coef": 0.01}
+_OF_THE_BATCH = {**_AUXILIARY_LOSS, "balance.aux_loss_scope": "global_batch"}
 BUGS: dict[str, dict[str, Any]] = {
     "expert_gradient_times_ep": {},
     "expert_gradient_averaged_over_edp": {},
     "expert_gradient_averaged_over_active_replicas": {},
     "loss_by_local_tokens": {},
-    "auxiliary_loss_by_local_tokens": {},
-    "auxiliary_loss_times_micro_batches": {},
+    "auxiliary_loss_by_local_tokens": _AUXILIARY_LOSS,
+    "auxiliary_loss_times_micro_batches": _AUXILIARY_LOSS,
     "norm_without_experts": {},
     "norm_counts_replicas": {},
+    "norm_of_own_experts": {},
+    "replica_misses_the_last_update": {},
+    "fsdp_averages": {},
+    "fsdp_averages_experts": {},
     "router_cut_from_loss": {},
-    "auxiliary_loss_cut": {},
-    "auxiliary_loss_cut_with_capacity": {"balance.capacity_factor": 0.8},
-    "global_load_is_local": {"balance.aux_loss_scope": "global_batch"},
-    "load_of_the_whole_batch_unknown": {"balance.aux_loss_scope": "global_batch"},
+    "auxiliary_loss_cut": _AUXILIARY_LOSS,
+    "auxiliary_loss_cut_with_capacity": {**_AUXILIARY_LOSS, "balance.capacity_factor": 0.8},
+    "global_load_is_local": _OF_THE_BATCH,
+    "load_of_the_whole_batch_unknown": _OF_THE_BATCH,
     "bias_from_counts_after_drop": {"balance.bias_update_rate": 0.01},
     "bias_from_local_counts": {"balance.bias_update_rate": 0.01},
     "seeds_by_local_expert": {},
     "capacity_of_the_whole_group": {"balance.capacity_factor": 0.8},
     "gradients_scaled_by_the_schedule": {},
-    "auxiliary_loss_scaled_by_the_schedule": {},
+    "auxiliary_loss_scaled_by_the_schedule": _AUXILIARY_LOSS,
     "gradients_of_a_stage_reduced_twice": {},
     "norm_of_the_last_stage": {},
     "loss_of_one_stage": {},
@@ -127,8 +134,7 @@ class Case:
             changed = Config.model_validate(tree)
             Layout.of(changed, world_size)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"--layouts {self.name}: {reason}") from None
+            raise ConfigError(f"--layouts {self.name}: {_reason(error)}") from None
         except ConfigError as error:
             raise ConfigError(f"--layouts {self.name}: {error}") from None
         return changed
@@ -224,11 +230,9 @@ def shrunken(config: Config, world_size: int, plant: str | None = None, num_stag
     """
     model = config.model
     num_layers = max(4, min(2 * world_size, 8) if num_stages is None else num_stages)
-    num_experts = 0
+    num_experts = _few_experts(model, world_size) if model.moe_layers else 0
     dense = [layer for layer in range(num_layers) if not model.has_experts(layer % model.num_hidden_layers)]
-    if model.moe_layers:
-        num_experts = min(model.num_experts, max(8, 2 * world_size))
-        num_experts -= num_experts % model.n_group
+    if num_experts:
         # Where experts come only in later layers, they come in the second half.
         dense = dense if len(dense) < num_layers else dense[: num_layers // 2]
     small: dict[str, Any] = {
@@ -241,7 +245,7 @@ def shrunken(config: Config, world_size: int, plant: str | None = None, num_stag
         "intermediate_size": 48,
         "moe_intermediate_size": 24,
         "num_experts": num_experts,
-        "num_experts_per_tok": max(1, min(model.num_experts_per_tok, num_experts // 2)),
+        "num_experts_per_tok": _few_chosen(model, num_experts),
         "decoder_sparse_step": 1,
         "mlp_only_layers": dense if num_experts else [],
         "shared_expert_intermediate_size": 16 if model.shared_expert_intermediate_size else 0,
@@ -253,9 +257,33 @@ def shrunken(config: Config, world_size: int, plant: str | None = None, num_stag
     tree["data"]["max_seq_length"] = 16
     tree["train"] |= {"bf16": False, "pure_bf16": False, "torch_compile": False}
     tree["parallel"] = ParallelConfig().model_dump()
+    tree["balance"]["act"] = "off"  # nothing is logged here, so nothing acts
     # AdamW divides by the gradient's own size: entries near zero would show rounding as a full step.
     tree["optimizer"] |= {"adam_epsilon": max(1e-6, config.optimizer.adam_epsilon)}
     for key, value in BUGS.get(plant or "", {}).items():
         section, _, name = key.partition(".")
         tree[section][name] = value
-    return Config.model_validate(tree)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"the small model to verify: {_reason(error)}") from None
+
+
+def _few_experts(model: ModelConfig, world_size: int) -> int:
+    """About two for each rank, two for each group, in a number that groups divide, and ranks where it can be."""
+    wanted = max(8, 2 * world_size, 2 * model.n_group)
+    for step in (math.lcm(model.n_group, world_size), model.n_group):
+        num_experts = -(-wanted // step) * step
+        if num_experts <= model.num_experts:
+            return num_experts
+    return model.num_experts
+
+
+def _few_chosen(model: ModelConfig, num_experts: int) -> int:
+    """Experts per token of the small model: at most half of them, if two are left, and what groups allow."""
+    reachable = model.topk_group * num_experts // model.n_group
+    return max(1, min(model.num_experts_per_tok, max(2, num_experts // 2), reachable))
+
+
+def _reason(error: ValidationError) -> str:
+    return error.errors()[0]["msg"].removeprefix("Value error, ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +11,11 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from moe_dist.models import auxiliary, moe, transformer
 from moe_dist.models.auxiliary import LoadBalance
+from moe_dist.models.experts import ExpertList, Experts
 from moe_dist.models.router import Router
 from moe_dist.parallel import deepspeed
 from moe_dist.parallel.deepspeed import DeepSpeedEngine
@@ -20,6 +23,7 @@ from moe_dist.parallel.gradients import GradientBuffer, Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import step
 from moe_dist.train.balance import Balancer
+from moe_dist.train.optimizer import Optimizer
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.layouts import BUGS
 
@@ -64,8 +68,8 @@ def _loss_by_local_tokens() -> Any:
 
     def wrong(self: TrainStep, batches: list) -> Tensor:
         counts = count(self, batches)
-        local = sum(batch.num_valid for batch in batches) * self.mesh.layout.dp_size
-        return torch.stack((torch.tensor(local), counts[1]))
+        counts[0] = sum(batch.num_valid for batch in batches) * self.mesh.layout.dp_size
+        return counts
 
     return patch.object(TrainStep, "_count_tokens", wrong)
 
@@ -75,8 +79,8 @@ def _auxiliary_loss_by_local_tokens() -> Any:
 
     def wrong(self: TrainStep, batches: list) -> Tensor:
         counts = count(self, batches)
-        local = sum(batch.num_tokens for batch in batches)
-        return torch.stack((counts[0], torch.tensor(local)))
+        counts[1] = sum(batch.num_tokens for batch in batches)
+        return counts
 
     return patch.object(TrainStep, "_count_tokens", wrong)
 
@@ -101,6 +105,39 @@ def _norm_counts_replicas() -> Any:
         return (self.dense.squared_norm() + self.mesh.sum_over("dp", self.experts.squared_norm())).sqrt()
 
     return patch.object(Gradients, "norm", wrong)
+
+
+def _norm_of_own_experts() -> Any:
+    """Those of other ranks of the `ep` group left out, whatever shards: each rank has a norm of its own."""
+    add = Mesh.sum_over
+    return patch.object(Mesh, "sum_over", lambda self, axis, x: x if axis == "ep" else add(self, axis, x))
+
+
+def _replica_misses_the_last_update() -> Any:
+    """The last rank's weights stay behind: no loss or norm tells of it any more, and no copy but its own."""
+    update, count = Optimizer.step, itertools.count(1)
+
+    def wrong(self: Optimizer) -> None:
+        if next(count) < 3 or not dist.is_initialized() or dist.get_rank() < dist.get_world_size() - 1:
+            update(self)
+
+    return patch.object(Optimizer, "step", wrong)
+
+
+def _fsdp_averages() -> Any:
+    """FSDP as it comes: gradients divided by the number of ranks that share a parameter."""
+    return patch.object(FSDPModule, "set_gradient_divide_factor", lambda self, factor: None)
+
+
+def _fsdp_averages_experts() -> Any:
+    """The rest is summed, experts are averaged over the ranks that hold them."""
+    divide = FSDPModule.set_gradient_divide_factor
+
+    def wrong(self: FSDPModule, factor: float) -> None:
+        if not isinstance(self, (Experts, ExpertList)):
+            divide(self, factor)
+
+    return patch.object(FSDPModule, "set_gradient_divide_factor", wrong)
 
 
 def _router_cut_from_loss() -> Any:

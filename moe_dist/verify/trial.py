@@ -72,8 +72,10 @@ class Trial:
         return batches[self.mesh.dp_rank :: self.mesh.layout.dp_size]
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Logical tensors of the whole model, the same on every rank."""
-        gathered = {name: self._whole(name, tensor.detach()) for name, tensor in tensors.items()}
+        """Logical tensors of the whole model, in host memory: this rank's copies, and of its `ep` and `pp` peers what
+        it holds no copy of.
+        """
+        gathered = {name: self._whole(name, tensor.detach()).cpu() for name, tensor in tensors.items()}
         group = self.mesh.group("ep")
         single = {name: tensor for name, tensor in gathered.items() if ".experts.experts." in name}
         if group is not None and single:  # experts with names of their own live on one rank of the group each
@@ -110,7 +112,7 @@ class Trial:
 
     @property
     def biases(self) -> dict[str, Tensor]:
-        return self._of_all_stages({str(moe.layer): moe.router.bias_E.clone() for moe in self.model.moe_layers()})
+        return self._of_all_stages({str(moe.layer): moe.router.bias_E.cpu().clone() for moe in self.model.moe_layers()})
 
     @contextmanager
     def unclipped(self) -> Iterator[dict[str, Tensor]]:
@@ -144,7 +146,7 @@ class Told:
 def run_trial(
     config: Config, mesh: Mesh, num_micro_batches: int, steps: int = 3, rate: float = 1e-2, plant: str | None = None
 ) -> Told:
-    """Train on this rank's share of fixed global batches; every rank is told the same."""
+    """Train on this rank's share of fixed global batches; every rank is told the same if replicas agree."""
     with planted(plant) if plant else nullcontext():
         trial = Trial(config, mesh)
         told = Told(initial=trial.weights)

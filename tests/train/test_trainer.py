@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import locate
@@ -217,8 +218,12 @@ def test_epochs_end_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torch_compile(tmp_path: Path) -> None:
+    """The attention is compiled, in all layers alike, and computes the same."""
     plain = run(tmp_path / "plain", max_steps=3, attention_dropout=0.0)
+    counters.clear()
     compiled = run(tmp_path / "compiled", max_steps=3, attention_dropout=0.0, torch_compile=True)
+    assert counters["frames"]["ok"] > 0
+    assert counters["frames"]["ok"] == counters["frames"]["total"]
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
 
 

@@ -13,13 +13,17 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from ranks import run_ranks
 from tiny import mesh_of
 
 from moe_dist import config_checks
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.models.experts import Expert
+from moe_dist.models.recompute import is_recomputing
 from moe_dist.verify.layouts import BUGS, RECOMPUTE, SCHEDULES, Case, cases, shrunken
+from moe_dist.verify.run import Telling, Verdict, Verifier
 from moe_dist.verify.trial import TOLERANCE
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +38,9 @@ SEEN_IN = {
     "loss_of_one_stage": PIPELINE,
     "load_counted_by_a_pass_for_shapes": PIPELINE,
     "global_load_is_local": "ep2-zero0",  # with several micro-batches the load is known from a pass before
+    "norm_of_own_experts": "ep2-zero0-acc2,ep2-zero2,ep4-zero3",
+    "fsdp_averages": "ep2-zero1-acc2,ep4-zero3",
+    "fsdp_averages_experts": "ep2-zero1-acc2,ep2-zero3",
     **{name: BOTH_STAGES for name in BUGS if name.startswith("deepspeed")},
 }
 
@@ -44,8 +51,6 @@ def run_file(name: str, *overrides: str) -> Config:
 
 def outcomes(config: Config, asked: list[tuple[str, str | None]]) -> list[tuple[bool, Any]]:
     """(passed, what rank 0 printed as JSON) for every (layouts, plant): one set of process groups serves all."""
-    from moe_dist.verify.run import Verifier
-
     verifier, told = Verifier(mesh_of(1)), []
     for layouts, plant in asked:
         printed = io.StringIO()
@@ -124,6 +129,70 @@ def test_a_planted_bug_goes_red(plant: str) -> None:
         differences = [value for value in row.values() if isinstance(value, float) and value is not row["seconds"]]
         assert not row["passed"]
         assert max(differences) > 10 * TOLERANCE, row
+
+
+@pytest.mark.dist
+def test_every_replica_is_looked_at() -> None:
+    """Weights of the last rank lag behind: the losses and what rank 0 holds are right. Its `ep` peer sees them too."""
+    (row,) = reports_of_all_plants()["replica_misses_the_last_update"]["layouts"]
+    assert row["failed_on"] == [2, 3]
+    assert max(row[column] for column in ("losses", "gradients", "norms")) < TOLERANCE < row["weights"]
+
+
+def test_a_bug_that_is_not_seen_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """One process has no expert parallelism to go wrong: green with the bug, so exit code 5 and no praise."""
+    from launcher.environment import detect
+    from launcher.worker import EXIT_UNSEEN, Proof, verify
+
+    assert (
+        verify(run_file("demo.yaml", "parallel.ep_size=1"), detect(), Proof("ep1-zero0", "expert_gradient_times_ep"))
+        == EXIT_UNSEEN
+    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "The bug expert_gradient_times_ep was not seen: 1 layouts pass with it"
+
+
+@pytest.mark.parametrize("switch", ["use_auxiliary_loss=false", "router_aux_loss_coef=0"])
+def test_what_a_bug_needs_is_switched_on(switch: str) -> None:
+    """Without the loss, its bugs would plant nothing."""
+    settings = run_file("demo.yaml", f"balance.{switch}")
+    for plant in [name for name in BUGS if "auxiliary" in name or name.endswith(("_is_local", "_unknown"))]:
+        assert shrunken(settings, 4, plant).balance.aux_loss_coef > 0
+    assert outcomes(settings, [("ep1-zero0", "auxiliary_loss_cut")])[0][0] is False
+
+
+class Brittle(Expert):
+    """Breaks when its forward pass is repeated."""
+
+    def forward(self, x_RD: torch.Tensor) -> torch.Tensor:
+        if is_recomputing():
+            raise ArithmeticError("it is broken")
+        return 2 * x_RD
+
+
+def test_a_layout_that_breaks_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """After what was found before it."""
+    settings = run_file("demo.yaml", "model.expert=test_verify:Brittle")
+    for as_json in (False, True):
+        with pytest.raises(RuntimeError, match="layout ep1-zero0-full: ArithmeticError: it is broken"):
+            Verifier(mesh_of(1)).verify(settings, "ep1-zero0,ep1-zero0-full,ep1-zero0-acc2", as_json=as_json)
+        said = capsys.readouterr().out
+        if as_json:
+            report = json.loads(said)
+            assert (report["passed"], report["broken"]) == (False, "ep1-zero0-full")
+            assert [row["layout"] for row in report["layouts"]] == ["ep1-zero0"]
+        else:
+            assert "pass" in next(line for line in said.splitlines() if line.startswith("ep1-zero0 "))
+            assert said.splitlines()[-1] == "ep1-zero0-full ended with an error; 1 layouts were done"
+
+
+def test_infinity_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Seen to fail with a bare Infinity, which no parser but Python's reads."""
+    told = Telling(True, None, as_json=True)
+    told.add(Verdict("ep1-zero0", {"gradients": float("inf")}, [0], 1.0))
+    told.end()
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert report["layouts"][0]["gradients"] == "Infinity"
 
 
 def without_the_refusal(layouts: str) -> tuple[bool, Any]:
@@ -214,6 +283,26 @@ def test_every_run_file_shrinks(file: Path) -> None:
     assert (small.model.kv_heads == small.model.num_attention_heads) == (
         config.model.kv_heads == config.model.num_attention_heads
     )
+
+
+@pytest.mark.parametrize(
+    ("routing", "wanted"),
+    [
+        ({"num_experts": 160, "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3}, (16, 6)),  # DeepSeek-V2
+        ({"num_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}, (16, 8)),  # DeepSeek-V3
+        ({"num_experts": 64, "num_experts_per_tok": 4, "n_group": 16, "topk_group": 1}, (32, 2)),
+        ({"num_experts": 12, "num_experts_per_tok": 2, "n_group": 3, "topk_group": 1}, (12, 2)),
+        ({"num_experts": 2, "num_experts_per_tok": 2}, (2, 2)),
+        ({"num_experts": 3, "num_experts_per_tok": 2}, (3, 2)),
+        ({"num_experts": 64, "num_experts_per_tok": 1, "norm_topk_prob": False}, (8, 1)),
+        ({"num_experts": 128, "num_experts_per_tok": 8}, (8, 4)),
+    ],
+)
+def test_every_routing_shrinks(routing: dict[str, Any], wanted: tuple[int, int]) -> None:
+    """Seen to fail before: no experts at all with 16 groups, a stack trace with DeepSeek-V2's and with 2 experts."""
+    small = shrunken(Config.model_validate({"model": routing}), 4).model
+    assert (small.num_experts, small.num_experts_per_tok) == wanted
+    assert small.moe_layers
 
 
 @pytest.mark.parametrize(
