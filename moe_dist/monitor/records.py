@@ -124,9 +124,9 @@ class TrainRecord(Record):
     data_wait_share: float
     """Share of step time spent waiting for a batch, 0..1."""
     skipped_steps: int
-    """Optimizer steps skipped since the start for a non-finite loss or gradient."""
+    """Optimizer steps skipped since the start of the run for a non-finite loss or gradient."""
     elapsed_seconds: float
-    """Seconds of training since this start of the run."""
+    """Seconds of training, over all starts of the run."""
     remaining_seconds: float | None
     """Expected seconds to the end; None when unknown."""
     memory_bytes: int
@@ -285,7 +285,7 @@ class RunSummary(Record):
     steps: int
     """Optimizer steps finished."""
     seconds: float
-    """Seconds of training since this start of the run."""
+    """Seconds of training, over all starts of the run."""
     initial_loss: float | None
     """First training loss, nats per token."""
     final_loss: float | None

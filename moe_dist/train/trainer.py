@@ -139,7 +139,7 @@ class MoETrainer:
             )
         info = run_info(config, self.mesh, self.datasets)
         self.reporter.sinks.open(info)
-        self.reporter.diagnosis.hosts = info.hosts
+        self.reporter.diagnosis.resumed(info.hosts, info.stage_of_rank)
         if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
             vocabulary = config.model.vocab_size
             self.reporter.unigram = unigram_loss(self.datasets.train, self.datasets.validation, vocabulary)

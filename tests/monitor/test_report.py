@@ -208,6 +208,11 @@ def test_steps_that_a_restart_repeats_count_once(tmp_path: Path, info: RunInfo, 
     assert [row["step"] for row in log.checkpoints] == [10, 20, 30, 40, 50, 40, 50, 60, 70]
     assert [start["step"] for start in log.starts] == [10, 40]
     assert "started again before step 40" in map(str, findings(log))
+    # Bars of one step in a trace would be stacked. Seen to fail with all of them drawn.
+    bars = data(write_report([folder]).read_text())["figure-checkpoints-0"]["data"][:2]
+    assert [bar["x"] for bar in bars] == [steps] * 2
+    seconds = {row["step"]: row["seconds"] for row in log.checkpoints}
+    assert [a + b for a, b in zip(*(bar["y"] for bar in bars), strict=True)] == pytest.approx(list(seconds.values()))
 
 
 def test_runs_side_by_side(run: Path, tmp_path: Path, info: RunInfo, train_record: Make) -> None:

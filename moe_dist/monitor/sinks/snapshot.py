@@ -8,6 +8,7 @@ of `moe_dist_run_info`. `docs/metrics.md` lists all.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from prometheus_client.metrics_core import Metric
 
 from moe_dist import __version__
 from moe_dist.monitor.expert_stats import load_ratios, used_share
+from moe_dist.monitor.health import PATIENCE, Absence
 from moe_dist.monitor.records import (
     ActionRecord,
     CheckpointRecord,
@@ -104,6 +106,8 @@ class Snapshot:
     num_actions: int = 0
     tokens: Mapping[int, tuple[int, ...]] | None = None
     """(token, expert) pairs of every expert since this start of the run, by layer."""
+    dead: Mapping[int, int] | None = None
+    """Experts of each layer that have had no token for PATIENCE intervals."""
     finished: bool = False
 
 
@@ -113,6 +117,7 @@ class SnapshotSink(Sink):
     def __init__(self, logging_steps: int, per_expert: PerExpert) -> None:
         self.snapshot = Snapshot(time.time(), logging_steps)
         self.metrics = RunMetrics(self, per_expert)
+        self._absence: dict[int, Absence] = defaultdict(Absence)
 
     def open(self, info: RunInfo) -> None:
         settings: Any = yaml.safe_load(info.config_text) or {}
@@ -122,7 +127,12 @@ class SnapshotSink(Sink):
     def train(self, record: TrainRecord) -> None:
         before = self.snapshot.tokens or {}
         tokens = {layer.layer: _added(before.get(layer.layer), layer) for layer in record.layers}
-        self.snapshot = replace(self.snapshot, train=record, train_time=time.time(), tokens=tokens)
+        dead = dict(self.snapshot.dead or {})
+        for layer in record.layers:
+            if any(layer.tokens_per_expert):
+                absent = self._absence[layer.layer].observe(layer.tokens_per_expert)
+                dead[layer.layer] = sum(intervals >= PATIENCE for intervals in absent.values())
+        self.snapshot = replace(self.snapshot, train=record, train_time=time.time(), tokens=tokens, dead=dead)
 
     def evaluation(self, record: EvalRecord) -> None:
         self.snapshot = replace(self.snapshot, evaluation=record, evaluation_time=time.time())
@@ -185,7 +195,7 @@ class RunMetrics:
         # A layer that routed nothing in the interval has no ratios, and its experts are not dead.
         layers = [layer for layer in seen.train.layers if any(layer.tokens_per_expert)] if seen.train else []
         if layers:
-            yield from _of_layers(layers)
+            yield from _of_layers(layers, seen.dead or {})
             if self._per_expert != "layer":
                 yield from _of_experts(layers, seen.tokens or {}, self._per_expert)
 
@@ -222,7 +232,7 @@ def _of_stages(info: RunInfo, ranks: RanksRecord) -> Iterator[Metric]:
     yield from (own, memory, layers)
 
 
-def _of_layers(layers: list[LayerRecord]) -> Iterator[Metric]:
+def _of_layers(layers: list[LayerRecord], dead: Mapping[int, int]) -> Iterator[Metric]:
     for field, name, text in LAYER_GAUGES:
         family = GaugeMetricFamily(f"moe_dist_{name}", text, labels=["layer"])
         for layer in layers:
@@ -232,6 +242,12 @@ def _of_layers(layers: list[LayerRecord]) -> Iterator[Metric]:
     for layer in layers:
         used.add_metric([str(layer.layer)], used_share(layer))
     yield used
+    lasting = GaugeMetricFamily(
+        "moe_dist_lasting_dead_experts", "Experts without a token for 3 logging intervals.", labels=["layer"]
+    )
+    for layer in layers:
+        lasting.add_metric([str(layer.layer)], dead[layer.layer])
+    yield lasting
 
 
 def _of_experts(
