@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import statistics
 import sys
@@ -20,7 +21,14 @@ from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.diagnosis import Diagnosis
 from moe_dist.monitor.expert_stats import imbalance_seconds
 from moe_dist.monitor.health import Finding
-from moe_dist.monitor.rank_facts import PHASE_KEYS, mean_phases, pack_row, ranks_record
+from moe_dist.monitor.rank_facts import (
+    PHASE_KEYS,
+    all_to_all_seconds,
+    bytes_between_hosts,
+    mean_phases,
+    pack_row,
+    ranks_record,
+)
 from moe_dist.monitor.records import (
     ActionRecord,
     CheckpointRecord,
@@ -75,16 +83,16 @@ class Reporter:
     def start_interval(self) -> None:
         """Nothing has happened yet."""
         self._started = time.perf_counter()
-        self._steps, self._tokens, self._data_wait = 0, 0, 0.0
+        self._tokens = 0
+        self._losses: list[float] = []
         self._own: list[float] = []
         self._own_before = self.clock.status.own_seconds
 
-    def add(self, result: StepResult, facts: dict[int, LoadFacts], data_wait: float) -> None:
-        """One step, which has waited `data_wait` seconds for its batch."""
+    def add(self, result: StepResult, facts: dict[int, LoadFacts]) -> None:
+        """One step."""
         self.collector.add(facts)
-        self._steps += 1
         self._tokens += result.num_tokens
-        self._data_wait += data_wait
+        self._losses.append(result.loss)
         own = self.clock.status.own_seconds
         self._own.append(own - self._own_before)
         self._own_before = own
@@ -97,21 +105,23 @@ class Reporter:
         """End the interval and tell the sinks (collective: one reduction of all facts)."""
         status, memory, traffic = self.clock.status, peak_memory(self.mesh.device), self.clock.take_traffic()
         status.at("agreeing on the next step")  # the reduction below waits for the slowest rank
-        phases = status.take()
+        phases, ways = status.take(), self.clock.take()
         mine = pack_row(
             statistics.median(self._own),
             [phases[phase] for phase in PHASE_KEYS.values()],
-            traffic.sent_bytes,
+            (ways["dispatch"], ways["combine"]),
             traffic.received_rows,
             memory,
             traffic.rows_to,
+            traffic.bytes_to,
             self.mesh.layout.ep_size,
         )
         self.layers, rows = self.collector.take_all(mine)
         status.at("logging")
         seconds = max(1e-9, time.perf_counter() - self._started)
-        step_seconds = seconds / max(1, self._steps)
-        ranks, phase_seconds = ranks_record(rows, self._steps), mean_phases(rows)
+        steps, num_ranks = max(1, len(self._losses)), len(rows)
+        step_seconds = seconds / steps
+        ranks, phase_seconds = ranks_record(rows, steps), mean_phases(rows)
         flops = self.flops_per_token * self._tokens / seconds
         peak = self.config.monitor.peak_flops
         received = sum(ranks.received_rows)
@@ -125,9 +135,12 @@ class Reporter:
             grad_norm=result.grad_norm,
             tokens=counters.tokens,
             tokens_per_second=self._tokens / seconds,
+            tokens_per_second_per_device=self._tokens / seconds / num_ranks,
+            loss_std=statistics.pstdev(finite) if (finite := [x for x in self._losses if math.isfinite(x)]) else 0.0,
             step_seconds=step_seconds,
-            all_to_all_share=min(1.0, self.clock.take() / seconds),
-            data_wait_share=min(1.0, self._data_wait / seconds),
+            all_to_all_share=min(1.0, all_to_all_seconds(ranks, self.mesh.layout.ep_size) / step_seconds),
+            # The longest: the others wait for that rank too, in their all-to-all.
+            data_wait_share=min(1.0, max(ranks.phase_seconds["data"]) / step_seconds),
             skipped_steps=counters.skipped,
             elapsed_seconds=counters.elapsed,
             remaining_seconds=self._remaining(counters, stopping, step_seconds),
@@ -135,12 +148,13 @@ class Reporter:
             layers=self.layers,
             phase_seconds=phase_seconds,
             flops_per_second=flops,
-            mfu=None if peak is None else flops / (peak * self.mesh.layout.world_size),
-            all_to_all_bytes=round(sum(ranks.sent_bytes) / max(1, self._steps)),
-            row_imbalance=max(ranks.received_rows) * len(rows) / received if received else 0.0,
-            imbalance_seconds=imbalance_seconds(
-                self.layers, phase_seconds["computing"] / max(1, self._steps) * self.expert_share
-            ),
+            mfu=None if peak is None else flops / (peak * num_ranks),
+            all_to_all_bytes=round(sum(ranks.sent_bytes) / steps),
+            all_to_all_bytes_between_hosts=round(bytes_between_hosts(ranks, self.diagnosis.hosts) / steps),
+            dispatch_seconds=statistics.fmean(ranks.dispatch_seconds),
+            combine_seconds=statistics.fmean(ranks.combine_seconds),
+            row_imbalance=max(ranks.received_rows) * num_ranks / received if received else 0.0,
+            imbalance_seconds=imbalance_seconds(self.layers, phase_seconds["computing"] / steps * self.expert_share),
             slowest_rank_ratio=self.stragglers.slowest_ratio,
             stragglers=stragglers,
             ranks=ranks,

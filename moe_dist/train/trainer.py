@@ -151,13 +151,12 @@ class MoETrainer:
             self.stopping.after_step(done, 0.0, 0.0, False, share)
 
     def _one_step(self) -> None:
-        config, counters, waiting = self.config, self.counters, time.perf_counter()
+        config, counters = self.config, self.counters
         self.status.at("waiting for data", step=counters.step + 1)
         batches = self.loader.next_step()
-        data_wait = time.perf_counter() - waiting
         rate = learning_rate(config.optimizer, counters.step, self.stopping.max_steps, self._time_share())
         result = self.step(batches, counters.step, rate)
-        self.reporter.add(result, self.balancer.facts, data_wait)
+        self.reporter.add(result, self.balancer.facts)
         self.balancer.clear()
         counters.add(result)
         if result.skipped:

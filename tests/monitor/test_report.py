@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import layer_record, load_ratios
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.report import write_report
-from moe_dist.monitor.run_log import read_run
+from moe_dist.monitor.run_log import note_failure, read_run
 from moe_dist.monitor.sinks import JsonlSink
+from moe_dist.monitor.starts import starts_table
 
 Make = Callable[..., TrainRecord]
 EXPERTS = 8
@@ -191,10 +192,13 @@ def test_what_is_wrong_is_found_and_named(tmp_path: Path, info: RunInfo, train_r
 
 def test_steps_that_a_restart_repeats_count_once(tmp_path: Path, info: RunInfo, train_record: Make) -> None:
     folder = tmp_path / "resumed"
-    write_run(folder, info, train_record, range(10, 60, 10), loss=3.0).close()
+    train = "train: {per_device_train_batch_size: 2, gradient_accumulation_steps: %d}"
+    write_run(folder, replace(info, config_text=train % 1), train_record, range(10, 60, 10), loss=3.0).close()
+    note_failure(folder, "rank 3 (pid 7) was killed by SIGKILL in step 51, computing")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tr')  # killed while writing
-    write_run(folder, info, train_record, range(40, 80, 10), loss=2.0).close()
+    smaller = {"layout": ["rank 0", "pp 1 x edp 1 x ep 2 = 2 ranks; dense"], "config_text": train % 2, "world_size": 2}
+    write_run(folder, replace(info, **smaller), train_record, range(40, 80, 10), loss=2.0).close()
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # still writing
     log = read_run(folder)
@@ -208,8 +212,17 @@ def test_steps_that_a_restart_repeats_count_once(tmp_path: Path, info: RunInfo, 
     assert [row["step"] for row in log.checkpoints] == [10, 20, 30, 40, 50, 40, 50, 60, 70]
     assert [start["step"] for start in log.starts] == [10, 40]
     assert "started again before step 40" in map(str, findings(log))
+    first, second = starts_table(log)
+    layouts = ["edp 1   rank 2  rank 3", "2 x 1 x 4 = 8"], ["pp 1 x edp 1 x ep 2 = 2 ranks", "2 x 2 x 2 = 8"]
+    assert [first[0], *first[2:]] == [
+        *("1", "10", "4 on cpu", *layouts[0]),
+        "rank 3 (pid 7) was killed by SIGKILL in step 51, computing",
+    ]
+    assert [second[0], *second[2:]] == ["2", "40", "2 on cpu", *layouts[1], "no end was logged"]
+    written = write_report([folder]).read_text()
+    assert all(f"<td>{html.escape(cell)}</td>" in written for cell in (*first[1:], *second[1:]))
     # Bars of one step in a trace would be stacked. Seen to fail with all of them drawn.
-    bars = data(write_report([folder]).read_text())["figure-checkpoints-0"]["data"][:2]
+    bars = data(written)["figure-checkpoints-0"]["data"][:2]
     assert [bar["x"] for bar in bars] == [steps] * 2
     seconds = {row["step"]: row["seconds"] for row in log.checkpoints}
     assert [a + b for a, b in zip(*(bar["y"] for bar in bars), strict=True)] == pytest.approx(list(seconds.values()))
