@@ -29,6 +29,8 @@ STARVED = 0.2
 TALKATIVE = 0.5
 """Share of step time in all-to-all."""
 LOW_MFU = 0.1
+LARGE_NORM = 10.0
+"""Norm of the gradient of a mean over tokens, before clipping, that a run in good health has left behind early."""
 BLOCKED = 0.1
 """Share of the time between two checkpoints in which training waited for one."""
 OVERFITTED = 1.05
@@ -99,6 +101,14 @@ class Diagnosis:
                 )
                 numbers = {"loss": loss, "median": median, "limit": limit}
                 found.append(Finding("loss_spike", "warning", words, "optimizer.learning_rate", step, evidence=numbers))
+        norm = record.grad_norm
+        if self._lasting.reaches("gradient", norm > LARGE_NORM, LONG_PATIENCE):
+            words = (
+                f"the gradient's norm has been above {LARGE_NORM:g} for {LONG_PATIENCE} intervals, now {norm:.1f}; "
+                "lower optimizer.learning_rate or lengthen the warm-up, and look at the data"
+            )
+            numbers = {"grad_norm": norm}
+            found.append(Finding("gradient_norm", "warning", words, "optimizer.learning_rate", step, evidence=numbers))
         self._losses.append(loss)
         self._intervals += 1
         if len(self._first) < 3:

@@ -151,7 +151,7 @@ class TrainRecord(Record):
     loss_std: float = 0.0
     """Standard deviation of the finite losses of the interval's steps; 0.0 when there are fewer than two."""
     mfu: float | None = None
-    """`flops_per_second` / (ranks * monitor.peak_flops), 0..1; None when the peak is not known."""
+    """`flops_per_second` / (ranks * peak of the device), 0..1; None when the peak is not known."""
     all_to_all_bytes: int = 0
     """Bytes that all ranks together sent to other ranks by all-to-all, per optimizer step."""
     all_to_all_bytes_between_hosts: int = 0

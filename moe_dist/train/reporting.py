@@ -18,6 +18,7 @@ from moe_dist.config import Config
 from moe_dist.models.auxiliary import LoadFacts
 from moe_dist.models.counts import expert_share, flops_per_token
 from moe_dist.monitor.collector import Collector
+from moe_dist.monitor.devices import peak_flops
 from moe_dist.monitor.diagnosis import Diagnosis
 from moe_dist.monitor.expert_stats import imbalance_seconds
 from moe_dist.monitor.health import Finding
@@ -72,6 +73,9 @@ class Reporter:
         self.stragglers = Stragglers([mesh.layout.coordinates(rank)[0] for rank in range(mesh.layout.world_size)])
         self.flops_per_token = flops_per_token(config.model, config.data.max_seq_length)
         self.expert_share = expert_share(config.model, config.data.max_seq_length)
+        self.peak_flops = config.monitor.peak_flops
+        if self.peak_flops is None and mesh.device.type == "cuda":
+            self.peak_flops = peak_flops(torch.cuda.get_device_name(mesh.device), config.train.bf16)
         self.layers: list[LayerRecord] = []
         self.start_interval()
 
@@ -123,7 +127,7 @@ class Reporter:
         step_seconds = seconds / steps
         ranks, phase_seconds = ranks_record(rows, steps), mean_phases(rows)
         flops = self.flops_per_token * self._tokens / seconds
-        peak = self.config.monitor.peak_flops
+        peak = self.peak_flops
         received = sum(ranks.received_rows)
         stragglers = self.stragglers.observe(ranks.own_seconds, step_seconds)
         record = TrainRecord(

@@ -23,6 +23,7 @@ from moe_dist.models.counts import expert_share, flops_per_token, parameter_coun
 from moe_dist.models.router import Routing
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.collector import Collector
+from moe_dist.monitor.devices import peak_flops
 from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import imbalance_seconds, layer_record
 from moe_dist.monitor.rank_facts import (
@@ -211,6 +212,24 @@ def test_operations_are_those_torch_counts(shared: int) -> None:
     share = 6 * parameter_counts(model).active_experts / flops_per_token(model, length)
     assert expert_share(model, length) == share
     assert 0 < share < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", True, 989e12),
+        ("NVIDIA H100 PCIe", True, 756e12),
+        ("NVIDIA H200", False, 67e12),
+        ("NVIDIA A100-SXM4-80GB", True, 312e12),
+        ("NVIDIA L40S", True, 362e12),
+        ("NVIDIA L4", True, 121e12),
+        ("NVIDIA A10G", True, None),
+        ("Tesla K80", True, None),
+    ],
+)
+def test_known_devices(name: str, bf16: bool, peak: float | None) -> None:
+    """Names are whole words: an A100 is no A10, an L40S no L4."""
+    assert peak_flops(name, bf16) == peak
 
 
 SLEEP = 0.2
