@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import browser
 from services import need
 
 from moe_dist.config_loading import ConfigError
@@ -363,6 +364,57 @@ def test_a_real_browser_draws_every_figure_and_the_slider_works(run: Path, tmp_p
     assert told["width"] == 4
     assert len(told["figures"]) == len([name for name in shown if name.startswith("figure-")])
     assert all(told["figures"])
+
+
+@pytest.mark.slow
+def test_the_keyboard_is_enough(run: Path, tmp_path: Path) -> None:
+    """Real keys: controls are reached by Tab, in order and with a visible focus, and do what they say. Seen to fail
+    with `tabindex="-1"` on the slider, with `outline: none`, with a slider that does not listen, and with the buttons of a
+    figure shown to the mouse alone.
+    """
+    page = write_report([run])
+    frames = data(page.read_text())["frames-0"]
+    steps = frames["steps"]
+    with browser(tmp_path) as chromium:
+        chromium.open(page)
+        passed: list[str] = []
+
+        def tab_to(wanted: str) -> None:
+            for _ in range(80):
+                chromium.press("Tab")
+                name, outline, opacity = chromium.told(
+                    "(() => { const at = document.activeElement, bar = at.closest('.modebar');"
+                    " return [at.getAttribute('href') || at.id || at.tagName.toLowerCase(),"
+                    " getComputedStyle(at).outlineStyle, bar ? getComputedStyle(bar).opacity : '1']; })()"
+                )
+                passed.append(name)
+                if name != "body":
+                    assert (outline, opacity) == ("solid", "1"), name
+                if name == wanted:
+                    return
+            raise AssertionError(f"{wanted} is out of reach: {passed}")
+
+        tab_to("contrast")
+        assert passed == ["#findings", "contrast"]  # a link over all of this comes first
+        chromium.press("Enter")
+        assert chromium.told("document.documentElement.classList.contains('contrast')") is True
+        tab_to("#experts")
+        chromium.press("Enter")
+        tab_to("slider-0")
+        assert passed[-2:] == ["#experts", "slider-0"]
+        for key, place in (("ArrowLeft", -2), ("ArrowLeft", -3), ("ArrowRight", -2), ("Home", 0)):
+            chromium.press(key)
+            assert chromium.told("document.getElementById('step-0').textContent") == f"step {steps[place]}", key
+            assert chromium.told("document.getElementById('load-0').data[0].z") == frames["z"][place], key
+        tab_to("summary")  # the last interval in numbers, folded
+        details = "document.activeElement.parentElement.open"
+        assert chromium.told(details) is False
+        chromium.press("Enter")
+        assert chromium.told(details) is True
+        tab_to("slider-domains-0")
+        before = chromium.told("document.getElementById('step-domains-0').textContent")
+        chromium.press("ArrowLeft")
+        assert chromium.told("document.getElementById('step-domains-0').textContent") != before
 
 
 @pytest.mark.slow
