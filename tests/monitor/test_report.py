@@ -382,8 +382,8 @@ def test_the_keyboard_is_enough(run: Path, tmp_path: Path) -> None:
             for _ in range(80):
                 chromium.press("Tab")
                 name, outline = chromium.told(
-                    "[document.activeElement.getAttribute('href') || document.activeElement.id ||"
-                    " document.activeElement.tagName.toLowerCase(), getComputedStyle(document.activeElement).outlineStyle]"
+                    "(() => { const at = document.activeElement; return [at.getAttribute('href') ||"
+                    " at.id || at.tagName.toLowerCase(), getComputedStyle(at).outlineStyle]; })()"
                 )
                 passed.append(name)
                 if name != "body":
