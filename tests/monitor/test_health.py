@@ -33,7 +33,7 @@ def test_a_recovered_expert_may_be_told_again() -> None:
 
 
 def test_one_that_dies_later_is_told_too() -> None:
-    """Seen to fail with one count for all experts of a layer."""
+    """Seen to fail with a layer told once while any of its experts is dead."""
     health = Health()
     early, late = [50, 50, 0, 60, 50, 50], [50, 0, 0, 60, 50, 50]
     loads = [early] * 5 + [late] * 5 + [early] * 5
@@ -45,7 +45,7 @@ def test_one_that_dies_later_is_told_too() -> None:
 
 def test_chance_kills_nobody() -> None:
     """A balanced layer whose intervals are short: each leaves two or three of 128 experts without a token, others every
-    time. Seen to fail with one count for all experts of a layer, at once, and with `ENOUGH = 0`, after 1,955 intervals.
+    time. Seen to fail with `ENOUGH = 0`, after 1,955 intervals.
     """
     source = np.random.default_rng(0)
     loads = source.multinomial(512, [1 / 128] * 128, size=4000).tolist()
