@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -176,7 +176,14 @@ def profile(
     context: typer.Context,
     config: ConfigPath,
     steps: Annotated[int, typer.Option(min=1, help="Steps to profile, after 3 to warm up.")] = 5,
-    memory: Annotated[bool, typer.Option("--memory", help="Also measure what is kept for backward.")] = False,
+    compute: Annotated[
+        bool, typer.Option("--compute", help="Measure where the time goes; so it is without --memory too.")
+    ] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure what is kept for backward.")] = False,
+    folder: Annotated[
+        str | None, typer.Option("--report", metavar="DIR", help="Folder for profile.html; default: the run folder.")
+    ] = None,
+    _form: Annotated[Literal["html"], typer.Option("--format", help="What is written; there is one form.")] = "html",
 ) -> None:
     """Show where the time and the memory of a training step go.
 
@@ -184,13 +191,13 @@ def profile(
     into the run folder: time by phase and by layer, all-to-all against compute, top operators, memory by owner, the
     layout. Nothing is logged, saved or resumed.
 
-    [dim]Example:[/dim]  moe-dist profile configs/demo.yaml --steps 10 --memory
+    [dim]Example:[/dim]  moe-dist profile configs/demo.yaml --compute --memory --steps 10 --report profiles
     """
     from launcher.worker import Profiling
 
     _join()
     settings = load_config(config, context.args, notice=_notice if os.environ.get("RANK", "0") == "0" else _nothing)
-    wanted = Profiling(steps=steps, memory=memory)
+    wanted = Profiling(steps=steps, compute=compute or not memory, memory=memory, folder=folder)
     if started_by_torchrun():
         from launcher.worker import run_under_torchrun
 

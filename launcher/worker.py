@@ -70,7 +70,10 @@ class Profiling(Proof):
     """What `moe-dist profile` asks of every rank; it travels as a proof does, and like one is never started again."""
 
     steps: int = 10
+    compute: bool = True
     memory: bool = False
+    folder: str | None = None
+    """Where the page goes; None: into the run folder."""
 
 
 def train(config: Config, environment: Environment) -> int:
@@ -150,8 +153,9 @@ def profile(config: Config, environment: Environment, wanted: Profiling) -> int:
     from moe_dist.monitor.profile_page import terminal_lines
     from moe_dist.train.profiling import run_profile
 
+    folder = config.train.output_dir if wanted.folder is None else Path(wanted.folder)
     with connected(config, environment) as mesh:
-        told = run_profile(config, mesh, wanted.steps, wanted.memory)
+        told = run_profile(config, mesh, wanted.steps, wanted.compute, wanted.memory, folder)
     if told is not None:
         print("\n".join([*terminal_lines(told[0]), "", str(told[1])]), flush=True)
     return 0

@@ -433,7 +433,8 @@ class MonitorConfig(Section):
     progress: Literal["auto", "live", "plain", "none"] = "auto"
     """Console: a live line on a terminal, plain lines elsewhere, or nothing."""
     peak_flops: PositiveFloat | None = None
-    """Floating-point operations per second of one device, for the MFU: 989e12 for an H100 in bfloat16; null: no MFU."""
+    """Floating-point operations per second of one device, for the MFU: 989e12 for an H100 in bfloat16; null: that
+    of the device where it is known, else no MFU."""
     stall_timeout: PositiveFloat = 60.0
     """Seconds in which no rank has moved after which a run counts as hung: it is said whom the others wait for, and all
     ranks end; from the first step on."""

@@ -79,14 +79,14 @@ class LoadFacts:
     """What one layer has seen since the facts were last taken; tensors on the layer's device, never
     synchronised.
 
-    `pairs_E` int64 (pairs routed to each expert, before any drop), `dropped` int64, `tokens` int64; `sums`
+    `pairs_E` int64 (pairs routed to each expert, before any drop), `dropped_E` int64, `tokens` int64; `sums`
     (5,) float64: over tokens, the sum of the load-balancing loss (1.0 = balanced), the z-loss, the router's
     entropy in nats, its confidence, the largest of a token's scores, and the mean square of a token's logits.
     `pairs_NE` int64: pairs of each named source (N domains); None where they are not counted.
     """
 
     pairs_E: Tensor
-    dropped: Tensor
+    dropped_E: Tensor
     tokens: Tensor
     sums: Tensor
     pairs_NE: Tensor | None = None
@@ -99,10 +99,12 @@ class LoadFacts:
         # float32 on devices without float64 (Apple's); elsewhere sums over an interval keep every digit.
         wide = torch.float32 if device.type == "mps" else torch.float64
         by_domain = count(num_domains, num_experts) if num_domains else None
-        return LoadFacts(count(num_experts), count(), count(), torch.zeros(5, dtype=wide, device=device), by_domain)
+        return LoadFacts(
+            count(num_experts), count(num_experts), count(), torch.zeros(5, dtype=wide, device=device), by_domain
+        )
 
     def zero_(self) -> None:
-        for tensor in (self.pairs_E, self.dropped, self.tokens, self.sums, self.pairs_NE):
+        for tensor in (self.pairs_E, self.dropped_E, self.tokens, self.sums, self.pairs_NE):
             if tensor is not None:
                 tensor.zero_()
 
@@ -180,7 +182,8 @@ class LoadBalance:
         counts.scatter_add_(0, places_TK.flatten(), torch.ones_like(places_TK).flatten())
         self.facts.pairs_NE += counts.view(num_domains, bins)[:, : self.num_experts]
 
-    def record_dropped(self, num_pairs: Tensor) -> None:
-        """Count pairs (0-dim int64) that found no place."""
+    def record_dropped(self, ids_TK: Tensor, kept_TK: Tensor) -> None:
+        """Count pairs that found no place: chosen experts before and after the drop."""
         if self.facts is not None and not is_recomputing():
-            self.facts.dropped += num_pairs
+            dropped_TK = ids_TK.masked_fill(kept_TK < self.num_experts, self.num_experts)
+            self.facts.dropped_E += count_load(dropped_TK, self.num_experts, 1)[0]

@@ -113,7 +113,7 @@ class MoE(nn.Module):
             auxiliary_loss = self.balance.losses(routing, valid_T, num_sequences, token_scale)
         if self.capacity_factor is not None and self.training:
             kept_TK = drop_over_capacity(ids_TK, self.num_experts, self._capacity(ids_TK, valid_T))
-            self.balance.record_dropped(((kept_TK == self.num_experts) & (ids_TK < self.num_experts)).sum())
+            self.balance.record_dropped(ids_TK, kept_TK)
             routing = replace(routing, expert_ids_TK=kept_TK, complete=False)
         if self.expert_dropout and self.training:
             routing = replace(routing, weights_TK=F.dropout(routing.weights_TK, self.expert_dropout))

@@ -7,12 +7,12 @@ counts of an unfinished interval, so that a run that goes on from a checkpoint d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from moe_dist.config import BalanceConfig
 from moe_dist.monitor.expert_stats import layer_record
-from moe_dist.monitor.health import PATIENCE_OF, conditions
+from moe_dist.monitor.health import PATIENCE_OF, Absence, conditions
 from moe_dist.monitor.records import ActionRecord, LayerRecord
 
 FACTOR = 2.0
@@ -112,6 +112,7 @@ class Policy:
                 "lasted": dict(state.lasted),
                 "calm": state.calm,
                 "pairs": list(state.pairs),
+                "absence": asdict(state.absence),
             }
             for layer, state in self._layers.items()
         }
@@ -121,7 +122,8 @@ class Policy:
         for layer in self._layers:
             known = saved.get(str(layer))
             if known is not None and len(known["levels"]) == len(self.levers):
-                self._layers[layer] = _Layer(**known)
+                # A checkpoint of an older version does not know which experts were absent.
+                self._layers[layer] = _Layer(**known | {"absence": Absence(**known.get("absence", {}))})
 
 
 @dataclass
@@ -138,11 +140,15 @@ class _Layer:
     """Intervals in a row without any."""
     pairs: list[int] = field(default_factory=list)
     """Of each expert, in the interval that is not whole yet."""
+    absence: Absence = field(default_factory=Absence)
 
     def observe(self, record: LayerRecord) -> tuple[str | None, int]:
         """The trouble that has lasted, if any, and the number of intervals in a row without any."""
+        absent = self.absence.observe(record.tokens_per_expert)
         present = conditions(record)
         self.lasted = {kind: self.lasted.get(kind, 0) + 1 for kind, is_there in present.items() if is_there}
+        if absent:  # of each expert by itself: another one every time is no dead expert
+            self.lasted = {"dead_experts": max(absent.values())} | self.lasted
         self.calm = 0 if self.lasted else self.calm + 1
         self.wait = max(0, self.wait - 1)
         return next((kind for kind, count in self.lasted.items() if count >= PATIENCE_OF[kind]), None), self.calm

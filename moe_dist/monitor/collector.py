@@ -47,8 +47,8 @@ class Collector:
         self._reduce = reduce
         self.ep_size, self.rank, self.world_size = ep_size, rank, world_size
         num_layers = len(self.moe_layer_numbers)
-        # Columns of counts: the experts' pairs, dropped pairs, tokens.
-        self._counts = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=self.device)
+        # Columns of counts: the experts' pairs, their dropped pairs, tokens.
+        self._counts = torch.zeros(num_layers, 2 * num_experts + 1, dtype=torch.int64, device=self.device)
         self._sums = torch.zeros(num_layers, 5, dtype=torch.float64, device=self.device)
         self._domains = torch.zeros(num_layers, num_domains, num_experts, dtype=torch.int64, device=self.device)
         self._rows: dict[tuple[int, ...], Tensor] = {}
@@ -63,8 +63,7 @@ class Collector:
             return
         facts = list(facts_by_layer.values())
         rows_l = self._rows_of(tuple(facts_by_layer))
-        dropped_and_tokens = torch.stack([torch.stack((one.dropped, one.tokens)) for one in facts])
-        counts = torch.cat((torch.stack([one.pairs_E for one in facts]), dropped_and_tokens), dim=1)
+        counts = torch.stack([torch.cat((one.pairs_E, one.dropped_E, one.tokens[None])) for one in facts])
         self._counts.index_add_(0, rows_l, counts)
         self._sums.index_add_(0, rows_l, torch.stack([one.sums for one in facts]).to(self._sums.dtype))
         by_domain = [one.pairs_NE for one in facts if one.pairs_NE is not None]
@@ -92,13 +91,15 @@ class Collector:
         self._counts.zero_()
         self._sums.zero_()
         self._domains.zero_()
-        widths = (self.num_experts + 2, self._sums.shape[1], self._domains.shape[1] * self.num_experts)
+        widths = (self._counts.shape[1], self._sums.shape[1], self._domains.shape[1] * self.num_experts)
         counts, sums, domains = host.split(widths, dim=1)
         by_domain = domains.to(torch.int64).view(self._domains.shape).numpy() if widths[2] else None
+        num = self.num_experts
         layers = [
             layer_record(
-                *(layer, count[:-2], int(count[-2]), int(count[-1]), total, self.top_k, self.ep_size),
+                *(layer, count[:num], int(count[num:-1].sum()), int(count[-1]), total, self.top_k, self.ep_size),
                 None if by_domain is None else by_domain[index],
+                count[num:-1],
             )
             for index, (layer, count, total) in enumerate(
                 zip(self.moe_layer_numbers, counts.to(torch.int64).numpy(), sums.numpy(), strict=True)

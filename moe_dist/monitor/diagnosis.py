@@ -29,6 +29,8 @@ STARVED = 0.2
 TALKATIVE = 0.5
 """Share of step time in all-to-all."""
 LOW_MFU = 0.1
+LARGE_NORM = 10.0
+"""Norm of the gradient of a mean over tokens, before clipping, that a run in good health has left behind early."""
 BLOCKED = 0.1
 """Share of the time between two checkpoints in which training waited for one."""
 OVERFITTED = 1.05
@@ -40,23 +42,26 @@ UNEQUAL_ROWS = 1.5
 class Diagnosis:
     """Takes the records of a run one after the other and gives what each of them adds."""
 
-    def __init__(self, hosts: Sequence[str] = ()) -> None:
-        self.hosts = list(hosts)
+    def __init__(self, hosts: Sequence[str] = (), stages: Sequence[int] = ()) -> None:
+        """`hosts` and `stages`: host and pipeline stage of each rank."""
         self.health = Health()
         self._lasting = Lasting()
+        self._skipped = 0
+        self.resumed(hosts, stages)
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._first: list[float] = []
         self._first_step, self._from_the_start = 0, True
         self._intervals = 0
         self._lowest = math.inf
-        self._stragglers: set[int] = set()
-        self._skipped = 0
         self._evals: list[tuple[float, float]] = []
-        self._saved_at: float | None = None
 
-    def resumed(self, hosts: Sequence[str]) -> None:
-        """A start of the run: its hosts; the time since the last checkpoint says nothing."""
-        self.hosts, self._saved_at, self._skipped = list(hosts), None, 0
+    def resumed(self, hosts: Sequence[str], stages: Sequence[int] = ()) -> None:
+        """A start of the run: the machines may be others, the model and its loss are the same."""
+        self.hosts, self.stages = list(hosts), list(stages)
+        self._pace = Lasting()
+        self._stragglers: set[int] = set()
+        self._saved_at: float | None = None
+        self._skipped_told = False
 
     def train(self, record: TrainRecord) -> list[Finding]:
         """A logging interval."""
@@ -71,17 +76,15 @@ class Diagnosis:
         if self._lasting.reaches("not finite", not math.isfinite(loss), 1):
             words = "the loss is not finite; lower optimizer.learning_rate or lengthen the warm-up"
             found.append(Finding("loss_not_finite", "critical", words, "optimizer.learning_rate", step))
-        if record.skipped_steps > self._skipped:
-            if not self._skipped:
-                words = (
-                    f"{record.skipped_steps} steps were skipped for a loss or gradient that was not finite; lower "
-                    "optimizer.learning_rate"
-                )
-                numbers = {"skipped_steps": float(record.skipped_steps)}
-                found.append(
-                    Finding("skipped_steps", "warning", words, "optimizer.learning_rate", step, evidence=numbers)
-                )
-            self._skipped = record.skipped_steps
+        if record.skipped_steps > self._skipped and not self._skipped_told:
+            words = (
+                f"{record.skipped_steps} steps were skipped for a loss or gradient that was not finite; lower "
+                "optimizer.learning_rate"
+            )
+            numbers = {"skipped_steps": float(record.skipped_steps)}
+            found.append(Finding("skipped_steps", "warning", words, "optimizer.learning_rate", step, evidence=numbers))
+            self._skipped_told = True
+        self._skipped = record.skipped_steps  # goes on over restarts, and back with a checkpoint
         if not math.isfinite(loss):
             return found
         past = list(self._losses)
@@ -98,6 +101,14 @@ class Diagnosis:
                 )
                 numbers = {"loss": loss, "median": median, "limit": limit}
                 found.append(Finding("loss_spike", "warning", words, "optimizer.learning_rate", step, evidence=numbers))
+        norm = record.grad_norm
+        if self._lasting.reaches("gradient", norm > LARGE_NORM, LONG_PATIENCE):
+            words = (
+                f"the gradient's norm has been above {LARGE_NORM:g} for {LONG_PATIENCE} intervals, now {norm:.1f}; "
+                "lower optimizer.learning_rate or lengthen the warm-up, and look at the data"
+            )
+            numbers = {"grad_norm": norm}
+            found.append(Finding("gradient_norm", "warning", words, "optimizer.learning_rate", step, evidence=numbers))
         self._losses.append(loss)
         self._intervals += 1
         if len(self._first) < 3:
@@ -131,13 +142,13 @@ class Diagnosis:
     def _speed(self, record: TrainRecord) -> list[Finding]:
         found, step = [], record.step
         wait, talk = record.data_wait_share, record.all_to_all_share
-        if self._lasting.reaches("starved", wait > STARVED, PATIENCE):
+        if self._pace.reaches("starved", wait > STARVED, PATIENCE):
             words = f"{wait:.0%} of the time went into waiting for data; raise data.dataloader_num_workers"
             numbers = {"data_wait_share": wait}
             found.append(
                 Finding("data_starved", "warning", words, "data.dataloader_num_workers", step, evidence=numbers)
             )
-        if self._lasting.reaches("talkative", talk > TALKATIVE, LONG_PATIENCE):
+        if self._pace.reaches("talkative", talk > TALKATIVE, LONG_PATIENCE):
             words = (
                 f"{talk:.0%} of the time goes into all-to-all: lower parallel.ep_size, keep it inside a host, or raise "
                 "train.per_device_train_batch_size"
@@ -145,7 +156,7 @@ class Diagnosis:
             numbers = {"all_to_all_share": talk, "all_to_all_bytes": float(record.all_to_all_bytes)}
             found.append(Finding("all_to_all_bound", "warning", words, "parallel.ep_size", step, evidence=numbers))
         slow = record.mfu is not None and record.mfu < LOW_MFU
-        if self._lasting.reaches("low mfu", slow, LONG_PATIENCE) and record.mfu is not None:
+        if self._pace.reaches("low mfu", slow, LONG_PATIENCE) and record.mfu is not None:
             phases = {
                 key: record.phase_seconds.get(key, 0.0) for key in ("data", "computing", "all_to_all", "gradients")
             }
@@ -162,7 +173,8 @@ class Diagnosis:
     def _straggling(self, record: TrainRecord) -> list[Finding]:
         new = [rank for rank in record.stragglers if rank not in self._stragglers]
         self._stragglers = set(record.stragglers)
-        return [straggler(rank, record.ranks, record.step, self.hosts) for rank in new if record.ranks is not None]
+        found = record.ranks
+        return [straggler(rank, found, record.step, self.hosts, self.stages) for rank in new if found is not None]
 
     def evaluation(self, record: EvalRecord) -> list[Finding]:
         """An evaluation."""
@@ -195,7 +207,7 @@ class Diagnosis:
         if between < record.blocked_seconds:  # clocks that do not fit together
             return []
         share = record.blocked_seconds / max(between, 1e-9)
-        if not self._lasting.reaches("slow checkpoint", share > BLOCKED, 2):
+        if not self._pace.reaches("slow checkpoint", share > BLOCKED, 2):
             return []
         words = (
             f"training waits for checkpoints {share:.0%} of the time ({record.blocked_seconds:.1f} s each); set "
@@ -205,11 +217,17 @@ class Diagnosis:
         return [Finding("slow_checkpoint", "warning", words, "checkpoint.background", record.step, evidence=numbers)]
 
 
-def straggler(rank: int, ranks: RanksRecord, step: int | None, hosts: Sequence[str]) -> Finding:
-    """A slow rank with its host, the phase in which it loses most, and whether its load explains it."""
+def straggler(
+    rank: int, ranks: RanksRecord, step: int | None, hosts: Sequence[str], stages: Sequence[int] = ()
+) -> Finding:
+    """A slow rank with its host, the phase in which it loses most, and whether its load explains it; the others are
+    those of its pipeline stage, which do the same work.
+    """
+    everyone = range(len(ranks.own_seconds))
+    alike = [one for one in everyone if one != rank and (not stages or stages[one] == stages[rank])]
 
     def others(values: Sequence[float]) -> float:
-        return statistics.median(value for index, value in enumerate(values) if index != rank)
+        return statistics.median(values[index] for index in alike)
 
     own, usual = ranks.own_seconds[rank], others(ranks.own_seconds)
     lost = {

@@ -24,8 +24,7 @@ def findings(run: RunLog, now: float | None = None) -> list[Finding]:
     for number, row in enumerate(run.rows):
         kind = row["kind"]
         if kind == "run":
-            # What a start before has left half-way, a long streak or an old checkpoint, is not this one's.
-            diagnosis.resumed(row.get("hosts", []))
+            diagnosis.resumed(row.get("hosts", []), row.get("stage_of_rank", []))
         elif kind == "train":
             found += diagnosis.train(TrainRecord.of(row))
         elif kind == "eval":

@@ -29,13 +29,14 @@ def layer_record(
     top_k: int,
     ep_size: int = 1,
     pairs_NE: npt.NDArray[np.int64] | None = None,
+    dropped_E: npt.NDArray[np.int64] | None = None,
 ) -> LayerRecord:
     """The record of one layer.
 
     `pairs_E` (E,) pairs routed to each expert before any drop; `dropped` pairs without a place; `tokens`
     routed, each to `top_k` experts; `sums` (5,) over tokens: load-balancing loss, z-loss, router entropy,
     router confidence, mean square of the logits. `ep_size` ranks hold the experts, in blocks of equally many.
-    `pairs_NE` (N, E): the pairs of each of N domains.
+    `pairs_NE` (N, E): the pairs of each of N domains. `dropped_E` (E,): the dropped pairs by expert.
     Without tokens every ratio is 0.0 (a measured imbalance is at least 1.0) and every expert is dead.
     """
     counts = [int(count) for count in pairs_E]
@@ -58,6 +59,7 @@ def layer_record(
         rank_imbalance=rank_imbalance,
         # Not max(0.0, NaN), which would be 0.0: a NaN must be seen.
         domain_tokens=[] if pairs_NE is None else pairs_NE.tolist(),
+        kept_per_expert=(load_E.astype(np.int64) - dropped_E).tolist() if dropped and dropped_E is not None else [],
         router_logits_rms=math.sqrt(square) if square > 0 else square,
     )
 

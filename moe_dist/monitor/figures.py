@@ -235,7 +235,8 @@ def utilisation(shown: dict[str, Any]) -> go.Figure:
 def checkpoints(run: RunLog) -> go.Figure:
     """How long each checkpoint took and how long training waited; crosses failed, lines are restarts."""
     made = figure(yaxis_title="seconds", barmode="stack", hovermode="closest")
-    good = [row for row in run.checkpoints if row["ok"]]
+    # After a restart a step may be saved again; bars of the same step would be stacked.
+    good = list({row["step"]: row for row in run.checkpoints if row["ok"]}.values())
     bad = [row for row in run.checkpoints if not row["ok"]]
     steps = [row["step"] for row in good]
     waited = [row["blocked_seconds"] for row in good]

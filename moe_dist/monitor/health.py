@@ -5,6 +5,7 @@ that helps.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -16,6 +17,9 @@ PATIENCE = 3
 """Logging intervals in a row before anything is said: early in training every router is unbalanced."""
 LONG_PATIENCE = 10
 """The same for what training may mend by itself."""
+ENOUGH = 32
+"""Tokens that an expert must have missed by its fair share before it counts as without tokens: of a balanced layer it
+would miss so many by chance once in 10^14 intervals, however short these are."""
 COLLAPSE = 0.5
 """A layer has collapsed when fewer than this share of its experts carry its load (exp(entropy) / E)."""
 SATURATED = 0.02
@@ -67,12 +71,37 @@ class Lasting:
         return count == patience
 
 
+@dataclass
+class Absence:
+    """Experts of one layer without tokens: two counts for each expert, of the intervals in a row without one."""
+
+    intervals: list[int] = field(default_factory=list)
+    """How many."""
+    missed: list[int] = field(default_factory=list)
+    """The (token, expert) pairs of the whole layer in them."""
+
+    def observe(self, load: Sequence[int]) -> dict[int, int]:
+        """An interval, with the pairs of each expert: for those that are absent, and not by chance, how many intervals.
+
+        Integers only: the same in every layout.
+        """
+        total, none = sum(load), [0] * len(load)
+        counts = zip(load, self.intervals or none, self.missed or none, strict=True)
+        absent = [(0, 0) if tokens else (count + 1, missed + total) for tokens, count, missed in counts]
+        self.intervals, self.missed = [count for count, _ in absent], [missed for _, missed in absent]
+        return {expert: count for expert, (count, missed) in enumerate(absent) if missed >= ENOUGH * len(load)}
+
+
 class Health:
-    """Watches every interval's layers. A condition is told when it has lasted, and again only after it has gone."""
+    """Watches every interval's layers. A condition is told when it has lasted, and again only after it has gone; dead
+    experts are told when there is a new one among them.
+    """
 
     def __init__(self, patience: int = PATIENCE) -> None:
         self.patience = patience
         self._lasting = Lasting()
+        self._absence: dict[int, Absence] = defaultdict(Absence)
+        self._dead: dict[int, set[int]] = defaultdict(set)
 
     def observe(self, layers: Sequence[LayerRecord], step: int | None = None) -> list[Finding]:
         """What has now lasted `patience` intervals."""
@@ -82,8 +111,10 @@ class Health:
         found = []
         layer, load = record.layer, record.tokens_per_expert
         present = conditions(record)
-        if self._lasting.reaches(("dead", layer), present["dead_experts"], self.patience):
-            dead = [expert for expert, tokens in enumerate(load) if tokens == 0]
+        absent = self._absence[layer].observe(load)
+        dead = [expert for expert, intervals in absent.items() if intervals >= self.patience]
+        known, self._dead[layer] = self._dead[layer], set(dead)
+        if not known.issuperset(dead):
             names = ", ".join(map(str, dead[:8])) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
             found.append(
                 Finding(
@@ -150,10 +181,11 @@ class Health:
 
 
 def conditions(record: LayerRecord) -> dict[str, bool]:
-    """What is wrong with a layer's balance in this very interval; an imbalance that is a collapse counts as that."""
+    """What is wrong with a layer's balance in this very interval, besides experts that are absent; an imbalance that is
+    a collapse counts as that.
+    """
     collapsed = used_share(record) < COLLAPSE
     return {
-        "dead_experts": any(tokens == 0 for tokens in record.tokens_per_expert),
         "collapse": collapsed,
         "imbalance": record.load_imbalance > IMBALANCED and not collapsed,
     }

@@ -74,6 +74,7 @@ class Profile:
     flops_per_token: int
     device: str
     ranks: list[RankProfile]
+    with_compute: bool
     with_memory: bool
 
     @property
@@ -110,6 +111,9 @@ class Profile:
 
 def terminal_lines(profile: Profile) -> list[str]:
     """The short form: phases, layers, all-to-all, memory."""
+    of_memory = f"  memory of rank 0            {_state_words(profile.ranks[0])}"
+    if not profile.with_compute:
+        return [of_memory]
     step = profile.step_seconds
     lines = [
         f"{profile.steps} steps, {1000 * step:.1f} ms each, {compact(profile.tokens_per_step / step)} tokens/s",
@@ -126,9 +130,7 @@ def terminal_lines(profile: Profile) -> list[str]:
         lines.append(f"  {name:<26}{1000 * both['forward']:>10.2f}    {1000 * both['backward']:>10.2f}")
     talk, compute = profile.talking()
     lines += ["", f"  all-to-all against compute  {1000 * talk:.2f} ms : {1000 * compute:.2f} ms"]
-    first = profile.ranks[0]
-    lines.append(f"  memory of rank 0            {_state_words(first)}")
-    return lines
+    return [*lines, of_memory]
 
 
 def _state_words(rank: RankProfile) -> str:
@@ -145,10 +147,7 @@ def write_page(profile: Profile, path: Path) -> None:
         sentence=_text(profile.sentence),
         layout=_text("\n".join(profile.layout)),
         lead=_text(_lead(profile)),
-        phases=_phase_table(profile),
-        talk=_talk_table(profile),
-        parts=_part_table(profile),
-        operators=_operator_table(profile),
+        **{name: table(profile) if profile.with_compute else _NOT_TIMED for name, table in _TIMES.items()},
         memory=_memory_table(profile),
         saved=_saved_table(profile),
     )
@@ -156,6 +155,8 @@ def write_page(profile: Profile, path: Path) -> None:
 
 
 def _lead(profile: Profile) -> str:
+    if not profile.with_compute:
+        return f"Steps of {profile.tokens_per_step:,} tokens; no time was measured."
     step = profile.step_seconds
     flops = profile.flops_per_token * profile.tokens_per_step / step
     return (
@@ -240,6 +241,11 @@ def _saved_table(profile: Profile) -> str:
         for layer, name, size in sorted(profile.ranks[0].saved, key=lambda one: -one[2])
     ]
     return _table(["layer", "part, rank 0", "", "bytes kept for backward", "share"], rows)
+
+
+_TIMES = {"phases": _phase_table, "talk": _talk_table, "parts": _part_table, "operators": _operator_table}
+"""Sections that need --compute."""
+_NOT_TIMED = "<p>Run with --compute to see where the time goes.</p>"
 
 
 def _bar(share: float) -> str:

@@ -41,6 +41,8 @@ class LayerRecord:
     """Load of the busiest of the ranks that share the experts / their mean; 1.0: balanced; 0.0: nothing was routed."""
     router_logits_rms: float = 0.0
     """Root mean square of the router's logits over tokens and experts; 0.0 in logs older than this field."""
+    kept_per_expert: list[int] = field(default_factory=list)
+    """As `tokens_per_expert`, after the drop; empty when nothing was dropped."""
     domain_tokens: list[list[int]] = field(default_factory=list)
     """As `tokens_per_expert`, of each named source of data; empty unless there are several."""
 
@@ -61,6 +63,12 @@ class RanksRecord:
     """Peak memory: allocated on CUDA, resident set size on CPU."""
     rows_to: list[list[int]] = field(default_factory=list)
     """For each rank, rows it sent to each rank of its expert-parallel group, itself included; empty without."""
+    bytes_to: list[list[int]] = field(default_factory=list)
+    """For each rank, bytes it sent by all-to-all to each rank of its expert-parallel group, 0 to itself."""
+    dispatch_seconds: list[float] = field(default_factory=list)
+    """Mean seconds of a step in which rows went to their experts, and their gradients back; device time on CUDA."""
+    combine_seconds: list[float] = field(default_factory=list)
+    """Mean seconds of a step in which rows came home, and their gradients back; device time on CUDA."""
 
 
 class Record:
@@ -120,13 +128,13 @@ class TrainRecord(Record):
     step_seconds: float
     """Seconds per optimizer step, mean over the interval."""
     all_to_all_share: float
-    """Share of step time in dispatch and combine, 0..1."""
+    """Share of step time in dispatch and combine, 0..1, of the rank that waits least there."""
     data_wait_share: float
-    """Share of step time spent waiting for a batch, 0..1."""
+    """Share of step time spent waiting for a batch, 0..1, of the rank that waits longest."""
     skipped_steps: int
-    """Optimizer steps skipped since the start for a non-finite loss or gradient."""
+    """Optimizer steps skipped since the start of the run for a non-finite loss or gradient."""
     elapsed_seconds: float
-    """Seconds of training since this start of the run."""
+    """Seconds of training, over all starts of the run."""
     remaining_seconds: float | None
     """Expected seconds to the end; None when unknown."""
     memory_bytes: int
@@ -138,10 +146,20 @@ class TrainRecord(Record):
     `checkpoint`."""
     flops_per_second: float = 0.0
     """Floating-point operations per second that the model needs, all ranks, by its active parameters."""
+    tokens_per_second_per_device: float = 0.0
+    """`tokens_per_second` / ranks."""
+    loss_std: float = 0.0
+    """Standard deviation of the finite losses of the interval's steps; 0.0 when there are fewer than two."""
     mfu: float | None = None
-    """`flops_per_second` / (ranks * monitor.peak_flops), 0..1; None when the peak is not known."""
+    """`flops_per_second` / (ranks * peak of the device), 0..1; None when the peak is not known."""
     all_to_all_bytes: int = 0
     """Bytes that all ranks together sent to other ranks by all-to-all, per optimizer step."""
+    all_to_all_bytes_between_hosts: int = 0
+    """The part of them that went to another host; the rest stayed inside one."""
+    dispatch_seconds: float = 0.0
+    """Seconds of a step in which rows went to their experts, and their gradients back, mean over ranks."""
+    combine_seconds: float = 0.0
+    """Seconds of a step in which rows came home, and their gradients back, mean over ranks."""
     row_imbalance: float = 0.0
     """Rows received by the busiest rank / mean of the ranks; 1.0: balanced; 0.0: no expert parallelism."""
     imbalance_seconds: float = 0.0
@@ -287,7 +305,7 @@ class RunSummary(Record):
     steps: int
     """Optimizer steps finished."""
     seconds: float
-    """Seconds of training since this start of the run."""
+    """Seconds of training, over all starts of the run."""
     initial_loss: float | None
     """First training loss, nats per token."""
     final_loss: float | None

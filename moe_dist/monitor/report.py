@@ -21,6 +21,7 @@ from moe_dist.monitor import figures, specialisation
 from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import overall, used_share
 from moe_dist.monitor.run_log import Row, RunLog, read_run
+from moe_dist.monitor.starts import TITLES, starts_table
 
 PAGE = Path(__file__).with_name("report_page.html")
 
@@ -85,6 +86,8 @@ def page(runs: Sequence[RunLog]) -> str:
             made.chart(f"checkpoints-{index}", figures.checkpoints(run), caption)
         else:
             made.add(f"<p>{_text(run.name)}: no checkpoint was written.</p>")
+        if run.starts:
+            made.add(f"<h3>Starts of {_text(run.name)}</h3>" + _table(TITLES, starts_table(run)))
     made.section("configuration", "Configuration", "".join(map(_configuration, runs)))
     lead = "".join(f"<p>{_text(run.starts[-1]['sentence'])}</p>" for run in runs if run.starts)
     return string.Template(PAGE.read_text(encoding="utf-8")).substitute(

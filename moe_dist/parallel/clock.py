@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from moe_dist.parallel.status import Status
 
+Way = Literal["dispatch", "combine"]
+"""Rows to their experts, and their gradients back; or rows home, and their gradients back."""
+
 
 class Traffic(NamedTuple):
     """What expert parallelism has moved on one rank."""
 
-    sent_bytes: int
-    """To other ranks, by all-to-all, in both directions of a step."""
+    bytes_to: tuple[int, ...]
+    """Bytes sent by all-to-all, in both directions of a step, to each rank of the expert-parallel group, 0 to itself;
+    empty before there are any."""
     received_rows: int
     """Rows, (token, expert) pairs, that came for this rank's experts, from itself and from others."""
     rows_to: tuple[int, ...]
     """Rows sent to each rank of the expert-parallel group, itself included; empty before there are any."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """To all other ranks."""
+        return sum(self.bytes_to)
 
 
 class Clock:
@@ -33,10 +42,11 @@ class Clock:
     def __init__(self, device: torch.device, status: Status | None = None) -> None:
         self.status = status or Status()
         self.cuda = device.type == "cuda"
-        self.seconds = 0.0
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._bytes, self._rows, self._stopped = 0, 0, False
+        self.seconds: dict[Way, float] = {"dispatch": 0.0, "combine": 0.0}
+        self.events: list[tuple[Way, torch.cuda.Event, torch.cuda.Event]] = []
+        self._rows, self._stopped = 0, False
         self._rows_to: list[int] = []
+        self._bytes_to: list[int] = []
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -47,10 +57,12 @@ class Clock:
         finally:
             self._stopped = before
 
-    def count(self, sent_bytes: int = 0) -> None:
-        """Something has been sent to other ranks."""
+    def count(self, rows: Sequence[int], row_bytes: int, rank: int) -> None:
+        """Rows of so many bytes have been sent to each rank of the group; `rank` is this one's place in it."""
         if not self._stopped:
-            self._bytes += sent_bytes
+            before = self._bytes_to or [0] * len(rows)
+            self._bytes_to = [old + new * row_bytes for old, new in zip(before, rows, strict=True)]
+            self._bytes_to[rank] = 0
 
     def count_rows(self, sent: list[int], received: int) -> None:
         """Rows have gone to each rank of the group, and have come for this rank's experts."""
@@ -60,13 +72,13 @@ class Clock:
 
     def take_traffic(self) -> Traffic:
         """What has been counted since the last call."""
-        taken = Traffic(self._bytes, self._rows, tuple(self._rows_to))
-        self._bytes, self._rows, self._rows_to = 0, 0, []
+        taken = Traffic(tuple(self._bytes_to), self._rows, tuple(self._rows_to))
+        self._bytes_to, self._rows, self._rows_to = [], 0, []
         return taken
 
     @contextmanager
-    def measure(self, layer: int | None = None) -> Iterator[None]:
-        """`layer`: the layer whose all-to-all it is."""
+    def measure(self, layer: int | None = None, way: Way = "dispatch") -> Iterator[None]:
+        """`layer` and `way`: the layer whose all-to-all it is, and which of the two."""
         before = self.status.inside("the all-to-all", layer)
         if self._stopped:
             yield
@@ -75,18 +87,19 @@ class Clock:
             start.record()
             yield
             end.record()
-            self.events.append((start, end))
+            self.events.append((way, start, end))
         else:
             started = time.perf_counter()
             yield
-            self.seconds += time.perf_counter() - started
+            self.seconds[way] += time.perf_counter() - started
         self.status.back(before)
 
-    def take(self) -> float:
+    def take(self) -> dict[Way, float]:
         """Seconds since the last call."""
         seconds = self.seconds
         if self.events:
-            self.events[-1][1].synchronize()
-            seconds += sum(start.elapsed_time(end) for start, end in self.events) / 1000.0
-        self.seconds, self.events = 0.0, []
+            self.events[-1][2].synchronize()
+        for way, start, end in self.events:
+            seconds[way] += start.elapsed_time(end) / 1000.0
+        self.seconds, self.events = {"dispatch": 0.0, "combine": 0.0}, []
         return seconds

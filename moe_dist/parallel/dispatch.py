@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_expert, tokens_from_rows
 from moe_dist.models.router import Routing
-from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.clock import Clock, Way
 
 
 class DispatchMismatchError(RuntimeError):
@@ -75,14 +75,16 @@ class AllToAllDispatcher:
             rows_per_expert=arriving.sum(0),
         )
         sorted_rows = rows_from_tokens(x_TD, permutation)
-        arrived_RD = _AllToAll.apply(sorted_rows, receive_splits, send_splits, self.group, self.clock, self.layer)
+        arrived_RD = _AllToAll.apply(
+            sorted_rows, receive_splits, send_splits, self.group, self.clock, self.layer, "dispatch"
+        )
         return _Reorder.apply(arrived_RD, arrival_of_row, row_of_arrival), plan
 
     def combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
         """(R, D) -> (T, D): rows go home, are weighted by their routing weights and summed over k in order."""
         arrived_RD = _Reorder.apply(rows_RD, plan.row_of_arrival, plan.arrival_of_row)
         sorted_rows = _AllToAll.apply(
-            arrived_RD, plan.send_splits, plan.receive_splits, self.group, self.clock, self.layer
+            arrived_RD, plan.send_splits, plan.receive_splits, self.group, self.clock, self.layer, "combine"
         )
         return tokens_from_rows(sorted_rows, plan.weights_TK, plan.permutation)
 
@@ -93,7 +95,7 @@ class AllToAllDispatcher:
         header = totals.new_tensor([self.layer, hidden_size]).expand(self.ep_size, 2)
         outgoing = torch.cat((header, totals, counts), dim=1).contiguous()
         incoming = torch.empty_like(outgoing)
-        self.clock.count(sent_bytes=(self.ep_size - 1) * outgoing[0].nbytes)
+        self.clock.count([1] * self.ep_size, outgoing[0].nbytes, self.group.rank())
         with self.clock.measure(self.layer):
             dist.all_to_all_single(incoming, outgoing, group=self.group)
         arriving = incoming[:, self._HEADER :]
@@ -136,18 +138,18 @@ class _AllToAll(torch.autograd.Function):
         group: ProcessGroup,
         clock: Clock,
         layer: int,
+        way: Way,
     ) -> Tensor:
-        ctx.arguments = (send_splits, receive_splits, group, clock, layer)
+        ctx.arguments = (send_splits, receive_splits, group, clock, layer, way)
         received = rows.new_empty(sum(receive_splits), rows.shape[1])
-        to_others = sum(send_splits) - send_splits[group.rank()]
-        clock.count(sent_bytes=to_others * rows.shape[1] * rows.element_size())
-        with clock.measure(layer):
+        clock.count(send_splits, rows.shape[1] * rows.element_size(), group.rank())
+        with clock.measure(layer, way):
             dist.all_to_all_single(received, rows.contiguous(), receive_splits, send_splits, group=group)
         return received
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        return _AllToAll.apply(grads[0], *ctx.arguments), None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
+        return _AllToAll.apply(grads[0], *ctx.arguments), None, None, None, None, None, None
 
 
 class _Reorder(torch.autograd.Function):

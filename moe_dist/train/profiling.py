@@ -66,22 +66,25 @@ class _Run:
         return result.num_tokens
 
 
-def run_profile(config: Config, mesh: Mesh, steps: int, memory: bool) -> tuple[Profile, Path] | None:
-    """Profile `steps` steps on every rank and write `profile.html` into the run folder; on rank 0 the profile and
-    where its page is, elsewhere None.
+def run_profile(
+    config: Config, mesh: Mesh, steps: int, compute: bool, memory: bool, folder: Path
+) -> tuple[Profile, Path] | None:
+    """Profile on every rank and write `profile.html` into `folder`; on rank 0 the profile and where its page is,
+    elsewhere None. `compute`: where the time of `steps` steps goes; `memory`: what a step keeps for backward.
     """
+    steps = steps if compute else 0
     run = _Run(config, mesh)
     try:
         cuda = mesh.device.type == "cuda"
         for _ in range(WARM_UP):
-            run.step()
+            tokens_per_step = run.step()
         saved, peak = _measure_memory(run) if memory else ({}, 0)
         run.clock.take()
         run.clock.take_traffic()
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
         parts: dict[tuple[Part, str], float] = {}
         # One profile per step keeps the numbers of autograd nodes apart, and memory bounded.
-        tokens, phases = 0, dict.fromkeys(PHASE_KEYS, 0.0)
+        phases = dict.fromkeys(PHASE_KEYS, 0.0)
         operators: dict[str, Operator] = {}
         with entered(run.model, run.clock) as ranges:
             for _ in range(steps):
@@ -89,7 +92,7 @@ def run_profile(config: Config, mesh: Mesh, steps: int, memory: bool) -> tuple[P
                 mesh.barrier()
                 with profile(activities=activities, acc_events=True) as profiler:
                     run.clock.status.take()
-                    tokens += run.step()
+                    run.step()
                     if cuda:
                         torch.cuda.synchronize()
                     taken = run.clock.status.take()
@@ -108,7 +111,7 @@ def run_profile(config: Config, mesh: Mesh, steps: int, memory: bool) -> tuple[P
         phases=phases,
         parts=[PartTime(part.layer, part.name, direction, time) for (part, direction), time in parts.items()],
         operators=sorted(operators.values(), key=lambda one: -one.seconds)[:TOP],
-        sent_bytes=run.clock.take_traffic().sent_bytes // steps,
+        sent_bytes=run.clock.take_traffic().sent_bytes // max(1, steps),
         state=_measured_state(run),
         predicted=state_bytes(config, mesh.layout)[place],
         saved=[(part.layer, part.name, size) for part, size in saved.items()],
@@ -122,13 +125,14 @@ def run_profile(config: Config, mesh: Mesh, steps: int, memory: bool) -> tuple[P
         sentence=sentence(config, mesh.layout, mesh.device.type),
         layout=layout_lines(mesh.layout, config.model.num_experts),
         steps=steps,
-        tokens_per_step=tokens // steps,
+        tokens_per_step=tokens_per_step,
         flops_per_token=flops_per_token(config.model, config.data.max_seq_length),
         device=mesh.device.type,
         ranks=ranks,
+        with_compute=compute,
         with_memory=memory,
     )
-    path = config.train.output_dir / "profile.html"
+    path = folder / "profile.html"
     write_page(told, path)
     return told, path
 

@@ -23,7 +23,7 @@ from moe_dist.models.layers import SwiGLU
 from moe_dist.models.moe import Dispatcher, MoE
 from moe_dist.models.router import Router
 from moe_dist.models.transformer import Block, Transformer
-from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.clock import Clock, Way
 
 PREFIX = "moe_dist/"
 BACKWARD = "autograd::engine::evaluate_function: "
@@ -164,8 +164,8 @@ def entered(model: Transformer, clock: Clock) -> Iterator[Ranges]:
         handles.append(module.register_forward_hook(lambda *_: ranges.leave()))
 
     @contextmanager
-    def measure(layer: int | None = None) -> Iterator[None]:
-        with ranges.part(layer, "all-to-all"), plain(layer):
+    def measure(layer: int | None = None, way: Way = "dispatch") -> Iterator[None]:
+        with ranges.part(layer, "all-to-all"), plain(layer, way):
             yield
 
     try:

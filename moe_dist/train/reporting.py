@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import statistics
 import sys
@@ -17,10 +18,18 @@ from moe_dist.config import Config
 from moe_dist.models.auxiliary import LoadFacts
 from moe_dist.models.counts import expert_share, flops_per_token
 from moe_dist.monitor.collector import Collector
+from moe_dist.monitor.devices import peak_flops
 from moe_dist.monitor.diagnosis import Diagnosis
 from moe_dist.monitor.expert_stats import imbalance_seconds
 from moe_dist.monitor.health import Finding
-from moe_dist.monitor.rank_facts import PHASE_KEYS, mean_phases, pack_row, ranks_record
+from moe_dist.monitor.rank_facts import (
+    PHASE_KEYS,
+    all_to_all_seconds,
+    bytes_between_hosts,
+    mean_phases,
+    pack_row,
+    ranks_record,
+)
 from moe_dist.monitor.records import (
     ActionRecord,
     CheckpointRecord,
@@ -64,6 +73,9 @@ class Reporter:
         self.stragglers = Stragglers([mesh.layout.coordinates(rank)[0] for rank in range(mesh.layout.world_size)])
         self.flops_per_token = flops_per_token(config.model, config.data.max_seq_length)
         self.expert_share = expert_share(config.model, config.data.max_seq_length)
+        self.peak_flops = config.monitor.peak_flops
+        if self.peak_flops is None and mesh.device.type == "cuda":
+            self.peak_flops = peak_flops(torch.cuda.get_device_name(mesh.device), config.train.bf16)
         self.layers: list[LayerRecord] = []
         self.start_interval()
 
@@ -75,13 +87,13 @@ class Reporter:
     def start_interval(self) -> None:
         """Nothing has happened yet."""
         self._started = self._step_started = time.perf_counter()
-        self._steps, self._tokens, self._data_wait = 0, 0, 0.0
+        self._tokens = 0
         self._each: dict[str, list[float]] = {}
         self._own: list[float] = []
         self._own_before = self.clock.status.own_seconds
 
-    def add(self, result: StepResult, facts: dict[int, LoadFacts], data_wait: float, rate: float) -> None:
-        """One step at this learning rate, which has waited `data_wait` seconds for its batch."""
+    def add(self, result: StepResult, facts: dict[int, LoadFacts], rate: float) -> None:
+        """One step at this learning rate."""
         before, self._step_started = self._step_started, time.perf_counter()
         values = {
             "loss": result.loss,
@@ -92,9 +104,7 @@ class Reporter:
         for name, value in values.items():
             self._each.setdefault(name, []).append(value)
         self.collector.add(facts)
-        self._steps += 1
         self._tokens += result.num_tokens
-        self._data_wait += data_wait
         own = self.clock.status.own_seconds
         self._own.append(own - self._own_before)
         self._own_before = own
@@ -108,23 +118,26 @@ class Reporter:
         """End the interval and tell the sinks (collective: one reduction of all facts)."""
         status, memory, traffic = self.clock.status, peak_memory(self.mesh.device), self.clock.take_traffic()
         status.at("agreeing on the next step")  # the reduction below waits for the slowest rank
-        phases = status.take()
+        phases, ways = status.take(), self.clock.take()
         mine = pack_row(
             statistics.median(self._own),
             [phases[phase] for phase in PHASE_KEYS.values()],
-            traffic.sent_bytes,
+            (ways["dispatch"], ways["combine"]),
             traffic.received_rows,
             memory,
             traffic.rows_to,
+            traffic.bytes_to,
             self.mesh.layout.ep_size,
         )
         self.layers, rows = self.collector.take_all(mine)
         status.at("logging")
         seconds = max(1e-9, time.perf_counter() - self._started)
-        step_seconds = seconds / max(1, self._steps)
-        ranks, phase_seconds = ranks_record(rows, self._steps), mean_phases(rows)
+        losses = self._each.get("loss", [])
+        steps, num_ranks = max(1, len(losses)), len(rows)
+        step_seconds = seconds / steps
+        ranks, phase_seconds = ranks_record(rows, steps), mean_phases(rows)
         flops = self.flops_per_token * self._tokens / seconds
-        peak = self.config.monitor.peak_flops
+        peak = self.peak_flops
         received = sum(ranks.received_rows)
         stragglers = self.stragglers.observe(ranks.own_seconds, step_seconds)
         record = TrainRecord(
@@ -136,9 +149,12 @@ class Reporter:
             grad_norm=result.grad_norm,
             tokens=counters.tokens,
             tokens_per_second=self._tokens / seconds,
+            tokens_per_second_per_device=self._tokens / seconds / num_ranks,
+            loss_std=statistics.pstdev(finite) if (finite := [x for x in losses if math.isfinite(x)]) else 0.0,
             step_seconds=step_seconds,
-            all_to_all_share=min(1.0, self.clock.take() / seconds),
-            data_wait_share=min(1.0, self._data_wait / seconds),
+            all_to_all_share=min(1.0, all_to_all_seconds(ranks, self.mesh.layout.ep_size) / step_seconds),
+            # The longest: the others wait for that rank too, in their all-to-all.
+            data_wait_share=min(1.0, max(ranks.phase_seconds["data"]) / step_seconds),
             skipped_steps=counters.skipped,
             elapsed_seconds=counters.elapsed,
             remaining_seconds=self._remaining(counters, stopping, step_seconds),
@@ -146,12 +162,13 @@ class Reporter:
             layers=self.layers,
             phase_seconds=phase_seconds,
             flops_per_second=flops,
-            mfu=None if peak is None else flops / (peak * self.mesh.layout.world_size),
-            all_to_all_bytes=round(sum(ranks.sent_bytes) / max(1, self._steps)),
-            row_imbalance=max(ranks.received_rows) * len(rows) / received if received else 0.0,
-            imbalance_seconds=imbalance_seconds(
-                self.layers, phase_seconds["computing"] / max(1, self._steps) * self.expert_share
-            ),
+            mfu=None if peak is None else flops / (peak * num_ranks),
+            all_to_all_bytes=round(sum(ranks.sent_bytes) / steps),
+            all_to_all_bytes_between_hosts=round(bytes_between_hosts(ranks, self.diagnosis.hosts) / steps),
+            dispatch_seconds=statistics.fmean(ranks.dispatch_seconds),
+            combine_seconds=statistics.fmean(ranks.combine_seconds),
+            row_imbalance=max(ranks.received_rows) * num_ranks / received if received else 0.0,
+            imbalance_seconds=imbalance_seconds(self.layers, phase_seconds["computing"] / steps * self.expert_share),
             slowest_rank_ratio=self.stragglers.slowest_ratio,
             stragglers=stragglers,
             ranks=ranks,

@@ -145,7 +145,7 @@ class MoETrainer:
         self._tell_skipped()
         info = run_info(config, self.mesh, self.datasets)
         self.reporter.sinks.open(info)
-        self.reporter.diagnosis.hosts = info.hosts
+        self.reporter.diagnosis.resumed(info.hosts, info.stage_of_rank)
         if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
             vocabulary = config.model.vocab_size
             self.reporter.unigram = unigram_loss(self.datasets.train, self.datasets.validation, vocabulary)
@@ -167,13 +167,12 @@ class MoETrainer:
             )
 
     def _one_step(self) -> None:
-        config, counters, waiting = self.config, self.counters, time.perf_counter()
+        config, counters = self.config, self.counters
         self.status.at("waiting for data", step=counters.step + 1)
         batches = self.loader.next_step()
-        data_wait = time.perf_counter() - waiting
         rate = learning_rate(config.optimizer, counters.step, self.stopping.max_steps, self._time_share())
         result = self.step(batches, counters.step, rate)
-        self.reporter.add(result, self.balancer.facts, data_wait, rate)
+        self.reporter.add(result, self.balancer.facts, rate)
         self.balancer.clear()
         counters.add(result)
         if result.skipped:

@@ -219,7 +219,7 @@ def test_z_loss_is_stable_and_skips_padding() -> None:
 def test_counts_are_exact_int64() -> None:
     """Trap 18. Planted: counts in bfloat16 (and in float32 beyond 2**24)."""
     facts = LoadFacts.zeros(2, torch.device("cpu"))
-    assert facts.pairs_E.dtype == facts.dropped.dtype == facts.tokens.dtype == torch.int64
+    assert facts.pairs_E.dtype == facts.dropped_E.dtype == facts.tokens.dtype == torch.int64
     balance = LoadBalance(BalanceConfig(), 2, 1)
     balance.facts = facts
     facts.pairs_E += torch.tensor([2**24, 2**40])
@@ -264,13 +264,13 @@ def test_nothing_is_counted_twice_or_in_evaluation() -> None:
     x = torch.randn(2, 6, 16)
     layer(x)
     assert (int(facts.tokens), int(facts.pairs_E.sum())) == (12, 24)
-    dropped, sums = int(facts.dropped), facts.sums.clone()
+    dropped, sums = int(facts.dropped_E.sum()), facts.sums.clone()
     assert dropped > 0
     with recomputing():
         layer(x)
     layer.eval()
     layer(x)
-    assert (int(facts.tokens), int(facts.pairs_E.sum()), int(facts.dropped)) == (12, 24, dropped)
+    assert (int(facts.tokens), int(facts.pairs_E.sum()), int(facts.dropped_E.sum())) == (12, 24, dropped)
     assert torch.equal(facts.sums, sums)
     facts.zero_()
-    assert not any(t.any() for t in (facts.pairs_E, facts.dropped, facts.tokens, facts.sums))
+    assert not any(t.any() for t in (facts.pairs_E, facts.dropped_E, facts.tokens, facts.sums))

@@ -83,7 +83,7 @@ def test_padding_changes_nothing(capacity_factor: float | None, scope: str) -> N
     assert x_padded.grad[:, :5].count_nonzero() == 0
     assert facts is not None
     assert padded.balance.facts is not None
-    for name in ("pairs_E", "dropped", "tokens", "sums"):
+    for name in ("pairs_E", "dropped_E", "tokens", "sums"):
         torch.testing.assert_close(getattr(padded.balance.facts, name), getattr(facts, name), rtol=1e-6, atol=1e-6)
 
 
@@ -98,7 +98,7 @@ def test_capacity_drops_late_pairs_and_counts_what_was_wanted() -> None:
     facts = layer.balance.facts
     assert facts is not None
     assert facts.pairs_E[ids].tolist() == [8, 8]
-    assert int(facts.dropped) == 16 - 2 * 4  # places: 1.0 x 8 tokens x 2 of 4 experts = 4 each
+    assert int(facts.dropped_E.sum()) == 16 - 2 * 4  # places: 1.0 x 8 tokens x 2 of 4 experts = 4 each
     assert (out[0, :4].abs().sum(-1) > 0).all()
     assert out[0, 4:].count_nonzero() == 0
     layer.eval()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from services import need
 
 import moe_dist.monitor
 
@@ -21,6 +24,37 @@ METRIC = re.compile(r"\bmoe_dist_\w+")
 def rules() -> list[dict[str, Any]]:
     (group,) = yaml.safe_load(ALERTS.read_text())["groups"]
     return group["rules"]
+
+
+def series(scrapes: Sequence[str], last_for: int = 0) -> list[dict[str, str]]:
+    """What a server would have, one scrape a minute, for promtool; the last one is seen `last_for` minutes more.
+
+    promtool begins at 1970, and so does the run.
+    """
+    found: dict[str, list[str]] = {}
+    for minute, text in enumerate(scrapes):
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        (began,) = (sample.value for sample in samples if sample.name == "moe_dist_run_start_timestamp_seconds")
+        for sample in samples:
+            labels = {**sample.labels, "run": "r", "instance": "i", "job": "j"}
+            told = ", ".join(f'{key}="{value}"' for key, value in labels.items())
+            name = f"{sample.name}{{{told}}}"
+            value = sample.value - began if sample.name.endswith("_timestamp_seconds") else sample.value
+            values = found.setdefault(name, ["_"] * len(scrapes))
+            values[minute] = f"{value!r}"
+            if minute == len(scrapes) - 1 and last_for:
+                values[minute] += f"x{last_for}"
+    return [{"series": name, "values": " ".join(values)} for name, values in found.items()]
+
+
+def evaluate(known: Sequence[dict[str, str]], checks: Sequence[dict[str, Any]], folder: Path) -> str:
+    """What promtool has against the checks of the alert rules; empty: nothing."""
+    test = {"interval": "1m", "input_series": list(known), "promql_expr_test": list(checks)}
+    tests = {"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": [test]}
+    (folder / "alerts_test.yml").write_text(yaml.safe_dump(tests))
+    command = [need("promtool"), "test", "rules", str(folder / "alerts_test.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout + done.stderr if done.returncode else ""
 
 
 def dashboard() -> dict[str, Any]:

@@ -67,7 +67,7 @@ def test_it_acts_when_the_finding_is_made(load_E: list[int], intervals: int) -> 
     found = [number for number in range(1, 13) if health.observe([record])]
     assert found[0] == intervals
     assert told(policy(), [load_E] * intervals)[0][0] == intervals
-    assert told(policy(), [*[load_E] * (intervals - 1), GOOD if len(load_E) == 4 else [9] * 8] * 5) == []
+    assert told(policy(), [*[load_E] * (intervals - 1), [90] * len(load_E)] * 5) == []
 
 
 def test_only_what_the_routing_has() -> None:

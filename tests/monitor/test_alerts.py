@@ -50,7 +50,7 @@ increase(moe_dist_skipped_steps_total[10m]) > 0 | increase(moe_dist_skipped_step
 time() - moe_dist_run_start_timestamp_seconds > 1800 | time() - moe_dist_run_start_timestamp_seconds > 18000
 up == 0 and on | up == 0 or on
 last_over_time(moe_dist_run_start_timestamp_seconds[1d]) | moe_dist_run_start_timestamp_seconds
-moe_dist_dead_experts > 0 | moe_dist_dead_experts > 2
+moe_dist_lasting_dead_experts > 0 | moe_dist_lasting_dead_experts > 2
 moe_dist_used_experts_ratio < 0.5 | moe_dist_used_experts_ratio < 0.2
 moe_dist_load_imbalance_ratio > 3 | moe_dist_load_imbalance_ratio > 1
 moe_dist_load_imbalance_ratio > 3 | moe_dist_load_imbalance_ratio > 5

@@ -12,7 +12,7 @@ from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.expert_stats import layer_record, overall, used_share
 from moe_dist.monitor.health import COLLAPSE, Health
 
-LAYERS, EXPERTS, TOP_K, TOKENS, STEPS = 8, 16, 2, 64, 3
+LAYERS, EXPERTS, TOP_K, TOKENS, STEPS = 8, 16, 2, 128, 3
 
 
 def collapsed_layer(number: int) -> MoE:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ CPU = torch.device("cpu")
 def facts(pairs: list[int], dropped: int = 0, tokens: int = 0, sums: tuple[float, ...] = (0,) * 5) -> LoadFacts:
     made = LoadFacts.zeros(len(pairs), CPU)
     made.pairs_E += torch.tensor(pairs)
-    made.dropped += dropped
+    made.dropped_E[0] += dropped
     made.tokens += tokens
     made.sums += torch.tensor(sums, dtype=torch.float64)
     return made
@@ -52,11 +54,12 @@ def test_one_reduction_of_one_tensor_and_reset() -> None:
     collector.add({1: facts([1, 0, 0, 1], 1, 1, (1, 2, 3, 2, 14)), 3: facts([1, 1, 0, 0], 0, 1)})
     first, second = collector.take()
     assert len(seen) == 1
-    assert seen[0].shape == (2 * (4 + 2 + 5),)
+    assert seen[0].shape == (2 * (4 + 4 + 1 + 5),)
     assert (first.layer, second.layer) == (1, 3)
     assert first.tokens_per_expert == [4, 4, 6, 10]
     assert second.tokens_per_expert == [10, 10, 2, 2]
     assert first.dropped_fraction == pytest.approx(4 / 24)
+    assert (first.kept_per_expert, second.kept_per_expert) == ([0, 4, 6, 10], [])
     assert (first.aux_loss, first.z_loss, first.router_entropy) == pytest.approx((1.0, 2.0, 3.0))
     assert first.router_confidence == pytest.approx(0.5)
     assert first.router_logits_rms == pytest.approx(3.0)
@@ -64,8 +67,8 @@ def test_one_reduction_of_one_tensor_and_reset() -> None:
 
 
 def test_layers_of_other_ranks_and_any_order() -> None:
-    others = torch.zeros(3, 2 + 2 + 5, dtype=torch.float64)
-    others[1] = torch.tensor([5, 7, 1, 6, 6.0, 0, 0, 0, 0])
+    others = torch.zeros(3, 2 + 2 + 1 + 5, dtype=torch.float64)
+    others[1] = torch.tensor([5, 7, 1, 0, 6, 6.0, 0, 0, 0, 0])
     collector = Collector([0, 2, 4], 2, 2, CPU, reduce=lambda packed: packed + others.flatten())
     collector.add({4: facts([8, 0], tokens=4), 0: facts([3, 1], tokens=2)})
     assert [record.tokens_per_expert for record in collector.take()] == [[3, 1], [5, 7], [8, 0]]
@@ -73,7 +76,7 @@ def test_layers_of_other_ranks_and_any_order() -> None:
 
 def test_domains_are_counted_apart_in_the_same_reduction() -> None:
     """A layer of another rank, and one that counts no domain. Seen to fail with domains left out of the reset."""
-    others = torch.zeros(2, 3 + 2 + 5 + 2 * 3, dtype=torch.float64)
+    others = torch.zeros(2, 3 + 3 + 1 + 5 + 2 * 3, dtype=torch.float64)
     others[0, -6:] = torch.arange(6)
     collector = Collector([0, 4], 3, 1, CPU, reduce=lambda packed: packed + others.flatten(), num_domains=2)
     for _ in range(2):
@@ -112,6 +115,10 @@ def test_facts_of_a_real_layer() -> None:
     (record,) = collector.take()
     assert sum(record.tokens_per_expert) == 3 * 32 * 2
     assert 0 < record.dropped_fraction < 1
+    places = 3 * math.ceil(0.5 * 32 * 2 / 8)
+    assert all(0 < kept <= min(places, wanted) for kept, wanted in zip(
+        record.kept_per_expert, record.tokens_per_expert, strict=True))  # fmt: skip
+    assert sum(record.kept_per_expert) == pytest.approx(192 * (1 - record.dropped_fraction))
     assert record.aux_loss == pytest.approx(1.0, abs=0.5)
     assert 0 < record.router_entropy <= torch.log(torch.tensor(8.0)).item()
     assert 1 / 8 < record.router_confidence < 1

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from moe_dist.config_loading import config_reference
-from moe_dist.monitor.diagnosis import Diagnosis
+from moe_dist.monitor.diagnosis import Diagnosis, straggler
 from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.health import Finding
@@ -100,6 +100,7 @@ CASES: list[tuple[str, Callable[[Make], list[TrainRecord]], range, str, str]] = 
     ("loss_spike", losses(lambda n, loss: loss * (1.5 if n == 50 else 1)), range(50, 51), "jumped from 2.", "median"),
     ("divergence", losses(lambda n, loss: loss + max(0, n - 50) * 0.1), range(55, 85), "diverges", "lowest"),
     ("flat_loss", losses(lambda n, loss: 5.5 + loss / 100), range(29, 30), "hardly moved", "learning_rate"),
+    ("gradient_norm", fields(60, grad_norm=12.0), range(49, 50), "above 10 for 10 intervals, now 12.0", "grad_norm"),
     ("loss_not_finite", losses(lambda n, loss: math.nan if n > 60 else loss), range(61, 62), "not finite", ""),
     ("skipped_steps", fields(60, skipped_steps=2), range(40, 41), "2 steps were skipped", "skipped_steps"),
     ("data_starved", fields(60, data_wait_share=0.4), range(42, 43), "40% of the time", "data_wait_share"),
@@ -118,6 +119,7 @@ NEARLY: dict[str, Callable[[Make], list[TrainRecord]]] = {
     "loss_spike": losses(lambda n, loss: loss * (1.08 if n == 50 else 1)),
     "divergence": losses(lambda n, loss: loss + 0.3 * (50 <= n < 60)),
     "flat_loss": losses(lambda n, loss: 5.5 - 0.01 * n),
+    "gradient_norm": fields(9, grad_norm=500.0),
     "loss_not_finite": losses(lambda n, loss: loss),
     "skipped_steps": fields(60, skipped_steps=0),
     "data_starved": fields(2, data_wait_share=0.9),
@@ -151,6 +153,30 @@ def test_each_is_found_once_with_its_key(
 @pytest.mark.parametrize("kind", NEARLY)
 def test_what_is_nearly_so_is_not_found(interval: Make, kind: str) -> None:
     assert [str(finding) for finding in diagnosed(NEARLY[kind](interval)) if finding.kind == kind] == []
+
+
+def test_a_straggler_is_compared_within_its_stage() -> None:
+    """Seen to fail with the median of all ranks: half as long as the others."""
+    phases = {"data": [0.0] * 4, "computing": [0.5, 0.25, 1.0, 1.0]}
+    ranks = RanksRecord([0.5, 0.25, 1.0, 1.0], phases, [100, 200, 900, 900], [0] * 4, [0] * 4)
+    found = straggler(0, ranks, 7, ["alpha"] * 4, [0, 0, 1, 1])
+    assert found.words.startswith("rank 0 on alpha takes 2.0 times as long as the others, most of it computing (500 ms")
+    assert found.evidence == {"own_seconds": 0.5, "others": 0.25, "lost_seconds": 0.25, "rows_ratio": 0.5}
+
+
+def test_a_restart_repeats_nothing_of_the_model_and_forgets_the_machines(interval: Make) -> None:
+    """Seen to fail with the number of skipped steps forgotten (told after each restart), and with the streak of
+    waiting for data kept.
+    """
+    diagnosis, told = Diagnosis(["alpha"]), []
+    for number in range(12):
+        if number in (4, 8):
+            diagnosis.resumed(["beta"])
+        dead = layer([200, 0, 100, 100]) if number >= 6 else {}
+        wait = 0.4 if number in (2, 3, 4, 5, 8, 9, 10) else 0.0
+        changes = {"skipped_steps": 2 if number < 9 else 3, "data_wait_share": wait} | dead
+        told += [(number, finding.kind) for finding in diagnosis.train(interval(number, **changes))]
+    assert told == [(0, "skipped_steps"), (8, "dead_experts"), (9, "skipped_steps"), (10, "data_starved")]
 
 
 def test_every_kind_is_tried_and_documented() -> None:

@@ -66,6 +66,15 @@ def scrape(sink: PrometheusSink) -> dict[tuple[str, ...], float]:
     return samples(scrape_text(sink.address))
 
 
+def test_dead_for_long_is_not_absent_once(sink: PrometheusSink, train_record: Make) -> None:
+    """Seen to fail with the experts of the last interval counted."""
+    got = []
+    for loads in ([0, 90, 90], [0, 90, 90], [0, 0, 90], [0, 90, 90], [90, 0, 90]):
+        sink.train(train_record(layers=[layer_record(3, loads, 0, sum(loads) // 2, [0.0] * 5, 2)]))
+        got.append(scrape(sink)["moe_dist_lasting_dead_experts", "3"])
+    assert got == [0, 0, 1, 1, 0]
+
+
 def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, eval_record: EvalRecord) -> None:
     record, before = train_record(), time.time()
     sink.train(record)
@@ -95,6 +104,7 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
         number = str(layer.layer)
         expected |= {(f"moe_dist_{name}", number): getattr(layer, field) for field, name, _ in LAYER_GAUGES}
         expected["moe_dist_used_experts_ratio", number] = used_share(layer)
+        expected["moe_dist_lasting_dead_experts", number] = 0
         for expert, (count, ratio) in enumerate(zip(layer.tokens_per_expert, load_ratios(layer), strict=True)):
             expected["moe_dist_expert_tokens_total", number, str(expert)] = count
             expected["moe_dist_expert_load_ratio", number, str(expert)] = ratio

@@ -17,13 +17,25 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_dist.config import ModelConfig
+from moe_dist.data.loader import GlobalLoader
 from moe_dist.models.auxiliary import LoadFacts
 from moe_dist.models.counts import expert_share, flops_per_token, parameter_counts
 from moe_dist.models.router import Routing
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.collector import Collector
+from moe_dist.monitor.devices import peak_flops
+from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import imbalance_seconds, layer_record
-from moe_dist.monitor.rank_facts import PHASE_KEYS, mean_phases, pack_row, ranks_record
+from moe_dist.monitor.rank_facts import (
+    PHASE_KEYS,
+    all_to_all_seconds,
+    bytes_between_hosts,
+    mean_phases,
+    pack_row,
+    ranks_record,
+)
+from moe_dist.monitor.records import RanksRecord
+from moe_dist.monitor.run_log import read_run
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.status import PHASES, Status
@@ -95,14 +107,16 @@ def test_bytes_and_rows_are_those_that_travelled() -> None:
     hidden = 24
     told = run_ranks(traffic, 2, hidden)
     for rank, one in enumerate(told):
-        assert one["stopped"] == ((0, 0, ()), 0.0)
+        assert one["stopped"] == (((), 0, ()), {"dispatch": 0.0, "combine": 0.0})
         other = 1 - rank
         received = told[rank]["sent"][rank] + told[other]["sent"][rank]
         # Forward: rows out, results of the other's rows back. Backward: the same gradients the same ways.
         rows = 2 * (one["sent"][other] + told[other]["sent"][rank])
         header = (3 + 4 // 2) * 8
-        assert one["traffic"] == (rows * hidden * 4 + header, received, tuple(one["sent"]))
-        assert one["seconds"] > 0
+        bytes_to = [0, 0]
+        bytes_to[other] = rows * hidden * 4 + header
+        assert one["traffic"] == (tuple(bytes_to), received, tuple(one["sent"]))
+        assert min(one["seconds"].values()) > 0
 
 
 def test_rows_of_ranks_share_the_reduction_of_the_layers() -> None:
@@ -122,14 +136,15 @@ def test_rows_of_ranks_share_the_reduction_of_the_layers() -> None:
         collector.add({1: facts})
         world.append(collector)
     seconds = [0.125 * index for index in range(len(PHASE_KEYS))]
-    rows = [pack_row(1.5 + rank, seconds, 2**40 + rank, 2**52 + rank, 7) for rank in range(3)]
+    rows = [pack_row(1.5 + rank, seconds, (0.5, 0.25), 2**52 + rank, 7) for rank in range(3)]
     for collector, row in zip(world, rows, strict=True):
         collector.take_all(row)
     assert len(calls) == 3  # one reduction per rank
     summed = torch.stack(calls).sum(0)
     collector = Collector([1], 4, 2, "cpu", lambda packed: summed, ep_size=2, rank=0, world_size=3)
-    assert ranks_record([pack_row(0.0, seconds, 0, 0, 0, (3, 4), 2)], 1).rows_to == [[3, 4]]
-    assert ranks_record([pack_row(0.0, seconds, 0, 0, 0, (), 2)], 1).rows_to == [[0, 0]]
+    flow = ranks_record([pack_row(0.0, seconds, (0.0, 0.0), 0, 0, (3, 4), (0, 2**40 + 1), 2)], 1)
+    assert (flow.rows_to, flow.bytes_to, flow.sent_bytes) == ([[3, 4]], [[0, 2**40 + 1]], [2**40 + 1])
+    assert ranks_record([pack_row(0.0, seconds, (0.0, 0.0), 0, 0, ep_size=2)], 1).rows_to == [[0, 0]]
     (layer,), gathered = collector.take_all(rows[0])
     assert gathered == rows
     assert layer.tokens_per_expert == [12, 6, 3, 3]
@@ -137,9 +152,23 @@ def test_rows_of_ranks_share_the_reduction_of_the_layers() -> None:
     ranks = ranks_record(gathered, num_steps=5)
     assert ranks.own_seconds == [1.5, 2.5, 3.5]
     assert ranks.received_rows == [2**52, 2**52 + 1, 2**52 + 2]
-    assert ranks.sent_bytes == [2**40, 2**40 + 1, 2**40 + 2]
+    assert (ranks.sent_bytes, ranks.rows_to, ranks.bytes_to) == ([0, 0, 0], [], [])
+    assert (ranks.dispatch_seconds, ranks.combine_seconds) == ([0.1] * 3, [0.05] * 3)
     assert ranks.phase_seconds["computing"] == [0.125 / 5] * 3
     assert mean_phases(gathered)["computing"] == 0.125
+
+
+def test_the_all_to_all_of_every_group_and_between_hosts() -> None:
+    """Two groups of two ranks, whose bytes stay in a host or not; a rank that waits says nothing about the network."""
+    ranks = RanksRecord(
+        [1.0] * 4, {}, [0] * 4, [0] * 4, [0] * 4,
+        bytes_to=[[0, 10], [20, 0], [0, 40], [80, 0]],
+        dispatch_seconds=[0.5, 0.02, 0.03, 0.3], combine_seconds=[0.01, 0.02, 0.03, 0.0],
+    )  # fmt: skip
+    assert bytes_between_hosts(ranks, ["a", "a", "a", "b"]) == 120
+    assert bytes_between_hosts(ranks, ["a"] * 4) == 0
+    assert all_to_all_seconds(ranks, 2) == pytest.approx(0.06)  # of (0.51, 0.04) and (0.06, 0.3)
+    assert all_to_all_seconds(ranks, 4) == pytest.approx(0.04)
 
 
 def test_the_imbalance_tax_adds_up_over_layers() -> None:
@@ -185,6 +214,25 @@ def test_operations_are_those_torch_counts(shared: int) -> None:
     assert 0 < share < 1
 
 
+@pytest.mark.parametrize(
+    ("name", "bf16", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", True, 989e12),
+        ("NVIDIA H100 PCIe", True, 756e12),
+        ("NVIDIA H200", False, 67e12),
+        ("NVIDIA A100-SXM4-80GB", True, 312e12),
+        ("NVIDIA L40S", True, 362e12),
+        ("NVIDIA L4", True, 121e12),
+        ("NVIDIA A10G", True, None),
+        ("Tesla K80", True, None),
+    ],
+)
+def test_known_devices(name: str, bf16: bool, peak: float | None) -> None:
+    """Names are whole words: an A100 is no A10, an L40S no L4."""
+    assert peak_flops(name, bf16) == peak
+
+
+SLEEP = 0.2
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * 12 for i in range(24)]
 
 
@@ -217,9 +265,23 @@ def train_rows(folder: str, **options: Any) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["kind"] in ("run", "train")]
 
 
+def two_runs(folder: str) -> list[list[dict[str, Any]]]:
+    plain = GlobalLoader.next_step
+
+    def slowly(loader: GlobalLoader) -> Any:
+        time.sleep(SLEEP)
+        return plain(loader)
+
+    healthy = train_rows(f"{folder}/run")
+    if dist.get_rank() == 1:
+        GlobalLoader.next_step = slowly  # type: ignore[method-assign]
+    return [healthy, train_rows(f"{folder}/slow")]
+
+
 @pytest.mark.dist
 def test_a_real_run_tells_where_its_time_goes(tmp_path: Path) -> None:
-    start, *rows = run_ranks(train_rows, 2, str(tmp_path / "run"))[0]
+    """And one whose rank 1 has slow data. Seen to fail with rank 0's waiting for data as the run's."""
+    (start, *rows), (_, *slow) = run_ranks(two_runs, 2, str(tmp_path))[0]
     assert len(start["hosts"]) == 2
     assert [row["step"] for row in rows] == [1, 4, 8, 12]
     for before, row in zip([None, *rows], rows, strict=False):
@@ -229,6 +291,14 @@ def test_a_real_run_tells_where_its_time_goes(tmp_path: Path) -> None:
         assert [sum(column) for column in zip(*ranks["rows_to"], strict=True)] == ranks["received_rows"]
         assert row["row_imbalance"] == pytest.approx(2 * max(ranks["received_rows"]) / sum(ranks["received_rows"]))
         assert row["all_to_all_bytes"] * steps == pytest.approx(sum(ranks["sent_bytes"]), abs=steps)
+        assert row["all_to_all_bytes_between_hosts"] == 0
+        both = ranks["dispatch_seconds"], ranks["combine_seconds"]
+        for parts, whole in zip(zip(*both, strict=True), ranks["phase_seconds"]["all_to_all"], strict=True):
+            assert sum(parts) == pytest.approx(whole, rel=0.2, abs=0.01)
+        assert row["dispatch_seconds"] == pytest.approx(sum(both[0]) / 2)
+        assert row["combine_seconds"] == pytest.approx(sum(both[1]) / 2)
+        assert row["tokens_per_second_per_device"] == row["tokens_per_second"] / 2
+        assert (row["loss_std"] > 0) == (steps > 1)
         assert row["mfu"] == pytest.approx(row["flops_per_second"] / 2e10)
         phases = row["phase_seconds"]
         in_steps = sum(phases[key] for key in ranks["phase_seconds"])
@@ -242,3 +312,8 @@ def test_a_real_run_tells_where_its_time_goes(tmp_path: Path) -> None:
             assert data + computing > 0
         assert row["stragglers"] == []
     assert [row["phase_seconds"]["evaluation"] > 0 for row in rows] == [False, False, True, False]
+    for row in slow:
+        data = row["ranks"]["phase_seconds"]["data"]
+        assert data[1] > max(SLEEP, data[0])
+        assert row["data_wait_share"] == pytest.approx(min(1.0, data[1] / row["step_seconds"]), rel=1e-3)
+    assert "data_starved" in {finding.kind for finding in findings(read_run(tmp_path / "slow"))}

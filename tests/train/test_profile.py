@@ -12,15 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny import mesh_of, micro_batches, tiny_config
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from moe_dist.config_loading import load_mapping
 from moe_dist.models.experts import Expert
 from moe_dist.models.moe import LocalDispatcher
+from moe_dist.monitor.profile_page import terminal_lines
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.train.build import build_model
+from moe_dist.train.profiling import run_profile
 from moe_dist.train.ranges import Part, Ranges, entered, saved_for_backward
 from moe_dist.train.step import model_inputs
 
@@ -143,7 +147,7 @@ def test_the_command_on_two_ranks(tmp_path: Path) -> None:
         "launcher",
         "profile",
         str(file),
-        "--memory",
+        *("--compute", "--memory", "--report", str(tmp_path / "pages"), "--format", "html"),
         "--steps",
         "2",
         "bias_update_rate=1e-3",
@@ -151,10 +155,10 @@ def test_the_command_on_two_ranks(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "USDT" not in done.stderr
-    assert done.stdout.splitlines()[-1] == str(run / "profile.html")
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "pages/profile.html")
     assert "all-to-all against compute" in done.stdout
-    assert [path.name for path in run.iterdir()] == ["profile.html"]  # nothing is saved, nothing logged
-    page = (run / "profile.html").read_text()
+    assert not run.exists()  # nothing is saved, nothing logged
+    page = (tmp_path / "pages/profile.html").read_text()
     assert not re.search(r"<script|https?://|src=", page)
     assert re.search(r"<pre>.*rank 1", page, re.DOTALL)
     phases = {row[0]: float(row[2]) for row in cells(page, "phases")[1:]}
@@ -173,6 +177,24 @@ def test_the_command_on_two_ranks(tmp_path: Path) -> None:
             measured, predicted = memory[rank, owner]
             assert measured == predicted != "0"
         assert int(memory[rank, "activations"][0].replace(",", "")) > 10_000
+
+
+def test_memory_alone_times_nothing(tmp_path: Path) -> None:
+    """And time alone measures no activations. Seen to fail with `compute` not looked at."""
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"def f(x):\n    return x * {number}\n" * 40)
+    text = CONFIG.replace("TEXTS", str(tmp_path / "*.txt")).replace("RUN", str(tmp_path / "run"))
+    config = load_mapping(yaml.safe_load(text) | {"parallel": {"ep_size": 1}})
+    for compute, memory in ((False, True), (True, False)):
+        found = run_profile(config, mesh_of(1), 2, compute, memory, tmp_path / "pages")
+        assert found is not None
+        told, page = found[0], found[1].read_text()
+        (rank,) = told.ranks
+        assert (sum(rank.phases.values()) > 0, len(rank.operators) > 10) == (compute, compute)
+        assert (len(rank.saved) > 3) is memory
+        assert ("Run with --compute" in page, "Run with --memory" in page) == (not compute, not memory)
+        assert terminal_lines(told)[-1].startswith("  memory of rank 0 ")
+        assert (len(terminal_lines(told)) > 1) is compute
 
 
 LAYOUTS = (
@@ -194,7 +216,7 @@ def test_every_kind_of_layout(tmp_path: Path, layout: str) -> None:
     (tmp_path / "tiny.yaml").write_text(
         CONFIG.replace("TEXTS", str(tmp_path / "*.txt")).replace("RUN", str(tmp_path / "run"))
     )
-    words = ["profile", str(tmp_path / "tiny.yaml"), "--memory", "--steps", "2", *layout.split()]
+    words = ["profile", str(tmp_path / "tiny.yaml"), "--compute", "--memory", "--steps", "2", *layout.split()]
     done = subprocess.run(
         [sys.executable, "-m", "launcher", *words], capture_output=True, text=True, timeout=200, check=False
     )
@@ -214,6 +236,11 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "steps" in done.stderr
+    done = subprocess.run(
+        [*command[:-1], "1", "--format", "pdf"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "html" in done.stderr
 
 
 def test_measured_and_predicted_are_the_same_formula() -> None:

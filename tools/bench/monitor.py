@@ -7,7 +7,9 @@ is given as a share of `--step-seconds`. A scrape runs in its own thread, whenev
 whole process, so that a busy machine changes little; the best of five rounds. `--domains N`: with so many named sources
 of data, whose counting in the layers is measured too, against the time of a whole layer.
 
-Not covered: the reduction over ranks (one tensor of layers x (experts * (1 + domains) + 7) float64), slow disks.
+Not covered: the reduction over ranks (one tensor of layers x (experts * (2 + domains) + 6) float64, and a row per
+rank), diagnosis, phases, the watchdog, slow disks: `monitor_ranks.py` beside this measures all of it on two ranks that
+train.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ of `moe_dist_run_info`. `docs/metrics.md` lists all.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from prometheus_client.metrics_core import Metric
 
 from moe_dist import __version__
 from moe_dist.monitor.expert_stats import load_ratios, used_share
+from moe_dist.monitor.health import PATIENCE, Absence
 from moe_dist.monitor.records import (
     ActionRecord,
     CheckpointRecord,
@@ -42,17 +44,30 @@ TRAIN_COUNTERS = (
 )
 TRAIN_GAUGES = (
     ("loss", "train_loss", "Training loss of the last logged step, nats per token."),
+    ("loss_std", "train_loss_std", "Standard deviation of the losses of the interval's steps."),
     ("learning_rate", "learning_rate", "Learning rate of the last step."),
     ("grad_norm", "grad_norm", "Global gradient norm before clipping, last step."),
     ("epoch", "epoch", "Passes over the training data."),
     ("max_steps", "max_steps", "Optimizer steps of the whole run."),
     ("tokens_per_second", "tokens_per_second", "Throughput of the last logging interval, all ranks."),
+    ("tokens_per_second_per_device", "tokens_per_second_per_device", "Throughput / ranks."),
     ("step_seconds", "step_seconds", "Seconds per optimizer step, mean of the last logging interval."),
-    ("all_to_all_share", "all_to_all_ratio", "Share of step time in dispatch and combine."),
-    ("data_wait_share", "data_wait_ratio", "Share of step time waiting for a batch."),
+    (
+        "all_to_all_share",
+        "all_to_all_ratio",
+        "Share of step time in dispatch and combine, of the rank that waits least.",
+    ),
+    ("data_wait_share", "data_wait_ratio", "Share of step time waiting for a batch, of the rank that waits longest."),
     ("flops_per_second", "model_flops_per_second", "Floating-point operations the model needs, all ranks."),
     ("mfu", "mfu_ratio", "Model FLOP utilisation: model_flops_per_second / peak of all devices."),
     ("all_to_all_bytes", "all_to_all_bytes", "Bytes that all ranks sent to others by all-to-all, per step."),
+    (
+        "all_to_all_bytes_between_hosts",
+        "all_to_all_bytes_between_hosts",
+        "The part of them that went to another host.",
+    ),
+    ("dispatch_seconds", "dispatch_seconds", "Seconds of a step in all-to-all to the experts, mean over ranks."),
+    ("combine_seconds", "combine_seconds", "Seconds of a step in all-to-all back home, mean over ranks."),
     ("row_imbalance", "row_imbalance_ratio", "Rows received by the busiest rank / mean; 1: balanced."),
     ("imbalance_seconds", "imbalance_tax_seconds", "Estimated seconds of a step spent waiting for the busiest rank."),
     ("slowest_rank_ratio", "slowest_rank_ratio", "Own seconds of the slowest rank / median of the others."),
@@ -104,6 +119,8 @@ class Snapshot:
     num_actions: int = 0
     tokens: Mapping[int, tuple[int, ...]] | None = None
     """(token, expert) pairs of every expert since this start of the run, by layer."""
+    dead: Mapping[int, int] | None = None
+    """Experts of each layer that have had no token for PATIENCE intervals."""
     finished: bool = False
 
 
@@ -113,6 +130,7 @@ class SnapshotSink(Sink):
     def __init__(self, logging_steps: int, per_expert: PerExpert) -> None:
         self.snapshot = Snapshot(time.time(), logging_steps)
         self.metrics = RunMetrics(self, per_expert)
+        self._absence: dict[int, Absence] = defaultdict(Absence)
 
     def open(self, info: RunInfo) -> None:
         settings: Any = yaml.safe_load(info.config_text) or {}
@@ -122,7 +140,12 @@ class SnapshotSink(Sink):
     def train(self, record: TrainRecord) -> None:
         before = self.snapshot.tokens or {}
         tokens = {layer.layer: _added(before.get(layer.layer), layer) for layer in record.layers}
-        self.snapshot = replace(self.snapshot, train=record, train_time=time.time(), tokens=tokens)
+        dead = dict(self.snapshot.dead or {})
+        for layer in record.layers:
+            if any(layer.tokens_per_expert):
+                absent = self._absence[layer.layer].observe(layer.tokens_per_expert)
+                dead[layer.layer] = sum(intervals >= PATIENCE for intervals in absent.values())
+        self.snapshot = replace(self.snapshot, train=record, train_time=time.time(), tokens=tokens, dead=dead)
 
     def evaluation(self, record: EvalRecord) -> None:
         self.snapshot = replace(self.snapshot, evaluation=record, evaluation_time=time.time())
@@ -185,7 +208,7 @@ class RunMetrics:
         # A layer that routed nothing in the interval has no ratios, and its experts are not dead.
         layers = [layer for layer in seen.train.layers if any(layer.tokens_per_expert)] if seen.train else []
         if layers:
-            yield from _of_layers(layers)
+            yield from _of_layers(layers, seen.dead or {})
             if self._per_expert != "layer":
                 yield from _of_experts(layers, seen.tokens or {}, self._per_expert)
 
@@ -222,7 +245,7 @@ def _of_stages(info: RunInfo, ranks: RanksRecord) -> Iterator[Metric]:
     yield from (own, memory, layers)
 
 
-def _of_layers(layers: list[LayerRecord]) -> Iterator[Metric]:
+def _of_layers(layers: list[LayerRecord], dead: Mapping[int, int]) -> Iterator[Metric]:
     for field, name, text in LAYER_GAUGES:
         family = GaugeMetricFamily(f"moe_dist_{name}", text, labels=["layer"])
         for layer in layers:
@@ -232,6 +255,12 @@ def _of_layers(layers: list[LayerRecord]) -> Iterator[Metric]:
     for layer in layers:
         used.add_metric([str(layer.layer)], used_share(layer))
     yield used
+    lasting = GaugeMetricFamily(
+        "moe_dist_lasting_dead_experts", "Experts without a token for 3 logging intervals.", labels=["layer"]
+    )
+    for layer in layers:
+        lasting.add_metric([str(layer.layer)], dead[layer.layer])
+    yield lasting
 
 
 def _of_experts(
