@@ -173,8 +173,8 @@ def test_two_nodes_share_the_experts(work: Work, twin: Path, way: tuple[str, ...
 def test_out_of_time_it_saves_goes_back_into_the_queue_and_goes_on(work: Work, twin: Path) -> None:
     """Slurm's own signal, well before the two minutes are over; the start after it computes what would have been.
 
-    Seen to fail with torchrun in the agent's place, without `--signals-to-handle`: it dies of the signal, its ranks with
-    it, and nothing is saved.
+    Seen to fail with torchrun in the agent's place, without `--signals-to-handle`: it dies of the signal and its ranks
+    with it, and nothing is saved.
     """
     work.submit(*LONG, "checkpoint.save_steps=0", "--time=2", "launch.grace_period=40")
     work.trains(6)
