@@ -30,10 +30,7 @@ def test_a_killed_rank_costs_a_few_steps(
     config: Path, tmp_path: Path, twin: Path, place: str, at: int, rank: int, phase: str
 ) -> None:
     """FAULTS row 1: one line names rank, signal, step and phase; the run starts again by itself, loses at most one
-    checkpoint interval, and ends bitwise as its twin. Also when the first start was told to begin afresh.
-
-    Seen to fail with the launcher's MOE_DIST_JOB left out: the second start moves the folder aside.
-    """
+    checkpoint interval, and ends bitwise as its twin. Also when the first start was told to begin afresh."""
     program = start(config, tmp_path, [(place, at, rank)], f"checkpoint.resume={'never' if rank else 'auto'}")
     assert program.end() == 0
     (line,) = errors(program)

@@ -173,11 +173,10 @@ def test_two_nodes_share_the_experts(work: Work, twin: Path, way: tuple[str, ...
 def test_out_of_time_it_saves_goes_back_into_the_queue_and_goes_on(work: Work, twin: Path) -> None:
     """Slurm's own signal, well before the two minutes are over; the start after it computes what would have been.
 
-    With `never` too, which was meant for the first start. Seen to fail with `torch.distributed.run` and without
-    `--signals-to-handle`: it dies of the signal, its ranks with it, and nothing is saved; and with SLURM_RESTART_COUNT
-    not looked at: the second start begins at step 0.
+    Seen to fail with torchrun in the agent's place, without `--signals-to-handle`: it dies of the signal and its ranks
+    with it, and nothing is saved.
     """
-    work.submit(*LONG, "checkpoint.save_steps=0", "--time=2", "launch.grace_period=40", "checkpoint.resume=never")
+    work.submit(*LONG, "checkpoint.save_steps=0", "--time=2", "launch.grace_period=40")
     work.trains(6)
     work.cluster.wait(lambda: "back into the queue" in work.output, f"the end of its time\n{work.output}")
     work.hurry()
@@ -193,9 +192,11 @@ def test_out_of_time_it_saves_goes_back_into_the_queue_and_goes_on(work: Work, t
     is_the_same(work.run_folder, twin)
 
 
-def test_told_to_save_tasks_of_srun_do_and_go_on(work: Work, twin: Path) -> None:
-    """As a person does it who needs the nodes. Exit code 75 of every rank is srun's, and the script's reason."""
-    work.submit(*LONG, "checkpoint.save_steps=0", "--srun", "checkpoint.resume=never")
+@pytest.mark.parametrize("way", [(), ("--srun",)], ids=["torchrun", "srun"])
+def test_told_to_save_ranks_do_and_go_on(work: Work, twin: Path, way: tuple[str, ...]) -> None:
+    """As a person does it who needs the nodes. Exit code 75 of every rank is srun's, and the script's reason. That the
+    first start was to begin afresh does not matter to the second."""
+    work.submit(*LONG, "checkpoint.save_steps=0", *way, "checkpoint.resume=never")
     work.trains(6)
     work.cluster.run("scancel", "--batch", "--signal=USR1", work.number)
     work.cluster.wait(lambda: "back into the queue" in work.output, f"a requeue\n{work.output}")

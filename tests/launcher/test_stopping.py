@@ -71,8 +71,7 @@ def test_told_to_stop_it_saves_and_goes_on(config: Path, tmp_path: Path, sent: s
 def test_one_rank_told_to_stop_is_enough(config: Path, tmp_path: Path) -> None:
     """A scheduler may reach one process only; all ranks agree on the step, and save it together.
 
-    Seen to fail with the ranks' signals left out of `agree`: the others wait for one that has gone; and with SIGHUP
-    left out of StopRequests: the rank dies of it.
+    Seen to fail with the ranks' signals left out of `agree`: the others wait for one that has gone.
     """
     program = start(config, tmp_path)
     os.kill(program.ranks()[1], signal.SIGHUP)  # as to everybody when a terminal goes
