@@ -106,6 +106,7 @@ def main_container(objects: list[Object]) -> Object:
 # --- what would be applied
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("name", [*NAMES, "gpu,jobset,monitoring", "gpu,trainjob", "gpu,pytorchjob", "gpu,rayjob"])
 def test_kubectl_renders_the_same(name: str, tmp_path: Path) -> None:
     if shutil.which("kubectl") is None:
