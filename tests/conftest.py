@@ -17,7 +17,7 @@ settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("same")
 
 NO_SKIPS = "MOE_DIST_NO_LAUNCH_SKIPS"
-"""Set: a test of a way to start (`launch`) that is skipped counts as failed. Where everything can be installed, it is."""
+"""Set: a test of a way to start (`launch`) that is skipped counts as failed."""
 CANNOT_BE = ("is not possible here",)
 """Parts of reasons that no package helps: a kernel without network namespaces, no right to make them."""
 

@@ -37,6 +37,8 @@ real = [
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
         ({"PMI_SIZE": "1"}, False),
+        # What a task of `srun --mpi=pmix` is told (Slurm 22.05, PMIx 4.2); Slurm's variables make it a rank.
+        ({"PMIX_RANK": "1", "PMIX_NAMESPACE": "slurm.pmix.1.0", "SLURM_MPI_TYPE": "pmix"}, False),
         ({"PMI_SIZE": "1", "MOE_DIST_MPI": "1"}, True),
         ({"PMI_SIZE": "2", "MOE_DIST_MPI": "0"}, False),
         ({"PMI_SIZE": "2", "RANK": "0", "WORLD_SIZE": "2"}, False),
