@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import NO_SKIPS
-
 TESTS = """
 import pytest
 
@@ -41,7 +39,7 @@ def test_what_is_not_installed_fails_in_the_gate(tmp_path: Path) -> None:
     """Seen to fail without the hook: 5 skipped."""
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = launch: x\n")
-    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), NO_SKIPS: "1"}
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "MOE_DIST_NO_LAUNCH_SKIPS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=here, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.splitlines()[-1].startswith("1 failed, 2 skipped, 1 xfailed, 2 errors in ")

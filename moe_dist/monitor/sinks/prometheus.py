@@ -14,7 +14,7 @@ from threading import Thread
 from wsgiref.simple_server import WSGIServer
 from wsgiref.types import StartResponse, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, push_to_gateway, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app, push_to_gateway, start_http_server
 
 from moe_dist.config import MonitorConfig
 from moe_dist.monitor.records import RunInfo, RunSummary, TrainRecord
@@ -69,7 +69,7 @@ class PrometheusSink(_RunSink):
         wanted = self.config.port or 0
         self._server = self._listen(wanted)
         server = self._server[0]
-        metrics, port = server.get_app(), server.server_port
+        metrics, port = make_wsgi_app(self.registry), server.server_port
         server.set_app(lambda env, start: (self._health if env["PATH_INFO"] == "/healthz" else metrics)(env, start))
         self.address = address_of(self.config.host, port)
         if wanted not in (0, port):
