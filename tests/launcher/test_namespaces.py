@@ -101,7 +101,7 @@ def test_the_cable_of_the_meeting_place_is_pulled(config: Path, tmp_path: Path) 
     """FAULTS row 10: the host of rank 0, where the machines meet, is the one that is cut off. The other one stops,
     names it and ends by itself; without that place there is no going on. It itself waits there for another machine.
 
-    Seen to fail without `_end_when_deaf`, as above.
+    Without `_end_when_deaf` the other one waits for TCP to give up, as above.
     """
     ours = ("train.max_steps=100000", "monitor.stall_timeout=5")
     with hosts(2) as made:

@@ -247,7 +247,8 @@ class TestReal:
         """Two nodes share the experts; every step's loss and every weight at the end are those of the twin. FAULTS row
         10: the rank that hangs is ended by the others' watchdog, and Ray starts the workers again.
 
-        Seen to fail with `train.seed=1` on one side, and with verdicts not acted on.
+        Seen to fail with `train.seed=1` on one side, and with Ray told at once of a rank that was killed: nobody
+        says that it had stood still.
         """
         first = work.start()
         first.wait_until(lambda: work.step() >= 5, "step 5")

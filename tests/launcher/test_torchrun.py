@@ -181,7 +181,7 @@ STATIC = ("torchrun", "--nnodes=1", "--nproc-per-node=2", "--master-addr=127.0.0
 def test_a_stranger_at_every_port(config: Path, tmp_path: Path, starter: tuple[str, ...]) -> None:
     """FAULTS row 18: connects everywhere, sends garbage, stays, while the ranks meet and while they train.
 
-    Seen to fail with the ports of the launcher alone, as long as torchrun's ranks were not looked for.
+    Of torchrun's ranks too: what looks for sessions only finds none of their ports.
     """
     options = ("train.max_steps=30", f"train.output_dir={tmp_path / 'run'}")
     if starter is STATIC:
