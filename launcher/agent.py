@@ -8,6 +8,7 @@ What differs from torchrun:
 - One line says which rank has failed, how, and where it was; the same line as under `moe-dist train`.
 - Ranks that saved because they were asked to, or whose configuration cannot be used, are not started again, and
   `--max-restarts` counts starts that got no further than a checkpoint, not all.
+- It ends when its ranks have failed and the place where the machines meet does not answer; torchrun waits for TCP.
 Everything else, rendezvous, restarts, agents that come and go, is torchrun's. Imports torch in `main` only.
 """
 
@@ -19,6 +20,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +38,8 @@ _FINAL = (EXIT_CONFIG, EXIT_STOPPED, EXIT_AGAIN, EXIT_CTRL_C)
 """Exit codes of ranks after which the same start again would not help, or is not wanted."""
 _LAST_WAIT = 10.0
 """Seconds for which an agent whose ranks are done waits for the others."""
+_DEAF = 10.0
+"""Seconds without a look at ranks that have failed: torch asks the meeting place something, and its link is cut."""
 
 
 def main(arguments: list[str]) -> int:
@@ -167,6 +171,8 @@ class Watch:
         self.config, self.asked, self.elastic = config, asked, elastic
         self.board: Board | None = None
         self.tries: Tries | None = None
+        self.looked: float | None = None
+        """When torch last saw all ranks of this machine running; None while it starts or ends them."""
 
     def begin(self, agent: Any) -> None:
         """Ranks are about to be started, the first or others in their place."""
@@ -180,8 +186,18 @@ class Watch:
             os.environ[LAUNCHER] = str(os.getpid())  # of ranks that are its children: with no script in between
         if self.config is not None and spec.max_restarts:
             self.tries = Tries(self.config, spec.max_restarts, os.environ[JOB])
+        threading.Thread(target=self._end_when_deaf, args=(self.board,), daemon=True).start()
         # Ranks end together; an agent that has died does not come to the last meeting.
         agent._exit_barrier_timeout = min(agent._exit_barrier_timeout, _LAST_WAIT)
+
+    def _end_when_deaf(self, board: Board) -> None:
+        """Say what a rank has said, and end this process, when nobody else will: torch may wait for an answer of a
+        host that is cut off until TCP gives up, a quarter of an hour."""
+        while self.looked is None or time.monotonic() - self.looked < _DEAF or not board.told:
+            time.sleep(0.5)
+        say(f"error: {next(iter(board.told.values()))}")
+        say("error: the place where the machines meet does not answer any more: this machine ends")
+        os._exit(EXIT_FAILED)
 
     def failed(self, agent: Any, failures: dict[int, Any]) -> None:
         """Ranks of this machine have failed: say so, and set how often they may still be started again."""
@@ -225,7 +241,7 @@ class Watch:
 
 def _set_to_watch(watch: Watch) -> None:
     """From here on the agents of this process are watched."""
-    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.rendezvous import RendezvousGracefulExitError
     from torch.distributed.launcher import api
@@ -237,6 +253,10 @@ def _set_to_watch(watch: Watch) -> None:
                 raise RendezvousGracefulExitError
             return result
 
+        def _restart_workers(self, worker_group: WorkerGroup) -> None:
+            watch.looked = None
+            super()._restart_workers(worker_group)
+
         def _initialize_workers(self, worker_group: WorkerGroup) -> None:
             watch.begin(self)
             super()._initialize_workers(worker_group)
@@ -247,6 +267,7 @@ def _set_to_watch(watch: Watch) -> None:
 
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result = super()._monitor_workers(worker_group)
+            watch.looked = time.monotonic() if result.state == WorkerState.HEALTHY else None
             if result.is_failed():
                 watch.failed(self, result.failures)
             return result

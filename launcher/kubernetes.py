@@ -103,10 +103,6 @@ def _chosen(overlay: str | None) -> list[str]:
 
 
 def _check(config: Config, chosen: list[str], nodes: int, nproc_per_node: int) -> None:
-    if "rayjob" in chosen and nodes != 1:
-        raise ConfigError(
-            f"--nodes {nodes}: the entrypoint of a RayJob runs in one pod; allowed: 1, or another overlay"
-        )
     if "pytorchjob" in chosen and nodes < 2:
         raise ConfigError(f"--nodes {nodes}: a PyTorchJob here is a master and workers; allowed: 2 or more")
     there = config.model_copy(deep=True)
@@ -158,6 +154,12 @@ def put_in(
                     part[key] = value
         if item["kind"] == "PyTorchJob":
             item["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] = nodes - 1
+        if item["kind"] == "RayJob":
+            cluster = item["spec"]["rayClusterSpec"]
+            (workers,) = cluster["workerGroupSpecs"]
+            workers |= dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), nodes - 1)
+            for group in (cluster["headGroupSpec"], workers):
+                group["rayStartParams"]["num-cpus"] = str(nproc_per_node)
 
 
 def _default(objects: list[Object], name: str) -> int:

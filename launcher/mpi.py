@@ -1,7 +1,8 @@
-"""Ranks started by `mpirun`, `mpiexec` or `srun --mpi=...`: MPI only introduces them. Imports no torch.
+"""Ranks started by `mpirun` or `mpiexec`: MPI only introduces them. Imports no torch.
 
 MPI knows who is who; rank 0 picks an address, a port (held open until it serves there) and a token, and broadcasts
-them. From then on training is the same as under torchrun, over gloo or NCCL.
+them. From then on training is the same as under torchrun, over gloo or NCCL. A task of srun is none of these, whatever
+its `--mpi`: Slurm's own variables say which rank it is.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from moe_dist.config_loading import ConfigError
 
 MPI = "MOE_DIST_MPI"
 """1: a process of mpirun is a rank even when it is the only one. 0: leave MPI alone."""
-_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+# PMIx has no such variable: Open MPI's mpirun sets the first itself, under srun Slurm's count.
 
 
 def started_by_mpi(environ: Mapping[str, str] = os.environ) -> bool:

@@ -260,11 +260,13 @@ def _accompany(rank: Rank | None, desk: Any, config: Config) -> None:
                 ray.get(desk.tell.remote(code, rank.told))
             told = True
         elif rank is not None and code:
-            if code > 0:  # perhaps because of another, which has an answer for good
-                time.sleep(GRACE)
-                if ray.get(desk.told.remote()) is not None:
-                    return
-            raise rank.failure()
+            failure = rank.failure()
+            # Ray is to hear first of a rank that can say what is wrong with another, then of one that was killed, and
+            # last of those that failed because of it.
+            time.sleep((0 if code > 0 else GRACE) if failure.cause else 2 * GRACE)
+            if code > 0 and ray.get(desk.told.remote()) is not None:  # another has an answer for good
+                return
+            raise failure
         first_is_over = rank is not None and rank.number == 0 and code is not None
         if over is None and (first_is_over or time.monotonic() >= next_tick):
             over = time.monotonic() if _tick(rank, desk, config, first_is_over) else None

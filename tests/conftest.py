@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,11 @@ from hypothesis import settings
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("same")
+
+NO_SKIPS = "MOE_DIST_NO_LAUNCH_SKIPS"
+"""Set: a test of a way to start (`launch`) that is skipped counts as failed."""
+CANNOT_BE = ("is not possible here",)
+"""Parts of reasons that no package helps: a kernel without network namespaces, no right to make them."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,3 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             (item.get_closest_marker("slow") is not None) * 2 + (item.get_closest_marker("dist") is not None)
         )
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("launch"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if os.environ.get(NO_SKIPS) and not any(part in reason for part in CANNOT_BE):
+            report.outcome = "failed"
+            report.longrepr = f"{NO_SKIPS} is set, and this test was not run: {reason}"
+    return report

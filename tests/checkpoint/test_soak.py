@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+KILLS = {"local": 13, "torchrun": 12}
+LIMIT = 1200
+"""Seconds after which there are no more kills, and the test fails; one takes six on a quiet machine."""
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(("launcher", "ranks", "kills"), [("local", 1, 8), ("torchrun", 2, 8), ("local", 2, 9)])
-def test_killed_again_and_again_it_ends_where_it_would_have(launcher: str, ranks: int, kills: int) -> None:
-    """Seen to fail with the data's position left out of `Persistence.restore`."""
-    words = [sys.executable, "tools/soak.py", "--kills", str(kills), "--seed", "3", "--ranks", str(ranks)]
-    words += ["--launcher", launcher, "--seconds", "150"]  # no kills after that: a busy machine does fewer
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
+@pytest.mark.timeout(2 * LIMIT)
+@pytest.mark.parametrize("launcher", ["local", pytest.param("torchrun", marks=pytest.mark.launch)])
+def test_killed_again_and_again_it_ends_where_it_would_have(launcher: str) -> None:
+    """FAULTS row 4. Seen to fail with the data's position left out of `Persistence.restore`."""
+    words = [sys.executable, "tools/soak.py", "--kills", str(KILLS[launcher]), "--seed", "3", "--launcher", launcher]
+    words += ["--seconds", str(LIMIT)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1.9 * LIMIT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"\n{KILLS[launcher]} kills (" in done.stdout
     assert "all bitwise equal" in done.stdout

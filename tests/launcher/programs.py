@@ -1,7 +1,11 @@
-"""Commands as a person starts them: in a session of their own, watched, timed, and gone when a test is over."""
+"""Commands as a person starts them: in a session of their own, watched, timed, and gone when a test is over.
+
+What belongs to one is found by a variable in its environment: torchrun and mpirun give each rank a session of its own.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
@@ -20,6 +24,8 @@ HARD_LIMIT = 150.0
 """Seconds after which a command has failed, whatever it was to do; a busy machine needs a fraction of it."""
 
 started: list[Program] = []
+MARK = "MOE_DIST_TEST_PROGRAM"
+_numbers = itertools.count()
 
 CONFIG = """\
 model:
@@ -73,7 +79,7 @@ def losses(run_folder: Path) -> list[float]:
 
 
 class Program:
-    """A command in its own session; `tty` gives it a terminal. Its whole session ends with `stop`."""
+    """A command in its own session; `tty` gives it a terminal. It ends with `stop`, and all that it has started."""
 
     def __init__(self, *command: str | Path, tty: bool = False, **environment: str) -> None:
         self.written = {"out": b"", "err": b""}
@@ -82,7 +88,9 @@ class Program:
         words[0] = str(BIN / words[0]) if (BIN / words[0]).exists() else words[0]
         if "PYTHONPATH" in environment and "PYTHONPATH" in os.environ:
             environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
-        surroundings = {**os.environ, "COLUMNS": "160", "TERM": "xterm", "PYTHONUTF8": "1", **environment}
+        own = f"{os.getpid()}.{next(_numbers)}"
+        self.mark = f"{MARK}={own}\0".encode()
+        surroundings = {**os.environ, "COLUMNS": "160", "TERM": "xterm", "PYTHONUTF8": "1", MARK: own, **environment}
         self.terminal: int | None = None
         streams: dict[str, int]
         if tty:
@@ -154,7 +162,7 @@ class Program:
         self.wait_until(lambda: text in self.out, f"{text!r} on the console")
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> pid, of the processes of this session that were told a rank."""
+        """Rank -> pid, of the processes that were told a rank."""
         found = {}
         for pid in self.processes():
             with suppress(OSError):
@@ -164,18 +172,20 @@ class Program:
         return found
 
     def processes(self) -> list[int]:
-        """Everything alive in this session."""
+        """Everything alive that it has started, itself included, whatever session it is in by now."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with suppress(OSError):
                     state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-                    if int(session) == self.process.pid and state != "Z":
+                    # Ray's workers write their names over their environments; a session they keep.
+                    ours = int(session) == self.process.pid or self.mark in (entry / "environ").read_bytes()
+                    if ours and state != "Z":
                         found.append(int(entry.name))
         return found
 
     def gone_within(self, seconds: float) -> float:
-        """Seconds until nothing of the session is alive."""
+        """Seconds until nothing of it is alive."""
         began = time.monotonic()
         while left := self.processes():
             assert time.monotonic() - began < seconds, f"left behind: {left}"
@@ -183,9 +193,11 @@ class Program:
         return time.monotonic() - began
 
     def stop(self) -> None:
-        for pid in self.processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        while left := self.processes():  # one that is ended may just have started another
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
         self.process.wait(10)
 
 

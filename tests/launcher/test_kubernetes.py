@@ -21,11 +21,13 @@ import pytest
 import yaml
 from programs import BIN, HARD_LIMIT, Program, write_config
 from ranks import free_port
+from typer.testing import CliRunner
 
 from launcher.agent import one_code, ranks
 from launcher.commands import run
 from launcher.environment import Environment, detect
 from launcher.kubernetes import MANIFESTS, overlays, render
+from launcher.launch_commands import app
 from moe_dist.config_loading import load_config
 
 kube_check = pytest.importorskip("kube_check", reason="kubernetes-validate is not installed: pip install -e '.[dev]'")
@@ -106,6 +108,7 @@ def main_container(objects: list[Object]) -> Object:
 # --- what would be applied
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("name", [*NAMES, "gpu,jobset,monitoring", "gpu,trainjob", "gpu,pytorchjob", "gpu,rayjob"])
 def test_kubectl_renders_the_same(name: str, tmp_path: Path) -> None:
     if shutil.which("kubectl") is None:
@@ -157,6 +160,8 @@ pytorchjob | PyTorchJob | spec/pytorchReplicaSpecs/Master/restart | "Never" | re
 pytorchjob | PyTorchJob | spec/pytorchReplicaSpecs/Chief | {} | Chief
 pytorchjob | PyTorchJob | spec/pytorchReplicaSpecs/Worker/template/spec/container | [] | container
 rayjob | RayJob | spec/entryPoint | "x" | entryPoint
+rayjob | RayJob | spec/rayClusterSpec/workerGroupSpecs/0/replica | 1 | replica
+rayjob | RayJob | spec/rayClusterSpec/workerGroupSpecs/0/template/spec/container | [] | container
 rayjob | RayJob | spec/rayClusterSpec/headGroupSpec/template/spec/containers/0/ports/0/containerPort | "6379" | 6379
 monitoring | PodMonitor | spec/podMetricsEndpoints/0/intervall | "15s" | intervall
 monitoring | PrometheusRule | spec/groups/0/rules/0/expression | "x" | expression
@@ -323,13 +328,38 @@ def test_torchrun_and_the_ranks_understand_what_pods_are_told(name: str, monkeyp
     assert host == expected.get(job_of(objects)["kind"], f"{job}-0.moe-dist")
 
 
-def test_a_rayjob_starts_what_the_launcher_understands() -> None:
-    objects = render(FOLDERS["rayjob"])
-    env = {item["name"]: item["value"] for item in main_container(objects)["env"]}
-    words = re.sub(r"\$(\w+)", lambda name: env[name[1]], job_of(objects)["spec"]["entrypoint"]).split()
-    assert words[:3] == ["moe-dist", "train", "/config/run.yaml"]
-    config = load_config(FOLDERS["base"] / "run.yaml", words[3:])
-    assert (str(config.train.output_dir), config.launch.nproc_per_node) == (env["RUN_DIR"], 2)
+@pytest.mark.parametrize("overlay", ["rayjob", "gpu,rayjob"])
+def test_a_rayjob_asks_ray_for_as_many_ranks_as_its_pods_have_room_for(overlay: str) -> None:
+    done = launch(DEMO, "--dry-run", f"--overlay={overlay}", "--nodes=3", "--nproc-per-node=2", "launch.device=auto")
+    assert done.returncode == 0, done.stderr
+    job = job_of(list(yaml.safe_load_all(done.stdout)))
+    cluster = job["spec"]["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [2, 2, 2]
+    for group in (cluster["headGroupSpec"], workers):
+        assert group["rayStartParams"]["num-cpus"] == "2"
+    head, worker = (pod_specs([group])[0] for group in (cluster["headGroupSpec"], workers))
+    for spec in (head, worker):
+        spec["containers"][0].pop("ports")
+    assert head == worker
+    env = {item["name"]: item["value"] for item in head["containers"][0]["env"]}
+    words = written_out(job["spec"]["entrypoint"], env)
+    assert words[:3] == ["moe-dist", "launch", "ray"]
+    ray = CliRunner().invoke(app, [*words[2:], "--dry-run"])
+    assert ray.exit_code == 0, ray.output
+    gpus = "use_gpu=True, resources_per_worker={'CPU': 1, 'GPU': 1}" if "gpu" in overlay else "use_gpu=False"
+    assert f"ScalingConfig(num_workers=6, {gpus}" in ray.output
+    assert "address      head:6379" in ray.output
+    config = load_config(FOLDERS["base"] / "run.yaml", [word for word in words[3:] if re.match(r"[a-z_.]+=", word)])
+    assert str(config.train.output_dir) == env["RUN_DIR"] == "/runs/outputs/demo"
+
+
+def written_out(entrypoint: str, env: dict[str, str]) -> list[str]:
+    """The words of an entrypoint, as the shell that Ray gives it to reads them, with the run file of k8s/base."""
+    text = entrypoint.replace("/config/run.yaml", str(FOLDERS["base"] / "run.yaml"))
+    shell = ["sh", "-c", f"printf '%s\\n' {text}"]
+    told = {"PATH": os.environ["PATH"], "RAY_ADDRESS": "head:6379", **env}
+    return subprocess.run(shell, env=told, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -368,9 +398,8 @@ def test_a_dry_run_prints_the_run_in_its_manifests(tmp_path: Path) -> None:
     "overlay", [*overlays(), "jobset,gpu", "gpu,trainjob", "pytorchjob,gpu,monitoring", "gpu,rayjob"]
 )
 def test_a_dry_run_of_every_overlay(overlay: str) -> None:
-    nodes = 1 if "rayjob" in overlay else 3
     done = launch(
-        DEMO, "--dry-run", f"--overlay={overlay}", f"--nodes={nodes}", "--nproc-per-node=4", "--image=i:2", "ep_size=4"
+        DEMO, "--dry-run", f"--overlay={overlay}", "--nodes=3", "--nproc-per-node=4", "--image=i:2", "ep_size=4"
     )
     assert done.returncode == 0, done.stderr
     objects = list(yaml.safe_load_all(done.stdout))
@@ -383,14 +412,14 @@ def test_a_dry_run_of_every_overlay(overlay: str) -> None:
         if key in part
     }
     told |= {part["value"] for _, part in everything(objects) if part.get("name") == "NODES"}
-    assert told == (set() if "rayjob" in overlay else {"3"})
+    assert told == {"3"}
     ranks = {
         str(part[key]) for _, part in everything(objects) for key in ("numProcPerNode", "nvidia.com/gpu") if key in part
     }
     ranks |= {part["value"] for _, part in everything(objects) if part.get("name") == "NPROC_PER_NODE"}
     assert ranks == {"4"}
     counts = [int(part[key]) for _, part in everything(objects) for key in ("nvidia.com/gpu",) if key in part]
-    pods = 2 if "pytorchjob" in overlay else 1  # templates of pods
+    pods = 2 if {"pytorchjob", "rayjob"} & set(overlay.split(",")) else 1  # templates of pods
     assert counts == ([4] * pods if "gpu" in overlay else [])
     if "pytorchjob" in overlay:
         assert job_of(objects)["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 2
@@ -407,7 +436,6 @@ def test_a_dry_run_of_every_overlay(overlay: str) -> None:
         ((DEMO, "--image="), "--image '': the name of an image"),
         ((DEMO, "output_dir=/data/x"), "train.output_dir=/data/x: would be lost with its pod"),
         ((DEMO, "output_dir=../x"), "train.output_dir=../x: would be lost with its pod"),
-        ((DEMO, "--overlay=rayjob", "--nodes=2"), "runs in one pod"),
         ((DEMO, "--overlay=pytorchjob", "--nodes=1", "ep_size=1"), "2 or more"),
         ((DEMO, "num_expert=5"), "nearest: model.num_experts"),
         (("missing.yaml",), "missing.yaml"),
@@ -454,7 +482,7 @@ def test_the_image_is_built_from_what_is_there() -> None:
     lines = (MANIFESTS / "Dockerfile").read_text().splitlines()
     ignored = (ROOT / ".dockerignore").read_text().split()
     stages = [line.split()[-1] for line in lines if line.startswith("FROM ")]
-    assert len(stages) == 3
+    assert stages == ["python", "build", "dev", "run"], "the last one is what is built unless another is asked for"
     copied = [line.split()[1:-1] for line in lines if line.startswith("COPY ") and "--from" not in line]
     assert copied
     for name in (name for names in copied for name in names):
@@ -509,6 +537,16 @@ def rendered(folder: Path, *arguments: str, nodes: int = 2) -> list[Object]:
     return list(yaml.safe_load_all(done.stdout))
 
 
+def ready(objects: list[Object], port: str) -> bool:
+    """What the command of both probes finds, in whatever pod; on this machine 9400 may be another's."""
+    ((python, *words),) = {tuple(part["exec"]["command"]) for _, part in everything(objects) if "exec" in part}
+    assert python == "python"
+    command = [sys.executable, *(word.replace("9400", port) for word in words)]
+    done = subprocess.run(command, env={"MASTER_ADDR": "127.0.0.1"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 or "HTTP Error 503" in done.stderr or "refused" in done.stderr, done.stderr
+    return done.returncode == 0
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.launch
@@ -523,8 +561,10 @@ def test_pods_train_together_save_on_sigterm_and_go_on(tmp_path: Path) -> None:
     port = target["targets"][0].rpartition(":")[2]  # 9400, or the next free one on this machine
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         assert b"moe_dist_train_loss" in answer.read()
+    assert ready(objects, port)
     os.kill(pods.programs[1].pid, signal.SIGTERM)
     assert pods.end() == [75, 75]
+    assert not ready(objects, port)
     assert "SIGTERM, passed on to the ranks of this machine: 1" in pods.programs[1].err
     (saved,) = folder.glob("checkpoint-*")
     assert json.loads((saved / "manifest.json").read_text())["layout"]["world"] == 2
@@ -549,42 +589,6 @@ def test_pods_of_operators_train_to_the_end(tmp_path: Path, overlay: str) -> Non
     assert pods.end() == [0, 0]
     assert "step: 3/3" in pods.programs[0].out
     assert "with 2 processes" in pods.programs[0].out
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-@pytest.mark.launch
-def test_the_entrypoint_of_a_rayjob_trains_to_the_end(tmp_path: Path) -> None:
-    objects = rendered(tmp_path, "--overlay=rayjob", nodes=1)
-    (tmp_path / "run.yaml").write_text(next(x for x in objects if x["kind"] == "ConfigMap")["data"]["run.yaml"])
-    entrypoint = job_of(objects)["spec"]["entrypoint"].replace("/config/run.yaml", str(tmp_path / "run.yaml"))
-    env = {item["name"]: item["value"] for item in main_container(objects)["env"] if item["name"] != "HOME"}
-    env |= {"RUN_DIR": str(tmp_path / "small"), "PATH": f"{BIN}:{os.environ['PATH']}"}
-    program = Program("sh", "-c", entrypoint, **env)
-    assert program.end() == 0
-    assert "step: 3/3" in program.out
-    assert "with 2 processes" in program.out
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-@pytest.mark.launch
-def test_ready_means_that_steps_are_logged(tmp_path: Path) -> None:
-    """The probes' own command, beside a run and without one."""
-    objects = rendered(tmp_path)
-    (command,) = {" ".join(part["exec"]["command"][-1:]) for _, part in everything(objects) if "exec" in part}
-
-    def ready(folder: str) -> bool:
-        return subprocess.run(["sh", "-c", command], env={**os.environ, "RUN_DIR": folder}).returncode == 0
-
-    folder = str(tmp_path / "runs/small")
-    assert not ready(folder)
-    pods = Pods(objects, tmp_path)
-    assert pods.end() == [0, 0]
-    assert ready(folder)
-    old = time.time() - 700
-    os.utime(f"{folder}/metrics.jsonl", (old, old))
-    assert not ready(folder)
 
 
 @pytest.mark.slow

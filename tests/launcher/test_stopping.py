@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from programs import FOREVER, ONE_RANK, Program, metrics
 
+from launcher.processes import GRACE
 from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
@@ -189,16 +190,26 @@ def loaded(pid: int, library: str) -> bool:
 
 
 def test_a_killed_rank_ends_the_run_and_is_named(config: Path, tmp_path: Path) -> None:
+    """FAULTS row 1. The other rank notices and ends by itself (the launcher is stopped), in less time than the launcher
+    would leave it, a second: 0.07 s on two cores with 20 processes waiting for them.
+
+    Seen to fail with a pause of two seconds in `leave`.
+    """
     program = start(config, tmp_path)
-    victim = program.ranks()[1]
+    ranks = program.ranks()
     sent = time.monotonic()
-    os.kill(victim, signal.SIGKILL)
-    assert ends(program, sent) == 1
+    os.kill(program.pid, signal.SIGSTOP)
+    os.kill(ranks[1], signal.SIGKILL)
+    program.wait_until(lambda: not program.ranks(), "the other one has gone")
+    assert time.monotonic() - sent < GRACE
+    os.kill(program.pid, signal.SIGCONT)
+    assert program.end() == 1
+    program.gone_within(LIMIT)
+    assert "Traceback" not in program.out + program.err
     (line,) = program.err.splitlines()
-    assert line.startswith(f"moe-dist: error: rank 1 (pid {victim}) was ended by SIGKILL")
+    assert line.startswith(f"moe-dist: error: rank 1 (pid {ranks[1]}) was ended by SIGKILL")
     assert "logs/rank-1.log" in line
-    # The other one has noticed by itself, and says so where it belongs.
-    assert "by peer" in (tmp_path / "run" / "train.log").read_text()
+    assert "by peer" in (tmp_path / "run" / "train.log").read_text(), "and says so where it belongs"
 
 
 def test_nothing_outlives_a_killed_launcher(config: Path, tmp_path: Path) -> None:

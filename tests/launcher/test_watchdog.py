@@ -6,8 +6,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -54,27 +53,6 @@ def start(
     return Program(*(starter or torchrun), config, *own, *options, **surroundings)
 
 
-def ranks_of(folder: Path) -> dict[int, int]:
-    """Rank -> pid of those that train into `folder`; torchrun gives each a session of its own."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError):
-            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
-            if f"train.output_dir={folder}".encode() in words:
-                for item in (entry / "environ").read_bytes().split(b"\0"):
-                    if item.startswith(b"RANK="):
-                        found[int(item[5:])] = int(entry.name)
-    return found
-
-
-@pytest.fixture(autouse=True)
-def _no_ranks_left(tmp_path: Path) -> Iterator[None]:
-    yield
-    for pid in ranks_of(tmp_path / "run").values():
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
 def said(program: Program) -> list[str]:
     """What our ranks have said went wrong, without torchrun's report."""
     return [line for line in program.err.splitlines() if line.startswith("moe-dist: error")]
@@ -85,13 +63,13 @@ def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, v
     """FAULTS row 10, also when it is rank 0 that nobody can ask any more. Seen to fail with verdicts not acted on."""
     program = start(config, tmp_path, "train.max_steps=4000", "monitor.stall_timeout=4")
     program.wait_for("step: 25/")  # some seconds: signs of life are half a second apart
-    pid = ranks_of(tmp_path / "run")[victim]
+    pid = program.ranks()[victim]
     os.kill(pid, signal.SIGSTOP)
     sent = time.monotonic()
     program.wait_until(lambda: said(program), "an error")
     assert time.monotonic() - sent < 10
     assert program.end() == 1
-    assert not ranks_of(tmp_path / "run")
+    assert not program.ranks()
     (line,) = said(program)
     assert re.match(
         rf"moe-dist: error: rank {victim} \(pid {pid} on \S+\) has not moved for [4-9] s, in step \d+, .*, last "
@@ -128,7 +106,7 @@ def test_a_loop_and_a_wrong_collective_are_found_and_named(
     assert program.end() == 1
     (line,) = said(program)
     assert re.match(f"moe-dist: error: {expected}", line), line
-    assert not ranks_of(tmp_path / "run")
+    assert not program.ranks()
     assert re.search(r'planted.py", line \d+ in forward', (tmp_path / "run" / "logs" / "rank-1.log").read_text())
 
 
@@ -138,7 +116,7 @@ def test_stopped_and_continued(config: Path, tmp_path: Path) -> None:
     nothing happens, the run is its twin. Seen to fail without `_went_on`."""
     program = start(config, tmp_path, "train.max_steps=40", "monitor.stall_timeout=8")
     program.wait_for("step: 5/")
-    pids = ranks_of(tmp_path / "run")
+    pids = program.ranks()
     for victims, seconds in (([pids[1]], 3), ([pids[0]], 3), (list(pids.values()), 12)):
         for pid in victims:
             os.kill(pid, signal.SIGSTOP)
@@ -159,7 +137,7 @@ def test_a_killed_rank_is_named_once(config: Path, tmp_path: Path, victim: int) 
     without `last_words`: torchrun's SIGTERM came before the line."""
     program = start(config, tmp_path, "train.max_steps=4000", ranks=4)
     program.wait_for("step: 25/")  # some seconds: signs of life are half a second apart
-    pid = ranks_of(tmp_path / "run")[victim]
+    pid = program.ranks()[victim]
     os.kill(pid, signal.SIGKILL)
     assert program.end() == 1
     (line,) = said(program)
@@ -177,7 +155,7 @@ def test_an_agent_of_ours_says_it_in_one_line_and_starts_again(config: Path, tmp
     options = ("train.max_steps=60", "checkpoint.save_steps=4", "monitor.stall_timeout=4")
     program = start(config, tmp_path, *options, starter=("moe-dist", "launch", "torchrun"))
     program.wait_for("step: 9/")
-    os.kill(ranks_of(tmp_path / "run")[1], signal.SIGSTOP)
+    os.kill(program.ranks()[1], signal.SIGSTOP)
     assert program.end() == 0, program.err
     (line,) = said(program)
     assert line.startswith("moe-dist: error: rank 1 (pid "), line

@@ -9,9 +9,11 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,6 +207,27 @@ def test_a_taken_port_is_said_and_the_next_one_used(
             assert target == {"targets": [sink.address], "labels": {"run": "run"}}
         finally:
             sink.close()
+
+
+def test_health_is_the_age_of_the_last_step(sink: PrometheusSink, train_record: Make) -> None:
+    """Seen to fail with 200 whatever the age."""
+
+    def health() -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://{sink.address}/healthz", timeout=10) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    assert health() == (503, "no step was logged yet\n")
+    sink.train(train_record())
+    status, text = health()
+    assert (status, text.rpartition(" logged ")[0]) == (200, f"step {train_record().step} was")
+    sink.snapshot = replace(sink.snapshot, train_time=time.time() - 660)
+    status, text = health()
+    assert status == 503
+    assert int(text.split()[-3]) >= 660
+    assert "moe_dist_train_loss" in scrape_text(sink.address)
 
 
 @pytest.mark.parametrize(("ending", "left"), [("planned", 0), ("failed", 1), ("exception", 1)])

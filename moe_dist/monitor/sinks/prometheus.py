@@ -12,8 +12,9 @@ from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
+from wsgiref.types import StartResponse, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, push_to_gateway, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app, push_to_gateway, start_http_server
 
 from moe_dist.config import MonitorConfig
 from moe_dist.monitor.records import RunInfo, RunSummary, TrainRecord
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 TARGETS = "targets.json"
 TRIES = 100
 """Ports looked at, from the configured one on."""
+FRESH = 600.0
+"""Seconds for which /healthz holds a logged step for a sign of health; checkpoints and evaluations are shorter."""
 PUSH_SECONDS = 5.0
 """Longest wait for a Pushgateway."""
 RETRY_SECONDS = 60.0
@@ -48,6 +51,8 @@ class _RunSink(SnapshotSink):
 class PrometheusSink(_RunSink):
     """Serves /metrics from `open` to `close`, and tells Prometheus where by `targets.json` in the run folder.
 
+    /healthz says how old the last logged step is, with status 503 before the first and when it is too old.
+
     `targets.json` is a target list for `file_sd_configs`. A run that ended as planned leaves it empty; after any
     other end it stays, so that Prometheus sees a target that does not answer.
     """
@@ -63,7 +68,9 @@ class PrometheusSink(_RunSink):
         super().open(info)
         wanted = self.config.port or 0
         self._server = self._listen(wanted)
-        port = self._server[0].server_port
+        server = self._server[0]
+        metrics, port = make_wsgi_app(self.registry), server.server_port
+        server.set_app(lambda env, start: (self._health if env["PATH_INFO"] == "/healthz" else metrics)(env, start))
         self.address = address_of(self.config.host, port)
         if wanted not in (0, port):
             logger.warning("port %d is taken; Prometheus metrics are at http://%s/metrics", wanted, self.address)
@@ -80,6 +87,13 @@ class PrometheusSink(_RunSink):
         thread.join(PUSH_SECONDS)
         if self.snapshot.finished:
             self._write_targets([])
+
+    def _health(self, asked: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        seen = self.snapshot
+        age = time.time() - seen.train_time
+        text = f"step {seen.train.step} was logged {age:.0f} s ago" if seen.train else "no step was logged yet"
+        start_response("200 OK" if age <= FRESH else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [f"{text}\n".encode()]
 
     def _listen(self, first: int) -> tuple[WSGIServer, Thread]:
         """A server on the first free port from `first` on. Raises OSError."""
