@@ -91,8 +91,7 @@ def _standing_still(ranks: Ranks, config: Config, longest: float) -> Verdict | N
 def _hung(still: Verdict, ranks: Ranks, config: Config) -> End:
     """Say whom the others wait for, and have every rank write down its Python stack."""
     restore_terminal()
-    ranks.write_stacks()
-    ranks.end()
+    ranks.end_with_stacks()
     line = f"error: {still.text}; the other ranks were stopped"
     return End(EXIT_FAILED, line, str(log_path(config.train.output_dir, still.ranks[0])))
 

@@ -134,12 +134,20 @@ class Ranks:
         """Whether somebody has stopped the process (Linux)."""
         return state_of(self.processes[rank].pid) == "T"
 
-    def write_stacks(self) -> None:
-        """Every rank writes the Python stack of all its threads into its log; a stopped one goes on for a moment."""
-        for number in (signal.SIGUSR2, signal.SIGCONT):
-            for process in self.processes:
-                process.send_signal(number)
+    def end_with_stacks(self) -> None:
+        """Every rank writes the Python stack of all its threads into its log, and is ended. A stopped one must go on
+        for it, and does when the others, with which it would train on, have ended."""
+        for process in self.processes:
+            process.send_signal(signal.SIGUSR2)
         time.sleep(STACKS)
+        stopped = [process for rank, process in enumerate(self.processes) if self.is_stopped(rank)]
+        for process in self.processes:
+            if process not in stopped:
+                process.kill()
+        for process in stopped:
+            process.send_signal(signal.SIGCONT)
+        time.sleep(STACKS if stopped else 0.0)
+        self.end()
 
     def poll(self) -> list[Ended]:
         """Ranks that have ended since the last call."""
