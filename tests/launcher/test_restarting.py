@@ -83,14 +83,14 @@ def test_a_stopped_rank_is_found_and_named_and_a_slow_disk_is_not(config: Path, 
     of all ranks are in their logs, and the run goes on without the stopped process, to the end of its twin. A save
     that training waits for may take longer than that.
 
-    Seen to fail with one limit for all phases (killed in the save of step 2, and in that of every start after it), and
-    with the stopped rank not continued for its stack."""
+    Seen to fail with a save that had the limit of any other phase (killed in that of step 2), and with the stopped rank
+    not continued for its stack."""
     options = ("monitor.stall_timeout=3", "checkpoint.background=false")
     program = start(config, tmp_path, [("attention", 7, 1)], *options, DEATHS_BY="SIGSTOP", SLOW_DISK="7")
     assert program.end() == 0, program.err
     (line,) = errors(program)
     assert re.match(
-        r"moe-dist: error: rank 1 \(pid \d+\) has not moved for [3-9] s, in step 4, [^;]*last collectives world \d+[^;]*: "
+        r"moe-dist: error: rank 1 \(pid \d+\) has not moved for [3-9] s, in step 4, [^;]*last collectives world [^;]*: "
         r"it is stopped \(SIGSTOP\).*; starting again from checkpoint-2 ",
         line,
     ), line
