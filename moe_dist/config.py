@@ -418,7 +418,7 @@ class MonitorConfig(Section):
     """Floating-point operations per second of one device, for the MFU: 989e12 for an H100 in bfloat16; null: no MFU."""
     stall_timeout: PositiveFloat = 60.0
     """Seconds in which no rank has moved after which a run counts as hung: it is said whom the others wait for, and all
-    ranks end; from the first step on."""
+    ranks end; from the first step on. What may be slow is given longer, a cut link less (docs/running.md)."""
     prometheus: PrometheusConfig = Field(default_factory=PrometheusConfig)
     """Metrics for a Prometheus server."""
 

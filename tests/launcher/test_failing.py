@@ -83,7 +83,7 @@ def test_not_enough_memory(config: Path, tmp_path: Path) -> None:
     """The line names the keys to change. Seen to fail without `advice`."""
     (line,) = run(config, tmp_path, "Greedy").err.splitlines()
     assert line.startswith("moe-dist: error: rank 1: RuntimeError: "), line
-    assert "; for less memory change, in this order, train.per_device_train_batch_size (down), " in line
+    assert "; memory: less of it, in this order: train.per_device_train_batch_size, " in line
 
 
 def test_not_finite_stops_all_ranks(config: Path, tmp_path: Path) -> None:
