@@ -100,8 +100,8 @@ def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, v
         r"collectives world \d+: it is stopped \(SIGSTOP\); ",
         line,
     ), line
-    log = "train.log" if victim else "logs/rank-1.log"
-    assert "most recent call first" in (tmp_path / "run" / log).read_text()
+    for log in ("train.log", "logs/rank-1.log"):
+        assert "most recent call first" in (tmp_path / "run" / log).read_text(), log
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,13 @@ def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, v
             r"the ranks wait for each other in different collectives since \d+ s: rank 0 \(pid .* in step 4, the "
             r"all-to-all of layer 0, in all_to_all_single, .*; rank 1 \(pid .* in step 4, computing, in all_reduce, ",
         ),
+        pytest.param(
+            "shape",  # gloo ends a process that gets more than it has asked for, and says so on its own
+            r"rank 0 \(pid \d+ on \S+\) has gone, last seen in step \d+, .*: it ended without a word \(killed, cr",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["loop", "other"],
+    ids=["loop", "other", "shape"],
 )
 def test_a_loop_and_a_wrong_collective_are_found_and_named(
     config: Path, tmp_path: Path, planted: str, expected: str
@@ -131,7 +136,7 @@ def test_a_loop_and_a_wrong_collective_are_found_and_named(
     (line,) = said(program)
     assert re.match(f"moe-dist: error: {expected}", line), line
     assert not ranks_of(tmp_path / "run")
-    assert re.search(r'planted.py", line \d+ in forward', (tmp_path / "run" / "logs" / "rank-1.log").read_text())
+    assert re.search(r'planted.py", line \d+,? in forward', (tmp_path / "run" / "logs" / "rank-1.log").read_text())
 
 
 @pytest.mark.slow
