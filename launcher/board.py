@@ -7,10 +7,42 @@ import mmap
 import os
 import sys
 import tempfile
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from launcher.worker import REPORTS, STATUS
-from moe_dist.parallel.status import SLOT, Place, read
+from moe_dist.parallel.hang import Sighting
+from moe_dist.parallel.status import SLOT, Place, Status, read, read_sign
+
+if TYPE_CHECKING:
+    from moe_dist.parallel.mesh import Mesh
+
+_INTERVAL = 0.5
+"""Seconds between two signs of life."""
+_STALE = 2.0
+"""Seconds without any, after which it is worth a look why."""
+
+
+@contextmanager
+def telling(status: Status, mesh: Mesh) -> Iterator[None]:
+    """In a rank: a thread that tells the board which collective this one is in, and how many it has called."""
+    from moe_dist.parallel.calls import Calls  # torch, which the other end of the board does not need
+
+    over, calls = threading.Event(), Calls(mesh.group("pp"))
+
+    def tell() -> None:
+        while not over.wait(_INTERVAL):
+            status.tell(calls.sign)
+
+    thread = threading.Thread(target=tell, name="telling", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(_STALE)
 
 
 class Board:
@@ -63,6 +95,18 @@ class Board:
         """Where each rank of this machine was when it last moved; those that have said nothing yet are missing."""
         found = {rank: read(self._slots, rank) for rank in range(self.count)}
         return {rank: place for rank, place in found.items() if place is not None}
+
+    def seen(self, rank: int, is_stopped: Callable[[int], bool]) -> Sighting | None:
+        """All that is known of a rank; None when it has said nothing yet."""
+        place, sign = read(self._slots, rank), read_sign(self._slots, rank)
+        if place is None:
+            return None
+        age, told = sign or (place.seconds, {})
+        if age > _STALE and is_stopped(rank):
+            return Sighting(place, 0.0, "stopped", **told)
+        if age > max(_STALE, place.seconds / 2):  # something holds Python's lock: in a collective it would not
+            told |= {"inside": None, "waited": 0.0}
+        return Sighting(place, **told)
 
     def clear(self) -> None:
         """Other ranks will use it."""

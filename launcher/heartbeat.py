@@ -27,6 +27,10 @@ _STRANGERS = 256
 """Connections that have not yet said who they are; more have to wait."""
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _SIOCGIFADDR = 0x8915
+CUT = 8.0
+"""Seconds for which nothing that was sent has arrived, after which a link counts as cut."""
+_AGAIN = 3
+"""Times in a row that something has been sent again and not arrived."""
 
 
 class Offer(NamedTuple):
@@ -81,6 +85,16 @@ class Line:
             raise ValueError("no message")
         return messages
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether what is sent does not arrive any more (Linux): the link is cut, or the host gone. A process that is
+        stopped, or starved, has a kernel that answers for it."""
+        with suppress(AttributeError, OSError):
+            facts = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+            again, unanswered, answered = facts[2], *struct.unpack_from("=I28xI", facts, 24)
+            return bool(again >= _AGAIN and unanswered and answered >= 1000 * CUT)
+        return False
+
     def close(self) -> None:
         self.closed = True
         self.socket.close()
@@ -107,6 +121,10 @@ class Peers:
     def send(self, message: Message, must: bool = True) -> None:
         for line in list(self.lines.values()):
             line.send(message, must)
+
+    def is_cut_off(self, rank: int) -> bool:
+        """Whether nothing reaches a rank that there is a connection to."""
+        return rank in self.lines and self.lines[rank].is_cut
 
     def poll(self, seconds: float) -> None:
         """Take in what comes within `seconds`, or at once when something does."""

@@ -17,7 +17,7 @@ from launcher.processes import GRACE, PATIENCE, POLL, Ranks, Signals
 from launcher.worker import EXIT_AGAIN, EXIT_FAILED, EXIT_STOPPED, Proof
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
-from moe_dist.parallel.hang import Sighting, Verdict, judge
+from moe_dist.parallel.hang import Verdict, judge
 
 GAP = 2.0
 """Seconds between two looks that mean that this process was stopped, by Ctrl-Z for example, and its ranks with it."""
@@ -80,22 +80,19 @@ def _run(config: Config, proof: Proof | None, signals: Signals, job: dict[str, s
 
 def _standing_still(ranks: Ranks, config: Config, longest: float) -> Verdict | None:
     """Whom all ranks wait for, when in the last `longest` seconds none has moved for `monitor.stall_timeout`."""
-    timeout = config.monitor.stall_timeout
-    places = {rank: place._replace(seconds=min(place.seconds, longest)) for rank, place in ranks.places.items()}
-    if (
-        len(places) < len(ranks.processes)
-        or judge({rank: Sighting(place) for rank, place in places.items()}, timeout) is None
-    ):
+    seen = {
+        rank: one._replace(place=one.place._replace(seconds=min(one.place.seconds, longest)))
+        for rank, one in ranks.seen.items()
+    }
+    if len(seen) < len(ranks.processes):
         return None
-    seen = {rank: Sighting(place, state="stopped" if ranks.is_stopped(rank) else "") for rank, place in places.items()}
-    return judge(seen, timeout, lambda rank: f"rank {rank} (pid {ranks.processes[rank].pid})")
+    return judge(seen, config.monitor.stall_timeout, lambda rank: f"rank {rank} (pid {ranks.processes[rank].pid})")
 
 
 def _hung(still: Verdict, ranks: Ranks, config: Config) -> End:
-    """Say whom the others wait for, and have every rank that can write down its Python stack."""
+    """Say whom the others wait for, and have every rank write down its Python stack."""
     restore_terminal()
-    ranks.write_stacks()
-    ranks.end()
+    ranks.end_with_stacks()
     line = f"error: {still.text}; the other ranks were stopped"
     return End(EXIT_FAILED, line, str(log_path(config.train.output_dir, still.ranks[0])))
 

@@ -12,19 +12,22 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from types import FrameType
 
 from launcher.board import Board
 from launcher.endings import Ended, say
 from launcher.environment import STORE, usable_cores
+from launcher.heartbeat import state_of
 from launcher.worker import CONFIG, EXIT_AGAIN, LAUNCHER, PROOF, WATCHED, Proof
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
+from moe_dist.parallel.hang import Sighting
 from moe_dist.parallel.status import Place
 
 LOOPBACK = "127.0.0.1"
 POLL = 0.05
+STACKS = 0.5
+"""Seconds in which ranks write down their stacks."""
 HEARING = 2.5
 """Seconds after Ctrl-C in which every rank must have heard of it; a person does not wait for one that hangs."""
 GRACE = 1.0
@@ -123,18 +126,30 @@ class Ranks:
         """Where each rank was when it last moved; those that have said nothing yet are missing."""
         return self.board.places
 
+    @property
+    def seen(self) -> dict[int, Sighting]:
+        """All that is known of each rank; those that have said nothing yet are missing."""
+        found = {rank: self.board.seen(rank, self.is_stopped) for rank in range(len(self.processes))}
+        return {rank: one for rank, one in found.items() if one is not None}
+
     def is_stopped(self, rank: int) -> bool:
         """Whether somebody has stopped the process (Linux)."""
-        with suppress(OSError):
-            text = Path(f"/proc/{self.processes[rank].pid}/stat").read_text()
-            return text.rpartition(")")[2].split()[0] in ("T", "t")
-        return False
+        return state_of(self.processes[rank].pid) == "T"
 
-    def write_stacks(self) -> None:
-        """Every rank that can writes the Python stack of all its threads into its log."""
+    def end_with_stacks(self) -> None:
+        """Every rank writes the Python stack of all its threads into its log, and is ended. A stopped one must go on
+        for it, and does when the others, with which it would train on, have ended."""
         for process in self.processes:
             process.send_signal(signal.SIGUSR2)
-        time.sleep(0.3)
+        time.sleep(STACKS)
+        stopped = [process for rank, process in enumerate(self.processes) if self.is_stopped(rank)]
+        for process in self.processes:
+            if process not in stopped:
+                process.kill()
+        for process in stopped:
+            process.send_signal(signal.SIGCONT)
+        time.sleep(STACKS if stopped else 0.0)
+        self.end()
 
     def poll(self) -> list[Ended]:
         """Ranks that have ended since the last call."""

@@ -25,7 +25,7 @@ from launcher.heartbeat import Hub, Message, Offer, Peers, Spoke, addresses, sta
 from launcher.worker import EXIT_FAILED, tell_launcher
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
-from moe_dist.parallel.calls import counted, inside
+from moe_dist.parallel.calls import Calls
 from moe_dist.parallel.hang import Sighting, State, Verdict, judge
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Place, Status
@@ -62,9 +62,7 @@ class Watchdog:
         self.rank, self.status = environment.rank, status
         self._timeout = config.monitor.stall_timeout
         self._interval = max(INTERVAL, environment.world_size / 1000)
-        self._folder, self._training = config.train.output_dir, threading.get_ident()
-        pipeline = mesh.group("pp")
-        self._leave_out = "" if pipeline is None else pipeline.group_name
+        self._folder, self._calls = config.train.output_dir, Calls(mesh.group("pp"))
         alone = environment.local_world_size == environment.world_size
         hub = Hub(environment.world_size, secrets.token_hex(16), alone) if environment.rank == 0 else None
         address = "" if alone else addresses()[0]
@@ -118,7 +116,8 @@ class Watchdog:
                 return
             self._say_who_has_gone(peers, after=_DOUBT)
             verdict = None
-            if look and (self.rank == 0 or 0 in peers.gone or self._silence(peers, 0) >= self._timeout):
+            lost_zero = 0 in peers.gone or peers.is_cut_off(0) or self._silence(peers, 0) >= self._timeout
+            if look and (self.rank == 0 or lost_zero):
                 verdict = judge(self._seen(peers), self._timeout, self.name)
             before, now = now, time.monotonic()
             if now - before > 2 * self._interval + _GAP:
@@ -145,11 +144,7 @@ class Watchdog:
     def _sign_of_life(self) -> Message:
         place = self.status.place
         seconds = min(place.seconds, time.monotonic() - self._went_on)
-        return {
-            "place": [seconds, place.step, place.phase, place.layer],
-            "inside": inside(self._training),
-            "calls": counted(self._leave_out),
-        }
+        return {"place": place._replace(seconds=seconds), "calls": self._calls.sign}
 
     def _silence(self, peers: Peers, rank: int) -> float:
         moment = peers.heard[rank][0] if rank in peers.heard else self._went_on
@@ -158,7 +153,7 @@ class Watchdog:
     def _seen(self, peers: Peers) -> dict[int, Sighting]:
         """What is known of everybody who trains; nothing as long as somebody may be about to be heard of first."""
         seen = {self.rank: _sighting(self._sign_of_life(), 0.0, "")}
-        unheard = {"place": [0.0, self.status.step, "starting", None]}
+        unheard = {"place": self.status.place._replace(seconds=0.0, phase="starting", layer=None, longest=0.0)}
         for rank in range(len(self.everybody)) if self.rank == 0 else [0]:
             if rank == self.rank or peers.left.get(rank) == "done":
                 continue
@@ -168,6 +163,8 @@ class Watchdog:
             state: State = "gone" if rank in peers.gone or rank in peers.left else ""
             if not state and silence > 2 * self._interval and self._is_stopped(rank):
                 state = "stopped"
+            if not state and peers.is_cut_off(rank):
+                state = "cut"
             _, message = peers.heard.get(rank, (0.0, unheard))
             seen[rank] = _sighting(message, silence, state)
         return seen
@@ -200,8 +197,8 @@ class Watchdog:
             if rank not in self._told and time.monotonic() - since >= after:
                 self._told.add(rank)
                 where = _sighting(peers.heard[rank][1], 0.0, "gone").where if rank in peers.heard else "at its start"
-                text = f"{self.name(rank)} has gone, last seen {where}: killed, by someone or for want of memory"
-                text += f", or its host is lost; log: {log_path(self._folder, rank)}"
+                text = f"{self.name(rank)} has gone, last seen {where}: it ended without a word "
+                text += f"(killed, crashed, or its host is lost); log: {log_path(self._folder, rank)}"
                 if self._lose(peers, text):
                     self._speak(text)
 
@@ -224,16 +221,17 @@ class Watchdog:
 
     def _leave(self, text: str, ranks: list[int]) -> NoReturn:
         """Write down the Python stacks and end this process, whatever its other threads do. What is stopped on this
-        machine is ended too: it would keep everybody waiting once more."""
+        machine writes them too, and is ended: it would keep everybody waiting once more."""
         with suppress(OSError), log_path(self._folder, self.rank).open("a") as file:
             file.write(f"moe-dist: error: {text}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        time.sleep(_LAST_WORDS)
-        for rank in ranks:
-            if rank != self.rank and self._is_stopped(rank):
+        stopped = [self.everybody[rank].pid for rank in ranks if rank != self.rank and self._is_stopped(rank)]
+        for number, seconds in ((signal.SIGUSR2, 0.0), (signal.SIGCONT, _LAST_WORDS), (signal.SIGKILL, 0.0)):
+            for pid in stopped:
                 with suppress(OSError):
-                    os.kill(self.everybody[rank].pid, signal.SIGKILL)
+                    os.kill(pid, number)
+            time.sleep(seconds)
         os._exit(EXIT_FAILED)
 
     def _is_stopped(self, rank: int) -> bool:
@@ -247,7 +245,7 @@ class Watchdog:
 
 
 def _sighting(message: Message, silence: float, state: State) -> Sighting:
-    return Sighting(Place(*message["place"]), silence, state, message.get("inside"), message.get("calls", {}))
+    return Sighting(Place(*message["place"]), silence, state, **message.get("calls", {}))
 
 
 def _spaces() -> tuple[str, str]:

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from launcher.environment import Environment, detect, let_the_first_speak, this_job
+from launcher.memory import advice
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.monitor.train_log import log_path
@@ -111,8 +112,14 @@ class CasualtyError(RuntimeError):
 
 @contextmanager
 def _watched(config: Config, environment: Environment, mesh: Mesh, status: Status) -> Iterator[None]:
-    """A watchdog for the block, where no launcher sees all ranks from outside."""
-    if WATCHED in os.environ or not environment.is_distributed:
+    """A watchdog for the block, or where a launcher sees all ranks from outside, signs of life for it."""
+    if WATCHED in os.environ:
+        from launcher.board import telling
+
+        with telling(status, mesh):
+            yield
+        return
+    if not environment.is_distributed:
         yield
         return
     from launcher.watchdog import Watchdog
@@ -192,7 +199,7 @@ def _report(error: Exception, environment: Environment, code: int) -> int:
         where = f"rank {environment.rank}: " if environment.is_distributed else ""
         log = _write_log(details)
         if not isinstance(error, CasualtyError):
-            text = f"{where}{type(error).__name__}: {text}"[:_MAX_TEXT]
+            text = f"{where}{type(error).__name__}: {text}"[: _MAX_TEXT // 2] + advice(error)
             text += f"; log: {log}" if log else "; MOE_DIST_DEBUG=1 shows where"
         if os.environ.get("MOE_DIST_DEBUG") == "1":
             print(details, file=sys.stderr, flush=True)

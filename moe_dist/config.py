@@ -437,7 +437,7 @@ class MonitorConfig(Section):
     of the device where it is known, else no MFU."""
     stall_timeout: PositiveFloat = 60.0
     """Seconds in which no rank has moved after which a run counts as hung: it is said whom the others wait for, and all
-    ranks end; from the first step on."""
+    ranks end; from the first step on. What may be slow is given longer, a cut link less (docs/running.md)."""
     prometheus: PrometheusConfig = Field(default_factory=PrometheusConfig)
     """Metrics for a Prometheus server."""
 

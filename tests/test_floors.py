@@ -62,6 +62,7 @@ LIGHT = (
     "launcher.worker",
     "launcher.environment",
     "launcher.heartbeat",
+    "launcher.memory",
     "launcher.mpi",
     "launcher.processes",
     "moe_dist.parallel.hang",

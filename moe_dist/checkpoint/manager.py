@@ -28,6 +28,8 @@ from moe_dist.parallel.mesh import Mesh
 
 logger = logging.getLogger("moe_dist")
 Answer = TypeVar("Answer")
+_ROUND = 1.0
+"""Seconds after which ranks that wait for the end of a save tell each other how far they are."""
 
 
 @dataclass(frozen=True)
@@ -134,20 +136,30 @@ class Checkpoints:
             self._writer.start()
         self._blocked = time.perf_counter() - self._started
 
-    def settle(self) -> Outcome:
+    def settle(self, alive: Callable[[], None] = lambda: None) -> Outcome:
         """The end of the save in flight (collective): waits for it, and says how it went.
 
-        The outcome is rank 0's; `error` is the same on every rank in being None or not.
+        The outcome is rank 0's; `error` is the same on every rank in being None or not. `alive` is called while this
+        rank's part makes progress.
         """
         writer, plan = self._writer, self._plan
         assert writer is not None
         assert plan is not None
         before = time.perf_counter()
-        writer.written.wait()
-        failed = torch.tensor([float(writer.error is not None)], device=self.mesh.device)
-        if self.mesh.sum_over("world", failed).item():
-            writer.abort.set()
-        writer.finish()
+        progress = -1
+        while True:  # in rounds: no collective waits for a slow disk
+            over = writer.finish(_ROUND)
+            if writer.progress != progress:
+                progress = writer.progress
+                alive()
+            mine = [not over, not writer.written.is_set(), writer.error is not None]
+            running, writing, failed = self.mesh.sum_over(
+                "world", torch.tensor(mine, dtype=torch.float32, device=self.mesh.device)
+            ).tolist()
+            if failed and not writing:
+                writer.abort.set()
+            if not running:
+                break
         self._writer = None
         texts = [text for lines in self._gathered([writer.error] if writer.error else []) for text in lines]
         # The first cause: a rank that only gave up for another's sake has less to say.

@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from moe_dist.checkpoint.manifest import (
     TensorEntry,
 )
 from moe_dist.checkpoint.shards import Shard
-from moe_dist.checkpoint.storage import Storage
+from moe_dist.checkpoint.storage import Buffer, Storage
 
 logger = logging.getLogger("moe_dist")
 GAVE_UP = "another rank could not write its part; its log says why"
@@ -69,6 +69,7 @@ class Writer(threading.Thread):
     """Writes one rank's shards; on rank 0 `commit` comes after. Nothing it does can end the process.
 
     `error`: why it failed, in words, None while it has not. `written`: this rank's part is done, or has failed.
+    `progress`: grows with every piece that is written.
     """
 
     def __init__(self, saving: Saving, shards: Sequence[Shard], rank: int, commit: Commit | None) -> None:
@@ -76,6 +77,7 @@ class Writer(threading.Thread):
         self.saving, self.shards, self.rank, self.commit = saving, shards, rank, commit
         self.written = threading.Event()
         self.abort = threading.Event()
+        self.progress = 0
         self.error: str | None = None
         self.folder: str | None = None
 
@@ -103,10 +105,11 @@ class Writer(threading.Thread):
         self.error = reason or GAVE_UP
         self.written.set()
 
-    def finish(self) -> None:
-        """Wait for its end, also when it never began."""
+    def finish(self, within: float) -> bool:
+        """Wait for its end, so many seconds; whether it has come, also when it never began."""
         if self.ident is not None:
-            self.join()
+            self.join(within)
+        return not self.is_alive()
 
     def _write(self) -> None:
         saving = self.saving
@@ -114,13 +117,18 @@ class Writer(threading.Thread):
         boxes: dict[str, list[Box]] = {}
         for shard in self.shards:
             shard.check_finite()
-            chunks = shard.chunks()
+            chunks = self._counted(shard.chunks())
             content = chunks if saving.seal is None else saving.seal.seal(shard.file, chunks)
             files[shard.file] = write_hashed(saving.storage, f"{saving.staging}/{shard.file}", content)
             for piece in shard.pieces:
                 boxes.setdefault(piece.name, []).append(Box(file=shard.file, offset=piece.offset, shape=piece.shape))
         receipt = Receipt(files=files, boxes={name: tuple(found) for name, found in boxes.items()})
         self._write_receipt(receipt)
+
+    def _counted(self, chunks: Iterable[Buffer]) -> Iterator[Buffer]:
+        for chunk in chunks:
+            yield chunk
+            self.progress += 1
 
     def _write_receipt(self, receipt: Receipt) -> None:
         path = self.saving.receipt(self.rank)

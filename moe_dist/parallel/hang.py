@@ -10,11 +10,18 @@ from moe_dist.parallel.status import Place
 
 WAITING = ("the all-to-all", "reducing gradients", "agreeing on the next step")
 """Phases in which a rank may be held up by others."""
-MOURNING = 10.0
+MOURNING = 8.0
 """Seconds without progress after which a run ends that has lost a rank; most notice by themselves, and sooner."""
+_LONG = ("starting", "evaluating", "saving", "ending")
+"""Phases in which a rank may be busy with one thing for a long time: a disk flushes, an evaluation is compiled, the
+best checkpoint is read. A save that makes progress moves."""
+_EASE = 10
+"""Times the limit in these, and in the first step of a start, which may compile."""
+_SLOWER = 3
+"""Times the longest that a rank has lately not moved for: a slow machine's micro-batch."""
 _NAMED = 4
-State = Literal["", "stopped", "gone"]
-"""Stopped: by SIGSTOP. Gone: it has left without a word, or has failed."""
+State = Literal["", "stopped", "cut", "gone"]
+"""Stopped: by SIGSTOP. Cut: nothing reaches its host. Gone: it has left without a word, or has failed."""
 
 
 class Sighting(NamedTuple):
@@ -25,6 +32,8 @@ class Sighting(NamedTuple):
     state: State = ""
     inside: str | None = None
     """The function of torch.distributed that it was in."""
+    waited: float = 0.0
+    """Seconds for which it had been in it, without calling another."""
     calls: Mapping[str, int] = {}
     """Group -> collectives that this rank has called in it; the name people know ends at the @."""
 
@@ -51,18 +60,19 @@ class Verdict(NamedTuple):
 def judge(
     seen: Mapping[int, Sighting], timeout: float, name: Callable[[int], str] = "rank {}".format
 ) -> Verdict | None:
-    """None while anyone has moved within `timeout` seconds. `seen`: all ranks, or those this rank can hear of.
+    """None while anyone has moved within `timeout` seconds, or more where that may be work. `seen`: all ranks, or
+    those this rank can hear of.
 
-    Before the first step ranks read data and compile, which may take any time. Whoever cannot answer is named first:
-    gone, stopped or silent. Then by the order of collectives: who has called fewer than the others of a group keeps
-    them waiting, unless others keep it waiting. Then who is in a phase of its own. When all of them wait, and not in
-    the same place, they have called different collectives.
+    Before the first step of a start ranks read data, which may take any time. Whoever cannot answer is named first:
+    gone, stopped, cut off or silent. Then by the order of collectives: who has called fewer than the others of a group
+    keeps them waiting, unless others keep it waiting. Then who is in a phase of its own. When all of them wait, and
+    not in the same place, they have called different collectives.
     """
     here = [sighting for sighting in seen.values() if sighting.state != "gone"]
-    limit = timeout if len(here) == len(seen) else min(timeout, MOURNING)
-    steps = [one.place.step for one in seen.values()]
+    limit = _limit(seen, timeout)
+    begun = [one.place.begun for one in seen.values()]
     # Who has begun a second step has had all the others in the first, whatever was last heard of them.
-    starting = 0 in steps and max(steps) < 2
+    starting = 0 in begun and max(begun) < 2
     if not here or starting or min(one.still for one in here) < limit:
         return None
 
@@ -79,6 +89,8 @@ def judge(
         return Verdict(gone, "; ".join(names))
     if stopped := those(lambda one: one.state == "stopped"):
         return told(stopped, "it is stopped (SIGSTOP)")
+    if cut := those(lambda one: one.state == "cut"):
+        return told(cut, "nothing is heard of it: its link is cut, or its host gone")
     if silent := those(lambda one: one.silent > limit / 2):
         return told(silent, "nothing is heard of it: its link is cut, its host gone, or the process stopped")
     if late := _late(seen):
@@ -97,6 +109,20 @@ def judge(
         + "; ".join(groups[:_NAMED])
         + ": their Python stacks are in their logs",
     )
+
+
+def _limit(seen: Mapping[int, Sighting], timeout: float) -> float:
+    """Seconds without progress that are too many: more than `timeout` only while somebody may be at work."""
+    ones = list(seen.values())
+    if any(one.state in ("gone", "cut") for one in ones):
+        return min(timeout, MOURNING)
+    if any(one.state == "stopped" or one.silent > timeout / 2 for one in ones):
+        return timeout
+    if all(one.waited + one.silent >= timeout for one in ones):
+        return timeout  # nobody is at work
+    if all(one.place.begun < 2 for one in ones) or any(one.place.phase in _LONG and one.inside is None for one in ones):
+        return _EASE * timeout
+    return max(timeout, _SLOWER * max(one.place.longest for one in ones))
 
 
 def _late(seen: Mapping[int, Sighting]) -> list[int]:

@@ -5,10 +5,11 @@ A rank that is stopped, cut off or dead cannot say where it is; the last thing i
 
 from __future__ import annotations
 
+import json
 import mmap
 import struct
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PHASES = (
     "starting",
@@ -27,9 +28,10 @@ OWN = ("waiting for data", "computing", "updating weights")
 """Phases in which a rank waits for no other, but where FSDP or a pipeline communicates in the middle of computing."""
 _WHOLE = frozenset(PHASES.index(phase) for phase in ("starting", "evaluating", "saving", "ending"))
 """Phases whose seconds are their own also while something else goes on inside."""
-_RECORD = struct.Struct("<dqii")
-SLOT = 64
-"""Bytes per rank."""
+_RECORD = struct.Struct("<dqiidi")
+_SIGN = struct.Struct("<di")
+SLOT, _SIGN_AT = 2048, 64
+"""Bytes per rank; where in them its last sign of life is: the moment, a length, and as many bytes of JSON."""
 
 
 class Place(NamedTuple):
@@ -39,6 +41,10 @@ class Place(NamedTuple):
     step: int
     phase: str
     layer: int | None
+    begun: int = 0
+    """Steps it has begun since it was started."""
+    longest: float = 0.0
+    """The most seconds for which it has not moved, in this step or the one before."""
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f" of layer {self.layer}"
@@ -56,6 +62,7 @@ class Status:
     def __init__(self, board: mmap.mmap | None = None, rank: int = 0) -> None:
         self._board, self._offset = board, rank * SLOT
         self.step, self.phase, self.layer = 0, 0, -1
+        self.begun, self._longest, self._longest_before = 0, 0.0, 0.0
         self.seconds = [0.0] * len(PHASES)
         self._since, self._charged = time.monotonic(), 0
 
@@ -66,13 +73,29 @@ class Status:
 
     def _set(self, phase: int, layer: int, charged: int, step: int | None = None) -> None:
         now = time.monotonic()  # the machine's, the same for every process on it
-        self.seconds[self._charged] += now - self._since
+        stretch = now - self._since
+        self.seconds[self._charged] += stretch
+        self._longest = max(self._longest, stretch)
         self._since, self._charged = now, charged
         self.phase, self.layer = phase, layer
         if step is not None:
-            self.step = step
+            self.step, self.begun = step, self.begun + 1
+            self._longest_before, self._longest = self._longest, 0.0
         if self._board is not None:
-            _RECORD.pack_into(self._board, self._offset, now, self.step, phase, layer)
+            longest = max(self._longest_before, self._longest)
+            _RECORD.pack_into(self._board, self._offset, now, self.step, phase, layer, longest, self.begun)
+
+    def alive(self) -> None:
+        """What this rank does goes on, and it is still in the same phase."""
+        self._set(self.phase, self.layer, self._charged)
+
+    def tell(self, sign: dict[str, Any]) -> None:
+        """A sign of life, with what only this process can know; from a thread of its own."""
+        text = json.dumps(sign).encode()
+        if self._board is not None and len(text) <= SLOT - _SIGN_AT - _SIGN.size:
+            start = self._offset + _SIGN_AT
+            self._board[start + _SIGN.size : start + _SIGN.size + len(text)] = text
+            _SIGN.pack_into(self._board, start, time.monotonic(), len(text))
 
     def inside(self, phase: str, layer: int | None) -> tuple[int, int, int]:
         """As `at`; returns what `back` needs to undo it. Inside an evaluation or a save the seconds are that one's."""
@@ -89,7 +112,8 @@ class Status:
     def place(self) -> Place:
         """Where this rank is, for its other threads."""
         layer = None if self.layer < 0 else self.layer
-        return Place(time.monotonic() - self._since, self.step, PHASES[self.phase], layer)
+        longest = max(self._longest_before, self._longest)
+        return Place(time.monotonic() - self._since, self.step, PHASES[self.phase], layer, self.begun, longest)
 
     @property
     def own_seconds(self) -> float:
@@ -98,7 +122,7 @@ class Status:
 
     def take(self) -> dict[str, float]:
         """Seconds of each phase since the last call."""
-        self._set(self.phase, self.layer, self._charged)
+        self.alive()
         taken = dict(zip(PHASES, self.seconds, strict=True))
         self.seconds = [0.0] * len(PHASES)
         return taken
@@ -106,7 +130,17 @@ class Status:
 
 def read(board: mmap.mmap, rank: int) -> Place | None:
     """Where a rank is; None when it has said nothing yet."""
-    moment, step, phase, layer = _RECORD.unpack_from(board, rank * SLOT)
+    moment, step, phase, layer, longest, begun = _RECORD.unpack_from(board, rank * SLOT)
     if moment == 0.0:
         return None
-    return Place(time.monotonic() - moment, step, PHASES[phase], None if layer < 0 else layer)
+    return Place(time.monotonic() - moment, step, PHASES[phase], None if layer < 0 else layer, begun, longest)
+
+
+def read_sign(board: mmap.mmap, rank: int) -> tuple[float, dict[str, Any]] | None:
+    """How many seconds ago a rank has given its last sign of life, and what it told; None: none, or half of one."""
+    start = rank * SLOT + _SIGN_AT
+    moment, length = _SIGN.unpack_from(board, start)
+    try:
+        return time.monotonic() - moment, json.loads(board[start + _SIGN.size : start + _SIGN.size + length])
+    except ValueError:
+        return None

@@ -68,9 +68,11 @@ class Persistence:
         stopping: Stopping,
         acting: Acting,
         place: RunPlace,
+        alive: Callable[[], None],
     ) -> None:
+        """`alive` is called while a save that training waits for makes progress."""
         self.config, self.mesh, self.model, self.optimizer = config, mesh, model, optimizer
-        self.loader, self.stopping, self.acting = loader, stopping, acting
+        self.loader, self.stopping, self.acting, self._alive = loader, stopping, acting, alive
         checkpoint = config.checkpoint
         storage = open_storage(checkpoint.folder or config.train.output_dir)
         self.place = place
@@ -223,7 +225,7 @@ class Persistence:
 
     def settle(self) -> Outcome:
         """Wait for the save in flight (collective)."""
-        outcome = self.checkpoints.settle()
+        outcome = self.checkpoints.settle(self._alive)
         if outcome.error is not None:
             if self.saved_step == outcome.step:
                 self.saved_step = -1

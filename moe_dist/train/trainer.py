@@ -133,7 +133,7 @@ class MoETrainer:
         self.acting = Acting(config, mesh, self.balancer, self.reporter.collector.pending)
         self.counters = Counters()
         parts = (self.model, self.optimizer, self.loader, self.stopping, self.acting)
-        self.persistence = Persistence(config, mesh, *parts, self.place)
+        self.persistence = Persistence(config, mesh, *parts, self.place, self.status.alive)
         self.persistence.check_room()
         self.evaluated_at, self.eval_loss = -1, float("nan")
         self.signal: int | None = None

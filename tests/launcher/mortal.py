@@ -16,7 +16,9 @@ MODULE = '''
 import json
 import os
 import signal
+import time
 
+from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.models.attention import Attention
 from moe_dist.models.experts import Experts
 from moe_dist.parallel import dispatch
@@ -36,7 +38,7 @@ def die():
         if happened:
             with open(happened, "ab") as file:
                 file.write(b".")
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[os.environ.get("DEATHS_BY", "SIGKILL")])
 
 
 def spoil(owner, name):
@@ -58,6 +60,20 @@ elif place == "attention":
 elif place == "backward":
     backward = dispatch._AllToAll.backward
     dispatch._AllToAll.backward = staticmethod(lambda ctx, *grads: (die(), backward(ctx, *grads))[1])
+
+
+write = LocalStorage.write
+
+
+def write_slowly(*arguments):
+    """A disk that takes its time, once."""
+    LocalStorage.write = write
+    time.sleep(float(os.environ["SLOW_DISK"]))
+    write(*arguments)
+
+
+if "SLOW_DISK" in os.environ and not done:
+    LocalStorage.write = write_slowly
 
 
 class Mortal(Experts):

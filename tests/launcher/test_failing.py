@@ -34,6 +34,11 @@ class Bomb(Second):
         raise ZeroDivisionError("the fuse\\nwas short")
 
 
+class Greedy(Second):
+    def happen(self, out):
+        return out.new_empty(2**50)
+
+
 class NotANumber(Second):
     def happen(self, out):
         return out * float("nan")
@@ -71,6 +76,14 @@ def test_an_exception_in_one_rank_of_torchrun(config: Path, tmp_path: Path) -> N
     (line,) = [line for line in program.err.splitlines() if line.startswith("moe-dist: ")]
     assert line.startswith("moe-dist: error: rank 1: ZeroDivisionError: the fuse was short; log: ")
     program.gone_within(5)
+
+
+@pytest.mark.slow
+def test_not_enough_memory(config: Path, tmp_path: Path) -> None:
+    """The line names the keys to change. Seen to fail without `advice`."""
+    (line,) = run(config, tmp_path, "Greedy").err.splitlines()
+    assert line.startswith("moe-dist: error: rank 1: RuntimeError: "), line
+    assert "; memory: less of it, in this order: train.per_device_train_batch_size, " in line
 
 
 def test_not_finite_stops_all_ranks(config: Path, tmp_path: Path) -> None:

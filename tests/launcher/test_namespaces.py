@@ -37,15 +37,16 @@ def test_experts_on_two_hosts(config: Path, tmp_path: Path, two_ranks: Run) -> N
 
 
 def test_a_cable_is_pulled(config: Path, tmp_path: Path) -> None:
-    """FAULTS rows 9 and 10: found within 10 s and named on both sides; the host that is alone stops, the others go on
-    from the newest checkpoint with what they have, to the losses of a run left alone; and only they have written.
+    """FAULTS rows 9 and 10: found within 10 s, whatever `monitor.stall_timeout` is, and named on both sides; the host
+    that is alone stops, the others go on from the newest checkpoint with what they have, to the losses of a run left
+    alone; and only they have written.
 
-    Seen to fail with verdicts not acted on; and without `_end_when_deaf`: the agent that is alone says nothing, and
-    waits for TCP to give up.
+    Seen to fail with verdicts not acted on; without `Line.is_cut`; and without `_end_when_deaf`: the agent that is
+    alone says nothing, and waits for TCP to give up.
     """
     (tmp_path / "planted.py").write_text(PLANTED)
     ours = ["model.expert=planted:Planted", "model.num_experts=6", "parallel.ep_size=3", "parallel.elastic=true"]
-    ours += ["train.max_steps=20", "checkpoint.save_steps=3", "monitor.stall_timeout=5"]
+    ours += ["train.max_steps=20", "checkpoint.save_steps=3"]
     # AdamW divides by tiny second moments and makes much of the last bit, which another number of ranks changes.
     ours += ["optimizer.optim=sgd", "optimizer.learning_rate=0.05"]
     with hosts(3) as made:
@@ -66,7 +67,7 @@ def test_a_cable_is_pulled(config: Path, tmp_path: Path) -> None:
             assert time.monotonic() - sent < 10
             time.sleep(0.05)
         named = (
-            rf"moe-dist: error: rank {alone} \(pid {pid} on \S+, 10\.77\.0\.3\) has not moved for [5-9] s, in step \d+"
+            rf"moe-dist: error: rank {alone} \(pid {pid} on \S+, 10\.77\.0\.3\) has not moved for (8|9) s, in step \d+"
         )
         line = said(speaker)[0]
         assert re.match(f"{named}, .*: nothing is heard of it: its link is cut, .*; all ranks stop", line), line

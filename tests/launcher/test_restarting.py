@@ -79,41 +79,74 @@ def test_nothing_to_go_on_from_nothing_started_again(config: Path, tmp_path: Pat
     assert "starting again" not in program.err
 
 
-def test_a_stopped_rank_is_found_and_named(config: Path, tmp_path: Path) -> None:
+def test_a_stopped_rank_is_found_and_named_and_a_slow_disk_is_not(config: Path, tmp_path: Path, twin: Path) -> None:
     """FAULTS row 10: not after the half hour of the collective library but after `monitor.stall_timeout`; the stacks
-    of all ranks that can still write are in their logs, and the run goes on without the stopped process."""
-    program = start(config, tmp_path, [], "train.max_steps=400", "monitor.stall_timeout=3")
-    program.wait_for("step: 5/")
-    victim = program.ranks()[1]
-    os.kill(victim, signal.SIGSTOP)
-    sent = time.monotonic()
-    program.wait_until(lambda: "error" in program.err, "an error")
-    assert time.monotonic() - sent < 10
-    (line,) = program.err.splitlines()
-    assert line.startswith(f"moe-dist: error: rank 1 (pid {victim}) has not moved for ")
-    assert "it is stopped (SIGSTOP)" in line
-    assert "starting again from checkpoint-" in line
-    assert "most recent call first" in (tmp_path / "run" / "train.log").read_text()
-    program.wait_for("resumed from")
-    program.stop()
+    of all ranks are in their logs, and the run goes on without the stopped process, to the end of its twin. A save
+    that training waits for may take longer than that.
+
+    Seen to fail with a save that had the limit of any other phase (killed in that of step 2), and with the stopped rank
+    not continued for its stack."""
+    options = ("monitor.stall_timeout=3", "checkpoint.background=false")
+    program = start(config, tmp_path, [("attention", 7, 1)], *options, DEATHS_BY="SIGSTOP", SLOW_DISK="7")
+    assert program.end() == 0, program.err
+    (line,) = errors(program)
+    assert re.match(
+        r"moe-dist: error: rank 1 \(pid \d+\) has not moved for [3-9] s, in step 4, [^;]*last collectives world [^;]*: "
+        r"it is stopped \(SIGSTOP\).*; starting again from checkpoint-2 ",
+        line,
+    ), line
+    for log in ("train.log", "logs/rank-1.log"):
+        assert "most recent call first" in (tmp_path / "run" / log).read_text(), log
+    is_the_same(tmp_path / "run", twin)
 
 
-def test_a_rank_in_an_endless_loop_is_found_and_named(config: Path, tmp_path: Path) -> None:
-    """The others wait in a collective; the one that does not is the one. Its stack shows the loop."""
-    (tmp_path / "looping.py").write_text(
-        "import os\nfrom moe_dist.models.experts import Experts\n\n\nclass Looping(Experts):\n    calls = 0\n\n"
-        "    def forward(self, rows, counts):\n        self.calls += self.training\n"
-        "        while self.calls == 4 and os.environ['RANK'] == '1':\n            pass\n"
-        "        return super().forward(rows, counts)\n"
-    )
-    ours = ("model.expert=looping:Looping", f"train.output_dir={tmp_path / 'run'}", "monitor.stall_timeout=3")
-    program = Program("moe-dist", "train", config, *ours, "train.max_steps=9", PYTHONPATH=str(tmp_path))
+LOOPING = """
+import os
+from moe_dist.data.loader import GlobalLoader
+from moe_dist.models.experts import Experts as Looping
+
+
+def loop_in(owner, name, call):
+    exact, calls = getattr(owner, name), 0
+
+    def looping(*arguments):
+        nonlocal calls
+        calls += 1
+        while calls == call and os.environ["RANK"] == "1":
+            pass
+        return exact(*arguments)
+
+    setattr(owner, name, looping)
+
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "phase"),
+    [
+        ("Looping, 'forward', 7", "computing"),
+        pytest.param("GlobalLoader, 'next_step', 4", "waiting for data", marks=pytest.mark.slow),
+    ],
+    ids=["experts", "data"],
+)
+def test_a_rank_in_an_endless_loop_is_found_and_named(config: Path, tmp_path: Path, where: str, phase: str) -> None:
+    """The others wait in a collective, here those of sharded parameters, which are in no phase of their own; the one
+    that does not is the one. Its stack shows the loop. Also where it reads data.
+
+    Seen to fail without what the ranks tell of their collectives: all of them were named."""
+    (tmp_path / "looping.py").write_text(LOOPING + f"loop_in({where})\n")
+    ours = [f"train.output_dir={tmp_path / 'run'}", "monitor.stall_timeout=3", "train.max_steps=9"]
+    ours += ["model.expert=looping:Looping", "parallel.ep_size=1", "parallel.zero_stage=3"]
+    program = Program("moe-dist", "train", config, *ours, PYTHONPATH=str(tmp_path))
     assert program.end() == 1
     (line,) = program.err.splitlines()
     assert re.match(
-        r"moe-dist: error: rank 1 \(pid \d+\) has not moved for \d+ s, in step 4, computing: its Python", line
-    )
-    assert 'looping.py", line 10 in forward' in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
+        r"moe-dist: error: rank 1 \(pid \d+\) has not moved for \d+ s, in step 4, "
+        rf"{phase}, last collectives [^;]*: its Python",
+        line,
+    ), line
+    assert 'looping.py", line 13 in looping' in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
 
 
 @pytest.mark.slow

@@ -32,11 +32,13 @@ class Planted(Experts):
 
     def forward(self, rows, counts):
         self.calls += self.training
-        if self.calls == 4 and RANK == "1" and self.training:
-            while WHAT == "loop":
+        if self.calls == 4 and self.training:
+            while WHAT == "loop" and RANK == "1":
                 pass
-            if WHAT == "other":
+            if WHAT == "other" and RANK == "1":
                 dist.all_reduce(torch.zeros(1))
+            if WHAT == "shape":
+                dist.all_to_all_single(torch.zeros(2 + 2 * int(RANK)), torch.zeros(2 + 2 * int(RANK)))
         time.sleep(0.05)
         return super().forward(rows, counts)
 '''
@@ -76,8 +78,8 @@ def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, v
         r"collectives world \d+: it is stopped \(SIGSTOP\); ",
         line,
     ), line
-    log = "train.log" if victim else "logs/rank-1.log"
-    assert "most recent call first" in (tmp_path / "run" / log).read_text()
+    for log in ("train.log", "logs/rank-1.log"):
+        assert "most recent call first" in (tmp_path / "run" / log).read_text(), log
 
 
 @pytest.mark.parametrize(
@@ -93,8 +95,13 @@ def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, v
             r"the ranks wait for each other in different collectives since \d+ s: rank 0 \(pid .* in step 4, the "
             r"all-to-all of layer 0, in all_to_all_single, .*; rank 1 \(pid .* in step 4, computing, in all_reduce, ",
         ),
+        pytest.param(
+            "shape",  # gloo ends a process that gets more than it has asked for, and says so on its own
+            r"rank 0 \(pid \d+ on \S+\) has gone, last seen in step \d+, .*: it ended without a word \(killed, cr",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["loop", "other"],
+    ids=["loop", "other", "shape"],
 )
 def test_a_loop_and_a_wrong_collective_are_found_and_named(
     config: Path, tmp_path: Path, planted: str, expected: str
@@ -107,7 +114,7 @@ def test_a_loop_and_a_wrong_collective_are_found_and_named(
     (line,) = said(program)
     assert re.match(f"moe-dist: error: {expected}", line), line
     assert not program.ranks()
-    assert re.search(r'planted.py", line \d+ in forward', (tmp_path / "run" / "logs" / "rank-1.log").read_text())
+    assert re.search(r'planted.py", line \d+,? in forward', (tmp_path / "run" / "logs" / "rank-1.log").read_text())
 
 
 @pytest.mark.slow
@@ -142,7 +149,7 @@ def test_a_killed_rank_is_named_once(config: Path, tmp_path: Path, victim: int) 
     assert program.end() == 1
     (line,) = said(program)
     assert line.startswith(f"moe-dist: error: rank {victim} (pid {pid} on "), line
-    assert re.search(r"has gone, last seen in step \d+, .*: killed, by someone or for want of memory", line), line
+    assert re.search(r"has gone, last seen in step \d+, .*: it ended without a word", line), line
 
 
 @pytest.mark.slow

@@ -1,0 +1,17 @@
+"""Not enough memory: was it that, and what to change. Imports no torch."""
+
+from __future__ import annotations
+
+LESS = (
+    "less of it, in this order: train.per_device_train_batch_size, train.gradient_checkpointing, parallel.zero_stage, "
+    "parallel.ep_size, data.max_seq_length, parallel.cpu_offload"
+)
+"""The keys to change, those first that cost the least; docs/running.md has a table."""
+_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+"""In the words of CUDA, of PyTorch on CPU, and of the system."""
+
+
+def advice(error: BaseException) -> str:
+    """What to add to the error's own words; "" when memory was not what it lacked."""
+    lacks = isinstance(error, MemoryError) or any(words in str(error).lower() for words in _WORDS)
+    return f"; memory: {LESS}" if lacks else ""
