@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.memory import LESS
+from launcher.memory import why_killed
 from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_DIFFERS, EXIT_FAILED, EXIT_STOPPED, EXIT_UNSEEN
 from moe_dist.checkpoint.lock import begun
 from moe_dist.checkpoint.storage import open_storage, step_folder
@@ -114,7 +114,7 @@ def verdict(
         return End(cause.code, told.get(0, "stopped on request"))
     if cause.code < 0 and cause.rank not in told:
         name = signal.Signals(-cause.code).name
-        hint = f", by someone or for want of memory ({LESS})" if name == "SIGKILL" else ""
+        hint = why_killed() if name == "SIGKILL" else ""
         return End(EXIT_FAILED, f"error: {who} was ended by {name}{where}{hint}{others}", log)
     spoken = (EXIT_STOPPED, EXIT_DIFFERS, EXIT_UNSEEN)  # rank 0 has said why
     code = cause.code if cause.code in (EXIT_CONFIG, *spoken) else EXIT_FAILED

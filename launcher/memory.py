@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-LESS = (
+from contextlib import suppress
+from pathlib import Path
+
+_LESS = (
     "less of it, in this order: train.per_device_train_batch_size, train.gradient_checkpointing, parallel.zero_stage, "
     "parallel.ep_size, data.max_seq_length, parallel.cpu_offload"
 )
@@ -14,4 +17,23 @@ _WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory")
 def advice(error: BaseException) -> str:
     """What to add to the error's own words; "" when memory was not what it lacked."""
     lacks = isinstance(error, MemoryError) or any(words in str(error).lower() for words in _WORDS)
-    return f"; memory: {LESS}" if lacks else ""
+    return f"; memory: {_LESS}" if lacks else ""
+
+
+def why_killed() -> str:
+    """What to say of a process that was ended by SIGKILL."""
+    if _kills() > _BEFORE:
+        return f", probably by the kernel for want of memory ({_LESS})"
+    return ", by someone or for want of memory"
+
+
+def _kills() -> int:
+    """Processes that the kernel of this machine has ended for want of memory (Linux)."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+_BEFORE = _kills()

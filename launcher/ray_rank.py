@@ -21,6 +21,7 @@ from typing import Any
 
 from launcher.board import Board
 from launcher.environment import STORE, TOKEN
+from launcher.memory import why_killed
 from launcher.processes import GRACE, LOOPBACK, POLL
 from launcher.worker import CONFIG, EXIT_AGAIN, EXIT_CONFIG, EXIT_STOPPED, LAUNCHER
 from moe_dist.config import Config
@@ -148,7 +149,7 @@ class Rank:
         who = f"rank {self.number} (pid {self.process.pid} on {socket.gethostname()})"
         if code < 0:
             name = signal.Signals(-code).name
-            hint = ", by someone or for want of memory" if name == "SIGKILL" else ""
+            hint = why_killed() if name == "SIGKILL" else ""
             # Not SIGABRT: that is how libraries give up when a peer is gone.
             return RankFailed(f"{who} was ended by {name}{where}{hint}; log: {log}", code != -signal.SIGABRT)
         return RankFailed(f"{who} ended with exit code {code}{where}; log: {log}", False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,13 @@ class Bomb(Second):
 class Greedy(Second):
     def happen(self, out):
         return out.new_empty(2**50)
+
+
+class Hungry(Second):
+    def happen(self, out):
+        with open(os.environ["MEMORY_GROUP"], "w") as file:
+            file.write(str(os.getpid()))
+        return out + len(bytearray(b"x") * 2**29)
 
 
 class NotANumber(Second):
@@ -84,6 +93,25 @@ def test_not_enough_memory(config: Path, tmp_path: Path) -> None:
     (line,) = run(config, tmp_path, "Greedy").err.splitlines()
     assert line.startswith("moe-dist: error: rank 1: RuntimeError: "), line
     assert "; memory: less of it, in this order: train.per_device_train_batch_size, " in line
+
+
+@pytest.mark.slow
+def test_the_kernel_takes_the_memory(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank killed for want of memory. Seen to fail without looking at what the kernel has counted."""
+    group = Path("/sys/fs/cgroup/memory", f"moe-dist-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"memory cannot be limited here: {error}")
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(100 * 2**20))
+        monkeypatch.setenv("MEMORY_GROUP", str(group / "cgroup.procs"))
+        program = run(config, tmp_path, "Hungry")
+    finally:
+        group.rmdir()
+    (line,) = program.err.splitlines()
+    place = r"was ended by SIGKILL in step 2, computing, probably by the kernel for want of memory \(less of it, "
+    assert re.search(place, line), line
 
 
 def test_not_finite_stops_all_ranks(config: Path, tmp_path: Path) -> None:
