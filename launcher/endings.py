@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher.memory import why_killed
-from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_DIFFERS, EXIT_FAILED, EXIT_STOPPED, EXIT_UNSEEN
+from launcher.worker import (
+    EXIT_AGAIN,
+    EXIT_CONFIG,
+    EXIT_CTRL_C,
+    EXIT_DIFFERS,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_UNSEEN,
+    lost_a_peer,
+)
 from moe_dist.checkpoint.lock import begun
 from moe_dist.checkpoint.storage import open_storage, step_folder
 from moe_dist.config import Config
@@ -94,7 +103,7 @@ def verdict(
     host: str = "",
 ) -> End:
     """Say what went wrong first. A rank ended from outside is the cause, whatever its peers said before, unless they
-    have said it of that rank: that it stood still, and had to be ended.
+    have said it of that rank: that it stood still, and had to be ended. Ranks that have only lost another are not.
 
     `folder`: of the run, if it is known. `alone`: there is one rank in all. `host` is named when there are several.
     """
@@ -104,7 +113,9 @@ def verdict(
     # Not SIGABRT: that is how libraries give up when a peer is gone.
     killed = [end for end in failed if end.code < 0 and end.code != -signal.SIGABRT]
     spoke = [end for rank in told for end in failed if end.rank == rank]
-    cause = (killed or spoke or failed)[0]
+    sound = [end for end in spoke if not lost_a_peer(told[end.rank])]
+    silent = [end for end in failed if end.rank not in told]
+    cause = (killed or sound or silent or spoke)[0]
     who = f"the process (pid {cause.pid})" if alone else f"rank {cause.rank} (pid {cause.pid}{host and ' on ' + host})"
     others = "" if alone else "; the other ranks were stopped"
     log = None if folder is None else str(log_path(folder, cause.rank))

@@ -130,17 +130,17 @@ def _watched(config: Config, environment: Environment, mesh: Mesh, status: Statu
         yield
         goodbye = "done"
     except Exception as error:
-        if _lost_a_peer(error) and (text := watchdog.loss()):
+        if lost_a_peer(str(error)) and (text := watchdog.loss()):
             raise CasualtyError(text) from error
         raise
     finally:
         watchdog.close(goodbye)
 
 
-def _lost_a_peer(error: Exception) -> bool:
+def lost_a_peer(text: str) -> bool:
     """Whether a collective has failed because another rank is not there any more, in the words of gloo and NCCL."""
     words = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "connection refused")
-    return any(word in str(error).lower() for word in words)
+    return any(word in text.lower() for word in words)
 
 
 def verify(config: Config, environment: Environment, proof: Proof) -> int:
@@ -211,7 +211,7 @@ def _report(error: Exception, environment: Environment, code: int) -> int:
         return code
     if code == EXIT_CONFIG:
         let_the_first_speak()
-    elif _lost_a_peer(error):
+    elif lost_a_peer(text):
         time.sleep(2)  # a peer has failed and says why; torchrun ends this rank meanwhile
     print(f"moe-dist: error: {text}", file=sys.stderr, flush=True)
     return code
