@@ -148,7 +148,12 @@ def test_every_query_has_an_answer_and_a_killed_run_is_noticed(tmp_path: Path) -
         for rule in rules():
             for metric in METRIC.findall(rule["expr"]):
                 assert values(metric), f"{rule['alert']}: no {metric}"
-        assert ask(address, "alerts")["alerts"] == []
+
+        def alerts() -> list[dict[str, str]]:
+            found = [alert["labels"] for alert in ask(address, "alerts")["alerts"]]
+            return [labels for labels in found if labels["alertname"] != "Straggler"]  # a busy machine may have them
+
+        assert alerts() == []
 
         # What Prometheus has is what the run has logged.
         rows = [json.loads(line) for line in (tmp_path / "my run" / "metrics.jsonl").read_text().splitlines()]
@@ -166,7 +171,7 @@ def test_every_query_has_an_answer_and_a_killed_run_is_noticed(tmp_path: Path) -
 
         os.killpg(run.pid, 9)
         run.wait(10)
-        firing = until(lambda: [a["labels"] for a in ask(address, "alerts")["alerts"]], "an alert")
+        firing = until(alerts, "an alert")
         assert {labels["alertname"] for labels in firing} == {"TrainingUnreachable"}
         assert {labels["run"] for labels in firing} == {"my run"}
 
