@@ -104,12 +104,14 @@ class Program:
             (out, to_out), (err, to_err) = os.pipe(), os.pipe()
             streams = {"out": out, "err": err}
             given = {"stdin": subprocess.DEVNULL, "stdout": to_out, "stderr": to_err}
-        # Tests started in the background of a script have Ctrl-C ignored; what they start must not inherit that.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Tests in the background of a script have Ctrl-C ignored, under nohup hang-ups; what they start must not.
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+        before = {number: signal.signal(number, handler) for number, handler in usual.items()}
         try:
             self.process = subprocess.Popen(words, env=surroundings, start_new_session=True, **given)  # type: ignore[call-overload]
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         for number in {given["stdout"], given["stderr"]}:
             os.close(number)
         self.readers = [threading.Thread(target=self._read, args=item, daemon=True) for item in streams.items()]
