@@ -62,7 +62,7 @@ def test_ls(run: Path, say: Say) -> None:
     rows = json.loads(say("ls", run, "--json").out)
     assert [(row["step"], len(row["problems"])) for row in rows["steps"]] == [(2, 0), (4, 1), (6, 0)]
     assert rows["leftovers"] == {".checkpoint-8.1.tmp": 5}
-    assert rows["steps"][2]["layout"] == {"edp": 1, "ep": 1, "pp": 1, "world": 1}
+    assert rows["steps"][2]["layout"] == {"edp": 1, "ep": 1, "pp": 1, "world": 1, "zero_stage": 0}
     assert [row["step"] for row in json.loads(say("ls", run / "checkpoint-2", "--json").out)["steps"]] == [2]
 
 

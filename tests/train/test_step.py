@@ -67,7 +67,7 @@ def state_hash(parts: Trial) -> str:
     for name, key, values, _ in parts.optimizer.named_state():
         tensors |= {f"{name}.{key}.{i}": value for i, value in enumerate(values)}
     for layer, facts in parts.balancer.facts.items():
-        tensors |= {f"facts.{layer}.{key}": getattr(facts, key) for key in ("pairs_E", "tokens", "dropped", "sums")}
+        tensors |= {f"facts.{layer}.{key}": getattr(facts, key) for key in ("pairs_E", "tokens", "dropped_E", "sums")}
     tensors["random state"] = torch.get_rng_state()
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].detach().numpy().tobytes())
