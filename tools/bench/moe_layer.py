@@ -182,7 +182,7 @@ def main() -> None:
         f"ms of one forward + backward, torch {torch.__version__}, {arguments.threads} thread(s), "
         f"{rounds} rounds, freed memory {'kept' if kept else 'returned'}"
     )
-    print(f"{'':<34}" + "".join(f"{name:>14}" for name in names) + "   ratio to best peer, to limit")
+    print(f"{'':<34}" + "".join(f"{name:>16}" for name in names) + "   ratio to best peer, to limit")
     results, ratios = [], []
     for cell in cells(arguments.quick):
         if arguments.only not in str(cell):
@@ -194,7 +194,7 @@ def main() -> None:
         row = f"{cell!s:<34}"
         for name in names:
             text = f"{times[name] * 1000:.1f}" if name in times else "-"
-            row += f"{text + (f' ({against[name]:.2f})' if name in against else ''):>14}"
+            row += f"{text + (f' ({against[name]:.2f})' if name in against else ''):>16}"
         print(f"{row}   {best:.2f}, {against['limit']:.2f}", flush=True)
         results.append({"cell": str(cell), "seconds": times, "ratios": against, "ratio_to_best_peer": best})
     summary = {"torch": torch.__version__, "threads": arguments.threads, "rounds": rounds, "cells": results}
