@@ -182,7 +182,7 @@ def main() -> None:
         f"ms of one forward + backward, torch {torch.__version__}, {arguments.threads} thread(s), "
         f"{rounds} rounds, freed memory {'kept' if kept else 'returned'}"
     )
-    print(f"{'':<34}" + "".join(f"{name:>16}" for name in names) + "   ratio to best peer, to limit")
+    print(f"{'':<36}" + "".join(f"{name:>16}" for name in names) + "   ratio to best peer, to limit")
     results, ratios = [], []
     for cell in cells(arguments.quick):
         if arguments.only not in str(cell):
@@ -191,7 +191,7 @@ def main() -> None:
         against = {name: times[name] / times["ours"] for name in (*PEERS, "limit") if name in times}
         best = min(against[name] for name in PEERS if name in against)
         ratios.append(best)
-        row = f"{cell!s:<34}"
+        row = f"{cell!s:<36}"
         for name in names:
             text = f"{times[name] * 1000:.1f}" if name in times else "-"
             row += f"{text + (f' ({against[name]:.2f})' if name in against else ''):>16}"
