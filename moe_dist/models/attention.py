@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
 from moe_dist.models.layers import RMSNorm, rotate
+from moe_dist.models.precision import full
 
 
 class Attention(nn.Module):
@@ -55,5 +56,5 @@ def eager_attention(
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf"))
-    weights = scores.float().softmax(-1).to(query.dtype)
+    weights = full(scores).softmax(-1).to(query.dtype)
     return F.dropout(weights, dropout_p, training=dropout_p > 0) @ value

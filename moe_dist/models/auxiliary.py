@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import BalanceConfig
+from moe_dist.models.precision import full
 from moe_dist.models.recompute import is_recomputing
 from moe_dist.models.router import Routing
 
@@ -57,7 +58,7 @@ def load_balancing_loss(scores_TE: Tensor, load_GE: Tensor, tokens_G: Tensor, to
     """
     num_groups, num_experts = load_GE.shape
     score_sums_GE = scores_TE.reshape(num_groups, -1, num_experts).sum(1)
-    share_GE = load_GE.float() / (top_k * tokens_G.clamp(min=1)[:, None])
+    share_GE = full(load_GE) / (top_k * tokens_G.clamp(min=1)[:, None])
     return num_experts * (share_GE * score_sums_GE).sum()
 
 

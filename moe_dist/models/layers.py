@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.models.precision import full, full_dtype
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32.
@@ -22,7 +24,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype)
+        normed = F.rms_norm(full(x), (x.shape[-1],), None, self.eps).to(x.dtype)
         return normed * self.weight.to(x.dtype)
 
 
@@ -31,8 +33,8 @@ def rotary_table(positions: Tensor, head_size: int, theta: float) -> tuple[Tenso
 
     Su et al. 2021, https://arxiv.org/abs/2104.09864; halves are rotated as in Hugging Face's Llama family.
     """
-    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
-    angles = positions.float()[..., None] * (1.0 / theta**exponents)
+    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=full_dtype()) / head_size
+    angles = full(positions)[..., None] * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

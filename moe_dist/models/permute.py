@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_dist.models.precision import full_dtype
+
 _ROWS_IN_CACHE = 512
 
 
@@ -94,7 +96,7 @@ def _sum_by_token(rows_RD: Tensor, permutation: Permutation, weights_TK: Tensor 
 
 def _row_dots(a_RD: Tensor, b_RD: Tensor) -> Tensor:
     """Dot product of each row of a with the same row of b, (R,) float32 or float64."""
-    wide = torch.promote_types(a_RD.dtype, torch.float32)
+    wide = torch.promote_types(a_RD.dtype, full_dtype())
     # On a CPU the products of a few rows stay in the cache.
     size = _ROWS_IN_CACHE if a_RD.device.type == "cpu" else max(1, a_RD.shape[0])
     parts = zip(a_RD.split(size), b_RD.split(size), strict=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.permute import count_ids
+from moe_dist.models.precision import full, full_dtype
 from moe_dist.models.registry import Registry
 
 
@@ -86,7 +87,7 @@ class TopKRouter(nn.Module):
 
     def log_scores(self, logits: Tensor) -> Tensor:
         """Log of the score of each expert, (..., E) float32. Logs stay exact where sigmoids underflow."""
-        logits = logits.float()
+        logits = full(logits)
         return F.log_softmax(logits, dim=-1) if self.scoring_func == "softmax" else F.logsigmoid(logits)
 
     def forward(self, logits: Tensor, bias: Tensor | None = None) -> TopK:
@@ -133,7 +134,7 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
         self.rule = TopKRouter(num_experts, min(top_k, num_experts))
         self.use_bias, self.jitter = False, 0.0
-        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=full_dtype()))
 
     @property
     def top_k(self) -> int:
@@ -141,22 +142,22 @@ class Router(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """One logit per expert: (T, D) -> (T, E)."""
-        return F.linear(x_TD, self.weight.float())
+        return F.linear(x_TD, full(self.weight))
 
     def forward(self, x_TD: Tensor) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = x_TD.float()
+            x_TD = full(x_TD)
             if self.jitter and self.training:
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
-            logits_TE = self.logits(x_TD).float()
+            logits_TE = full(self.logits(x_TD))
             log_scores_TE = self.rule.log_scores(logits_TE)
             expert_ids_TK, weights_TK = self.rule.pick(log_scores_TE, self.bias_E if self.use_bias else None)
             return Routing(weights_TK, expert_ids_TK, log_scores_TE.softmax(-1), logits_TE, complete=True)
 
     def select_experts(self, probabilities: Tensor) -> TopK:
         """The K best experts of (..., E) probabilities, and their weights, by the configured rule."""
-        indices = self.rule.choose(probabilities.detach().float().log(), None)
-        weights = probabilities.gather(-1, indices).float()
+        indices = self.rule.choose(full(probabilities.detach()).log(), None)
+        weights = full(probabilities.gather(-1, indices))
         if self.rule.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         return TopK(indices, weights * self.rule.scaling_factor)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from moe_dist.models.precision import full_dtype
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
 
@@ -24,11 +25,11 @@ class GradientBuffer:
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device) -> None:
         self.parameters = dict(named_parameters)
         sizes = [parameter.numel() for parameter in self.parameters.values()]
-        self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        self.flat = torch.zeros(sum(sizes), dtype=full_dtype(), device=device)
         views = zip(self.parameters.items(), self.flat.split(sizes), strict=True)
         self.views = {name: view.view(parameter.shape) for (name, parameter), view in views}
         for name, parameter in self.parameters.items():
-            if parameter.dtype == torch.float32:
+            if parameter.dtype == full_dtype():
                 parameter.grad = self.views[name]
             else:
                 parameter.register_post_accumulate_grad_hook(_move_gradient_to(self.views[name]))
@@ -101,7 +102,7 @@ class Gradients:
 
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `max_norm`."""
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(full_dtype())
         self.dense.flat.mul_(factor)
         self.experts.flat.mul_(factor)
 

@@ -23,6 +23,7 @@ from torch.distributed.pipelining import (
 )
 
 from moe_dist.config import Config
+from moe_dist.models.precision import full_dtype
 from moe_dist.models.transformer import Stage, Transformer
 from moe_dist.parallel.layout import layers_by_place, place_of_stage
 from moe_dist.parallel.mesh import Mesh
@@ -80,7 +81,7 @@ class PipelinedTransformer(Transformer):
         super().__init__(config.model, config.balance, [layer for layers in ranges for layer in layers])
         self.group, self.place, self.places = group, mesh.pp_rank, place_of_stage(config)
         self.numbers = [stage for stage, place in enumerate(self.places) if place == self.place]
-        self.dtype = torch.bfloat16 if config.train.pure_bf16 else torch.float32
+        self.dtype = torch.bfloat16 if config.train.pure_bf16 else full_dtype()
         self.device, self.schedule_class = mesh.device, _SCHEDULES[config.parallel.schedule]
         # A plain list: the parts' modules are this model's, under their logical names.
         self._parts = [PipelinePart(self, layers, mesh.device.type, config.train.bf16, self.dtype) for layers in ranges]

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from moe_dist.config import Config
+from moe_dist.models.precision import full_dtype
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.logical import expert_placement
 from moe_dist.parallel.mesh import Mesh
@@ -35,8 +36,8 @@ def shard_parameters(model: Transformer, config: Config, mesh: Mesh) -> None:
     reshard = config.parallel.zero_stage == 3
     offload = CPUOffloadPolicy() if config.parallel.cpu_offload else OffloadPolicy()
     half = torch.bfloat16 if config.train.pure_bf16 else None
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=full_dtype(), cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(reduce_dtype=full_dtype(), cast_forward_inputs=False)
 
     def shard(module: nn.Module, over: DeviceMesh, precision: MixedPrecisionPolicy, experts: bool = False) -> None:
         fully_shard(
@@ -133,7 +134,7 @@ class ShardedGradients:
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `max_norm`."""
         shards = list(self.views.values())
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(full_dtype())
         torch._foreach_mul_(shards, factor.to(shards[0].device))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import OptimizerConfig
+from moe_dist.models.precision import full, full_dtype
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.parallel.sharding import ShardedGradients, local
@@ -30,8 +31,8 @@ class Optimizer:
         self.targets: dict[str, list[Tensor]] = {}
         for name, parameter in self.parameters.items():
             master = local(parameter.detach())
-            if parameter.dtype != torch.float32:
-                master = self.masters[name] = master.float()
+            if parameter.dtype != full_dtype():
+                master = self.masters[name] = full(master)
             self.targets[name] = self._parts(name, master)
         decayed = {name for name, parameter in self.parameters.items() if parameter.ndim >= 2}
         groups = [

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_dist.config import Config
 from moe_dist.data.batch import Batch
+from moe_dist.models.precision import full
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.gradients import Gradients
@@ -85,8 +86,8 @@ class TrainStep:
 
         `counts`: valid labels and tokens of the global batch.
         """
-        scale = 1.0 / counts[0].clamp(min=1).float()
-        token_scale = 1.0 / counts[1].clamp(min=1).float()
+        scale = 1.0 / full(counts[0].clamp(min=1))
+        token_scale = 1.0 / full(counts[1].clamp(min=1))
         if self._needs_load_first(batches):
             with torch.no_grad():
                 for batch in batches:

@@ -7,10 +7,7 @@ experts with a token or two are no larger than AdamW's epsilon, and AdamW divide
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -18,15 +15,11 @@ import torch
 from parity import told
 from ranks import run_ranks
 
-from moe_dist.models import attention, auxiliary, layers, moe, permute, router, transformer
 from moe_dist.models.experts import Expert
-from moe_dist.parallel import dispatch, gradients
+from moe_dist.models.precision import in_dtype
 from moe_dist.parallel.gradients import Gradients
-from moe_dist.train import loss, optimizer, step
-from moe_dist.verify import trial
 from moe_dist.verify.trial import Told, deviations
 
-MODULES = (attention, auxiliary, layers, moe, permute, router, transformer, dispatch, gradients, loss, optimizer, step)
 COUNT = 8
 
 
@@ -42,28 +35,6 @@ class Own(Expert):
         return self.down(self.up(x_RD).relu()) if len(x_RD) else x_RD
 
 
-class Wide:
-    """torch, in which float32 is float64."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
-@contextmanager
-def in_float64() -> Iterator[None]:
-    """Weights, activations, gradients, moments: wherever the system asks for float32 it gets float64."""
-    build = trial.build_model
-    with ExitStack() as patches:
-        patches.enter_context(patch.object(torch.Tensor, "float", torch.Tensor.double))
-        patches.enter_context(patch.object(trial, "build_model", lambda *arguments: build(*arguments).double()))
-        for module in MODULES:
-            if hasattr(module, "torch"):
-                patches.enter_context(patch.object(module, "torch", Wide()))
-        yield
-
-
 def told_in_float64(overrides: tuple[str, ...], ep_size: int, factor: float = 1.0) -> Told:
     """`factor`: a bug so small that float32 would not show it, in the gradients of the experts."""
     norm = Gradients.norm
@@ -72,7 +43,7 @@ def told_in_float64(overrides: tuple[str, ...], ep_size: int, factor: float = 1.
         self.experts.flat.mul_(factor)
         return norm(self)
 
-    with in_float64(), patch.object(Gradients, "norm", wrong):
+    with in_dtype(torch.float64), patch.object(Gradients, "norm", wrong):
         return told(overrides, ep_size, COUNT)
 
 
