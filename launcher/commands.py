@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from typing import Annotated, Literal
 
@@ -23,7 +24,7 @@ from launcher.launch_commands import app as launch_app
 from launcher.mpi import join_mpi
 from launcher.starting import for_world
 from launcher.sweep_command import sweep
-from launcher.worker import EXIT_CONFIG, EXIT_DIFFERS, EXIT_FAILED
+from launcher.worker import EXIT_CONFIG, EXIT_FAILED
 from moe_dist import __version__
 from moe_dist.config_loading import ConfigError, dump_config, load_config
 
@@ -136,39 +137,38 @@ def verify(
     config: ConfigPath,
     world_size: Annotated[int, typer.Option("--world-size", "-n", min=1, help="Ranks started on this machine.")] = 4,
     layouts: Annotated[
-        str, typer.Option(help="all, quick, or names such as ep2-zero3-acc2,pp2-1f1b-ep2-zero0-acc4.")
+        str,
+        typer.Option(
+            metavar="all|quick|life|NAMES", help="Names such as ep2-zero3-acc2, pp2-1f1b-ep1-zero1+tied+bias."
+        ),
     ] = "all",
     plant: Annotated[str | None, typer.Option(metavar="BUG", help="Plant a known bug: the proof must fail.")] = None,
+    life: Annotated[bool, typer.Option("--life", help="Lives of runs only, as --layouts life.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses other cases with the same coverage.")] = 0,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.0, help="Go on for so long with cases drawn at random from --seed.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Numbers for programs on standard output.")] = False,
 ) -> None:
     """Prove that every layout computes what one process computes.
 
-    Trains a shrunken model of the same kind for three steps under each layout (pipelines, experts, sharding,
-    accumulation, recomputation, DeepSpeed) and compares losses, gradients, norm, weights, router bias and initial
-    weights with one process. Exit code 1 when any layout differs, 5 when none does with a bug planted.
+    Trains small models under many layouts (pipelines, experts, sharding, accumulation, recomputation, DeepSpeed), with
+    every feature of a training in turn, and compares losses, gradients, norm, weights, load of every expert, evaluation
+    and initial weights with one process, in float64 where that can be. [bold]quick[/bold]: every value of a feature
+    and layout once; [bold]all[/bold]: every pair of them, and whole lives of runs, evaluated, saved, stopped, resumed
+    in other layouts. Exit code 1 when anything differs, 5 when nothing does with a bug planted.
 
     [dim]Example:[/dim]  moe-dist verify configs/demo.yaml --layouts quick
     """
+    from launcher.proving import prove
     from launcher.worker import Proof
-    from moe_dist.config import ParallelConfig
-    from moe_dist.verify.layouts import BUGS, cases, shrunken
 
     _join()
     settings = load_config(config, context.args, notice=_notice if os.environ.get("RANK", "0") == "0" else _nothing)
-    if plant is not None and plant not in BUGS:
-        raise ConfigError(f"--plant {plant}: not a known bug; allowed: {', '.join(BUGS)}")
-    settings.parallel = ParallelConfig()  # layouts have their own
-    proof = Proof(layouts, plant, as_json)
-    if started_by_torchrun():
-        from launcher.worker import run_under_torchrun
-
-        run_under_torchrun(settings, detect(), proof)
-    cases(shrunken(settings, world_size, plant), world_size, layouts)
-    settings.launch.nproc_per_node = world_size
-    from launcher.local import launch
-
-    code = launch(settings, proof)
-    raise typer.Exit(EXIT_FAILED if code == EXIT_DIFFERS else code)
+    overrides = " ".join(map(shlex.quote, context.args))
+    command = f"moe-dist verify {shlex.quote(config)}{' ' * bool(overrides)}{overrides} -n {world_size}"
+    proof = Proof("life" if life else layouts, plant, as_json, seed, minutes, command=command)
+    raise typer.Exit(prove(settings, proof, world_size))
 
 
 @app.command(context_settings=_OVERRIDES)

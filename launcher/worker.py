@@ -64,6 +64,13 @@ class Proof:
     layouts: str = "all"
     plant: str | None = None
     as_json: bool = False
+    seed: int = 0
+    minutes: float | None = None
+    """Go on with cases drawn at random for so long."""
+    file: str | None = None
+    """Where verdicts are kept for a start after a rank has died."""
+    command: str = "moe-dist verify CONFIG"
+    """That repeats one case, up to its name."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +154,13 @@ def verify(config: Config, environment: Environment, proof: Proof) -> int:
     """Prove the arithmetic of every layout; returns the exit code."""
     from launcher.process_groups import connected
     from moe_dist.verify.run import Verifier
+    from moe_dist.verify.verdicts import Report
 
+    report = Report(proof.command, as_json=proof.as_json, file=Path(proof.file) if proof.file else None)
     with connected(config, environment) as mesh:
-        passed = Verifier(mesh).verify(config, proof.layouts, proof.plant, proof.as_json)
+        passed = Verifier(mesh).verify(
+            config, proof.layouts, proof.plant, seed=proof.seed, minutes=proof.minutes, report=report
+        )
     return EXIT_DIFFERS if not passed else EXIT_UNSEEN if proof.plant else 0
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -286,6 +287,7 @@ def check_pipeline(config: Config) -> None:
         )
 
 
+@cache
 def _old_torch() -> str | None:
     """PyTorch's version, when it is one in which schedules in V shape end as they start (seen with 2.11, not 2.13)."""
     try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, get_args
 
@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from moe_dist.config import Config, ModelConfig, ParallelConfig
 from moe_dist.config_loading import ConfigError
-from moe_dist.parallel.layout import Layout
 
 _AUXILIARY_LOSS = {"balance.use_auxiliary_loss": True, "balance.router_aux_loss_coef": 0.01}
 _OF_THE_BATCH = {**_AUXILIARY_LOSS, "balance.aux_loss_scope": "global_batch"}
@@ -58,6 +57,7 @@ would do nothing; they are in `plants.py`."""
 
 SCHEDULES = get_args(ParallelConfig.model_fields["schedule"].annotation)
 RECOMPUTE = ("none", "full", "selective")
+_PLAIN = ("none", "torch", "")
 _WORDS = {
     "pp_size": r"pp(\d+)",
     "schedule": f"({'|'.join(SCHEDULES)})",
@@ -67,7 +67,7 @@ _WORDS = {
     "accumulation": r"acc(\d+)",
     "recompute": r"(full|selective)",
     "engine": r"(deepspeed)",
-    "bf16": r"(bf16)",
+    "dtype": r"(float32|bf16)",
 }
 
 
@@ -75,7 +75,7 @@ _WORDS = {
 class Case:
     """One way to spread the same training over all ranks. `name` says it in one word per axis, defaults left out.
 
-    `bf16`: matmuls in bfloat16, held against float32 with a tolerance of its own.
+    `dtype`: what it is computed in where that is not float64 (`float32`, `bf16`), as on the device it runs on later.
     """
 
     pp_size: int = 1
@@ -86,7 +86,7 @@ class Case:
     accumulation: int = 1
     recompute: str = "none"
     engine: str = "torch"
-    bf16: bool = False
+    dtype: str = ""
 
     @property
     def name(self) -> str:
@@ -94,8 +94,7 @@ class Case:
         parts += [f"ep{self.ep_size}", f"zero{self.zero_stage}"]
         parts += [f"shard{self.shard_size}"] if self.shard_size is not None else []
         parts += [f"acc{self.accumulation}"] if self.accumulation > 1 else []
-        parts += [word for word in (self.recompute, self.engine) if word not in ("none", "torch")]
-        return "-".join([*parts, *(["bf16"] if self.bf16 else [])])
+        return "-".join([*parts, *(word for word in (self.recompute, self.engine, self.dtype) if word not in _PLAIN)])
 
     @staticmethod
     def named(name: str) -> Case:
@@ -111,113 +110,62 @@ class Case:
                     "pp2-1f1b-ep2-zero1-acc4, and all and quick choose by themselves"
                 )
             value = match[1]
-            found[axis] = int(value) if value.isdigit() else True if axis == "bf16" else value
+            found[axis] = int(value) if value.isdigit() else value
         return Case(**found)
 
-    def applied(self, config: Config, world_size: int) -> Config:
-        """`config` in this layout. Raises ConfigError with the reason `moe-dist check` would give when it cannot be."""
-        tree = config.model_dump()
-        tree["parallel"] |= {
-            "pp_size": self.pp_size,
-            "schedule": self.schedule,
-            "ep_size": self.ep_size,
-            "zero_stage": self.zero_stage,
-            "shard_size": self.shard_size,
-            "engine": self.engine,
-        }
-        tree["train"] |= {
-            "gradient_accumulation_steps": self.accumulation,
-            "gradient_checkpointing": self.recompute,
-            "bf16": self.bf16,
-        }
-        try:
-            changed = Config.model_validate(tree)
-            Layout.of(changed, world_size)
-        except ValidationError as error:
-            raise ConfigError(f"--layouts {self.name}: {_reason(error)}") from None
-        except ConfigError as error:
-            raise ConfigError(f"--layouts {self.name}: {error}") from None
-        return changed
-
-    def is_feasible(self, config: Config, world_size: int) -> bool:
-        """Whether the configuration's own rules allow it."""
-        try:
-            self.applied(config, world_size)
-        except ConfigError:
-            return False
-        return True
+    @property
+    def parallel_settings(self) -> dict[str, Any]:
+        """Keys of the section `parallel`."""
+        keys = ("pp_size", "schedule", "ep_size", "zero_stage", "shard_size", "engine")
+        return {key: getattr(self, key) for key in keys}
 
     @property
-    def features(self) -> set[tuple[Any, ...]]:
-        """What `quick` wants to see at least once: every value of every axis, and pairs that have code of their own."""
-        values: set[tuple[Any, ...]] = {(field.name, getattr(self, field.name)) for field in fields(self)}
-        return values | {
-            ("pp, schedule", self.pp_size, self.schedule),
-            ("ep, zero", self.ep_size, self.zero_stage),
-            ("pipeline, recompute", self.pp_size > 1, self.recompute),
-            ("engine, zero, accumulated", self.engine, self.zero_stage, self.accumulation > self.pp_size),
+    def train_settings(self) -> dict[str, Any]:
+        """Keys of the section `train`."""
+        return {
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_checkpointing": self.recompute,
+            "bf16": self.dtype == "bf16",
+        }
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """What has code of its own, by axis: the covering design pairs these values with those of features."""
+        engine = self.engine if self.shard_size is None else "hybrid"
+        pipeline = "-pp" if self.pp_size > 1 else ""
+        return {
+            "pipeline": f"pp{self.pp_size}-{self.schedule}" if self.pp_size > 1 else "no pipeline",
+            "expert parallelism": f"ep{self.ep_size}",
+            "sharding": f"{engine} zero{self.zero_stage}{pipeline}",
+            "accumulation": "accumulated" if self.accumulation > self.pp_size else "once",
+            "recomputation": self.recompute,
         }
 
 
-def cases(config: Config, world_size: int, which: str = "all") -> list[Case]:
-    """Layouts of `world_size` ranks that the configuration's own validation allows.
-
-    `all`: every feasible placement (pp x schedule x ep x zero_stage x shard_size x engine), each with accumulation and
-    recomputation: without pipeline, hybrid sharding and DeepSpeed every combination of 1 or 2 micro-batches with none
-    or full recomputation, otherwise two combinations of micro-batches (as many as stages or twice that) and none, full
-    or selective recomputation, others for the next placement. In one process also bfloat16.
-    `quick`: few of them, in which every value of every axis comes, and every pair (pp, schedule) and (ep, zero_stage).
-    Otherwise a comma-separated list of names. DeepSpeed is left out of `all` and `quick` where it is not installed.
-    Raises ConfigError for a name that is not feasible, with the reason.
+def layouts(config: Config, world_size: int) -> list[Case]:
+    """Every layout of `world_size` ranks: each placement (pp x schedule x ep x zero_stage x shard_size x engine) with
+    as many micro-batches as stages or twice that, and none, full or selective recomputation. DeepSpeed is left out
+    where it is not installed. The rules of a configuration are not asked.
     """
-    if which not in ("all", "quick"):
-        named = [Case.named(name) for name in which.split(",")]
-        for case in named:
-            case.applied(config, world_size)
-        return named
-    every = list(_every(config, world_size))
-    return every if which == "all" else _covering(every)
-
-
-def _every(config: Config, world_size: int) -> Iterator[Case]:
-    number = 0
-    for place in _placements(world_size):
-        counts = (place.pp_size, 2 * place.pp_size)
-        plain = place == Case(ep_size=place.ep_size, zero_stage=place.zero_stage)
-        options = itertools.product(counts, RECOMPUTE[:2]) if plain else zip(counts * 3, RECOMPUTE * 2, strict=True)
-        combinations = [replace(place, accumulation=count, recompute=kind) for count, kind in options]
-        feasible = [case for case in combinations if case.is_feasible(config, world_size)]
-        if not plain and feasible:
-            feasible = [feasible[(2 * number + step) % len(feasible)] for step in range(2)]
-            number += 1
-        yield from feasible
-        if plain and world_size == 1:
-            yield from (replace(case, bf16=True) for case in feasible)
+    return [
+        replace(place, accumulation=count, recompute=kind)
+        for place in _placements(world_size)
+        for count in (place.pp_size, 2 * place.pp_size)
+        for kind in RECOMPUTE
+    ]
 
 
 def _placements(world_size: int) -> Iterator[Case]:
     """Every placement worth asking about: no two the same, none that only names what is not there."""
     sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
     engines = ["torch", "deepspeed"] if find_spec("deepspeed") else ["torch"]
-    for pp_size in (n for n in sizes if n <= world_size):
+    for pp_size in sizes:
         schedules = SCHEDULES if pp_size > 1 else ("1f1b",)
         stages = (0, 1, 2, 3) if world_size > 1 else (0,)
         hybrids = [n for n in sizes if 1 < n < world_size // pp_size]
         for engine, shard_size, schedule in itertools.product(engines, (None, *hybrids), schedules):
             for ep_size, zero_stage in itertools.product(sizes, stages):
                 yield Case(pp_size, schedule, ep_size, zero_stage, shard_size, engine=engine)
-
-
-def _covering(every: Iterable[Case]) -> list[Case]:
-    """Few cases with all features of all, in their order: always the next one that shows most that is new."""
-    left = list(every)
-    wanted = set().union(*(case.features for case in left))
-    chosen = []
-    while wanted:
-        best = max(left, key=lambda case: len(case.features & wanted))
-        wanted -= best.features
-        chosen.append(best)
-    return sorted(chosen, key=left.index)
 
 
 def shrunken(config: Config, world_size: int, plant: str | None = None, num_stages: int | None = None) -> Config:
@@ -266,7 +214,7 @@ def shrunken(config: Config, world_size: int, plant: str | None = None, num_stag
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"the small model to verify: {_reason(error)}") from None
+        raise ConfigError(f"the small model to verify: {reason(error)}") from None
 
 
 def _few_experts(model: ModelConfig, world_size: int) -> int:
@@ -285,5 +233,7 @@ def _few_chosen(model: ModelConfig, num_experts: int) -> int:
     return max(1, min(model.num_experts_per_tok, max(2, num_experts // 2), reachable))
 
 
-def _reason(error: ValidationError) -> str:
-    return error.errors()[0]["msg"].removeprefix("Value error, ")
+def reason(error: Exception) -> str:
+    """What a refusal says, without pydantic's words around it."""
+    text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    return text.removeprefix("Value error, ")

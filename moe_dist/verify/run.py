@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
-from moe_dist.monitor.sinks.jsonl import json_safe
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.verify.layouts import BUGS, Case, cases, shrunken
-from moe_dist.verify.trial import BF16_TOLERANCE, COMPARED, TOLERANCE, Told, deviations, passes, run_trial
+from moe_dist.verify.cases import Chosen, choose
+from moe_dist.verify.design import Designer
+from moe_dist.verify.layouts import Case
+from moe_dist.verify.life import Life
+from moe_dist.verify.scenarios import Scenario, Smallness, Training
+from moe_dist.verify.trajectory import run_life
+from moe_dist.verify.trial import Told, deviations, run_trial
+from moe_dist.verify.verdicts import Report, Verdict
+
+_PATIENCE = timedelta(seconds=25)
+"""For what other ranks say when this one has failed; they may be waiting for it in a collective."""
+_SHRUNKEN = 5
+"""Cases that fail are made smaller until so many have been; there may be one mistake behind all."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One layout: largest relative differences of any rank from one process, by what was compared, and the ranks that
-    differ too much.
-    """
-
-    name: str
-    worst: dict[str, float]
-    failed_on: list[int]
-    seconds: float
-
-    @property
-    def passed(self) -> bool:
-        return not self.failed_on
+class Crash(RuntimeError):
+    """A rank failed alone: the others wait for it, and only a new start helps."""
 
 
 class Verifier:
-    """Holds layouts of the ranks of `world` against one process; every rank makes one and calls `verify`.
+    """Holds cases on the ranks of `world` against one process; every rank makes one and calls `verify`.
 
     Process groups and what one process computes are kept between calls.
     """
@@ -45,133 +43,177 @@ class Verifier:
     def __init__(self, world: Mesh) -> None:
         self.world = world
         self._meshes: dict[tuple[int, int, int | None], Mesh] = {}
-        self._references: dict[tuple[str, int], Told] = {}
+        self._references: dict[str, Told] = {}
+        self._asked = 0
 
-    def verify(self, config: Config, layouts: str = "all", plant: str | None = None, as_json: bool = False) -> bool:
-        """Train a shrunken model for three steps under each layout and hold it against one process.
+    def verify(
+        self,
+        config: Config,
+        layouts: str = "all",
+        plant: str | None = None,
+        *,
+        seed: int = 0,
+        minutes: float | None = None,
+        report: Report | None = None,
+    ) -> bool:
+        """Train small models under each case and hold them against one process.
 
-        Every rank compares its own copies. Rank 0 prints a table, or JSON. `plant`: a known bug of `BUGS` is in the
-        system while layouts run (never in the reference). Returns whether every layout passed, on every rank. Raises
-        ConfigError as `cases` does, and RuntimeError with the layout's name for an error in a layout, after what
-        there is has been printed.
+        Every rank compares its own copies. Rank 0 prints lines and a summary, or JSON. `plant`: a known bug of `BUGS`
+        is in the system while layouts run (never in the reference). `minutes`: go on with cases drawn at random.
+        Returns whether every case passed, on every rank. Raises ConfigError as `choose` does, and Crash when a case
+        fails on some ranks only.
         """
+        report = report or Report("moe-dist verify CONFIG")
+        report.plant = plant
+        if self.world.rank:
+            report.silence()
         size = self.world.layout.world_size
-        deep = shrunken(config, size, plant)
-        chosen = cases(deep, size, layouts)
-        told = Telling(self.world.rank == 0, plant, as_json)
-        told.begin(size, deep.model.num_experts, chosen)
-        for case in chosen:
-            started = time.perf_counter()
+        logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # pages about every error
+        small = Smallness(config, size, plant)
+        chosen: Chosen = self.world.ask_rank_zero(lambda: choose(small, layouts, seed))
+        done = self.world.ask_rank_zero(report.take_earlier)
+        report.coverage = chosen.coverage
+        bug = f" with the bug {plant} planted" if plant else ""
+        report.say(f"Verifying {len(chosen.cases)} cases on {size} ranks{bug}, each against one process.")
+        cases = self._with_random(chosen.cases, small, seed, minutes)
+        waiting: list[Scenario | Life] = []
+        for case in cases:
+            if case.name in done:
+                continue
+            waiting.append(case)
+            if len(waiting) == size or minutes is not None:
+                self._run(waiting, small, plant, report)
+                waiting = []
+        self._run(waiting, small, plant, report)
+        return self.world.ask_rank_zero(report.end)
+
+    def _with_random(
+        self, cases: list[Scenario | Life], small: Smallness, seed: int, minutes: float | None
+    ) -> Iterator[Scenario | Life]:
+        yield from cases
+        if minutes is None:
+            return
+        until = time.monotonic() + 60 * minutes
+        drawn = Designer(small, seed).forever()
+        while self.world.ask_rank_zero(lambda: time.monotonic() < until):
+            yield next(drawn)
+
+    def _run(self, cases: list[Scenario | Life], small: Smallness, plant: str | None, report: Report) -> None:
+        self._prepare([case for case in cases if isinstance(case, Scenario)], small)
+        for case in cases:
+            report.begin(case.name)
+            verdict = self._verdict(case, small, plant)
+            if not verdict.passed and isinstance(case, Scenario) and plant is None:
+                failed = self.world.ask_rank_zero(lambda: len(report.failed))
+                if failed < _SHRUNKEN:
+                    verdict = replace(verdict, smallest=self._smallest(case, small).name)
+            report.add(verdict)
+
+    def _smallest(self, case: Scenario, small: Smallness) -> Scenario:
+        """The case with as few features as it still fails with: one after the other is left out."""
+        for word in sorted(case.features or ()):
+            simpler = replace(case, features=(case.features or frozenset()) - {word})
+            if small.refusal(simpler) is None and not self._verdict(simpler, small, None).passed:
+                case = simpler
+        return case
+
+    def _verdict(self, case: Scenario | Life, small: Smallness, plant: str | None) -> Verdict:
+        started = time.perf_counter()
+        ranks, error = self._together(lambda: self._compare(case, small, plant))
+        worst: dict[str, float] = {}
+        failed_on: list[int] = []
+        if error is None:
+            worst = {column: max(rank[column] for rank in ranks) for column in ranks[0]}
+            failed_on = [number for number, rank in enumerate(ranks) if not case.passes(rank)]
+        return Verdict(case.name, case.precision, worst, failed_on, time.perf_counter() - started, error)
+
+    def _compare(self, case: Scenario | Life, small: Smallness, plant: str | None) -> dict[str, float]:
+        """Deviations on this rank; each sees its own copies, and what its `ep` and `pp` peers hold besides."""
+        if isinstance(case, Life):
+            return run_life(case, small, self.world, self.mesh, plant)
+        training = small.training(case)
+        mesh, count = self.mesh(case.layout), self._count(case)
+        found = run_trial(training.config, mesh, count, plant, training.batches, case.precision)
+        return deviations(found, self._reference(case, training, count))
+
+    def _together(self, compare: Callable[[], dict[str, float]]) -> tuple[list[dict[str, float]], str | None]:
+        """What every rank has found, or the error that one of them has met, the same on every rank. An error that all
+        meet, or that one meets when all have finished, leaves the ranks in step. Raises Crash otherwise.
+        """
+        found: dict[str, float] = {}
+        error: str | None = None
+        try:
+            found = compare()
+        except ConfigError:
+            raise
+        except Exception as caught:
+            error = _first_line(caught)
+        if self.world.group("world") is None:
+            return [found], error
+        self._asked += 1
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"verify/{self._asked}/{self.world.rank}", error or "")
+        keys = [f"verify/{self._asked}/{rank}" for rank in range(self.world.layout.world_size)]
+        if error is not None:
             try:
-                small = shrunken(config, size, plant, case.applied(deep, size).parallel.num_stages)
-                ranks = self._compare(case, case.applied(small, size), small, plant)
-            except Exception as error:
-                told.end(broken=case)
-                if isinstance(error, ConfigError):
-                    raise
-                raise RuntimeError(f"layout {case.name}: {type(error).__name__}: {error}") from error
-            worst = {column: max(rank[column] for rank in ranks) for column in COMPARED}
-            failed_on = [number for number, rank in enumerate(ranks) if not passes(rank, case.bf16)]
-            told.add(Verdict(case.name, worst, failed_on, time.perf_counter() - started))
-        told.end()
-        return not told.failed
+                store.wait(keys, _PATIENCE)
+            except Exception as late:
+                raise Crash(error) from late
+        errors = [store.get(key).decode() for key in keys]
+        error = next((text for text in errors if text), None)
+        return ([found] if error else self.world.from_all(found)), error
 
-    def _compare(self, case: Case, config: Config, small: Config, plant: str | None) -> list[dict[str, float]]:
-        """Deviations of every rank; each sees its own copies, and what its `ep` and `pp` peers hold besides."""
-        mesh = self._mesh(case)
-        count = mesh.layout.dp_size * case.accumulation
-        found = run_trial(config, mesh, count, plant=plant)
-        return self.world.from_all(deviations(found, self._reference(small, count)))
-
-    def _mesh(self, case: Case) -> Mesh:
+    def mesh(self, layout: Case) -> Mesh:
+        """The mesh of a layout. Kept: every process group has threads."""
         if not dist.is_initialized():
             return self.world
-        key = (case.pp_size, case.ep_size, case.shard_size)
-        if key not in self._meshes:  # kept: every process group has threads
-            layout = Layout(self.world.layout.world_size, case.pp_size, case.ep_size)
-            self._meshes[key] = Mesh.create(layout, self.world.device, case.shard_size)
+        key = (layout.pp_size, layout.ep_size, layout.shard_size)
+        if key not in self._meshes:
+            ranks = Layout(self.world.layout.world_size, layout.pp_size, layout.ep_size)
+            self._meshes[key] = Mesh.create(ranks, self.world.device, layout.shard_size)
         return self._meshes[key]
 
-    def _reference(self, config: Config, count: int) -> Told:
-        """What rank 0 computes alone, on every rank."""
-        key = (config.model_dump_json(), count)
+    def _count(self, case: Scenario) -> int:
+        """Micro-batches of a step."""
+        return self.world.layout.world_size // case.layout.pp_size * case.layout.accumulation
+
+    def _prepare(self, cases: list[Scenario], small: Smallness) -> None:
+        """What one process computes, for several cases at the same time: a rank each."""
+        missing: dict[str, tuple[Scenario, Training, int]] = {}
+        for case in cases:
+            training, count = small.training(case), self._count(case)
+            key = self._key(case, training, count)
+            if key not in self._references:
+                missing[key] = (case, training, count)
+        mine: dict[str, Told | None] = {}
+        for number, (key, (case, training, count)) in enumerate(missing.items()):
+            if number % self.world.layout.world_size == self.world.rank:
+                try:
+                    mine[key] = self._alone(case, training, count)
+                except Exception:  # met again, and named, by the case itself
+                    mine[key] = None
+        for part in self.world.from_all(mine):
+            self._references |= {key: told for key, told in part.items() if told is not None}
+
+    def _reference(self, case: Scenario, training: Training, count: int) -> Told:
+        """What one process computes, on every rank."""
+        key = self._key(case, training, count)
         if key not in self._references:
-            # Ranks are held against one of their kind; a single process, on a GPU perhaps, against the CPU.
-            device = self.world.device if self.world.layout.world_size > 1 else "cpu"
-            self._references[key] = self.world.ask_rank_zero(lambda: run_trial(config, Mesh.single(device), count))
+            self._references[key] = self.world.ask_rank_zero(lambda: self._alone(case, training, count))
         return self._references[key]
 
+    def _alone(self, case: Scenario, training: Training, count: int) -> Told:
+        # Ranks are held against one of their kind; a single process, on a GPU perhaps, against the CPU.
+        device: Any = self.world.device if self.world.layout.world_size > 1 else "cpu"
+        return run_trial(training.alone, Mesh.single(device), count, None, training.batches, case.precision)
 
-class Telling:
-    """What rank 0 prints: a line before, a table for people after, or one JSON object on standard output."""
-
-    def __init__(self, speaks: bool, plant: str | None, as_json: bool) -> None:
-        self.speaks, self.plant, self.as_json = speaks, plant, as_json
-        self.verdicts: list[Verdict] = []
-        self.console = Console(stderr=as_json, highlight=False, quiet=not speaks)
-        if not self.console.is_terminal:  # nobody's window to fit into: a layout stays on its line
-            self.console.width = max(self.console.width, 120)
-
-    @property
-    def failed(self) -> list[Verdict]:
-        return [verdict for verdict in self.verdicts if not verdict.passed]
-
-    def begin(self, size: int, num_experts: int, chosen: list[Case]) -> None:
-        self.size, self.count = size, len(chosen)
-        options = ", ".join(f"{key}={value}" for key, value in BUGS.get(self.plant or "", {}).items())
-        bug = f" with the bug {self.plant} planted{f' ({options})' if options else ''}" if self.plant else ""
-        self.console.print(
-            f"Verifying {len(chosen)} layouts of {size} ranks{bug}: three steps of a small "
-            f"{num_experts}-expert model against one process, tolerance {TOLERANCE:g}{_bf16(chosen)}."
-        )
-
-    def add(self, verdict: Verdict) -> None:
-        self.verdicts.append(verdict)
-        if self.console.is_terminal and not self.as_json:
-            self.console.print(f"[dim]{len(self.verdicts)}/{self.count} {verdict.name:<60}[/dim]", end="\r")
-
-    def end(self, broken: Case | None = None) -> None:
-        """`broken`: the layout at which everything ended, with an error."""
-        if not self.speaks:
-            return
-        if self.as_json:
-            self._print_json(broken)
-            return
-        self.console.print(self._table())
-        failed, count = self.failed, len(self.verdicts)
-        if broken is not None:
-            self.console.print(f"[bold red]{broken.name} ended with an error; {count} layouts were done[/bold red]")
-        elif failed:
-            self.console.print(f"[bold red]{len(failed)} of {count} layouts differ from one process[/bold red]")
-        elif self.plant:
-            self.console.print(f"[bold red]The bug {self.plant} was not seen: {count} layouts pass with it[/bold red]")
-        else:
-            self.console.print(f"[bold]All {count} layouts compute what one process computes.[/bold]")
-
-    def _print_json(self, broken: Case | None) -> None:
-        rows = [
-            {"layout": v.name, "passed": v.passed, "failed_on": v.failed_on, "seconds": round(v.seconds, 3), **v.worst}
-            for v in self.verdicts
-        ]
-        passed = not self.failed and broken is None
-        told = {"tolerance": TOLERANCE, "plant": self.plant, "broken": broken and broken.name, "passed": passed}
-        json.dump(json_safe({**told, "layouts": rows}), sys.stdout, indent=1, allow_nan=False)
-        print(flush=True)
-
-    def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column("layout", header_style="dim", overflow="fold")
-        for column in COMPARED:
-            table.add_column(column, justify="right", header_style="dim", no_wrap=True, min_width=len("gradients"))
-        table.add_column("", header_style="dim", no_wrap=True, min_width=4)
-        for verdict in self.verdicts:
-            cells = [f"{verdict.worst[column]:.1e}" if verdict.worst[column] else "0" for column in COMPARED]
-            some = f" on {', '.join(map(str, verdict.failed_on))}" if len(verdict.failed_on) < self.size else ""
-            table.add_row(verdict.name, *cells, "pass" if verdict.passed else f"[bold red]FAIL[/bold red]{some}")
-        return table
+    @staticmethod
+    def _key(case: Scenario, training: Training, count: int) -> str:
+        return f"{training.alone.model_dump_json()} {count} {training.batches} {case.precision}"
 
 
-def _bf16(chosen: list[Case]) -> str:
-    if not any(case.bf16 for case in chosen):
-        return ""
-    return f" (bf16: {', '.join(f'{name} {tolerance:g}' for name, tolerance in BF16_TOLERANCE.items())})"
+def _first_line(error: BaseException) -> str:
+    """The cause at the bottom, in one line: schedules of pipelines wrap it in pages of their own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import compare
+from parity import TOLERANCE, compare
 from ranks import run_ranks
 
-from moe_dist.verify.trial import TOLERANCE, Trial, difference
+from moe_dist.verify.trial import Trial, difference
 
 pytestmark = pytest.mark.dist
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import compare, on_layout
+from parity import TOLERANCE, compare, on_layout, passes
 from ranks import run_ranks
 from tiny import mesh_of, micro_batches
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_dist.config_loading import load_mapping
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import MoETrainer
-from moe_dist.verify.trial import TOLERANCE, Trial, difference, passes
+from moe_dist.verify.trial import Trial, difference
 
 pytestmark = pytest.mark.dist
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from parity import compare, on_layout
+from parity import TOLERANCE, compare, on_layout
 from ranks import run_ranks
 from tiny import micro_batches
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dist.models.experts import Expert
-from moe_dist.verify.trial import TOLERANCE, Trial, difference
+from moe_dist.verify.trial import Trial, difference
 
 pytestmark = pytest.mark.dist
 

@@ -1,0 +1,150 @@
+"""What a training can be made of, apart from its layout: every value of every feature, by a word. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_dist.config_loading import ConfigError
+
+Settings = Mapping[str, Any]
+"""Values by `section.key`; `batch.` keys are of the micro-batches themselves (`Batches`)."""
+
+_EXAMPLES = "moe_dist.verify.examples:"
+PLAIN: Settings = {
+    "balance.use_auxiliary_loss": True,
+    "balance.router_aux_loss_coef": 0.05,
+    "balance.router_z_loss_coef": 0.0,
+    "balance.aux_loss_scope": "micro_batch",
+    "balance.bias_update_rate": 0.0,
+    "balance.capacity_factor": None,
+    "balance.freeze_router": False,
+    "balance.expert_dropout": 0.0,
+    "balance.router_jitter": 0.0,
+    "model.attention_bias": False,
+    "model.attention_dropout": 0.0,
+    "model.qk_norm": True,
+    "model.tie_word_embeddings": False,
+    "model.shared_expert_intermediate_size": 0,
+    "model.scoring_func": "softmax",
+    "model.norm_topk_prob": True,
+    "model.num_experts_per_tok": 2,
+    "model.n_group": 1,
+    "model.topk_group": 1,
+    "model.routed_scaling_factor": 1.0,
+    "model.router": "topk",
+    "model.expert": "swiglu",
+    "model.mlp_only_layers": [],
+    "data.document_mask": True,
+    "train.label_smoothing_factor": 0.0,
+    "train.max_grad_norm": 0.5,
+    "train.bf16": False,
+    "train.pure_bf16": False,
+    "train.torch_compile": False,
+    "optimizer.optim": "adamw_torch_fused",
+    "optimizer.weight_decay": 0.1,
+    "optimizer.lr_scheduler_type": "constant",
+    "optimizer.warmup_steps": 0,
+    "optimizer.warmup_ratio": 0.0,
+    "optimizer.min_learning_rate": 0.0,
+}
+"""The first value of every feature."""
+
+FEATURES: dict[str, dict[str, Settings]] = {
+    "scope of the auxiliary loss": {
+        "sequence_scope": {"balance.aux_loss_scope": "sequence"},
+        "global_scope": {"balance.aux_loss_scope": "global_batch"},
+    },
+    "auxiliary loss": {"no_aux_loss": {"balance.router_aux_loss_coef": 0.0}},
+    "z-loss": {"z_loss": {"balance.router_z_loss_coef": 0.01}},
+    "selection bias": {"bias": {"balance.bias_update_rate": 0.01}},
+    "capacity": {"capacity": {"balance.capacity_factor": 0.8}},
+    "expert dropout": {"expert_dropout": {"balance.expert_dropout": 0.1}},
+    "router jitter": {"jitter": {"balance.router_jitter": 0.1}},
+    "frozen router": {"frozen_router": {"balance.freeze_router": True}},
+    "scores": {
+        "sigmoid": {"model.scoring_func": "sigmoid", "model.routed_scaling_factor": 2.5},
+        "groups": {"model.n_group": 4, "model.topk_group": 2},
+    },
+    "top-k weights": {"raw_weights": {"model.norm_topk_prob": False}},
+    "top-k": {"top1": {"model.num_experts_per_tok": 1, "model.norm_topk_prob": False}},
+    "router": {"own_router": {"model.router": f"{_EXAMPLES}TemperedRouter"}},
+    "experts": {
+        "loop_experts": {"model.expert": "swiglu_loop"},
+        "own_experts": {"model.expert": f"{_EXAMPLES}TwoLinears"},
+        "noisy_experts": {"model.expert": f"{_EXAMPLES}NoisyExpert"},
+        "biased_experts": {"model.expert": f"{_EXAMPLES}BiasedExperts"},
+    },
+    "dense layers": {"dense_layer": {"model.mlp_only_layers": [1]}},
+    "depth": {"deep": {"model.num_hidden_layers": 10}},
+    "shared expert": {"shared_expert": {"model.shared_expert_intermediate_size": 16}},
+    "attention dropout": {"attention_dropout": {"model.attention_dropout": 0.1}},
+    "attention bias": {"attention_bias": {"model.attention_bias": True}},
+    "norms of queries and keys": {"no_qk_norm": {"model.qk_norm": False}},
+    "embeddings": {"tied": {"model.tie_word_embeddings": True}},
+    "document mask": {"no_document_mask": {"data.document_mask": False}},
+    "micro-batches": {"even_batches": {"batch.even": True}},
+    "domains": {"domains": {"batch.num_domains": 2}},
+    "label smoothing": {"label_smoothing": {"train.label_smoothing_factor": 0.1}},
+    "clipping": {"no_clipping": {"train.max_grad_norm": 0.0}, "rare_clipping": {"train.max_grad_norm": 1000.0}},
+    "optimizer": {
+        "adamw": {"optimizer.optim": "adamw_torch"},
+        "sgd": {"optimizer.optim": "sgd"},
+        "adafactor": {"optimizer.optim": "adafactor"},
+    },
+    "weight decay": {"no_decay": {"optimizer.weight_decay": 0.0}},
+    "schedule of the rate": {
+        "cosine": {"optimizer.lr_scheduler_type": "cosine", "optimizer.warmup_steps": 1},
+        "linear": {"optimizer.lr_scheduler_type": "linear", "optimizer.warmup_ratio": 0.4},
+    },
+    "stages": {"uneven_stages": {"parallel.stages": "uneven"}},
+    "precision": {"bf16": {"train.bf16": True}, "pure_bf16": {"train.pure_bf16": True}},
+    "compilation": {"compiled": {"train.torch_compile": True}},
+}
+"""Values of each feature other than the plain one."""
+
+_FEATURE_OF = {word: feature for feature, values in FEATURES.items() for word in values}
+ONCE = {"compiled"}
+"""Costs many seconds: wanted once, not with every other value."""
+LOW_PRECISION = {"bf16", "pure_bf16"}
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How the micro-batches of a trial are made. `even`: all labels, one document, no padding."""
+
+    even: bool = False
+    num_domains: int = 0
+
+
+Choice = frozenset[str]
+"""Words of the features that have not their plain value."""
+
+
+def choice(words: Iterable[str]) -> Choice:
+    """Raises ConfigError for a word that is none, or for two values of one feature."""
+    taken: dict[str, str] = {}
+    for word in words:
+        feature = _FEATURE_OF.get(word)
+        if feature is None:
+            raise ConfigError(f"--layouts: +{word} is not a feature; allowed: {', '.join(_FEATURE_OF)}")
+        if feature in taken:
+            raise ConfigError(f"--layouts: +{taken[feature]}+{word} are two values of one feature ({feature})")
+        taken[feature] = word
+    return frozenset(taken.values())
+
+
+def words_in_order(chosen: Choice) -> list[str]:
+    return [word for word in _FEATURE_OF if word in chosen]
+
+
+def setting_of(word: str) -> Settings:
+    """What this value of a feature sets."""
+    return FEATURES[_FEATURE_OF[word]][word]
+
+
+def batches_of(chosen: Choice) -> Batches:
+    """The micro-batches that these features describe."""
+    settings = {key: value for word in chosen for key, value in setting_of(word).items()}
+    return Batches(settings.get("batch.even", False), settings.get("batch.num_domains", 0))

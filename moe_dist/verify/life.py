@@ -1,0 +1,201 @@
+"""The life of a run: what happens to a training between its first step and its last. Imports no torch.
+
+A life passes through several layouts. In each of them every event comes after every other (training, an evaluation, a
+sample of text, a step skipped for a number that is not finite, a save, a save behind training); then a stop signal
+comes in the middle of a step, and the next layout goes on from what was saved.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from moe_dist.config import Config
+from moe_dist.config_loading import ConfigError
+from moe_dist.verify.features import LOW_PRECISION, Choice, choice, words_in_order
+from moe_dist.verify.layouts import Case, reason
+from moe_dist.verify.scenarios import Precision, Scenario, Smallness
+
+STEPS = ("train", "skip")
+EVENTS = (*STEPS, "evaluate", "sample", "save", "save_behind")
+_KINDS = {"save": "save", "save_behind": "save", "evaluate": "evaluate"}
+BRIEF = ("train", "evaluate", "save")
+COLUMNS = ("losses", "norms", "loads", "evaluation", "weights", "moments", "state")
+"""What is held against one process: losses, norms and facts about the load of every step, losses of evaluations, every
+tensor of every checkpoint, and what else is in it: counters, the position in the data, what a stop depends on."""
+TOLERANCES: dict[Precision, dict[str, float]] = {
+    "float64": {**dict.fromkeys(COLUMNS, 1e-9), "state": 0.0},
+    # Two dozen steps: a near-tie of the router may go the other way in one of them.
+    "float32": {"losses": 1e-3, "norms": 1e-2, "loads": 1e-1, "evaluation": 1e-3, "weights": 1e-1, "state": 0.0},
+    "bfloat16": {"losses": 0.05, "norms": 0.25, "evaluation": 0.05, "state": 0.0},
+}
+GLOBAL_BATCH = 8
+_NAME = re.compile(r"(life|brief)(\d*):([^+]+)(?:\+(.*))?")
+
+
+@dataclass(frozen=True)
+class Life:
+    """Named like `life:ep2-zero1>pp2-1f1b-ep1-zero0+bias`; `brief:` has fewer events. `seed` orders them."""
+
+    layouts: tuple[Case, ...]
+    features: Choice
+    events: tuple[str, ...] = EVENTS
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        kind = "brief" if self.events == BRIEF else "life"
+        words = words_in_order(self.features) or ["plain"]
+        return "+".join([f"{kind}{self.seed or ''}:{'>'.join(layout.name for layout in self.layouts)}", *words])
+
+    @staticmethod
+    def named(name: str) -> Life:
+        """Raises ConfigError for what is not such a name."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ConfigError(f"--layouts {name}: a life is named like life:ep2-zero1>ep4-zero3+bias")
+        kind, seed, layouts, words = match.groups()
+        return Life(
+            tuple(Case.named(layout) for layout in layouts.split(">")),
+            choice(word for word in (words or "plain").split("+") if word != "plain"),
+            BRIEF if kind == "brief" else EVENTS,
+            int(seed or 0),
+        )
+
+    @property
+    def precision(self) -> Precision:
+        if self.features & LOW_PRECISION:
+            return "bfloat16"
+        return "float32" if any(layout.engine == "deepspeed" for layout in self.layouts) else "float64"
+
+    def passes(self, worst: dict[str, float]) -> bool:
+        """Whether these deviations are rounding."""
+        return all(worst[name] <= tolerance for name, tolerance in TOLERANCES[self.precision].items())
+
+    def check(self, small: Smallness) -> None:
+        """Raises ConfigError when it cannot be."""
+        for layout in self.layouts:
+            self.config(small, layout)
+
+    def config(self, small: Smallness, layout: Case | None) -> Config:
+        """Of a run in this layout; None: in one process, the same global batch."""
+        training = small.training(Scenario(layout or self.layouts[0], self.features))
+        tree: dict[str, Any] = (training.config if layout else training.alone).model_dump()
+        replicas = small.world_size // layout.pp_size if layout else 1
+        tree["model"] |= {"vocab_size": 272, "num_hidden_layers": self._num_layers}
+        tree["data"] |= {"source": "memory", "max_seq_length": 16, "validation_split": 0.2}
+        tree["train"] |= {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": GLOBAL_BATCH // replicas,
+            "max_steps": sum(event in STEPS or event == "stop" for script in self.scripts for event in script),
+            "on_nonfinite": "skip",
+            "sample_tokens": 2,
+        } | dict.fromkeys(("eval_steps", "early_stopping_patience"), 0)
+        tree["train"] |= dict.fromkeys(("max_time", "eval_batches", "divergence_loss", "per_device_eval_batch_size"))
+        tree["optimizer"] |= {"learning_rate": 3e-3, "min_learning_rate": 1e-4, "adam_epsilon": 1e-6}
+        tree["checkpoint"] = {"save_steps": 10**6}
+        tree["monitor"] |= {"logging_steps": 1, "tensorboard": False, "progress": "none"}
+        try:
+            return Config.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError(f"--layouts {self.name}: {reason(error)}") from None
+
+    @property
+    def _num_layers(self) -> int:
+        return max(Scenario(layout, self.features).num_layers for layout in self.layouts)
+
+    @property
+    def scripts(self) -> list[list[str]]:
+        """Events of each layout. All but the last end with a stop signal."""
+        drawn = random.Random(f"{self.name}")
+        last = len(self.layouts) - 1
+        return [
+            [*_real(circuit(self.events, drawn)), *(["stop"] if number < last else [])]
+            for number in range(len(self.layouts))
+        ]
+
+
+def circuit(events: tuple[str, ...], drawn: random.Random) -> list[str]:
+    """A sequence in which every event follows every event once, itself too, in an order of `drawn`."""
+    ways = {event: drawn.sample(events, len(events)) for event in events}
+    path, walk = [drawn.choice(events)], []
+    while path:  # Hierholzer's algorithm
+        if ways[path[-1]]:
+            path.append(ways[path[-1]].pop())
+        else:
+            walk.append(path.pop())
+    return walk[::-1]
+
+
+def _real(walk: list[str]) -> list[str]:
+    """A step is saved once and evaluated once. Where an event would do nothing, a step comes before the one it is to
+    follow.
+    """
+    events, done = [], {"save"}  # what a run goes on from is saved
+    for before, event in zip(["train", *walk], walk, strict=False):
+        if _KINDS.get(event) in done:
+            events.append("train")
+            done = set()
+            if _KINDS.get(before) != _KINDS[event]:
+                events.append(before)
+                done = {_KINDS.get(before, "")}
+        events.append(event)
+        done = set() if event in STEPS else done | {_KINDS.get(event, "")}
+    return events
+
+
+def lives(small: Smallness, which: str, seed: int = 0) -> list[Life]:
+    """A brief life for `quick`; otherwise lives that pass through every kind of sharding, with every ep and pp size."""
+    words = frozenset({"bias", "sequence_scope", "cosine", "attention_dropout", "expert_dropout", "z_loss"})
+    if which == "quick":
+        return _feasible(small, [("ep2-zero1", "pp2-1f1b-ep1-zero1-acc2", "ep1-zero0")], words, BRIEF, seed)
+    wide = [
+        ("ep2-zero1", "ep1-zero2", "ep4-zero3", "pp2-1f1b-ep2-zero1-acc2", "ep4-zero0"),
+        ("ep1-zero1", "pp2-zero_bubble-ep2-zero0-acc4", "ep2-zero3-shard2", "pp4-interleaved_1f1b-ep1-zero3-acc4"),
+        ("ep4-zero2-full", "pp2-dualpipe_v-ep1-zero1-acc4", "ep1-zero3", "ep2-zero0-selective"),
+    ]
+    found = _feasible(small, wide, words, EVENTS, seed)
+    experts = frozenset({"biased_experts", "label_smoothing", "linear", "shared_expert"})
+    found += _feasible(small, [("ep2-zero3", "ep1-zero1", "ep4-zero0")], experts, EVENTS, seed)
+    chain = [("ep2-zero1-deepspeed", "ep2-zero1", "ep1-zero2-deepspeed", "ep4-zero1-deepspeed")]
+    found += _feasible(small, chain, frozenset({"bias", "cosine"}), EVENTS, seed)
+    return found + _feasible(small, [("ep2-zero0", "ep2-zero2", "ep1-zero0")], frozenset({"pure_bf16"}), EVENTS, seed)
+
+
+def _feasible(
+    small: Smallness, chains: Sequence[tuple[str, ...]], words: Choice, events: tuple[str, ...], seed: int
+) -> list[Life]:
+    """Those layouts of each chain that the ranks can have, where there are two or more."""
+    found = []
+    for chain in chains:
+        layouts = []
+        for name in chain:
+            layout = Case.named(name)
+            engine = layout.engine == "torch" or _has_deepspeed()
+            if engine and small.refusal(Scenario(layout, words)) is None:
+                layouts.append(layout)
+        if len(layouts) > 1:
+            found.append(Life(tuple(layouts), words, events, seed))
+    return found
+
+
+def _has_deepspeed() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("deepspeed") is not None
+
+
+def pairs_of(scripts: list[list[str]]) -> dict[str, set[str]]:
+    """Which events come after which."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for script in scripts:
+        for event, following in itertools.pairwise(script):
+            found[event].add(following)
+    return found

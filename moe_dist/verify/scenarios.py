@@ -1,0 +1,191 @@
+"""A training (its features) in a layout, and the same training in one process beside it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from moe_dist import config_checks
+from moe_dist.config import Config, ParallelConfig
+from moe_dist.config_loading import ConfigError
+from moe_dist.parallel.layout import Layout
+from moe_dist.verify.features import (
+    LOW_PRECISION,
+    PLAIN,
+    Batches,
+    Choice,
+    batches_of,
+    choice,
+    setting_of,
+    words_in_order,
+)
+from moe_dist.verify.layouts import BUGS, Case, reason, shrunken
+
+Precision = Literal["float64", "float32", "bfloat16"]
+COMPARED = ("initial", "losses", "gradients", "norms", "weights", "biases", "loads", "evaluation")
+"""What is held against one process: initial weights, the first step's gradients, all steps' losses, norms and facts
+about the load, the loss of an evaluation before the last step, weights and selection biases at the end."""
+TOLERANCES: dict[Precision, dict[str, float]] = {
+    "float64": {**dict.fromkeys(COMPARED, 1e-9), "initial": 0.0},
+    "float32": {**dict.fromkeys(COMPARED, 1e-5), "initial": 0.0, "weights": 1e-3},
+    "bfloat16": {"initial": 0.0, "losses": 0.02, "norms": 0.1, "gradients": 0.3, "evaluation": 0.02},
+}
+"""Largest relative differences, of the tensor that differs most. float64 leaves rounding at 1e-13: any mistake is
+above. In float32 AdamW makes full steps out of gradients that are only rounding. In bfloat16 both sides round, and send
+a token to another expert here and there: what follows an update is told, not judged, and only large bugs are above."""
+DEPTH = 10
+"""Layers of the model with the feature `deep`: past 8, which nothing small has."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A configuration to be trained in a layout, and the same training alone: in one process, nothing sharded."""
+
+    config: Config
+    alone: Config
+    batches: Batches
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`features` None: those of the run file. Named like `ep2-zero3-acc2` (the run file's), `ep2-zero3-acc2+plain`,
+    `pp2-1f1b-ep2-zero0-acc4+tied+z_loss`.
+    """
+
+    layout: Case
+    features: Choice | None = None
+
+    @property
+    def name(self) -> str:
+        if self.features is None:
+            return self.layout.name
+        return "+".join([self.layout.name, *(words_in_order(self.features) or ["plain"])])
+
+    @staticmethod
+    def named(name: str) -> Scenario:
+        """Raises ConfigError for a word that is neither an axis of the layout nor a feature."""
+        layout, *words = name.split("+")
+        return Scenario(Case.named(layout), choice(word for word in words if word != "plain") if words else None)
+
+    @property
+    def precision(self) -> Precision:
+        """What it is computed in. float64 shows mistakes of any size; DeepSpeed knows none."""
+        if self.layout.dtype == "bf16" or (self.features or frozenset()) & LOW_PRECISION:
+            return "bfloat16"
+        return "float32" if self.layout.dtype == "float32" or self.layout.engine == "deepspeed" else "float64"
+
+    def check(self, small: Smallness) -> None:
+        """Raises ConfigError when it cannot be."""
+        small.training(self)
+
+    def passes(self, worst: dict[str, float]) -> bool:
+        """Whether these deviations are rounding."""
+        return all(worst[name] <= tolerance for name, tolerance in TOLERANCES[self.precision].items())
+
+    @property
+    def num_layers(self) -> int:
+        """Of the small model: one for each stage at least."""
+        if self.features is not None and "deep" in self.features:
+            return DEPTH
+        return max(4, _num_stages(self.layout.pp_size, self.layout.schedule))
+
+
+class Smallness:
+    """The small models of one run file (`shrunken`), by their number of layers."""
+
+    def __init__(self, config: Config, world_size: int, plant: str | None = None) -> None:
+        self.config, self.world_size, self.plant = config, world_size, plant
+        self._by_layers: dict[int, Config] = {}
+        self._plain_by_layers: dict[int, Config] = {}
+
+    def of(self, num_layers: int) -> Config:
+        if num_layers not in self._by_layers:
+            self._by_layers[num_layers] = shrunken(self.config, self.world_size, self.plant, num_layers)
+        return self._by_layers[num_layers]
+
+    def training(self, scenario: Scenario) -> Training:
+        """Raises ConfigError with the reason `moe-dist check` would give when it cannot be."""
+        try:
+            tree = self._put_together(scenario).model_dump()
+            config = Config.model_validate(tree)
+            Layout.of(config, self.world_size)
+            tree["parallel"] = ParallelConfig().model_dump()
+            plain = {"gradient_accumulation_steps": 1, "gradient_checkpointing": "none", "torch_compile": False}
+            tree["train"] |= plain
+            return Training(config, Config.model_validate(tree), self._batches(scenario))
+        except (ValidationError, ConfigError) as error:
+            raise ConfigError(f"--layouts {scenario.name}: {reason(error)}") from None
+
+    def refusal(self, scenario: Scenario) -> str | None:
+        """Why the configuration's own rules do not allow it, or None. Quick: thousands are asked about."""
+        try:
+            config = self._put_together(scenario)
+            config_checks.check_model(config.model)
+            config_checks.check_train(config.train)
+            config_checks.check_balance(config.balance)
+            config_checks.check_optimizer(config.optimizer)
+            config_checks.check_sections(config)
+            Layout.of(config, self.world_size)
+        except ValueError as error:  # a ConfigError is one
+            return reason(error)
+        return None
+
+    def _batches(self, scenario: Scenario) -> Batches:
+        return batches_of(scenario.features or frozenset())
+
+    def _put_together(self, scenario: Scenario) -> Config:
+        """The configuration, without a look at whether it fits together."""
+        layers, words = scenario.num_layers, scenario.features
+        small = self.of(layers) if words is None else self._plain(layers)
+        changes = {
+            "train": dict(scenario.layout.train_settings),
+            "parallel": dict(scenario.layout.parallel_settings),
+        }
+        settings = {key: value for word in words or () for key, value in setting_of(word).items()}
+        if settings.pop("parallel.stages", None):
+            changes["parallel"]["stages"] = _uneven_stages(scenario)
+        if self.plant is not None:  # what the bug needs to have an effect stays
+            settings |= BUGS[self.plant]
+        return _changed(small, changes, settings)
+
+    def _plain(self, num_layers: int) -> Config:
+        """With the plain value of every feature."""
+        if num_layers not in self._plain_by_layers:
+            self._plain_by_layers[num_layers] = _changed(self.of(num_layers), {}, PLAIN)
+        return self._plain_by_layers[num_layers]
+
+
+def _changed(config: Config, changes: Mapping[str, dict[str, Any]], settings: Mapping[str, Any]) -> Config:
+    """With these values by section, and those by `section.key`. Nothing is validated."""
+    changes = {section: dict(values) for section, values in changes.items()}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        if section != "batch":
+            changes.setdefault(section, {})[name] = value
+    sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items() if update}
+    return config.model_copy(update=sections)
+
+
+@cache
+def _num_stages(pp_size: int, schedule: str) -> int:
+    return ParallelConfig.model_validate({"pp_size": pp_size, "schedule": schedule}).num_stages
+
+
+def _uneven_stages(scenario: Scenario) -> list[int]:
+    """Layers of each stage, one stage longer than it would be and its neighbour shorter; three stages a rank for an
+    interleaved schedule with layers enough.
+    """
+    layout, layers = scenario.layout, scenario.num_layers
+    stages = _num_stages(layout.pp_size, layout.schedule)
+    if layout.schedule == "interleaved_1f1b" and layers >= 3 * layout.pp_size:
+        stages = 3 * layout.pp_size
+    sizes = [layers // stages + (stage < layers % stages) for stage in range(stages)]
+    longest = max(range(stages), key=lambda stage: (sizes[stage], stage))
+    if sizes[longest] > 1:
+        sizes[longest] -= 1
+        sizes[(longest + 1) % stages] += 1
+    return sizes

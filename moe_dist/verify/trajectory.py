@@ -1,0 +1,219 @@
+"""Lives run by the real trainer, in layouts and in one process, and what they leave on disk held together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from moe_dist.checkpoint.encryption import Keys
+from moe_dist.checkpoint.inspecting import Tensors
+from moe_dist.checkpoint.reading import Found, read_trainer_state, whole
+from moe_dist.checkpoint.storage import open_storage
+from moe_dist.config import Config
+from moe_dist.models.precision import in_dtype
+from moe_dist.monitor.train_log import close_logging
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.train import step as step_module
+from moe_dist.train.trainer import MoETrainer
+from moe_dist.verify.layouts import Case
+from moe_dist.verify.life import COLUMNS, STEPS, Life
+from moe_dist.verify.plants import planted
+from moe_dist.verify.scenarios import Smallness
+from moe_dist.verify.trial import DTYPES, difference
+
+TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * (3 + i % 5) for i in range(32)]
+_LAYER_FACTS = ("tokens_per_expert", "aux_loss", "z_loss", "router_entropy", "router_logits_rms", "dropped_fraction")
+
+
+class ScriptedTrainer(MoETrainer):
+    """The trainer, whose events between two steps come from a script."""
+
+    def __init__(self, config: Config, mesh: Mesh, script: list[str]) -> None:
+        super().__init__(config, mesh=mesh)
+        self.script = iter(script)
+
+    def _build(self, dataset: Any) -> None:
+        for handler in logging.getLogger("moe_dist").handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.CRITICAL)  # warnings are for the log: this run is an example
+        super()._build(dataset)
+
+    def _one_step(self) -> None:
+        """Events up to and with the next step."""
+        for event in self.script:
+            if event in STEPS or event == "stop":
+                around = {"skip": self._poisoned, "stop": self._interrupted}.get(event, nullcontext)
+                with around():
+                    super()._one_step()
+                return
+            {"evaluate": self._evaluate, "sample": self._sample, "save": self._save_now, "save_behind": self._save}[
+                event
+            ]()
+        self.stopping.stop("the script has ended")
+
+    def _save_now(self) -> None:
+        self._save()
+        if self.persistence.checkpoints.in_flight:
+            self._saved(self.persistence.settle())
+
+    @contextmanager
+    def _poisoned(self) -> Iterator[None]:
+        """One micro-batch of the global batch, wherever it is, has a loss that is not a number."""
+        next_step, cross_entropy = self.loader.next_step, step_module.cross_entropy_sum
+        poisoned: list[Tensor] = []
+
+        def remember() -> list[Any]:
+            batches = next_step()
+            poisoned.extend(batch.labels for batch in batches if batch.index == 1)
+            return batches
+
+        def wrong(logits: Tensor, labels: Tensor, *options: Any) -> Tensor:
+            loss = cross_entropy(logits, labels, *options)
+            return loss * float("nan") if any(torch.equal(labels.cpu(), bad) for bad in poisoned) else loss
+
+        with patch.object(self.loader, "next_step", remember), patch.object(step_module, "cross_entropy_sum", wrong):
+            yield
+
+    @contextmanager
+    def _interrupted(self) -> Iterator[None]:
+        """The last rank gets a signal in the middle of accumulating."""
+        inputs = self.step._inputs
+
+        def hit(*arguments: Any) -> dict[str, Any]:
+            if self.mesh.rank == self.mesh.layout.world_size - 1 and self.stop_requests.number is None:
+                signal.raise_signal(signal.SIGTERM)
+            return inputs(*arguments)
+
+        with patch.object(self.step, "_inputs", hit):
+            yield
+
+
+def run_life(
+    life: Life, small: Smallness, world: Mesh, mesh_of: Callable[[Case], Mesh], plant: str | None
+) -> dict[str, float]:
+    """Deviations of the life from the same events in one process; the same on every rank."""
+    folder = Path(world.ask_rank_zero(lambda: tempfile.mkdtemp(prefix="moe-dist-life-")))
+    try:
+        if not all(world.from_all(folder.is_dir())):
+            raise OSError(f"{folder}: a life needs a folder that all ranks see; set TMPDIR to one")
+        with in_dtype(DTYPES[life.precision]):
+            _alone(life, small, world, folder / "alone")
+            with planted(plant) if plant else nullcontext():
+                for layout, script in zip(life.layouts, life.scripts, strict=True):
+                    config = life.config(small, layout)
+                    config.train.output_dir = folder / "life"
+                    config.checkpoint.allow_config_change = True  # accumulation follows the layout
+                    ScriptedTrainer(config, mesh_of(layout), script).train(TEXTS)
+        return world.ask_rank_zero(lambda: compare(folder / "life", folder / "alone"))
+    finally:
+        close_logging()
+        world.barrier()
+        if world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alone(life: Life, small: Smallness, world: Mesh, folder: Path) -> None:
+    """All events in one process, which nothing stops: what others save at the end, it saves in between."""
+    config = life.config(small, None)
+    config.train.output_dir = folder
+    script = [part for script in life.scripts for event in script for part in _undisturbed(event)]
+    device: Any = world.device if world.layout.world_size > 1 else "cpu"
+    world.ask_rank_zero(lambda: ScriptedTrainer(config, Mesh.single(device), script).train(TEXTS) and None)
+
+
+def _undisturbed(event: str) -> list[str]:
+    return ["train", "save"] if event == "stop" else [event]
+
+
+def compare(found: Path, wanted: Path) -> dict[str, float]:
+    """Largest relative differences of what two runs have left on disk, by `COLUMNS`."""
+    worst = dict.fromkeys(COLUMNS, 0.0)
+    for column, kind, key in (
+        ("losses", "train", "loss"),
+        ("losses", "train", "learning_rate"),
+        ("losses", "train", "tokens"),
+        ("norms", "train", "grad_norm"),
+        ("evaluation", "eval", "loss"),
+    ):
+        worst[column] = max(worst[column], _furthest(_series(found, kind, key), _series(wanted, kind, key)))
+    for fact in _LAYER_FACTS:
+        worst["loads"] = max(worst["loads"], _furthest(_layers(found, fact), _layers(wanted, fact)))
+    for column, value in _checkpoints(found, wanted).items():
+        worst[column] = max(worst[column], value)
+    return worst
+
+
+def _rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for line in lines if (row := json.loads(line)).get("kind") == kind]
+
+
+def _series(folder: Path, kind: str, key: str) -> dict[int, list[float]]:
+    """A number of every step; None in the file is one that is not finite."""
+    return {row["step"]: [float("nan") if row[key] is None else row[key]] for row in _rows(folder, kind)}
+
+
+def _layers(folder: Path, key: str) -> dict[int, list[float]]:
+    found = {}
+    for row in _rows(folder, "train"):
+        values = [layer[key] for layer in row["layers"]]
+        numbers = [number for value in values for number in (value if isinstance(value, list) else [value])]
+        found[row["step"]] = [float("nan") if number is None else number for number in numbers]
+    return found
+
+
+def _furthest(found: dict[int, list[float]], wanted: dict[int, list[float]]) -> float:
+    """Largest relative difference; numbers that are not finite must be so on both sides."""
+    if found.keys() != wanted.keys():
+        return float("inf")
+    worst = 0.0
+    for step, numbers in wanted.items():
+        if len(found[step]) != len(numbers):
+            return float("inf")
+        for one, other in zip(found[step], numbers, strict=True):
+            if math.isfinite(one) and math.isfinite(other):
+                worst = max(worst, abs(one - other) / max(abs(other), 1e-12))
+            elif math.isfinite(one) or math.isfinite(other):
+                return float("inf")
+    return worst
+
+
+def _checkpoints(found: Path, wanted: Path) -> dict[str, float]:
+    """Every step that either has saved: the tensors, and what else there is."""
+    here, there = open_storage(found), open_storage(wanted)
+    worst = {"weights": 0.0, "moments": 0.0, "state": 0.0}
+    if here.candidates() != there.candidates():
+        return dict.fromkeys(worst, float("inf"))
+    for step in there.candidates():
+        one, other = Found(here, step), Found(there, step)
+        if whole(one):
+            return dict.fromkeys(worst, float("inf"))
+        (a, state_a), (b, state_b) = _read(one), _read(other)
+        for column, start in (("weights", "model."), ("moments", "optimizer.")):
+            parts = ({name: t for name, t in tensors.items() if name.startswith(start)} for tensors in (a, b))
+            worst[column] = max(worst[column], difference(*parts))
+        worst["state"] = max(worst["state"], 0.0 if state_a == state_b else float("inf"))
+    return worst
+
+
+def _read(found: Found) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    manifest = found.storage.manifest(found.step)
+    tensors = Tensors(found, manifest, Keys())
+    values = {name: tensors.read(name).double() for name in tensors.names()}
+    tensors.close()
+    state = read_trainer_state(found, manifest, Keys())
+    counters = {name: value for name, value in state["counters"].items() if name not in ("elapsed", "initial_loss")}
+    stopping = {name: value for name, value in state["stopping"].items() if name != "best_loss"}
+    return values, {"counters": counters, "stopping": stopping, "data": state["data"]}
