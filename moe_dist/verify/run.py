@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,10 @@ _SHRUNKEN = 5
 """Cases that fail are made smaller until so many have been; there may be one mistake behind all."""
 
 
+_ROUNDS = itertools.count()
+"""Of this process, the same on every rank: the store keeps what was said in earlier ones."""
+
+
 class Crash(RuntimeError):
     """A rank failed alone: the others wait for it, and only a new start helps."""
 
@@ -44,7 +49,6 @@ class Verifier:
         self.world = world
         self._meshes: dict[tuple[int, int, int | None], Mesh] = {}
         self._references: dict[str, Told] = {}
-        self._asked = 0
 
     def verify(
         self,
@@ -150,10 +154,9 @@ class Verifier:
             error = _first_line(caught)
         if self.world.group("world") is None:
             return [found], error
-        self._asked += 1
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"verify/{self._asked}/{self.world.rank}", error or "")
-        keys = [f"verify/{self._asked}/{rank}" for rank in range(self.world.layout.world_size)]
+        store, number = dist.distributed_c10d._get_default_store(), next(_ROUNDS)
+        store.set(f"verify/{number}/{self.world.rank}", error or "")
+        keys = [f"verify/{number}/{rank}" for rank in range(self.world.layout.world_size)]
         if error is not None:
             try:
                 store.wait(keys, _PATIENCE)
