@@ -38,7 +38,7 @@ def test_an_old_torch_is_refused_schedules_in_v_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, refused: bool
 ) -> None:
     """PyTorch 2.11 ends as it starts them over gloo: "Pair is not connected"."""
-    monkeypatch.setattr("moe_dist.config_checks.metadata.version", lambda name: version)
+    monkeypatch.setattr("moe_dist.versions.metadata.version", lambda name: version)
     for schedule in ("zero_bubble", "dualpipe_v"):
         text = f"parallel: {{pp_size: 2, schedule: {schedule}}}\ntrain: {{gradient_accumulation_steps: 8}}"
         if refused:
