@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_dist.config_deepspeed import check_deepspeed
-from moe_dist.versions import too_old_for_split_backward_over_gloo
+from moe_dist.versions import too_old_to_split_backward
 
 if TYPE_CHECKING:
     from moe_dist.config import (
@@ -257,10 +257,10 @@ def check_pipeline(config: Config) -> None:
         )
     _check_micro_batches(pp_size, schedule, num_stages, train.gradient_accumulation_steps)
     splits_backward = schedule in ("zero_bubble", "dualpipe_v")
-    if splits_backward and (torch := too_old_for_split_backward_over_gloo()) and config.launch.backend != "nccl":
+    if splits_backward and (torch := too_old_to_split_backward()):
         raise ValueError(
-            f"parallel.schedule={schedule}: PyTorch {torch} cannot start it over gloo; allowed: gpipe, 1f1b, "
-            "interleaved_1f1b, or PyTorch 2.13, or launch.backend=nccl"
+            f"parallel.schedule={schedule}: PyTorch {torch} cannot run it; allowed: gpipe, 1f1b, interleaved_1f1b, or "
+            "PyTorch 2.13 or newer"
         )
     if splits_backward and train.pure_bf16:
         raise ValueError(

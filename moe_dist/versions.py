@@ -27,10 +27,11 @@ def arithmetic() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 
 
-def too_old_for_split_backward_over_gloo() -> str | None:
-    """PyTorch's version where `zero_bubble` and `dualpipe_v` cannot start over gloo, else None.
+def too_old_to_split_backward() -> str | None:
+    """PyTorch's version where `zero_bubble` and `dualpipe_v` cannot run, else None.
 
-    2.11 ends at the first message, "Pair is not connected"; 2.13 and 2.14 run.
+    Before 2.13 weight gradients are asked of nodes of the graph that are already freed ("Attribute '_input_metadata'
+    is invalid"), and 2.11 does not even start them over gloo ("Pair is not connected").
     """
     version = installed("torch")
     return version if version and tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 13) else None
