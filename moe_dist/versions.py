@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import platform
 import re
+from functools import cache
 from importlib import metadata
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
+@cache
 def installed(package: str) -> str | None:
     """The version of an installed package, such as `2.13.0+cpu`; None where it is not installed."""
     try:

@@ -40,7 +40,7 @@ def test_an_old_torch_is_refused_schedules_in_v_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, refused: bool
 ) -> None:
     """Before 2.13 they end in backward: "Attribute '_input_metadata' is invalid"."""
-    monkeypatch.setattr("moe_dist.versions.metadata.version", lambda name: version)
+    monkeypatch.setattr("moe_dist.versions.installed", lambda name: version)
     for schedule in ("zero_bubble", "dualpipe_v"):
         text = f"parallel: {{pp_size: 2, schedule: {schedule}}}\ntrain: {{gradient_accumulation_steps: 8}}"
         if refused:
