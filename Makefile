@@ -1,8 +1,9 @@
 # Everything a newcomer needs: `make demo`, `make test`. The environment is .venv; nothing else is touched.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-fast test-slow coverage lint format bench clean help
+.PHONY: demo test test-fast test-slow coverage lint format compat bench clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,6 +35,9 @@ format: .venv/dev  ## put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+compat:  ## the proof and the single-process tests on every promised PyTorch; gigabytes to install, about an hour
+	$(PYTHON) tools/compat.py $(ARGS)
+
 bench: .venv/dev  ## one mixture-of-experts layer beside its peers
 	$(BIN)/python tools/bench/moe_layer.py --quick
 
@@ -46,10 +50,10 @@ clean:  ## remove the environment and caches; runs under outputs/ stay
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/run: .venv/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -e .
+.venv/run: .venv/python pyproject.toml constraints.txt
+	$(INSTALL) -e .
 	@touch $@
 
-.venv/dev: .venv/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -e '.[dev]'
+.venv/dev: .venv/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[dev]'
 	@touch $@ .venv/run

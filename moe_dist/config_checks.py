@@ -6,12 +6,10 @@
 
 from __future__ import annotations
 
-import re
-from functools import cache
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 from moe_dist.config_deepspeed import check_deepspeed
+from moe_dist.versions import too_old_to_split_backward
 
 if TYPE_CHECKING:
     from moe_dist.config import (
@@ -259,10 +257,10 @@ def check_pipeline(config: Config) -> None:
         )
     _check_micro_batches(pp_size, schedule, num_stages, train.gradient_accumulation_steps)
     splits_backward = schedule in ("zero_bubble", "dualpipe_v")
-    if splits_backward and (torch := _old_torch()) and config.launch.backend != "nccl":
+    if splits_backward and (torch := too_old_to_split_backward()):
         raise ValueError(
-            f"parallel.schedule={schedule}: PyTorch {torch} cannot start it over gloo; allowed: gpipe, 1f1b, "
-            "interleaved_1f1b, or PyTorch 2.13, or launch.backend=nccl"
+            f"parallel.schedule={schedule}: PyTorch {torch} cannot run it; allowed: gpipe, 1f1b, interleaved_1f1b, or "
+            "PyTorch 2.13 or newer"
         )
     if splits_backward and train.pure_bf16:
         raise ValueError(
@@ -285,16 +283,6 @@ def check_pipeline(config: Config) -> None:
             f"parallel.zero_stage=3: parallel.schedule={schedule} needs whole parameters between a stage's forward and "
             "backward; allowed: 0, 1, or gpipe, 1f1b, interleaved_1f1b"
         )
-
-
-@cache
-def _old_torch() -> str | None:
-    """PyTorch's version, when it is one in which schedules in V shape end as they start (seen with 2.11, not 2.13)."""
-    try:
-        version = metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return None
-    return version if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 13) else None
 
 
 def _check_micro_batches(pp_size: int, schedule: str, num_stages: int, count: int) -> None:

@@ -38,6 +38,7 @@ ROOMS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (2, ("moe_dist.data",)),
     (1, ("moe_dist.models",)),
     (0, ("moe_dist.config", "moe_dist.config_checks", "moe_dist.config_deepspeed", "moe_dist.config_loading")),
+    (-1, ("moe_dist.versions",)),
     (-1, ("moe_dist",)),  # the package itself: a version, and no import that everybody would pay for
 )
 # `moe-dist --help` and `moe-dist check` answer at once because these load nothing heavy, however indirectly.
@@ -46,6 +47,7 @@ LIGHT = (
     "moe_dist.config_checks",
     "moe_dist.config_deepspeed",
     "moe_dist.config_loading",
+    "moe_dist.versions",
     *(f"moe_dist.checkpoint.{name}" for name in ("changes", "encryption", "hashing", "listing", "lock")),
     *(f"moe_dist.checkpoint.{name}" for name in ("manifest", "object_storage", "reading", "retention", "storage")),
     "moe_dist.models.counts",
@@ -91,6 +93,8 @@ HEAVY = (
 )
 WITHOUT_COLLECTIVES = ("moe_dist.models", "moe_dist.monitor")
 ALL_TO_ALL_AT = "moe_dist.parallel.dispatch"
+VERSIONS_AT = "moe_dist.versions"
+VERSIONS = ("torch.__version__", "torch.version", "importlib.metadata.version")
 ALL_TO_ALL = re.compile(r"all_?to_?all(_(single|base|tensor)\w*)?")
 # Ways for a file from elsewhere to run code here.
 FORBIDDEN = (
@@ -226,6 +230,8 @@ def violations(root: Path) -> list[str]:
                 found.add(f"{path}:{line}: {'.'.join(room)} is to know nothing of torch.distributed")
             if is_all_to_all(name) and module != ALL_TO_ALL_AT:
                 found.add(f"{path}:{line}: all-to-all outside {ALL_TO_ALL_AT}")
+            if within(name, *VERSIONS) and within(module, "moe_dist", "launcher") and module != VERSIONS_AT:
+                found.add(f"{path}:{line}: a version asked for outside {VERSIONS_AT}")
             if within(name, *FORBIDDEN):
                 found.add(f"{path}:{line}: {name} runs what a file says")
         for line, name in facts.arguments:
@@ -271,7 +277,7 @@ def test_the_floors_stand() -> None:
 
 def test_every_named_module_is_there() -> None:
     modules = read_tree(ROOT)
-    assert {*LIGHT, *WITHOUT_COLLECTIVES, ALL_TO_ALL_AT} <= modules.keys()
+    assert {*LIGHT, *WITHOUT_COLLECTIVES, ALL_TO_ALL_AT, VERSIONS_AT} <= modules.keys()
 
 
 def test_light_modules_load_nothing_heavy() -> None:
@@ -317,6 +323,9 @@ launcher/process_groups.py | from tools.bench import moe_layer | nothing imports
 launcher/cli.py | def f():;    import tests.tiny | nothing imports tests
 tools/train_tokenizer.py | from tiny import tiny_config | nothing imports tests: tests.tiny.tiny_config
 tests/ranks.py | from test_layout import SIZES | a test imports a test
+moe_dist/parallel/mesh.py | if torch.__version__ < "2.12":;    x = 1 | a version asked for outside
+launcher/cli.py | from importlib.metadata import version | a version asked for outside
+moe_dist/config_checks.py | from importlib import metadata;metadata.version("torch") | a version asked for outside
 moe_dist/train/step.py | import pickle | pickle runs what
 tools/train_tokenizer.py | from pickle import loads | pickle.loads runs what
 moe_dist/checkpoint/shards.py | import shelve, marshal;from dill import loads;import joblib as j | runs what

@@ -17,8 +17,10 @@ from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.permute import count_ids
 from moe_dist.models.precision import full, full_dtype
 from moe_dist.models.registry import Registry
+from moe_dist.versions import tensors_inside
 
 
+@tensors_inside
 @dataclass(frozen=True)
 class Routing:
     """What a router decided for T tokens.

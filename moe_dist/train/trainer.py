@@ -19,6 +19,7 @@ from moe_dist.data.baseline import unigram_loss
 from moe_dist.data.loader import eval_batches
 from moe_dist.data.packing import PackedDataset
 from moe_dist.data.streaming import StreamingPackedDataset
+from moe_dist.parallel import proven
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
@@ -145,6 +146,8 @@ class MoETrainer:
         self._tell_skipped()
         info = run_info(config, self.mesh, self.datasets)
         self.reporter.sinks.open(info)
+        if info.world_size > 1 and self.mesh.rank == 0:  # one process is what others are held against
+            self.reporter.sinks.message(proven.line_for(config, info.device, info.world_size))
         self.reporter.diagnosis.resumed(info.hosts, info.stage_of_rank)
         if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
             vocabulary = config.model.vocab_size

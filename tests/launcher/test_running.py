@@ -42,6 +42,8 @@ def test_two_ranks_learn_what_one_does(one_rank: Run, two_ranks: Run) -> None:
     assert losses(two_ranks.folder)[2] < losses(two_ranks.folder)[0]
     saved = load_config(two_ranks.folder / "config.yaml")
     assert (saved.launch.nproc_per_node, saved.parallel.ep_size) == (2, 2)
+    assert "Layout ep2-zero0 of 2 ranks" in two_ranks.program.out  # proven or not
+    assert "Layout" not in one_rank.program.out
 
 
 def test_a_terminal_shows_a_live_line_and_is_left_sane(two_ranks: Run) -> None:

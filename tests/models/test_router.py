@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.moe import MoE
@@ -224,6 +225,26 @@ def test_a_persons_own_router_trains(kind: type[Router]) -> None:
     after = [p for layer in model.moe_layers() for p in layer.router.parameters()]
     assert losses[-1] < 0.8 * losses[0]
     assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_fsdp_finds_the_tensors_that_its_modules_return() -> None:
+    """Of PyTorch 2.11 too, which knows no dataclasses: weights of a router were freed in backward (ZeRO 3).
+
+    Planted: `Routing` without `tensors_inside`.
+    """
+    model = Transformer(SMALL)
+    sharded = [*model.stages, *model.blocks(), *(part for layer in model.moe_layers() for part in layer.children())]
+    unseen: list[type] = []
+
+    def look(module: nn.Module, arguments: tuple, output: object) -> None:
+        leaves = tree_leaves(output)
+        assert any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves), type(module)
+        unseen.extend(type(leaf) for leaf in leaves if not isinstance(leaf, (Tensor, bool)))
+
+    for module in sharded:
+        module.register_forward_hook(look)
+    model(torch.zeros(1, 4, dtype=torch.int64))
+    assert unseen == []
 
 
 def test_router_by_import_path_and_by_wrong_name() -> None:
