@@ -51,7 +51,7 @@ class Counters:
         self.step += 1
         self.tokens += result.num_tokens
         self.skipped += result.skipped
-        if self.initial_loss is None:
+        if self.initial_loss is None and result.num_labels:
             self.initial_loss = result.loss
 
 

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from moe_dist.config import TrainConfig
 
+UNLABELLED_STEPS = 100
+"""Steps in a row without a label to learn from that end a run."""
+
 
 class Pace(NamedTuple):
     """What a step and an epoch are, in samples of all replicas."""
@@ -32,7 +35,8 @@ class Stopping:
         self.go_on(0, 0)
         self.best_loss: float | None = None
         self.evaluations_without_improvement = 0
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row = self.unlabelled_in_a_row = 0
+        self.has_learned = False
         self.reason: str | None = None
         self.failed = False
 
@@ -77,6 +81,16 @@ class Stopping:
         elif time_share >= 1.0:
             self.stop(f"the time budget of {config.max_time:g} s is used up")
 
+    def count_labels(self, num_labels: int) -> None:
+        """The step has had so many labels. One without is no harm, a run of them learns nothing."""
+        self.has_learned = self.has_learned or num_labels > 0
+        self.unlabelled_in_a_row = 0 if num_labels else self.unlabelled_in_a_row + 1
+        if self.unlabelled_in_a_row >= UNLABELLED_STEPS or (self.reason is not None and not self.has_learned):
+            self.fail(
+                f"{self.unlabelled_in_a_row} steps in a row without a single label to learn from: every token of their "
+                "samples is ignored; look at `labels` and `completion_mask` in the data"
+            )
+
     def after_evaluation(self, loss: float) -> bool:
         """Whether `loss` is the best so far."""
         best = math.inf if self.best_loss is None else self.best_loss
@@ -104,12 +118,14 @@ class Stopping:
             "best_loss": self.best_loss,
             "evaluations_without_improvement": self.evaluations_without_improvement,
             "first_pace": list(self.first),
+            "has_learned": self.has_learned,
         }
 
     def load_state_dict(self, state: dict[str, Any], saved: Pace) -> None:
         """`saved`: the pace of the start that saved it, which stands for the first where no checkpoint told it yet."""
         self.best_loss = state["best_loss"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]
+        self.has_learned = state.get("has_learned", True)
         first = Pace(*state.get("first_pace", saved))
         # A run that began with a stream has no epoch to count in.
         self.first = first if first.epoch is not None else self.pace

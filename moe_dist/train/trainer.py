@@ -180,9 +180,12 @@ class MoETrainer:
             logger.warning(
                 "step %d: loss %s, gradient norm %s; nothing updated", counters.step, result.loss, result.grad_norm
             )
-        self.losses.append(result.loss)
+        if not result.num_labels:
+            logger.warning("step %d: no token of the whole batch has a label; there is no loss", counters.step)
+        self.losses.append(result.loss if result.num_labels else float("nan"))
         self._agree()
         self.stopping.after_step(counters.step, result.loss, self.loader.epoch, result.skipped, self._time_share())
+        self.stopping.count_labels(result.num_labels)
         if counters.step % config.monitor.logging_steps == 0 or counters.step == 1 or self.stopping.reason:
             self.reporter.log(counters, self.stopping, result, rate, self.loader.epoch)
             self.status.at("agreeing on the next step")  # with rank 0, which has written its line first
