@@ -483,3 +483,10 @@ class Config(Section):
         """Sequences in one optimizer step on `world_size` ranks."""
         dp_size = world_size // self.parallel.pp_size
         return self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps * dp_size
+
+    @property
+    def num_evaluated(self) -> int | None:
+        """Samples of an evaluation at most, over all ranks; None: the whole validation set."""
+        train = self.train
+        size = train.per_device_eval_batch_size or train.per_device_train_batch_size
+        return None if train.eval_batches is None else train.eval_batches * size

@@ -59,7 +59,7 @@ train: {max_steps: 0}  =>  train.max_steps=0: a positive number, or -1
 train: {max_steps: -2}  =>  train.max_steps=-2: a whole number, -1 or more
 optimizer: {optim: adam}  =>  optimizer.optim='adam': one of adamw_torch_fused, adamw_torch, adafactor, sgd
 train: {fp16: true}  =>  train.fp16=true: only false  &  use bf16
-train: {mixed_precision: fp16}  =>  train.fp16=true: only false  &  use bf16
+train: {mixed_precision: fp16}  =>  train.fp16=true (written as mixed_precision): only false  &  use bf16
 train: {mixed_precision: fp8}  =>  train.mixed_precision='fp8': one of bf16, no
 parallel: {pp_size: 0}  =>  parallel.pp_size=0: a whole number above 0
 parallel: {stages: [4, 4]}  =>  parallel.stages=[4, 4]: needs parallel.pp_size above 1

@@ -1,7 +1,7 @@
 """The code has floors and imports go down; and a few things are done in one place only, or nowhere.
 
 The checker reads source, it runs nothing, and it counts every import: lazy ones, those for type checkers and
-`importlib.import_module("...")`. Below it stand its own tests: each rule broken once in a copy of the tree.
+`importlib.import_module("...")`. Below it stand its own tests: each rule broken once, by a few more lines in a module.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -122,15 +122,16 @@ class Facts:
     """Keyword arguments of calls, but for those that are plainly False."""
 
 
+@cache
 def within(name: str, *prefixes: str) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
+@cache
 def is_all_to_all(name: str) -> bool:
     return ALL_TO_ALL.fullmatch(name.rpartition(".")[2]) is not None
 
 
-@lru_cache(maxsize=4096)
 def facts_of(text: str, package: str) -> Facts:
     """What a module imports, names and passes; `package` is the one its relative imports start from."""
     imports: list[Import] = []
@@ -181,26 +182,40 @@ def facts_of(text: str, package: str) -> Facts:
     return Facts(tuple(imports), tuple(used), tuple(arguments))
 
 
-def read_tree(root: Path) -> dict[str, tuple[str, Facts]]:
-    """Every module of the project by name: its file, and what is in it."""
-    modules = {}
+Modules = dict[str, tuple[str, Facts]]
+"""Every module of the project by name: its file, and what is in it."""
+
+
+def module_of(path: Path, text: str) -> Modules:
+    """The one module in `path`, relative to the project."""
+    is_package = path.name == "__init__.py"
+    name = ".".join(path.parent.parts if is_package else path.with_suffix("").parts)
+    return {name: (path.as_posix(), facts_of(text, name if is_package else name.rpartition(".")[0]))}
+
+
+@cache
+def the_tree() -> Modules:
+    """The project as it is."""
+    modules: Modules = {}
     for folder in ("moe_dist", "launcher", "tools", "tests"):
-        for file in sorted((root / folder).rglob("*.py")):
-            path = file.relative_to(root)
-            is_package = file.name == "__init__.py"
-            name = ".".join(path.parent.parts if is_package else path.with_suffix("").parts)
-            package = name if is_package else name.rpartition(".")[0]
-            modules[name] = (path.as_posix(), facts_of(file.read_text("utf-8"), package))
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            modules |= module_of(file.relative_to(ROOT), file.read_text("utf-8"))
     return modules
 
 
+def with_more(path: str, lines: str) -> Modules:
+    """The project with these lines (; for a new one) at the end of a file, which need not be there yet."""
+    before = (ROOT / path).read_text("utf-8") if (ROOT / path).exists() else ""
+    return the_tree() | module_of(Path(path), before + "\n" + lines.replace(";", "\n") + "\n")
+
+
+@cache
 def room_of(name: str) -> tuple[int, tuple[str, ...]] | None:
     return next((room for room in ROOMS if within(name, *room[1])), None)
 
 
-def violations(root: Path) -> list[str]:
+def violations(modules: Modules) -> list[str]:
     """All that is against the rules, each as `file:line: what`."""
-    modules = read_tree(root)
     helpers = {name.rpartition(".")[2] for name in modules if re.fullmatch(r"tests\.\w+", name)}
     found = set(_not_light(modules))
     for module, (path, facts) in modules.items():
@@ -240,7 +255,7 @@ def violations(root: Path) -> list[str]:
     return sorted(found)
 
 
-def _not_light(modules: dict[str, tuple[str, Facts]]) -> Iterator[str]:
+def _not_light(modules: Modules) -> Iterator[str]:
     """Heavy packages that importing a light module loads, also by way of other modules and of packages."""
     waiting = [name for name in modules if within(name, *LIGHT)]
     seen: set[str] = set()
@@ -272,24 +287,15 @@ def heavy_after_start(root: Path) -> list[str]:
 
 
 def test_the_floors_stand() -> None:
-    assert violations(ROOT) == []
+    assert violations(the_tree()) == []
 
 
 def test_every_named_module_is_there() -> None:
-    modules = read_tree(ROOT)
-    assert {*LIGHT, *WITHOUT_COLLECTIVES, ALL_TO_ALL_AT, VERSIONS_AT} <= modules.keys()
+    assert {*LIGHT, *WITHOUT_COLLECTIVES, ALL_TO_ALL_AT, VERSIONS_AT} <= the_tree().keys()
 
 
 def test_light_modules_load_nothing_heavy() -> None:
     assert heavy_after_start(ROOT) == []
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    for folder in ("moe_dist", "launcher", "tools", "tests"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.pyc")
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
-    return tmp_path
 
 
 # File, what is written at its end (; new line), and what the checker must say.
@@ -339,14 +345,9 @@ moe_dist/data/cache.py | np.load("x", allow_pickle=flag) | allow_pickle= must be
 
 
 @pytest.mark.parametrize("plant", PLANTS.strip().splitlines())
-def test_the_checker_sees(copy: Path, plant: str) -> None:
-    before = set(violations(copy))
+def test_the_checker_sees(plant: str) -> None:
     path, line, said = plant.split(" | ")
-    file = copy / path
-    file.parent.mkdir(exist_ok=True)
-    with file.open("a") as end:
-        end.write("\n" + line.replace(";", "\n") + "\n")
-    found = set(violations(copy)) - before
+    found = set(violations(with_more(path, line))) - set(violations(the_tree()))
     assert found
     assert [text for text in found if said not in text] == []
 
@@ -362,15 +363,14 @@ tools/train_tokenizer.py | import launcher.worker
 
 
 @pytest.mark.parametrize("plant", ALLOWED.strip().splitlines())
-def test_the_checker_lets_pass(copy: Path, plant: str) -> None:
-    before = violations(copy)
+def test_the_checker_lets_pass(plant: str) -> None:
     path, line = plant.split(" | ")
-    with (copy / path).open("a") as end:
-        end.write("\n" + line.replace(";", "\n") + "\n")
-    assert violations(copy) == before
+    assert violations(with_more(path, line)) == violations(the_tree())
 
 
-def test_what_a_light_module_loads_for_real_is_seen(copy: Path) -> None:
-    with (copy / "moe_dist/models/counts.py").open("a") as end:
+def test_what_a_light_module_loads_for_real_is_seen(tmp_path: Path) -> None:
+    for folder in ("moe_dist", "launcher"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "moe_dist/models/counts.py").open("a") as end:
         end.write("\n__import__('num' + 'py')\n")
-    assert heavy_after_start(copy) == ["numpy"]
+    assert heavy_after_start(tmp_path) == ["numpy"]

@@ -63,6 +63,11 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], saved_dp: int, dp:
     return found
 
 
+def global_batch(config: Mapping[str, Any], dp: int) -> int:
+    """Samples in one step of a saved configuration on `dp` replicas."""
+    return _product(dict(_flat(config)), dp)
+
+
 def _product(tree: Mapping[str, Any], replicas: int) -> int:
     size = replicas
     for key in _BATCH:

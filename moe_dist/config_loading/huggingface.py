@@ -19,12 +19,22 @@ _COPIED = _words(
     "num_experts_per_tok norm_topk_prob max_position_embeddings rms_norm_eps attention_dropout "
     "tie_word_embeddings initializer_range"
 )
-_QWEN3_ONLY = _words("intermediate_size moe_intermediate_size decoder_sparse_step mlp_only_layers")
+_QWEN3_ONLY = _words("intermediate_size moe_intermediate_size decoder_sparse_step mlp_only_layers attention_bias")
 _NEEDED = _words("vocab_size hidden_size num_hidden_layers num_attention_heads num_experts num_experts_per_tok")
 # What a missing key means there, where that differs from config.py.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"max_position_embeddings": 32768, "norm_topk_prob": False},
-    "mixtral": {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
+    "qwen3_moe": {
+        "max_position_embeddings": 32768,
+        "norm_topk_prob": False,
+        "num_key_value_heads": 4,
+        "intermediate_size": 6144,
+    },
+    "mixtral": {
+        "max_position_embeddings": 131072,
+        "norm_topk_prob": True,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+    },
 }
 # Say nothing about the arithmetic of the model.
 _BOOKKEEPING = set(
@@ -36,11 +46,14 @@ _BOOKKEEPING = set(
     )
 )
 # Keys this model can only have one way.
-_FIXED: dict[str, tuple[Any, ...]] = {
+_FIXED_IN_BOTH: dict[str, tuple[Any, ...]] = {
     "qkv_bias": (False,),
-    "use_qk_norm": (True,),
     "shared_expert_intermediate_size": (0, None),
     "partial_rotary_factor": (1, None),
+}
+_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "qwen3_moe": _FIXED_IN_BOTH | {"use_qk_norm": (True,)},
+    "mixtral": _FIXED_IN_BOTH | {"use_qk_norm": (False,), "norm_topk_prob": (True,), "attention_bias": (False,)},
 }
 
 
@@ -59,47 +72,55 @@ def read_huggingface(file: Path, said: str) -> tuple[dict[str, Any], dict[str, A
         raise ConfigError(f"{said}: model_type={show(kind)} ({file}); allowed: {', '.join(sorted(_DEFAULTS))}")
     kind = raw["model_type"]
     model = dict(_DEFAULTS[kind], qk_norm=kind == "qwen3_moe")
-    if kind == "mixtral":
-        model["norm_topk_prob"] = True
 
     def refuse(key: str, value: Any, takes: str) -> ConfigError:
         return ConfigError(f"{key}={show(value)}: {takes} ({file})")
 
+    def one_of(name: str, said: dict[str, Any]) -> None:
+        """A value that may stand in several places, and must be the same in all."""
+        found = {key: value for key, value in said.items() if value is not None}
+        for key, value in found.items():
+            first = next(iter(found))
+            if value != found[first]:
+                raise refuse(key, value, f"only {show(found[first])}, which {first} says")
+            model[name] = value
+
     rest = {key: value for key, value in raw.items() if key not in _BOOKKEEPING}
-    for name in ("rope_theta", "rope_parameters", "rope_scaling"):  # the last two: transformers 5 and 4
+    bases = {"rope_theta": rest.pop("rope_theta", None)}
+    for name in ("rope_parameters", "rope_scaling"):  # of transformers 5 and 4
         rope = rest.pop(name, None)
-        if isinstance(rope, dict):
-            for key, value in rope.items():
-                if key == "rope_theta":
-                    model[key] = value
-                elif key not in ("rope_type", "type") or value != "default":
-                    raise refuse(f"{name}.{key}", value, "only rope_type=default")
-        elif rope is not None:
-            model["rope_theta"] = rope
+        if not isinstance(rope, dict | None):
+            raise refuse(name, rope, "only null, or a mapping with rope_type=default")
+        for key, value in (rope or {}).items():
+            if key == "rope_theta":
+                bases[f"{name}.{key}"] = value
+            elif (key, value) not in (("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1)):
+                raise refuse(f"{name}.{key}", value, "only rope_type=default")
+    one_of("rope_theta", bases)
     window = rest.pop("sliding_window", None)
-    if rest.pop("use_sliding_window", kind == "mixtral") and window is not None:
+    slides = rest.pop("use_sliding_window", False)
+    if (slides or kind == "mixtral") and window is not None:  # Mixtral does not ask for the switch
         raise refuse("sliding_window", window, "only null; attention here always sees the whole sequence")
     layers = rest.pop("layer_types", None) or []
     if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
         raise refuse("layer_types", layers, "only full_attention")
     balance = {}
-    for key, home in (
-        ("router_aux_loss_coef", "router_aux_loss_coef"),
-        ("router_jitter_noise", "router_jitter"),
-    ):
-        if key in rest:
-            balance[f"balance.{home}"] = rest.pop(key)
-    renamed = {"num_local_experts": "num_experts", "num_experts": "num_experts"}
-    renamed |= {key: key for key in (*_COPIED, *(_QWEN3_ONLY if kind == "qwen3_moe" else ()))}
+    if "router_aux_loss_coef" in rest:
+        balance["balance.router_aux_loss_coef"] = rest.pop("router_aux_loss_coef")
+    if noise := rest.pop("router_jitter_noise", None):  # Mixtral's experts see it too, Qwen3-MoE has none
+        raise refuse("router_jitter_noise", noise, "only 0; balance.router_jitter is noise for the router alone")
+    one_of("num_experts", {key: rest.pop(key, None) for key in ("num_local_experts", "num_experts")})
+    renamed = {key: key for key in (*_COPIED, *(_QWEN3_ONLY if kind == "qwen3_moe" else ()))}
     if kind == "mixtral":
         renamed["intermediate_size"] = "moe_intermediate_size"
+    fixed = _FIXED[kind]
     for key, value in rest.items():
+        if key in fixed and value not in fixed[key]:
+            raise refuse(key, value, f"only {show(fixed[key][0])}")
         if key in renamed:
             model[renamed[key]] = [] if key == "mlp_only_layers" and value is None else value
-        elif key not in _FIXED:
+        elif key not in fixed:
             raise refuse(key, value, f"unknown key in a {kind} model")
-        elif value not in _FIXED[key]:
-            raise refuse(key, value, f"only {show(_FIXED[key][0])}")
     for key in (*_NEEDED, "moe_intermediate_size", "rope_theta"):
         if key not in model:
             raise ConfigError(f"{said}: {file} has no {key}")

@@ -26,6 +26,7 @@ class _Reading:
     def __init__(self, notice: Callable[[str], None]) -> None:
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
+        self.spellings: dict[str, str] = {}
         self.balance_defaults: dict[str, Any] = {}
         self._notice: Callable[[str], None] | None = notice
         self._noticed: set[str] = set()
@@ -79,6 +80,7 @@ class _Reading:
             self.origins |= dict.fromkeys(model, str(file))
         self.values |= {key: value for key, (_, value) in said.items()}
         self.origins |= dict.fromkeys(said, origin)
+        self.spellings |= {key: spelling for key, (spelling, _) in said.items()}
 
     def check_bools(self) -> None:
         """pydantic reads 'yes' as true, true as 1 and 0 as false; whoever wrote that meant something else."""
@@ -128,7 +130,9 @@ def _reworded(error: ValidationError, reading: _Reading, origin: str) -> ConfigE
     key = next((name for name in names if name in FIELDS), names[-1])
     if key in FIELDS:
         origin = reading.origins.get(key, origin)
-        text = f"{key}={show(reading.values.get(key))}: {takes(key)}"
+        written = reading.spellings.get(key, key).rpartition(".")[2]
+        other = "" if key.endswith(f".{written}") else f" (written as {written})"
+        text = f"{key}={show(reading.values.get(key))}{other}: {takes(key)}"
     else:
         text = str(first.get("ctx", {}).get("error", first["msg"]))
         if key in SECTIONS and not text.startswith(f"{key}."):

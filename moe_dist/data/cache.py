@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from moe_dist.data.corpus import SkippedDocument
 
-Stored = tuple[npt.NDArray[Any], npt.NDArray[np.int64], list[SkippedDocument]]
+Stored = tuple[npt.NDArray[Any], npt.NDArray[np.int64], list[SkippedDocument], npt.NDArray[np.int32] | None]
 
 
 class CacheEntry:
-    """The three files of one packed corpus: tokens, document starts, and a JSON file that makes them valid.
+    """The files of one packed corpus: tokens, document starts, labels where it has some, and a JSON file that makes
+    them valid.
 
     Several processes may save the same entry at once: each file is written aside and renamed, and the JSON
     file comes last, so a reader sees a whole entry or none.
@@ -29,6 +30,7 @@ class CacheEntry:
         self._folder = folder
         self._tokens = folder / f"{key}.tokens.npy"
         self._starts = folder / f"{key}.starts.npy"
+        self._labels = folder / f"{key}.labels.npy"
         self._facts = folder / f"{key}.json"
 
     def load(self) -> Stored | None:
@@ -38,6 +40,7 @@ class CacheEntry:
             tokens = np.load(self._tokens, mmap_mode="r")
             starts = np.load(self._starts)
             skipped = [SkippedDocument(**item) for item in facts["skipped"]]
+            labels = np.load(self._labels, mmap_mode="r") if facts["labels"] else None
         except (
             OSError,
             ValueError,
@@ -47,18 +50,29 @@ class CacheEntry:
             return None
         if len(tokens) != facts.get("num_tokens") or len(starts) != facts.get("num_documents"):
             return None
-        return tokens, starts, skipped
+        if labels is not None and len(labels) != len(tokens):
+            return None
+        return tokens, starts, skipped, labels
 
-    def save(self, tokens: npt.NDArray[Any], starts: npt.NDArray[np.int64], skipped: Sequence[SkippedDocument]) -> None:
+    def save(
+        self,
+        tokens: npt.NDArray[Any],
+        starts: npt.NDArray[np.int64],
+        skipped: Sequence[SkippedDocument],
+        labels: npt.NDArray[np.int32] | None = None,
+    ) -> None:
         """Write the entry; raises OSError where the folder cannot be written."""
         self._folder.mkdir(parents=True, exist_ok=True)
         facts = {
             "num_tokens": len(tokens),
             "num_documents": len(starts),
             "skipped": [asdict(item) for item in skipped],
+            "labels": labels is not None,
         }
         _write_aside(self._tokens, lambda file: np.save(file, tokens))
         _write_aside(self._starts, lambda file: np.save(file, starts))
+        if labels is not None:
+            _write_aside(self._labels, lambda file: np.save(file, labels))
         _write_aside(self._facts, lambda file: file.write(json.dumps(facts).encode()))
 
 

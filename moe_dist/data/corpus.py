@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_dist.data import files as file_lists
 from moe_dist.data.sources import Entry, FileSource, JsonlSource, RowSource, Source, Unreadable
+from moe_dist.data.tokenised import columns_beside
 from moe_dist.data.tokenizer import TokenIds
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ class Document:
     tokens: TokenIds | None = None
     domain: int = 0
     """Number of the named source it comes from."""
+    labels: TokenIds | None = None
+    """Of a document that came with them: the label of each of its tokens, -100 where it is not learned."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,9 @@ class Corpus:
                 logger.warning("skipped document %r: %s%s", entry.id, error, last)
             return None
         domain = self._domains.of(entry.id) if self._domains is not None else 0
-        text, tokens = (value, None) if isinstance(value, str) else (None, value)
-        return Document(entry.id, text, tokens, domain)
+        if isinstance(value, str):
+            return Document(entry.id, value, None, domain)
+        return Document(entry.id, None, value.ids, domain, value.labels)
 
 
 def load_documents(
@@ -221,7 +225,7 @@ def documents_from(
         raise ValueError(f"dataset {name!r} holds several splits, {sorted(columns)}: give one, e.g. dataset['train']")
     if columns is not None:
         file_lists.check_field(columns, text_field, f"dataset {name!r}")
-        dataset = dataset.select_columns([text_field])
+        dataset = dataset.select_columns(columns_beside(text_field, columns))
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, str | bytes | dict):
         if len(dataset) == 0:
             raise ValueError(f"dataset {name!r} is empty")

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from moe_dist.data.sources import Entry, Unreadable, fail, value_of_row
+from moe_dist.data.tokenised import columns_beside
 
 
 class StreamSource:
@@ -112,11 +113,11 @@ def parquet_columns(path: str) -> list[str]:
 
 
 def open_parquet(id_: str, path: str, text_field: str) -> StreamSource:
-    """A stream over the rows of one Parquet file, only the text column read; raises `Unreadable`."""
+    """A stream over the rows of one Parquet file, only the columns that are used; raises `Unreadable`."""
     columns = parquet_columns(path)
     if text_field not in columns:
         raise Unreadable(path, "row", 0, f"no column {text_field!r} (columns: {columns})")
     from datasets import load_dataset
 
     stream = load_dataset("parquet", data_files=[glob.escape(path)], split="train", streaming=True)
-    return StreamSource(stream.select_columns([text_field]), id_, text_field)
+    return StreamSource(stream.select_columns(columns_beside(text_field, columns)), id_, text_field)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from moe_dist.data.batch import Batch, collate, filling_sample
@@ -100,9 +101,9 @@ class GlobalLoader:
         return self._samples_consumed / len(self._packed)
 
     @property
-    def steps_per_epoch(self) -> int | None:
-        """Steps until every sample has come at least once (rounded up); None for a stream."""
-        return None if self._packed is None else -(-len(self._packed) // self.global_batch_size)
+    def samples_per_epoch(self) -> int | None:
+        """Samples in one pass over the data; None for a stream."""
+        return None if self._packed is None else len(self._packed)
 
     def next_step(self) -> list[Batch]:
         """The next `gradient_accumulation_steps` micro-batches of this replica.
@@ -143,6 +144,26 @@ class GlobalLoader:
         other = [name for name, value in mine.items() if saved.get(name, value) != value]
         words = "; ".join(f"{name} {saved[name]}, now {mine[name]}" for name in other)
         return f"the data was read in another order ({words})" if other else None
+
+    def recounted(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A saved state of another order, counted in samples of this one: after as large a part of the epoch, in a
+        stream at the same token."""
+        consumed = int(state["samples_consumed"])
+        if self._packed is not None:
+            return {
+                "samples_consumed": round(
+                    Fraction(consumed * len(self._packed), state.get("num_samples", len(self._packed)))
+                )
+            }
+        assert self._stream is not None
+        if "stream" not in state:
+            return {"samples_consumed": consumed}
+        length = self._stream.max_seq_length
+        consumed = consumed * state["stream"]["max_seq_length"] // length
+        return {
+            "samples_consumed": consumed,
+            "stream": state["stream"] | {"samples": consumed, "max_seq_length": length},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on at `samples_consumed`, whatever layout saved it.

@@ -7,7 +7,8 @@ Shapes: S tokens a sample (`max_seq_length`), N tokens in all, D documents.
     sample 1   e c c c c e                    labels  _ c c c e _
 
 A label is the token that follows. It is -100 where that token belongs to another document (nothing foretells
-the first token of the next one) and at padding, so no loss ever reaches across documents.
+the first token of the next one) and at padding, so no loss ever reaches across documents; and where the data says so:
+a document that came tokenised may bring the labels of its tokens (`tokenised.py`).
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_dist.data import cache
 from moe_dist.data.corpus import Corpus, Document, SkippedDocument
+from moe_dist.data.tokenised import IGNORE_INDEX
 from moe_dist.data.tokenizer import TokenIds, Tokenizer
 
-IGNORE_INDEX = -100
 PADDING_DOCUMENT = -1
 DOCUMENTS_PER_BATCH = 256
 
@@ -38,13 +39,18 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def make_sample(
-    tokens: npt.NDArray[Any], documents: npt.NDArray[Any], max_seq_length: int, pad_id: int
+    tokens: npt.NDArray[Any],
+    documents: npt.NDArray[Any],
+    max_seq_length: int,
+    pad_id: int,
+    token_labels: npt.NDArray[Any] | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """The sample at the front of `tokens`.
 
     `tokens`, `documents` (n,): token ids and document numbers, up to S + 1 of them looked at; fewer than S
-    are padded. Returns `input_ids` (S,) int64, `labels` (S,) int64 (already shifted: labels[t] is the target
-    at position t), `document_ids` (S,) int32 with -1 at padding.
+    are padded. `token_labels` (n,): the label of each token, where it is not the token. Returns `input_ids` (S,)
+    int64, `labels` (S,) int64 (already shifted: labels[t] is the target at position t), `document_ids` (S,) int32
+    with -1 at padding.
     """
     length = min(max_seq_length, len(tokens))
     num_targets = min(max_seq_length, len(tokens) - 1)
@@ -55,7 +61,8 @@ def make_sample(
     document_ids[:length] = documents[:length]
     if num_targets > 0:
         same = documents[1 : num_targets + 1] == documents[:num_targets]
-        labels[:num_targets] = np.where(same, tokens[1 : num_targets + 1].astype(np.int64), IGNORE_INDEX)
+        targets = (tokens if token_labels is None else token_labels)[1 : num_targets + 1]
+        labels[:num_targets] = np.where(same, targets.astype(np.int64), IGNORE_INDEX)
     return {"input_ids": input_ids, "labels": labels, "document_ids": document_ids}
 
 
@@ -74,7 +81,8 @@ class PackedDataset:
     """Samples of S tokens cut from a flat token array.
 
     `tokens` (N,) unsigned; `document_starts` (D,) int64, where each document begins; `skipped` lists the
-    documents that could not be read; `domains` names the sources, `domain_of` (D,) tells that of each document.
+    documents that could not be read; `domains` names the sources, `domain_of` (D,) tells that of each document;
+    `labels` (N,) int32 has the label of each token, -100 where it is not learned (None: each is its own).
     Sample i holds the tokens [i * S, (i + 1) * S). The tail shorter than S is dropped, unless `keep_tail`
     is set (evaluation: nothing may be missing) or it would be the only sample: then it is padded with `pad_id`.
     """
@@ -90,6 +98,7 @@ class PackedDataset:
         skipped: Sequence[SkippedDocument] = (),
         domains: Sequence[str] = (),
         domain_of: npt.NDArray[np.uint8] | None = None,
+        labels: npt.NDArray[np.int32] | None = None,
     ) -> None:
         if max_seq_length < 1:
             raise ValueError(f"max_seq_length is {max_seq_length}; give at least 1 token")
@@ -98,7 +107,7 @@ class PackedDataset:
                 f"nothing to pack: the corpus has no token ({len(skipped)} documents could not be read"
                 + (f", the first: {skipped[0].reason})" if skipped else "); check its path, limit and split")
             )
-        self.tokens = tokens
+        self.tokens, self.labels = tokens, labels
         self.document_starts = document_starts
         self.max_seq_length = max_seq_length
         self.pad_id = pad_id
@@ -135,24 +144,53 @@ class PackedDataset:
         last = int(np.searchsorted(self.document_starts, end, side="left"))
         borders = np.concatenate([[begin], self.document_starts[first + 1 : last], [end]])
         documents = np.repeat(np.arange(first, last, dtype=np.int32), np.diff(borders))
-        made = make_sample(self.tokens[begin:end], documents, self.max_seq_length, self.pad_id)
+        labels = None if self.labels is None else self.labels[begin:end]
+        made = make_sample(self.tokens[begin:end], documents, self.max_seq_length, self.pad_id, labels)
         if self._domain_of is not None:
             made["domain_ids"] = self._domain_of[made["document_ids"]]
         return made
 
-    def valid_labels(self) -> npt.NDArray[Any]:
-        """Every label of every sample that is not -100, in order, (num_labels,)."""
-        end = min(len(self.tokens), len(self) * self.max_seq_length + 1)
+    def valid_labels(self, num_samples: int | None = None) -> npt.NDArray[Any]:
+        """Every label of the samples (of the first `num_samples`) that is not -100, in order, (num_labels,)."""
+        end = self._end(num_samples)
         is_target = np.ones(end, dtype=bool)
         is_target[self.document_starts[self.document_starts < end]] = False
-        return self.tokens[:end][is_target]
+        if self.labels is None:
+            return self.tokens[:end][is_target]
+        labels = self.labels[:end][is_target]
+        return labels[labels != IGNORE_INDEX]
+
+    def num_labels(self, num_samples: int | None = None) -> int:
+        """Number of them; quick where the data brings no labels of its own."""
+        if self.labels is not None:
+            return len(self.valid_labels(num_samples))
+        end = self._end(num_samples)
+        return end - int(np.searchsorted(self.document_starts, end))
+
+    def _end(self, num_samples: int | None) -> int:
+        """The token after those that the labels of the first samples are."""
+        samples = len(self) if num_samples is None else min(num_samples, len(self))
+        return min(len(self.tokens), samples * self.max_seq_length + 1)
 
 
-def tokenize(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Domain and token ids of each document, the end-of-document token at the end; documents without a token
-    fall out.
+class Piece(NamedTuple):
+    """A document of n tokens; `labels` (n,) int32, None where each token is its own."""
 
-    Raises ValueError naming a document whose ids are outside the tokenizer's vocabulary.
+    domain: int
+    tokens: npt.NDArray[Any]
+    labels: npt.NDArray[np.int32] | None
+
+
+def labels_of(tokens: npt.NDArray[Any], labels: npt.NDArray[np.int32] | None) -> npt.NDArray[np.int32]:
+    """The label of each token, written out."""
+    return tokens.astype(np.int32) if labels is None else labels
+
+
+def tokenize(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[Piece]:
+    """Each document with the end-of-document token at the end; documents without a token fall out.
+
+    An end that a document with labels of its own has not brought is not learned. Raises ValueError naming a document
+    whose ids or labels are outside the tokenizer's vocabulary.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     encode_batch = getattr(tokenizer, "encode_batch", None)
@@ -163,16 +201,23 @@ def tokenize(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tu
             ids = np.asarray(next(encoded) if document.text is not None else document.tokens)
             if ids.size == 0:
                 continue
-            if int(ids.min()) < 0 or int(ids.max()) >= tokenizer.vocab_size:
-                raise ValueError(
-                    f"document {document.id!r} holds token ids from {ids.min()} to {ids.max()}, but "
-                    f"tokenizer {tokenizer.name!r} knows {tokenizer.vocab_size}: another one made them"
-                )
+            for kind, found in (("token ids", ids), ("labels", document.labels)):
+                learned = np.asarray(() if found is None else found)
+                learned = learned[learned != IGNORE_INDEX] if kind == "labels" else learned
+                if learned.size and (int(learned.min()) < 0 or int(learned.max()) >= tokenizer.vocab_size):
+                    raise ValueError(
+                        f"document {document.id!r} holds {kind} from {learned.min()} to {learned.max()}, but "
+                        f"tokenizer {tokenizer.name!r} knows {tokenizer.vocab_size}: another one made them"
+                    )
             closed = ids[-1] == tokenizer.eos_id  # documents that came tokenised may end in it already
             result = np.empty(len(ids) + (not closed), dtype=dtype)
             result[: len(ids)] = ids
             result[-1] = tokenizer.eos_id
-            yield document.domain, result
+            labels = None
+            if document.labels is not None:
+                labels = np.full(len(result), IGNORE_INDEX, dtype=np.int32)
+                labels[: len(ids)] = document.labels
+            yield Piece(document.domain, result, labels)
 
 
 def pack(
@@ -195,18 +240,21 @@ def pack(
     stored = entry.load() if entry is not None else None
     domain_of: npt.NDArray[np.uint8] | None = None
     if stored is None:
-        tokenized = list(tokenize(iter(corpus), tokenizer))
-        pieces = [piece for _, piece in tokenized]
-        lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+        pieces = list(tokenize(iter(corpus), tokenizer))
+        lengths = np.array([len(piece.tokens) for piece in pieces], dtype=np.int64)
         starts = np.cumsum(lengths) - lengths
-        tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype=token_dtype(tokenizer.vocab_size))
+        empty = np.empty(0, dtype=token_dtype(tokenizer.vocab_size))
+        tokens = np.concatenate([piece.tokens for piece in pieces]) if pieces else empty
+        labels: npt.NDArray[np.int32] | None = None
+        if any(piece.labels is not None for piece in pieces):
+            labels = np.concatenate([labels_of(piece.tokens, piece.labels) for piece in pieces])
         skipped = list(corpus.skipped)
         if corpus.domains:
-            domain_of = np.array([domain for domain, _ in tokenized], dtype=np.uint8)
+            domain_of = np.array([piece.domain for piece in pieces], dtype=np.uint8)
         if entry is not None:
-            entry.save(tokens, starts, skipped)
+            entry.save(tokens, starts, skipped, labels)
     else:
-        tokens, starts, skipped = stored
+        tokens, starts, skipped, labels = stored
     return PackedDataset(
         tokens,
         starts,
@@ -216,6 +264,7 @@ def pack(
         skipped=skipped,
         domains=corpus.domains,
         domain_of=domain_of,
+        labels=labels,
     )
 
 
@@ -224,5 +273,7 @@ def _cache_entry(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | Path | N
     # The cache does not know domains: a corpus that has some is tokenised each time.
     if cache_dir is None or corpus.fingerprint is None or encoding is None or corpus.domains:
         return None
-    key = hashlib.sha256(f"{corpus.fingerprint}|{encoding}|eos={tokenizer.eos_id}".encode()).hexdigest()[:32]
+    # An array that an earlier version has made does not know the labels that rows bring.
+    made_of = f"labels|{corpus.fingerprint}|{encoding}|eos={tokenizer.eos_id}"
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:32]
     return cache.CacheEntry(Path(cache_dir).expanduser(), key)

@@ -16,7 +16,7 @@ from typing import IO, Any, NoReturn, Protocol
 
 import numpy as np
 
-from moe_dist.data.tokenizer import TokenIds
+from moe_dist.data.tokenised import TokenRow, check_text_row, token_row
 
 READ_ERRORS = (OSError, EOFError, zlib.error)
 ROWS_PER_READ = 256
@@ -32,10 +32,10 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """A document not read yet; `read()` gives its text or token ids, or raises `Unreadable`."""
+    """A document not read yet; `read()` gives its text or its tokens, or raises `Unreadable`."""
 
     id: str
-    read: Callable[[], str | TokenIds]
+    read: Callable[[], str | TokenRow]
 
 
 class Source(Protocol):
@@ -84,23 +84,27 @@ def read_text_file(path: str) -> str:
     return decode_utf8(b"".join(chunks), path).removeprefix("\ufeff")
 
 
-def value_of_row(row: Any, text_field: str, where: str, unit: str, offset: int) -> str | TokenIds:
-    """The text or the token ids that `row` (a mapping, or the value itself) holds; raises `Unreadable`."""
-    value = row
+def value_of_row(row: Any, text_field: str, where: str, unit: str, offset: int) -> str | TokenRow:
+    """The text or the tokens that `row` (a mapping, or the value itself) holds, with what the columns of
+    `tokenised.COLUMNS` say about the tokens; raises `Unreadable`."""
+    value, beside = row, {}
     if isinstance(row, Mapping):
         if text_field not in row:
             raise Unreadable(where, unit, offset, f"no field {text_field!r} (fields: {sorted(map(str, row))})")
-        value = row[text_field]
-    if isinstance(value, str):
-        try:
+        value, beside = row[text_field], {name: row[name] for name in row if name != text_field}
+    try:
+        if isinstance(value, str):
             value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise Unreadable(where, unit, offset, f"lone surrogate at character {error.start}") from None
-        return value
-    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, bytes):
-        ids = np.asarray(value)
-        if ids.ndim == 1 and (ids.size == 0 or ids.dtype.kind in "iu"):
-            return ids.astype(np.int64)
+            check_text_row(beside, text_field)
+            return value
+        if isinstance(value, Sequence | np.ndarray) and not isinstance(value, bytes):
+            ids = np.asarray(value)
+            if ids.ndim == 1 and (ids.size == 0 or ids.dtype.kind in "iu"):
+                return token_row(ids.astype(np.int64), beside, text_field)
+    except UnicodeEncodeError as error:
+        raise Unreadable(where, unit, offset, f"lone surrogate at character {error.start}") from None
+    except ValueError as error:
+        raise Unreadable(where, unit, offset, str(error)) from None
     raise Unreadable(where, unit, offset, f"{text_field!r} is {type(value).__name__}, not text or a list of token ids")
 
 
@@ -120,7 +124,7 @@ class FileSource:
         return None
 
 
-def parse_json_line(raw: bytes, path: str, line: int, offset: int, text_field: str) -> str | TokenIds:
+def parse_json_line(raw: bytes, path: str, line: int, offset: int, text_field: str) -> str | TokenRow:
     """The document on one line of a JSONL file; raises `Unreadable` naming file, line and byte."""
     where = f"{path}, line {line}"
     text = decode_utf8(raw, where, offset).removeprefix("\ufeff")
@@ -182,7 +186,7 @@ class RowSource:
         for begin in range(start, len(self._rows), ROWS_PER_READ):
             rows = self._rows[begin : begin + ROWS_PER_READ]
             if isinstance(rows, dict):  # a slice of a datasets.Dataset is a dict of columns
-                rows = rows[self._text_field]
+                rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
             for row, value in enumerate(rows, start=begin):
                 yield Entry(
                     f"{self._name}:{row}",

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_dist.data.corpus import Corpus, SkippedDocument
-from moe_dist.data.packing import Sample, make_sample, token_dtype, tokenize
+from moe_dist.data.packing import Piece, Sample, labels_of, make_sample, token_dtype, tokenize
 from moe_dist.data.tokenizer import Tokenizer
 
 
@@ -24,6 +24,7 @@ class StreamPoint:
     corpus: dict[str, Any] | None  # None: at the start of a pass
     tokens: npt.NDArray[Any]
     document_ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
 
 
 class StreamingPackedDataset:
@@ -58,7 +59,8 @@ class StreamingPackedDataset:
     def reset(self) -> None:
         """Go back to the first sample."""
         empty = np.empty(0, dtype=token_dtype(self._tokenizer.vocab_size))
-        self._start_at(StreamPoint(0, 0, 0, None, empty, np.empty(0, dtype=np.int32)))
+        none = np.empty(0, dtype=np.int32)
+        self._start_at(StreamPoint(0, 0, 0, None, empty, none, none))
 
     def __iter__(self) -> Iterator[Sample]:
         return self
@@ -66,7 +68,7 @@ class StreamingPackedDataset:
     def __next__(self) -> Sample:
         if not self._fill():
             raise StopIteration
-        sample = make_sample(self._tokens, self._document_ids, self.max_seq_length, self.pad_id)
+        sample = make_sample(self._tokens, self._document_ids, self.max_seq_length, self.pad_id, self._labels)
         self._advance()
         return sample
 
@@ -99,7 +101,13 @@ class StreamingPackedDataset:
     def point(self) -> StreamPoint:
         """Where the stream stands; cheap enough to take at every step."""
         return StreamPoint(
-            self._samples, self._documents, self._passes, self._corpus_state, self._tokens, self._document_ids
+            self._samples,
+            self._documents,
+            self._passes,
+            self._corpus_state,
+            self._tokens,
+            self._document_ids,
+            self._labels,
         )
 
     def state_dict(self, point: StreamPoint | None = None) -> dict[str, Any]:
@@ -109,7 +117,9 @@ class StreamingPackedDataset:
         the packing buffer. The same on every replica, whatever their number.
         """
         at = self.point() if point is None else point
-        return {
+        # Most streams bring no labels of their own: then the tokens are.
+        labels = {} if (at.labels == at.tokens).all() else {"buffer_labels": at.labels.tolist()}
+        return labels | {
             "samples": at.samples,
             "documents": at.documents,
             "passes": at.passes,
@@ -139,19 +149,20 @@ class StreamingPackedDataset:
                 state["corpus"],
                 np.array(state["buffer_tokens"], dtype=token_dtype(self._tokenizer.vocab_size)),
                 np.array(state["buffer_documents"], dtype=np.int32),
+                np.array(state.get("buffer_labels", state["buffer_tokens"]), dtype=np.int32),
             )
         )
 
     def _start_at(self, point: StreamPoint) -> None:
         self._samples, self._documents, self._passes = point.samples, point.documents, point.passes
-        self._tokens, self._document_ids = point.tokens, point.document_ids
+        self._tokens, self._document_ids, self._labels = point.tokens, point.document_ids, point.labels
         self._corpus_state = point.corpus
         self._pieces = self._tokenized(point.corpus)
 
-    def _tokenized(self, corpus_state: dict[str, Any] | None) -> Iterator[npt.NDArray[Any]]:
+    def _tokenized(self, corpus_state: dict[str, Any] | None) -> Iterator[Piece]:
         # One document at a time: were the corpus ahead of the buffer, its state would lose documents.
         for document in self._corpus.iter_from(corpus_state):
-            for _, piece in tokenize(iter((document,)), self._tokenizer):
+            for piece in tokenize(iter((document,)), self._tokenizer):
                 self._corpus_state = self._corpus.state_dict()
                 yield piece
 
@@ -161,15 +172,16 @@ class StreamingPackedDataset:
         S are enough although the last label is the token after them: the buffer ends at the end of a
         document, and there the label is -100 in any case.
         """
-        pieces, numbers, length = [self._tokens], [self._document_ids], len(self._tokens)
+        pieces, numbers, labels, length = [self._tokens], [self._document_ids], [self._labels], len(self._tokens)
         documents_before_pass = -1
         while length < self.max_seq_length:
             piece = next(self._pieces, None)
             if piece is not None:
-                pieces.append(piece)
-                numbers.append(np.full(len(piece), self._documents, dtype=np.int32))
+                pieces.append(piece.tokens)
+                numbers.append(np.full(len(piece.tokens), self._documents, dtype=np.int32))
+                labels.append(labels_of(piece.tokens, piece.labels))
                 self._documents += 1
-                length += len(piece)
+                length += len(piece.tokens)
                 continue
             if self._documents == 0 or self._documents == documents_before_pass:
                 raise ValueError(
@@ -185,6 +197,7 @@ class StreamingPackedDataset:
             self._pieces = self._tokenized(None)
         if len(pieces) > 1:
             self._tokens, self._document_ids = np.concatenate(pieces), np.concatenate(numbers)
+            self._labels = np.concatenate(labels)
         if length >= self.max_seq_length:
             return True
         return self._keep_tail and length > 0
@@ -192,4 +205,5 @@ class StreamingPackedDataset:
     def _advance(self) -> None:
         self._tokens = self._tokens[self.max_seq_length :]
         self._document_ids = self._document_ids[self.max_seq_length :]
+        self._labels = self._labels[self.max_seq_length :]
         self._samples += 1

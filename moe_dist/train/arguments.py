@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from moe_dist.config_loading import ALIASES, HOMES, ConfigError
+from moe_dist.config_loading import ALIASES, HOMES, ConfigError, show
 
 NOT_FOR_US = {"do_train", "do_eval", "do_predict"}
 """For scripts around Hugging Face's Trainer, which does not read them either."""
@@ -31,6 +31,12 @@ def settings_of(arguments: Any) -> dict[str, Any]:
     fresh = type(arguments)(output_dir=arguments.output_dir)  # type: ignore[call-arg, misc]
     values = {field.name: _plain(getattr(arguments, field.name)) for field in dataclasses.fields(arguments)}
     chosen = {name: value for name, value in values.items() if value != _plain(getattr(fresh, name))}
+    for name, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy")):
+        if name in chosen and values.get(strategy) == "no":
+            raise ConfigError(f"{name}={show(values[name])}: nothing is done with {strategy}='no'; set it to 'steps'")
+    for name in chosen:
+        if name.endswith("_token"):
+            chosen[name] = f"<{name}>"  # a secret does not belong into an error, and from there into logs
     known = {name: value for name, value in values.items() if name in HOMES and value is not None}
     # An alias is another trainer's key: the 30 minutes of ddp_timeout nobody has chosen are not launch.timeout.
     found = known | {name: value for name, value in chosen.items() if name in ALIASES or name not in HOMES}
@@ -55,11 +61,21 @@ def _same_meaning(found: dict[str, Any], values: Mapping[str, Any]) -> dict[str,
         del found["eval_strategy"]
     if found.get("metric_for_best_model") == "loss":
         found["metric_for_best_model"] = "eval_loss"
-    if found.get("report_to") == ["tensorboard"]:
-        del found["report_to"]
-        found["tensorboard"] = True
+    if found.get("report_to") in ([], ["tensorboard"]):
+        found["tensorboard"] = bool(found.pop("report_to"))
     if found.pop("activation_checkpointing", False):  # its newer name
         found["gradient_checkpointing"] = True
+    kwargs = [found.pop(f"{name}_checkpointing_kwargs", None) for name in ("activation", "gradient")]
+    for said in filter(None, kwargs):  # each is a copy of the other
+        if said != {"use_reentrant": False}:
+            raise ConfigError(
+                f"gradient_checkpointing_kwargs={show(said)}, or activation_checkpointing_kwargs: only "
+                "use_reentrant=false"
+            )
+    if found.get("torch_compile_backend") == "inductor":  # the one there is; filled in beside torch_compile=True
+        del found["torch_compile_backend"]
+    if found.get("logging_first_step"):  # it always is
+        del found["logging_first_step"]
     if found.pop("use_cpu", False):
         found["device"] = "cpu"
     if found.pop("full_determinism", False):

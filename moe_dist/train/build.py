@@ -138,7 +138,20 @@ def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None =
     validation = None
     if held_out is not None:
         validation = pack(held_out, tokenizer, keep_tail=True, cache_dir=cache_dir, **sizes)
+        _check_labels(validation, "the validation set", config.num_evaluated)
+    if isinstance(train, PackedDataset):
+        _check_labels(train, "the training data")
     return Datasets(tokenizer, train, validation)
+
+
+def _check_labels(dataset: PackedDataset, name: str, num_samples: int | None = None) -> None:
+    """Raises ValueError when nothing can be learned from these samples, nor measured on them."""
+    if not dataset.num_labels(num_samples):
+        of = "" if num_samples is None else f" among the {num_samples} samples of train.eval_batches"
+        raise ValueError(
+            f"{name} has no label{of}: of {dataset.num_tokens} tokens every one is ignored (-100 in `labels`, 0 in "
+            "`completion_mask`) or the first of its document; look at those columns of the data"
+        )
 
 
 def build_loader(config: Config, dataset: PackedDataset | StreamingPackedDataset, mesh: Mesh) -> GlobalLoader:

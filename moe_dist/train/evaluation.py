@@ -58,7 +58,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Every rank calls this with as many batches as the others (`data.eval_batches` sees to it).
 
-    `stop` is asked now and then on every rank and answers the same on all; None when it has said yes.
+    `stop` is asked now and then on every rank and answers the same on all; None when it has said yes. Raises ValueError
+    when no token has a label: there is no loss then, least of all 0.
     """
     started = time.perf_counter()
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
@@ -72,7 +73,9 @@ def evaluate(
                 totals[0] += cross_entropy_sum(logits, on_device.labels)
                 totals[1] += batch.num_valid
     loss, count = mesh.sum_over("world", totals).tolist()
-    return Evaluation(loss / max(1.0, count), int(count), time.perf_counter() - started)
+    if not count:
+        raise ValueError("nothing to evaluate: no token of the validation samples has a label")
+    return Evaluation(loss / count, int(count), time.perf_counter() - started)
 
 
 def sample_text(

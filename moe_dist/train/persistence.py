@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_dist.checkpoint.changes import changes
+from moe_dist.checkpoint.changes import changes, global_batch
 from moe_dist.checkpoint.manager import Checkpoints, Loaded, Outcome, check_room
 from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.reading import Found
@@ -24,7 +24,7 @@ from moe_dist.train.acting import Acting
 from moe_dist.train.opening import RunPlace
 from moe_dist.train.optimizer import Optimizer
 from moe_dist.train.step import StepResult
-from moe_dist.train.stopping import Stopping
+from moe_dist.train.stopping import Pace, Stopping
 
 logger = logging.getLogger("moe_dist")
 
@@ -51,7 +51,7 @@ class Counters:
         self.step += 1
         self.tokens += result.num_tokens
         self.skipped += result.skipped
-        if self.initial_loss is None:
+        if self.initial_loss is None and result.num_labels:
             self.initial_loss = result.loss
 
 
@@ -115,7 +115,7 @@ class Persistence:
         state = loaded.trainer_state
         for name, value in state["counters"].items():
             setattr(counters, name, value)
-        self.stopping.load_state_dict(state["stopping"])
+        self._go_on_to_the_end(loaded, counters.step, message)
         self.acting.load_state_dict(state.get("acting"))
         self.saved_step = counters.step
         message(f"resumed from {found} at step {counters.step}")
@@ -160,9 +160,31 @@ class Persistence:
                 f"{change}: some samples would be repeated and others left out; set it back, or go on in the new order "
                 "with checkpoint.allow_config_change=true"
             )
-        self.loader.load_state_dict(saved if change is None else {"samples_consumed": saved["samples_consumed"]})
+        self.loader.load_state_dict(saved if change is None else self.loader.recounted(saved))
         if change is not None:
-            message(f"{change}: goes on after {saved['samples_consumed']} samples of the new order")
+            message(f"{change}: goes on after {self.loader.samples_consumed} samples of the new order")
+
+    def _go_on_to_the_end(self, loaded: Loaded, step: int, message: Callable[[str], None]) -> None:
+        """The end of the run and its schedule, in today's steps; a change of it by the batch or the data is said."""
+        layout, state = loaded.manifest.layout, loaded.trainer_state
+        batch = global_batch(state["config"], layout["edp"] * layout["ep"])
+        saved = Pace(batch, state["data"].get("num_samples"))
+        self.stopping.load_state_dict(state["stopping"], saved)
+        before = Stopping(self.config.train, saved)
+        before.go_on(step, state["data"]["samples_consumed"])
+        self.stopping.go_on(step, self.loader.samples_consumed)
+        if before.max_steps != self.stopping.max_steps:
+            words = [
+                f"{name}={now} (saved with {then})"
+                for name, now, then in zip(
+                    ("global batch size", "samples in an epoch"), self.stopping.pace, saved, strict=True
+                )
+                if now != then
+            ]
+            message(
+                f"{', '.join(words)}: epochs are counted in samples, the run ends at step {self.stopping.max_steps}, "
+                f"not {before.max_steps}; the learning rate goes on where it was"
+            )
 
     def _warn(self, text: str) -> None:
         if self.mesh.rank == 0:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from moe_dist.config import OptimizerConfig
 
 
-def learning_rate(config: OptimizerConfig, step: int, total_steps: int | None, time_share: float = 0.0) -> float:
-    """The rate of optimizer step `step` (from 0).
+def learning_rate(config: OptimizerConfig, step: float, total_steps: int | None, time_share: float = 0.0) -> float:
+    """The rate of optimizer step `step` (from 0; not a whole number where a run goes on with another batch).
 
     Linear warm-up over `warmup_steps` or `warmup_ratio` of the run, then from `learning_rate` to `min_learning_rate`
     in the shape of `lr_scheduler_type`, reached at the end. `time_share` is the part of `max_time` that has
@@ -16,7 +17,7 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int | None, t
     """
     peak, floor = config.learning_rate, config.min_learning_rate
     ratio = 0.0 if config.warmup_steps else config.warmup_ratio  # warmup_steps are steps whatever the clock says
-    warmup = config.warmup_steps or math.ceil(ratio * (total_steps or 0))
+    warmup = config.warmup_steps or math.ceil(Fraction(str(ratio)) * (total_steps or 0))
     by_steps = (step + 1) / (warmup + 1) if warmup else float(not ratio)
     by_time = time_share / ratio if ratio else 0.0
     if max(by_steps, by_time) < 1.0:

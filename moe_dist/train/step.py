@@ -30,12 +30,14 @@ if TYPE_CHECKING:
 class StepResult:
     """`loss` nats per valid token of the global batch, `grad_norm` before clipping, both the same on every rank.
 
-    `num_tokens`: tokens of the global batch. `skipped`: a loss or gradient was not finite and nothing was updated.
+    `num_tokens`, `num_labels`: tokens and valid labels of the global batch; without a label `loss` is 0. `skipped`: a
+    loss or gradient was not finite and nothing was updated.
     """
 
     loss: float
     grad_norm: float
     num_tokens: int
+    num_labels: int
     skipped: bool
 
 
@@ -69,7 +71,7 @@ class TrainStep:
         self.gradients.reduce()
         norm = self.gradients.norm()
         # Both numbers are sums over all ranks, so every rank takes the same branch below.
-        loss_value, norm_value, num_tokens = torch.stack((loss, norm, counts[1].double())).tolist()
+        loss_value, norm_value, num_labels, num_tokens = torch.stack((loss, norm, *counts.double())).tolist()
         finite = bool(torch.isfinite(torch.tensor((loss_value, norm_value))).all())
         if finite:
             self.status.at("updating weights")
@@ -79,7 +81,7 @@ class TrainStep:
             self.optimizer.step()
             self.status.at("agreeing on the next step")
             self.balancer.update_bias()
-        return StepResult(loss_value, norm_value, int(num_tokens), skipped=not finite)
+        return StepResult(loss_value, norm_value, int(num_tokens), int(num_labels), skipped=not finite)
 
     def accumulate(self, batches: list[Batch], counts: Tensor, step: int) -> Tensor:
         """Gradients of this rank's micro-batches; returns the loss of the global batch, 0-dim float64.

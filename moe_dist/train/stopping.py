@@ -3,21 +3,59 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 from moe_dist.config import TrainConfig
 
+UNLABELLED_STEPS = 100
+"""Steps in a row without a label to learn from that end a run."""
+
+
+class Pace(NamedTuple):
+    """What a step and an epoch are, in samples of all replicas."""
+
+    batch: int
+    """Samples in one optimizer step."""
+    epoch: int | None
+    """Samples in one pass over the data; None: a stream, whose length nobody knows."""
+
 
 class Stopping:
-    """Decides after each step, from numbers every rank agrees on. `reason` is None while the run goes on."""
+    """Decides after each step, from numbers every rank agrees on. `reason` is None while the run goes on.
 
-    def __init__(self, config: TrainConfig, steps_per_epoch: int | None) -> None:
-        self.config = config
-        self.max_steps = total_steps(config, steps_per_epoch)
+    Epochs are counted in samples. `pace` is that of this start, `first` that of the run's first start: steps of that
+    size are the unit of the learning-rate schedule, which so has no jump where the batch changes.
+    """
+
+    def __init__(self, config: TrainConfig, pace: Pace) -> None:
+        self.config, self.pace, self.first = config, pace, pace
+        self.max_steps: int | None = None
+        """Number of the last step; None when nothing but time or a stream's end decides."""
+        self.go_on(0, 0)
         self.best_loss: float | None = None
         self.evaluations_without_improvement = 0
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row = self.unlabelled_in_a_row = 0
+        self.has_learned = False
         self.reason: str | None = None
         self.failed = False
+
+    def go_on(self, step: int, samples: int) -> None:
+        """This start begins after `step` steps and `samples` samples of today's pace."""
+        last = last_sample(self.config, self.pace)
+        self.max_steps = self.config.max_steps if self.config.max_steps > 0 else None
+        if self.max_steps is None and last is not None:
+            self.max_steps = step + max(0, math.ceil((last - samples) / self.pace.batch))
+
+    def position(self, step: int, samples: int) -> tuple[float, int | None]:
+        """Where the schedule stands after `step` steps and `samples` samples, and its end; both in steps, with epochs
+        those of the first start."""
+        last, epoch = last_sample(self.config, self.first), self.pace.epoch
+        if self.config.max_steps > 0 or last is None or epoch is None:
+            return float(step), self.max_steps
+        assert self.first.epoch is not None
+        unit = Fraction(self.first.batch * epoch, self.first.epoch)
+        return float(samples / unit), math.ceil(last / self.first.batch)
 
     def after_step(self, step: int, loss: float, epoch: float, skipped: bool, time_share: float) -> None:
         """`step` optimizer steps are done; `time_share` of the time budget has passed."""
@@ -43,6 +81,16 @@ class Stopping:
         elif time_share >= 1.0:
             self.stop(f"the time budget of {config.max_time:g} s is used up")
 
+    def count_labels(self, num_labels: int) -> None:
+        """The step has had so many labels. One without is no harm, a run of them learns nothing."""
+        self.has_learned = self.has_learned or num_labels > 0
+        self.unlabelled_in_a_row = 0 if num_labels else self.unlabelled_in_a_row + 1
+        if self.unlabelled_in_a_row >= UNLABELLED_STEPS or (self.reason is not None and not self.has_learned):
+            self.fail(
+                f"{self.unlabelled_in_a_row} steps in a row without a single label to learn from: every token of their "
+                "samples is ignored; look at `labels` and `completion_mask` in the data"
+            )
+
     def after_evaluation(self, loss: float) -> bool:
         """Whether `loss` is the best so far."""
         best = math.inf if self.best_loss is None else self.best_loss
@@ -65,21 +113,29 @@ class Stopping:
         """The end itself has failed."""
         self.reason, self.failed = reason, True
 
-    def state_dict(self) -> dict[str, float | int | None]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "best_loss": self.best_loss,
             "evaluations_without_improvement": self.evaluations_without_improvement,
+            "first_pace": list(self.first),
+            "has_learned": self.has_learned,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any], saved: Pace) -> None:
+        """`saved`: the pace of the start that saved it, which stands for the first where no checkpoint told it yet."""
         self.best_loss = state["best_loss"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]
+        self.has_learned = state.get("has_learned", True)
+        first = Pace(*state.get("first_pace", saved))
+        # A run that began with a stream has no epoch to count in.
+        self.first = first if first.epoch is not None else self.pace
 
 
-def total_steps(config: TrainConfig, steps_per_epoch: int | None) -> int | None:
-    """Optimizer steps of the whole run; None when only time ends it."""
-    if config.max_steps > 0:
-        return config.max_steps
-    if steps_per_epoch is None or config.num_train_epochs is None:
+def last_sample(config: TrainConfig, pace: Pace) -> int | None:
+    """Number of samples after which epochs end the run; None when they do not, or of a stream.
+
+    Exact: 1.1 epochs of 100 samples are 110.
+    """
+    if pace.epoch is None or config.num_train_epochs is None:
         return None
-    return max(1, math.ceil(config.num_train_epochs * steps_per_epoch))
+    return math.ceil(Fraction(str(config.num_train_epochs)) * pace.epoch)

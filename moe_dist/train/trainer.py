@@ -34,7 +34,7 @@ from moe_dist.train.place import own_place
 from moe_dist.train.reporting import Reporter
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.step import TrainStep
-from moe_dist.train.stopping import Stopping
+from moe_dist.train.stopping import Pace, Stopping
 
 logger = logging.getLogger("moe_dist")
 
@@ -130,7 +130,7 @@ class MoETrainer:
         self.optimizer = build_optimizer(self.model, self.gradients, config)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
         self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config, self.status)
-        self.stopping = Stopping(config.train, self.loader.steps_per_epoch)
+        self.stopping = Stopping(config.train, Pace(self.loader.global_batch_size, self.loader.samples_per_epoch))
         self.acting = Acting(config, mesh, self.balancer, self.reporter.collector.pending)
         self.counters = Counters()
         parts = (self.model, self.optimizer, self.loader, self.stopping, self.acting)
@@ -172,8 +172,9 @@ class MoETrainer:
     def _one_step(self) -> None:
         config, counters = self.config, self.counters
         self.status.at("waiting for data", step=counters.step + 1)
+        position, end = self.stopping.position(counters.step, self.loader.samples_consumed)
+        rate = learning_rate(config.optimizer, position, end, self._time_share())
         batches = self.loader.next_step()
-        rate = learning_rate(config.optimizer, counters.step, self.stopping.max_steps, self._time_share())
         result = self.step(batches, counters.step, rate)
         self.reporter.add(result, self.balancer.facts, rate)
         self.balancer.clear()
@@ -182,9 +183,12 @@ class MoETrainer:
             logger.warning(
                 "step %d: loss %s, gradient norm %s; nothing updated", counters.step, result.loss, result.grad_norm
             )
-        self.losses.append(result.loss)
+        if not result.num_labels:
+            logger.warning("step %d: no token of the whole batch has a label; there is no loss", counters.step)
+        self.losses.append(result.loss if result.num_labels else float("nan"))
         self._agree()
         self.stopping.after_step(counters.step, result.loss, self.loader.epoch, result.skipped, self._time_share())
+        self.stopping.count_labels(result.num_labels)
         if counters.step % config.monitor.logging_steps == 0 or counters.step == 1 or self.stopping.reason:
             self.reporter.log(counters, self.stopping, result, rate, self.loader.epoch)
             self.status.at("agreeing on the next step")  # with rank 0, which has written its line first

@@ -173,6 +173,28 @@ def test_another_order_is_not_gone_on_with(packed, texts):
     loaders(shorter, 1, 1)[0].load_state_dict({"samples_consumed": 4})
 
 
+def test_another_sample_length_is_recounted(packed, texts):
+    """After as large a part of the epoch, or in a stream at the same token. Seen to fail with the count taken over."""
+    (loader,) = loaders(packed, 1, 1)
+    for _ in range(len(packed) // 4):
+        loader.next_step()
+    shorter = pack(documents_from(texts), ByteTokenizer(), max_seq_length=16)
+    (other,) = loaders(shorter, 1, 1)
+    other.load_state_dict(other.recounted(loader.state_dict()))
+    assert other.epoch == pytest.approx(loader.epoch, abs=1 / len(shorter))
+
+    def stream(length):
+        dataset = StreamingPackedDataset(documents_from(texts), ByteTokenizer(), max_seq_length=length)
+        return loaders(dataset, 1, 1)[0]
+
+    saved, straight, recounted = stream(32), stream(16), stream(16)
+    saved.next_step()
+    straight.next_step(), straight.next_step()
+    recounted.load_state_dict(recounted.recounted(saved.state_dict()))
+    assert recounted.samples_consumed == straight.samples_consumed
+    assert_same(recounted.next_step(), straight.next_step())
+
+
 def test_each_epoch_is_another_permutation(packed):
     orders = [epoch_permutation(len(packed), 5, epoch).tolist() for epoch in range(4)]
     assert all(sorted(order) == list(range(len(packed))) for order in orders)
@@ -186,7 +208,7 @@ def test_each_epoch_is_another_permutation(packed):
 
 def test_epochs_and_steps_are_counted_over_all_replicas(packed):
     loader = loaders(packed, 2, 4)[1]
-    assert loader.steps_per_epoch == -(-len(packed) // 16)
+    assert loader.samples_per_epoch == len(packed)
     assert loader.epoch == 0
     for _ in range(3):
         loader.next_step()
