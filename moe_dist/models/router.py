@@ -35,6 +35,8 @@ class Routing:
     logits_TE: Tensor | None = None
     complete: bool = False
     """Known without looking at the ids: every one is below E. Saves a host synchronisation."""
+    noise_seed: int | None = None
+    """Of what experts draw at random for these tokens, below 2^62; None where they draw nothing."""
 
     @staticmethod
     def of(decision: Routing | tuple[Tensor, Tensor]) -> Routing:
