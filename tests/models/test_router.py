@@ -159,6 +159,28 @@ def test_selection_bias_moves_the_choice_and_not_the_weights() -> None:
     torch.testing.assert_close(routing.weights_TK, routing.scores_TE.gather(1, routing.expert_ids_TK))
 
 
+def test_a_bias_that_no_longer_moves_is_still_used() -> None:
+    """Trap 34. Seen to fail with `use_bias` set by the rate: a run that goes on at rate 0 chose by scores alone. A run
+    that never had one is bitwise without it."""
+    moving = build_router(SMALL, BalanceConfig(bias_update_rate=0.1))
+    with torch.no_grad():
+        moving.bias_E.copy_(torch.randn(SMALL.num_experts))
+    frozen = build_router(SMALL, BalanceConfig())
+    frozen.weight = moving.weight
+    x = torch.randn(50, 16)
+    without = frozen(x)
+    assert frozen.selection_bias is None
+    frozen.bias_E.detach().copy_(moving.bias_E)  # as a checkpoint is read
+    assert torch.equal(frozen(x).expert_ids_TK, moving(x).expert_ids_TK)
+    assert torch.equal(frozen(x).weights_TK, moving(x).weights_TK)
+    assert not torch.equal(frozen(x).expert_ids_TK, without.expert_ids_TK)
+    removed = build_router(SMALL, BalanceConfig(use_selection_bias=False))
+    removed.load_state_dict(frozen.state_dict())
+    assert torch.equal(removed(x).expert_ids_TK, without.expert_ids_TK)
+    with pytest.raises(ValueError, match="use_selection_bias=false"):
+        BalanceConfig(use_selection_bias=False, bias_update_rate=0.1)
+
+
 def test_jitter_only_in_training() -> None:
     router = build_router(SMALL, BalanceConfig(router_jitter=0.5))
     x = torch.randn(20, 16)
