@@ -5,7 +5,6 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden, E experts, K to
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from moe_dist.models.layers import SwiGLU
 from moe_dist.models.noise import Sources, draw_seed
 from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_expert, tokens_from_rows
 from moe_dist.models.router import Routing, build_router, drop_over_capacity
+from moe_dist.models.shares import written
 
 
 class Dispatcher(Protocol):
@@ -134,7 +134,10 @@ class MoE(nn.Module):
         return routing, auxiliary_loss
 
     def _capacity(self, ids_TK: Tensor, valid_T: Tensor | None) -> Tensor:
-        """Places per expert for the valid tokens of this micro-batch, 0-dim."""
-        factor = (self.capacity_factor or math.inf) * self.top_k / self.num_experts
+        """Places per expert for the valid tokens of this micro-batch, 0-dim int64."""
+        assert self.capacity_factor is not None
+        fair = written(self.capacity_factor) * self.top_k / self.num_experts
         num_tokens = ids_TK.new_tensor(ids_TK.shape[0]) if valid_T is None else valid_T.sum()
-        return (num_tokens * factor).ceil().clamp(min=1)
+        # Whole numbers: the product of floats may lie above the integer that it is.
+        places = (num_tokens * fair.numerator + fair.denominator - 1).div(fair.denominator, rounding_mode="floor")
+        return places.clamp(min=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from moe_dist.config import TrainConfig
+from moe_dist.models.shares import ceil_share
 
 
 class Stopping:
@@ -82,4 +83,4 @@ def total_steps(config: TrainConfig, steps_per_epoch: int | None) -> int | None:
         return config.max_steps
     if steps_per_epoch is None or config.num_train_epochs is None:
         return None
-    return max(1, math.ceil(config.num_train_epochs * steps_per_epoch))
+    return max(1, ceil_share(config.num_train_epochs, steps_per_epoch))
