@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from moe_dist.models.experts import build_experts
 from moe_dist.models.layers import SwiGLU
 from moe_dist.models.noise import Sources, draw_seed
 from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_expert, tokens_from_rows
+from moe_dist.models.precision import full
 from moe_dist.models.router import Routing, build_router, drop_over_capacity
 from moe_dist.models.shares import written
 
@@ -113,7 +115,8 @@ class MoE(nn.Module):
         self, x_TD: Tensor, valid_BS: Tensor | None, token_scale: float | Tensor, num_sequences: int
     ) -> tuple[Routing, Tensor | None]:
         """The router's decision after padding, load accounting, capacity, expert dropout, in this order."""
-        routing = Routing.of(self.router(x_TD))
+        with torch.autocast(x_TD.device.type, enabled=False):  # routers compute in full precision, own ones too
+            routing = Routing.of(self.router(full(x_TD)))
         ids_TK = routing.expert_ids_TK
         valid_T = None if valid_BS is None else valid_BS.flatten()
         if valid_T is not None:

@@ -6,6 +6,7 @@ Shape suffixes: R rows, D hidden, e experts held here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -99,11 +100,12 @@ class ExpertList(nn.Module):
 
     def initialize(self, seed_of: SeedOf, std: float) -> None:
         """Build each expert anew as its class does, under its own seed."""
-        like = next(self.parameters(), torch.empty(0))
+        like = next(chain(self.parameters(), self.buffers()), torch.empty(0))
+        dtype = like.dtype if like.is_floating_point() else None
         for key in self.experts:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_of(int(key)))
-                self.experts[key] = self.make_expert().to(like.device, like.dtype)
+                self.experts[key] = self.make_expert().to(like.device, dtype)
 
 
 def _run(expert: nn.Module, x_RD: Tensor) -> Tensor:

@@ -223,6 +223,34 @@ class Swapped(Plain):
         return weights, indices
 
 
+class Hashed(Plain):
+    """A person's own router with buffers: a constant, and one drawn at random; and one inside a module."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__(hidden_size, num_experts)
+        self.register_buffer("temperature", torch.tensor(0.7))
+        self.register_buffer("planes", torch.randn(hidden_size, 3), persistent=False)
+        self.gate.register_buffer("scale", torch.full((num_experts,), 2.0))
+
+
+def test_buffers_of_an_own_router_have_their_values() -> None:
+    """On the meta device they have none. Seen to fail with `to_empty` alone: whatever the memory held."""
+    ROUTERS._entries.pop("mine", None)
+    register_router("mine")(Hashed)
+    models = []
+    for layers in (None, [1]):
+        with torch.device("meta"):
+            models.append(Transformer(SMALL.model_copy(update={"router": "mine"}), layers=layers))
+        torch.manual_seed(len(models))
+        models[-1].initialize(0)
+    first, second = (moe.router for moe in models[0].moe_layers())
+    (alone,) = (moe.router for moe in models[1].moe_layers())
+    assert first.temperature == torch.tensor(0.7)
+    assert torch.equal(first.gate.scale, torch.full((SMALL.num_experts,), 2.0))
+    assert not torch.equal(first.planes, second.planes)
+    assert all(torch.equal(a, b) for a, b in zip(second.buffers(), alone.buffers(), strict=True))
+
+
 @pytest.mark.parametrize("kind", [Cosine, Plain, Swapped])
 def test_a_persons_own_router_trains(kind: type[Router]) -> None:
     """Planted: `Routing(*decision)` for tuples (TopK has the indices first)."""
