@@ -332,7 +332,9 @@ class BalanceConfig(Section):
     router_z_loss_coef: NonNegativeFloat = 0.0
     """Weight of the squared log-sum-exp of router logits, mean over tokens, summed over layers."""
     bias_update_rate: NonNegativeFloat = 0.0
-    """Auxiliary-loss-free balancing: step of the selection bias per optimizer step; 0: off."""
+    """Auxiliary-loss-free balancing: step of the selection bias per optimizer step; 0: the bias stays as it is."""
+    use_selection_bias: Literal["auto", True, False] = "auto"
+    """Choose experts by score plus selection bias; `auto`: where it moves or is not zero; false: by score alone."""
     capacity_factor: PositiveFloat | None = None
     """Places per expert and micro-batch = factor x fair share, in order; null: drop no token."""
     freeze_router: bool = False
@@ -362,6 +364,13 @@ class BalanceConfig(Section):
     @property
     def aux_loss_coef(self) -> float:
         return self.router_aux_loss_coef if self.use_auxiliary_loss else 0.0
+
+    @property
+    def use_bias(self) -> bool | None:
+        """Whether the selection bias is used; None: if it is not zero."""
+        if self.use_selection_bias == "auto":
+            return True if self.bias_update_rate else None
+        return self.use_selection_bias
 
 
 class CheckpointConfig(Section):

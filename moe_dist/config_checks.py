@@ -136,7 +136,12 @@ def check_checkpoint(checkpoint: CheckpointConfig) -> CheckpointConfig:
 
 
 def check_balance(balance: BalanceConfig) -> BalanceConfig:
-    """Automatic actions that have something to raise, and room to."""
+    """A bias that is used where it moves; automatic actions that have something to raise, and room to."""
+    if balance.bias_update_rate and balance.use_selection_bias is False:
+        raise ValueError(
+            f"use_selection_bias=false: bias_update_rate={balance.bias_update_rate:g} would move a bias that nothing "
+            "uses; set it to 0, or use_selection_bias=auto"
+        )
     if balance.act == "off":
         return balance
     if not balance.bias_update_rate and (not balance.aux_loss_coef or balance.freeze_router):

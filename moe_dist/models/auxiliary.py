@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_dist.config import BalanceConfig
 from moe_dist.models.precision import full
-from moe_dist.models.recompute import is_recomputing
+from moe_dist.models.recompute import is_recomputing, once
 from moe_dist.models.router import Routing
 
 
@@ -146,7 +146,7 @@ class LoadBalance:
         if valid_T is not None:
             scores_TE = scores_TE.masked_fill(~valid_T[:, None], 0.0)
         shares = (load_GE, tokens_G)
-        if self.scope == "global_batch" and torch.is_grad_enabled():
+        if self.scope == "global_batch" and self.aux_coef and torch.is_grad_enabled():
             shares = self.global_load or self._reduced(load_GE, tokens_G)
         aux = load_balancing_loss(scores_TE, *shares, self.top_k)
         z = z_loss(logits_TE, valid_T)
@@ -162,7 +162,8 @@ class LoadBalance:
         return valid_T.view(num_groups, -1).sum(1)
 
     def _reduced(self, load_GE: Tensor, tokens_G: Tensor) -> tuple[Tensor, Tensor]:
-        packed = self.reduce_load(torch.cat((load_GE[0], tokens_G)))
+        # Ranks must meet: in a repeated pass they would not, or not in the same order.
+        packed = once(lambda: self.reduce_load(torch.cat((load_GE[0], tokens_G))))
         return packed[None, :-1], packed[-1:]
 
     def _record(self, load_GE: Tensor, tokens_G: Tensor, sums: Tensor | None) -> None:

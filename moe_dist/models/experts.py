@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe_dist.config import ModelConfig
+from moe_dist.models.noise import refuse_stray_noise
+from moe_dist.models.own_experts import Expert as Expert
+from moe_dist.models.own_experts import ExpertList, SeedOf, check_stack
 from moe_dist.models.registry import Registry
-
-SeedOf = Callable[[int], int]
-"""Global expert id -> seed of its initial weights."""
 
 
 class Experts(nn.Module):
@@ -26,6 +26,8 @@ class Experts(nn.Module):
     `w_gate_up` (e, D, 2F), gate first; `w_down` (e, F, D). This module holds the experts
     [first_expert, first_expert + num_local): all of them until `shard` keeps some.
     """
+
+    draws_noise = False
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -48,6 +50,11 @@ class Experts(nn.Module):
             return swiglu(rows_RD @ w_gate_up[0]) @ w_down[0]
         return grouped_swiglu(rows_RD, w_gate_up, w_down, rows_per_expert.cumsum(0).to(torch.int32))
 
+    @property
+    def kind(self) -> str:
+        """Name of the class, for errors."""
+        return type(self).__name__
+
     def shard(self, first: int, count: int) -> None:
         """Keep only `count` experts from global id `first` on."""
         start = first - self.first_expert
@@ -58,11 +65,14 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed_of: SeedOf, std: float) -> None:
-        """Normal weights, each expert from its own seed: equal in every layout, no two alike."""
+        """Each expert from its own seed, equal in every layout: matrices normal, vectors and numbers zero."""
         for index in range(self.num_local):
             generator = torch.Generator().manual_seed(seed_of(self.first_expert + index))
-            for parameter in (self.w_gate_up, self.w_down):
-                parameter[index].copy_(torch.empty(parameter.shape[1:]).normal_(0.0, std, generator=generator))
+            for parameter in self.parameters():
+                if parameter.ndim > 2:
+                    parameter[index].copy_(torch.empty(parameter.shape[1:]).normal_(0.0, std, generator=generator))
+                else:
+                    parameter[index].zero_()
 
 
 class LoopExperts(Experts):
@@ -205,68 +215,6 @@ def _longest(groups: list[tuple[list[int], slice]]) -> int:
     return max((here.stop - here.start for _, here in groups), default=0)
 
 
-class Expert(nn.Module):
-    """Base class of a person's own expert: `__init__(hidden_size, intermediate_size)`, `forward` (R, D) ->
-    (R, D).
-
-    Any inner modules are fine. The rows of one call are the tokens routed to this expert; R may be 0.
-    """
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-
-    def forward(self, x_RD: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__}.forward: (R, D) -> (R, D)")
-
-
-class _ZeroGradients(torch.autograd.Function):
-    """Pass x through and give the parameters gradients of zero, used or not."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
-        wanted = zip(zeros, ctx.needs_input_grad[1:], strict=True)
-        return grads[0], *(zero if want else None for zero, want in wanted)
-
-
-class ExpertList(nn.Module):
-    """Experts of a person's own class, run one after the other; named by global expert id."""
-
-    def __init__(self, make_expert: Callable[[], nn.Module], num_experts: int) -> None:
-        super().__init__()
-        self.make_expert = make_expert
-        self.first_expert, self.num_local = 0, num_experts
-        self.experts = nn.ModuleDict({str(index): make_expert() for index in range(num_experts)})
-
-    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor) -> Tensor:
-        chunks = rows_RD.split(rows_per_expert.tolist())
-        return torch.cat([self._run(expert, x) for expert, x in zip(self.experts.values(), chunks, strict=True)])
-
-    @staticmethod
-    def _run(expert: nn.Module, x_RD: Tensor) -> Tensor:
-        out_RD = expert(x_RD)
-        # FSDP reduces what has a gradient: without the zeros, ranks would sum gradients of different experts.
-        return out_RD if len(x_RD) else _ZeroGradients.apply(out_RD, *expert.parameters())
-
-    def shard(self, first: int, count: int) -> None:
-        """Keep only `count` experts from global id `first` on."""
-        self.experts = nn.ModuleDict({str(index): self.experts[str(index)] for index in range(first, first + count)})
-        self.first_expert, self.num_local = first, count
-
-    def initialize(self, seed_of: SeedOf, std: float) -> None:
-        """Build each expert anew as its class does, under its own seed."""
-        like = next(self.parameters(), torch.empty(0))
-        for key in self.experts:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed_of(int(key)))
-                self.experts[key] = self.make_expert().to(like.device, like.dtype)
-
-
 EXPERTS: Registry[Callable[..., nn.Module]] = Registry("model.expert", "expert")
 register_expert = EXPERTS.register
 EXPERTS.register("swiglu")(Experts)
@@ -274,9 +222,16 @@ EXPERTS.register("swiglu_loop")(LoopExperts)
 
 
 def build_experts(config: ModelConfig) -> Experts | ExpertList:
-    """The configured experts of one layer, all of them."""
+    """The configured experts of one layer, all of them.
+
+    Raises ValueError for stacked experts that hold what is not one per expert.
+    """
     kind: Any = EXPERTS.resolve(config.expert)
     sizes = (config.hidden_size, config.moe_intermediate_size)
-    if isinstance(kind, type) and issubclass(kind, Experts):
-        return kind(config.num_experts, *sizes)
-    return ExpertList(lambda: kind(*sizes), config.num_experts)
+    if not (isinstance(kind, type) and issubclass(kind, Experts)):
+        return refuse_stray_noise(ExpertList(lambda: kind(*sizes), config.num_experts))
+    experts = kind(config.num_experts, *sizes)
+    if kind in (Experts, LoopExperts):
+        return experts
+    check_stack(experts, config.num_experts)
+    return refuse_stray_noise(experts)

@@ -5,10 +5,10 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden, E experts, K to
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,15 +16,21 @@ from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.auxiliary import LoadBalance, inject_loss
 from moe_dist.models.experts import build_experts
 from moe_dist.models.layers import SwiGLU
+from moe_dist.models.noise import Sources, draw_seed
 from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_expert, tokens_from_rows
+from moe_dist.models.precision import full
 from moe_dist.models.router import Routing, build_router, drop_over_capacity
+from moe_dist.models.shares import written
 
 
 class Dispatcher(Protocol):
     """Brings tokens to experts and back. It keeps no state between its two verbs: the plan carries it."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Any]:
-        """(T, D) -> (R, D) rows sorted by local expert, and a frozen plan whose `rows_per_expert` (e,) counts them."""
+        """(T, D) -> (R, D) rows sorted by local expert, and a frozen plan whose `rows_per_expert` (e,) counts them.
+
+        Its `sources` tell whose they are when the routing has a `noise_seed`, and are None otherwise.
+        """
         ...
 
     def combine(self, rows_RD: Tensor, plan: Any) -> Tensor:
@@ -34,14 +40,19 @@ class Dispatcher(Protocol):
 
 @dataclass(frozen=True)
 class LocalPlan:
-    """A permutation of this rank's own pairs, and the routing weights (T, K)."""
+    """A permutation of this rank's own pairs, the routing weights (T, K), and the routing's seed of noise."""
 
     permutation: Permutation
     weights_TK: Tensor
+    noise_seed: int | None
 
     @property
     def rows_per_expert(self) -> Tensor:
         return self.permutation.rows_per_expert
+
+    @property
+    def sources(self) -> Sources | None:
+        return None if self.noise_seed is None else Sources(self.rows_per_expert[None], [self.noise_seed])
 
 
 class LocalDispatcher:
@@ -54,7 +65,7 @@ class LocalDispatcher:
         ids_TK = routing.expert_ids_TK
         num_rows = None if routing.complete else int((ids_TK < self.num_experts).sum())
         permutation = sort_by_expert(ids_TK, self.num_experts, num_rows)
-        return rows_from_tokens(x_TD, permutation), LocalPlan(permutation, routing.weights_TK)
+        return rows_from_tokens(x_TD, permutation), LocalPlan(permutation, routing.weights_TK, routing.noise_seed)
 
     def combine(self, rows_RD: Tensor, plan: LocalPlan) -> Tensor:
         return tokens_from_rows(rows_RD, plan.weights_TK, plan.permutation)
@@ -89,7 +100,10 @@ class MoE(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         routing, auxiliary_loss = self._route(x_TD, valid_BS, token_scale, num_sequences=x_BSD.shape[0])
         rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
-        rows_RD = self.experts(rows_RD, plan.rows_per_expert)
+        if plan.sources is None:
+            rows_RD = self.experts(rows_RD, plan.rows_per_expert)
+        else:
+            rows_RD = self.experts(rows_RD, plan.rows_per_expert, plan.sources)
         out_TD = self.dispatcher.combine(rows_RD, plan)
         if self.shared_expert is not None:
             out_TD = out_TD + self.shared_expert(x_TD)
@@ -101,7 +115,8 @@ class MoE(nn.Module):
         self, x_TD: Tensor, valid_BS: Tensor | None, token_scale: float | Tensor, num_sequences: int
     ) -> tuple[Routing, Tensor | None]:
         """The router's decision after padding, load accounting, capacity, expert dropout, in this order."""
-        routing = Routing.of(self.router(x_TD))
+        with torch.autocast(x_TD.device.type, enabled=False):  # routers compute in full precision, own ones too
+            routing = Routing.of(self.router(full(x_TD)))
         ids_TK = routing.expert_ids_TK
         valid_T = None if valid_BS is None else valid_BS.flatten()
         if valid_T is not None:
@@ -117,10 +132,15 @@ class MoE(nn.Module):
             routing = replace(routing, expert_ids_TK=kept_TK, complete=False)
         if self.expert_dropout and self.training:
             routing = replace(routing, weights_TK=F.dropout(routing.weights_TK, self.expert_dropout))
+        if self.experts.draws_noise:
+            routing = replace(routing, noise_seed=draw_seed())
         return routing, auxiliary_loss
 
     def _capacity(self, ids_TK: Tensor, valid_T: Tensor | None) -> Tensor:
-        """Places per expert for the valid tokens of this micro-batch, 0-dim."""
-        factor = (self.capacity_factor or math.inf) * self.top_k / self.num_experts
+        """Places per expert for the valid tokens of this micro-batch, 0-dim int64."""
+        assert self.capacity_factor is not None
+        fair = written(self.capacity_factor) * self.top_k / self.num_experts
         num_tokens = ids_TK.new_tensor(ids_TK.shape[0]) if valid_T is None else valid_T.sum()
-        return (num_tokens * factor).ceil().clamp(min=1)
+        # Whole numbers: the product of floats may lie above the integer that it is.
+        places = (num_tokens * fair.numerator + fair.denominator - 1).div(fair.denominator, rounding_mode="floor")
+        return places.clamp(min=1)

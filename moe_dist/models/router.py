@@ -37,6 +37,8 @@ class Routing:
     logits_TE: Tensor | None = None
     complete: bool = False
     """Known without looking at the ids: every one is below E. Saves a host synchronisation."""
+    noise_seed: int | None = None
+    """Of what experts draw at random for these tokens, below 2^62; None where they draw nothing."""
 
     @staticmethod
     def of(decision: Routing | tuple[Tensor, Tensor]) -> Routing:
@@ -124,10 +126,12 @@ class Router(nn.Module):
     Subclass to route in your own way: override `logits` (T, D) -> (T, E), or `forward` (T, D) -> `Routing` (a
     plain tuple of ids and weights (T, K) will do); `select_experts` applies the configured rule. A subclass that
     has no use for `weight` sets it to None; one with parameters of its own gives a `reset_parameters` method.
-    `bias_E` is the selection bias that auxiliary-loss-free balancing moves; it is state, not a parameter.
+    `bias_E` is the selection bias that auxiliary-loss-free balancing moves; it is state, not a parameter. `use_bias`:
+    whether it is added to the scores for the choice; None: where it is not zero.
     """
 
     bias_E: Tensor
+    use_bias: bool | None
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int = 2) -> None:
         super().__init__()
@@ -135,12 +139,25 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
         self.rule = TopKRouter(num_experts, min(top_k, num_experts))
-        self.use_bias, self.jitter = False, 0.0
+        self.use_bias, self.jitter = None, 0.0
         self.register_buffer("bias_E", torch.zeros(num_experts, dtype=full_dtype()))
+        self._bias_seen: tuple[tuple[int, int], bool] | None = None
 
     @property
     def top_k(self) -> int:
         return self.rule.top_k
+
+    @property
+    def selection_bias(self) -> Tensor | None:
+        """The bias (E,) to choose by; None where there is none, which is cheaper than zeros."""
+        use = self.use_bias
+        if use is None:
+            # Looking waits for the device: once, and again when a checkpoint has been read into it.
+            state = self.bias_E.data_ptr(), self.bias_E._version
+            if self._bias_seen is None or self._bias_seen[0] != state:
+                self._bias_seen = state, bool(self.bias_E.any())
+            use = self._bias_seen[1]
+        return self.bias_E if use else None
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """One logit per expert: (T, D) -> (T, E)."""
@@ -153,7 +170,7 @@ class Router(nn.Module):
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
             logits_TE = full(self.logits(x_TD))
             log_scores_TE = self.rule.log_scores(logits_TE)
-            expert_ids_TK, weights_TK = self.rule.pick(log_scores_TE, self.bias_E if self.use_bias else None)
+            expert_ids_TK, weights_TK = self.rule.pick(log_scores_TE, self.selection_bias)
             return Routing(weights_TK, expert_ids_TK, log_scores_TE.softmax(-1), logits_TE, complete=True)
 
     def select_experts(self, probabilities: Tensor) -> TopK:
@@ -182,7 +199,7 @@ def build_router(config: ModelConfig, balance: BalanceConfig) -> Router:
         topk_group=config.topk_group,
         scaling_factor=config.routed_scaling_factor,
     )
-    router.use_bias, router.jitter = balance.bias_update_rate > 0, balance.router_jitter
+    router.use_bias, router.jitter = balance.use_bias, balance.router_jitter
     if balance.freeze_router:
         router.requires_grad_(False)
     return router

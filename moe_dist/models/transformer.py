@@ -6,7 +6,7 @@ Shape suffixes: B batch, S sequence, D hidden, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import cast
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.attention import Attention
-from moe_dist.models.experts import ExpertList, Experts
+from moe_dist.models.experts import ExpertList, Experts, build_experts
 from moe_dist.models.layers import RMSNorm, SwiGLU, rotary_table
 from moe_dist.models.moe import MoE
 from moe_dist.models.recompute import recompute
-from moe_dist.models.router import Router
+from moe_dist.models.router import Router, build_router
 
 
 class Block(nn.Module):
@@ -203,10 +203,12 @@ class Transformer(Stage):
         for name, module in self.named_modules():
             if isinstance(module, (Experts, ExpertList)):
                 module.initialize(partial(_seed, seed, name), std)
+                if isinstance(module, Experts):
+                    _set_buffers(module, lambda: build_experts(self.config), _seed(seed, name))
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
             elif isinstance(module, Router) and not _inside_experts(name):
-                module.bias_E.zero_()
+                _set_buffers(module, lambda: build_router(self.config, BalanceConfig()), _seed(seed, name))
                 if any(key != "weight" for key, _ in module.named_parameters(recurse=False)):
                     _reset(module, name, _seed(seed, name))
                 elif module.weight is not None:
@@ -237,6 +239,18 @@ def _seed(seed: int, name: str, expert: int | None = None) -> int:
 def _normal(weight: Tensor, std: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+
+
+def _set_buffers(module: nn.Module, make: Callable[[], nn.Module], seed: int) -> None:
+    """Buffers as their class makes them, under a seed of their own: on the meta device there were no values."""
+    buffers = dict(module.named_buffers())
+    if not buffers:
+        return
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        fresh = make()
+    for name, buffer in buffers.items():
+        buffer.copy_(fresh.get_buffer(name))
 
 
 def _inside_experts(name: str) -> bool:

@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moe_dist.models.noise import Sources
 from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_expert, tokens_from_rows
+from moe_dist.models.recompute import once
 from moe_dist.models.router import Routing
 from moe_dist.parallel.clock import Clock, Way
 
@@ -36,6 +38,7 @@ class AllToAllPlan:
     arrival_of_row: Tensor
     row_of_arrival: Tensor
     rows_per_expert: Tensor
+    sources: Sources | None
 
 
 class AllToAllDispatcher:
@@ -44,10 +47,10 @@ class AllToAllDispatcher:
     `dispatch` sorts this rank's pairs by global expert, tells every peer how many rows come for each of its experts
     (one small all-to-all and the layer's one host synchronisation), then sends the rows with uneven splits. Any
     rank may send or receive nothing. `layer` travels with the counts, so ranks that fell out of step fail at once,
-    by name, instead of reading each other's rows.
+    by name, instead of reading each other's rows; so does the seed of the noise that experts draw for the rows.
     """
 
-    _HEADER = 3  # layer, hidden size, rows for this peer
+    _HEADER = 4  # layer, hidden size, seed of noise, rows for this peer
 
     def __init__(self, group: ProcessGroup, num_experts: int, layer: int, clock: Clock | None = None) -> None:
         self.group, self.num_experts, self.layer = group, num_experts, layer
@@ -59,7 +62,10 @@ class AllToAllDispatcher:
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, AllToAllPlan]:
         """(T, D) -> (R, D) rows of all peers for this rank's experts, sorted by local expert, and the plan."""
         permutation = sort_by_expert(routing.expert_ids_TK, self.num_experts, None)
-        arriving, send_splits, receive_splits = self._exchange_counts(permutation, x_TD.shape[1])
+        seed = routing.noise_seed
+        arriving, send_splits, receive_splits, seeds = once(
+            lambda: self._exchange_counts(permutation, x_TD.shape[1], seed or 0)
+        )
         sent = sum(send_splits)
         self.clock.count_rows(send_splits, sum(receive_splits))
         if sent < permutation.num_rows:  # pairs without an expert sort to the end
@@ -73,6 +79,7 @@ class AllToAllDispatcher:
             arrival_of_row,
             row_of_arrival,
             rows_per_expert=arriving.sum(0),
+            sources=None if seed is None else Sources(arriving, seeds),
         )
         sorted_rows = rows_from_tokens(x_TD, permutation)
         arrived_RD = _AllToAll.apply(
@@ -88,11 +95,14 @@ class AllToAllDispatcher:
         )
         return tokens_from_rows(sorted_rows, plan.weights_TK, plan.permutation)
 
-    def _exchange_counts(self, permutation: Permutation, hidden_size: int) -> tuple[Tensor, list[int], list[int]]:
-        """Rows arriving from each peer for each local expert (ep, e) int64; rows sent to and received from peers."""
+    def _exchange_counts(
+        self, permutation: Permutation, hidden_size: int, seed: int
+    ) -> tuple[Tensor, list[int], list[int], list[int]]:
+        """Rows arriving from each peer for each local expert (ep, e) int64; rows sent to and received from peers, and
+        their seeds."""
         counts = permutation.rows_per_expert.view(self.ep_size, -1)
         totals = counts.sum(1, keepdim=True)
-        header = totals.new_tensor([self.layer, hidden_size]).expand(self.ep_size, 2)
+        header = totals.new_tensor([self.layer, hidden_size, seed]).expand(self.ep_size, 3)
         outgoing = torch.cat((header, totals, counts), dim=1).contiguous()
         incoming = torch.empty_like(outgoing)
         self.clock.count([1] * self.ep_size, outgoing[0].nbytes, self.group.rank())
@@ -100,14 +110,14 @@ class AllToAllDispatcher:
             dist.all_to_all_single(incoming, outgoing, group=self.group)
         arriving = incoming[:, self._HEADER :]
         checks = torch.cat((incoming[:, : self._HEADER], arriving.sum(1, keepdim=True), totals), dim=1).tolist()
-        for peer, (layer, hidden, total, received, _) in enumerate(checks):
+        for peer, (layer, hidden, _, total, received, _) in enumerate(checks):
             if (layer, hidden) != (self.layer, hidden_size) or total != received:
                 raise DispatchMismatchError(
                     f"expert dispatch in layer {self.layer}: rank {dist.get_global_rank(self.group, peer)} is at "
                     f"layer {layer} with hidden size {hidden} and announced {total} rows as {received}; expected layer "
                     f"{self.layer}, hidden size {hidden_size}. The ranks run different models or fell out of step."
                 )
-        return arriving, [row[4] for row in checks], [row[2] for row in checks]
+        return arriving, [row[5] for row in checks], [row[3] for row in checks], [row[2] for row in checks]
 
 
 def expert_order(arriving: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moe_dist.models.noise import Sources
 from moe_dist.models.router import Routing
 
 
@@ -26,6 +27,7 @@ class AllGatherPlan:
     weights_all: Tensor
     rows_per_expert: Tensor
     tokens_per_rank: list[int]
+    sources: Sources | None
 
 
 class AllGatherDispatcher:
@@ -49,7 +51,12 @@ class AllGatherDispatcher:
             rows.append(x_all[token])
             pairs.append(torch.stack((token, k)))
         counts = torch.tensor([len(row) for row in rows])
-        return torch.cat(rows), AllGatherPlan(torch.cat(pairs, dim=1), weights_all, counts, everyone)
+        sources = None
+        if routing.noise_seed is not None:
+            mine = [(ids == expert).sum() for ids in local.split(everyone) for expert in range(self.num_local)]
+            rows_SE = torch.stack(mine).view(len(everyone), self.num_local)
+            sources = Sources(rows_SE, _gather_sizes(routing.noise_seed, self.group))
+        return torch.cat(rows), AllGatherPlan(torch.cat(pairs, dim=1), weights_all, counts, everyone, sources)
 
     def combine(self, rows_RD: Tensor, plan: AllGatherPlan) -> Tensor:
         """Weighted rows summed into the tokens of every rank; each rank keeps its own."""

@@ -41,10 +41,11 @@ def build_model(config: Config, mesh: Mesh, clock: Clock | None = None) -> Trans
     if is_sharded(config, mesh):
         shard_parameters(model, config, mesh)
     elif config.train.pure_bf16:
-        for module in model.modules():
-            if not isinstance(module, Router):  # routers compute and learn in float32 always
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(torch.bfloat16)
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        exact = {parameter for router in routers for parameter in router.parameters()}
+        for parameter in model.parameters():
+            if parameter not in exact:  # routers compute and learn in float32 always
+                parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 

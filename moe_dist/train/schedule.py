@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 from moe_dist.config import OptimizerConfig
+from moe_dist.models.shares import ceil_share
 
 
 def learning_rate(config: OptimizerConfig, step: float, total_steps: int | None, time_share: float = 0.0) -> float:
@@ -17,7 +17,7 @@ def learning_rate(config: OptimizerConfig, step: float, total_steps: int | None,
     """
     peak, floor = config.learning_rate, config.min_learning_rate
     ratio = 0.0 if config.warmup_steps else config.warmup_ratio  # warmup_steps are steps whatever the clock says
-    warmup = config.warmup_steps or math.ceil(Fraction(str(ratio)) * (total_steps or 0))
+    warmup = config.warmup_steps or ceil_share(ratio, total_steps or 0)
     by_steps = (step + 1) / (warmup + 1) if warmup else float(not ratio)
     by_time = time_share / ratio if ratio else 0.0
     if max(by_steps, by_time) < 1.0:
@@ -30,6 +30,7 @@ def learning_rate(config: OptimizerConfig, step: float, total_steps: int | None,
     progress = min(1.0, max(0.0, progress))
     if config.lr_scheduler_type == "linear":
         return floor + (peak - floor) * (1.0 - progress)
-    if config.lr_scheduler_type == "cosine_with_restarts" and progress < 1.0:
-        progress = (progress * config.num_cycles) % 1.0
+    cycles = round(progress * config.num_cycles, 9)  # 1/49 * 49 is below 1: a restart would come late
+    if config.lr_scheduler_type == "cosine_with_restarts" and cycles < config.num_cycles:
+        progress = cycles % 1.0
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from moe_dist.config import TrainConfig
+from moe_dist.models.shares import ceil_share
 
 UNLABELLED_STEPS = 100
 """Steps in a row without a label to learn from that end a run."""
@@ -138,4 +139,4 @@ def last_sample(config: TrainConfig, pace: Pace) -> int | None:
     """
     if pace.epoch is None or config.num_train_epochs is None:
         return None
-    return math.ceil(Fraction(str(config.num_train_epochs)) * pace.epoch)
+    return ceil_share(config.num_train_epochs, pace.epoch)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import Tensor
@@ -103,6 +106,25 @@ def test_capacity_drops_late_pairs_and_counts_what_was_wanted() -> None:
     assert out[0, 4:].count_nonzero() == 0
     layer.eval()
     assert (layer(x).abs().sum(-1) > 0).all()
+
+
+def test_places_are_those_of_the_written_factor() -> None:
+    """Trap 37. Seen to fail with `ceil` of a float32 product: 901 places for 1.2 * 2 * 3000 / 8, and in one size of a
+    hundred. With and without padding."""
+    for top_k, num_experts in ((1, 4), (2, 8), (3, 7), (8, 160)):
+        for factor in ("0.5", "1", "1.1", "1.2", "1.25", "1.3", "2.05", "0.3333333333333333"):
+            balance = BalanceConfig(capacity_factor=float(factor))
+            with torch.device("meta"):
+                config = {"num_experts": num_experts, "num_experts_per_tok": top_k, "norm_topk_prob": False}
+                layer = MoE(ModelConfig.model_validate(CONFIG.model_dump() | config), balance, 0)
+            share = Fraction(1, 3) if factor.startswith("0.3") else Fraction(factor)
+            for num_tokens in (*range(0, 5000, 125), 16_777_217, 50_000_000):
+                wanted = max(1, math.ceil(share * top_k * num_tokens / num_experts))
+                ids = torch.empty((), dtype=torch.int64).expand(num_tokens, top_k)
+                assert int(layer._capacity(ids, None)) == wanted, (factor, top_k, num_experts, num_tokens)
+                if num_tokens < 1000:
+                    valid = torch.arange(num_tokens + 7) < num_tokens
+                    assert int(layer._capacity(ids, valid)) == wanted
 
 
 @pytest.mark.parametrize("capacity_factor", [0.25, 1.0])

@@ -160,6 +160,28 @@ def test_selection_bias_moves_the_choice_and_not_the_weights() -> None:
     torch.testing.assert_close(routing.weights_TK, routing.scores_TE.gather(1, routing.expert_ids_TK))
 
 
+def test_a_bias_that_no_longer_moves_is_still_used() -> None:
+    """Trap 34. Seen to fail with `use_bias` set by the rate: a run that goes on at rate 0 chose by scores alone. A run
+    that never had one is bitwise without it."""
+    moving = build_router(SMALL, BalanceConfig(bias_update_rate=0.1))
+    with torch.no_grad():
+        moving.bias_E.copy_(torch.randn(SMALL.num_experts))
+    frozen = build_router(SMALL, BalanceConfig())
+    frozen.weight = moving.weight
+    x = torch.randn(50, 16)
+    without = frozen(x)
+    assert frozen.selection_bias is None
+    frozen.bias_E.detach().copy_(moving.bias_E)  # as a checkpoint is read
+    assert torch.equal(frozen(x).expert_ids_TK, moving(x).expert_ids_TK)
+    assert torch.equal(frozen(x).weights_TK, moving(x).weights_TK)
+    assert not torch.equal(frozen(x).expert_ids_TK, without.expert_ids_TK)
+    removed = build_router(SMALL, BalanceConfig(use_selection_bias=False))
+    removed.load_state_dict(frozen.state_dict())
+    assert torch.equal(removed(x).expert_ids_TK, without.expert_ids_TK)
+    with pytest.raises(ValueError, match="use_selection_bias=false"):
+        BalanceConfig(use_selection_bias=False, bias_update_rate=0.1)
+
+
 def test_jitter_only_in_training() -> None:
     router = build_router(SMALL, BalanceConfig(router_jitter=0.5))
     x = torch.randn(20, 16)
@@ -200,6 +222,34 @@ class Swapped(Plain):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         indices, weights = super().forward(hidden_states)
         return weights, indices
+
+
+class Hashed(Plain):
+    """A person's own router with buffers: a constant, and one drawn at random; and one inside a module."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__(hidden_size, num_experts)
+        self.register_buffer("temperature", torch.tensor(0.7))
+        self.register_buffer("planes", torch.randn(hidden_size, 3), persistent=False)
+        self.gate.register_buffer("scale", torch.full((num_experts,), 2.0))
+
+
+def test_buffers_of_an_own_router_have_their_values() -> None:
+    """On the meta device they have none. Seen to fail with `to_empty` alone: whatever the memory held."""
+    ROUTERS._entries.pop("mine", None)
+    register_router("mine")(Hashed)
+    models = []
+    for layers in (None, [1]):
+        with torch.device("meta"):
+            models.append(Transformer(SMALL.model_copy(update={"router": "mine"}), layers=layers))
+        torch.manual_seed(len(models))
+        models[-1].initialize(0)
+    first, second = (moe.router for moe in models[0].moe_layers())
+    (alone,) = (moe.router for moe in models[1].moe_layers())
+    assert first.temperature == torch.tensor(0.7)
+    assert torch.equal(first.gate.scale, torch.full((SMALL.num_experts,), 2.0))
+    assert not torch.equal(first.planes, second.planes)
+    assert all(torch.equal(a, b) for a, b in zip(second.buffers(), alone.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("kind", [Cosine, Plain, Swapped])

@@ -55,14 +55,15 @@ def both_ways(
         AllGatherDispatcher(group, num_experts),
     ):
         leaves = [t.clone().requires_grad_() for t in (x, weights, mine)]
-        rows, plan = dispatcher.dispatch(leaves[0], Routing(leaves[1], ids))
+        rows, plan = dispatcher.dispatch(leaves[0], Routing(leaves[1], ids, noise_seed=2**61 + rank))
         chunks = rows.split(plan.rows_per_expert.tolist())
         out_rows = torch.cat([chunk @ matrix for chunk, matrix in zip(chunks, leaves[2].unbind(0), strict=True)])
         out = dispatcher.combine(out_rows, plan)
         out.backward(out_grad)
-        results.append([plan.rows_per_expert, out.detach(), *[leaf.grad for leaf in leaves]])
+        counts = (plan.rows_per_expert, plan.sources.rows_SE.flatten(), torch.tensor(plan.sources.seeds))
+        results.append([torch.cat(counts), out.detach(), *[leaf.grad for leaf in leaves]])
     counts, wanted_counts = results[0][0], results[1][0]
-    assert torch.equal(counts, wanted_counts), f"rows per expert {counts} != {wanted_counts}"
+    assert torch.equal(counts, wanted_counts), f"rows per expert, by source, seeds: {counts} != {wanted_counts}"
     worst = 0.0
     for found, wanted in zip(results[0][1:], results[1][1:], strict=True):
         assert found is not None, "a tensor without gradient"

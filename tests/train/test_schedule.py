@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from moe_dist.config import OptimizerConfig
+from moe_dist.config import OptimizerConfig, TrainConfig
 from moe_dist.train.schedule import learning_rate
+from moe_dist.train.stopping import total_steps
 
 
 def rates(total: int = 100, **options: object) -> list[float]:
@@ -36,6 +37,25 @@ def test_restarts_return_to_the_peak() -> None:
     found = rates(total=101, lr_scheduler_type="cosine_with_restarts", num_cycles=2)
     assert found[50] == pytest.approx(1.0)
     assert found[49] < 0.11
+
+
+def test_restarts_come_at_their_step() -> None:
+    """Trap 37. Seen to fail with the remainder of a product of floats: 1/49 of the run was still in its first cycle."""
+    for cycles in (3, 7, 49, 98):
+        found = rates(total=2 * cycles + 1, lr_scheduler_type="cosine_with_restarts", num_cycles=cycles)
+        assert found[:-1:2] == pytest.approx([1.0] * cycles)
+        assert found[-1] == pytest.approx(0.1)
+
+
+def test_warmup_and_epochs_are_of_the_number_that_was_written() -> None:
+    """Trap 37. Seen to fail with `ceil` of a product of floats: 8 steps of warm-up for 0.07 of 100."""
+    for percent in range(1, 100):
+        for total in (10, 100):
+            wanted = -(-percent * total // 100)
+            found = rates(total=total, warmup_ratio=percent / 100, lr_scheduler_type="constant")
+            assert sum(rate < 1.0 for rate in found) == wanted
+            epochs = TrainConfig(num_train_epochs=percent / 10)
+            assert total_steps(epochs, total) == max(1, -(-percent * total // 10))
 
 
 def test_warmup_ratio_and_steps() -> None:

@@ -12,6 +12,7 @@ from ranks import run_ranks
 from tiny import mesh_of, micro_batches, tiny_config
 
 from moe_dist.data.batch import Batch
+from moe_dist.models.router import Router, TopK
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.evaluation import evaluate, sample_text
 from moe_dist.train.loss import cross_entropy_sum
@@ -227,6 +228,31 @@ def test_alternating_dense_and_expert_layers() -> None:
     for ep_size in (1, 2, 4):
         for found in run_ranks(no_experts_in_one_layer, 4, ep_size):
             assert found == pytest.approx(wanted, rel=1e-5)
+
+
+class InnerRouter(Router):
+    """A person's own router, whose weights are those of a module inside it."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__(hidden_size, num_experts)
+        self.weight = None
+        self.gate = torch.nn.Linear(hidden_size, num_experts)
+
+    def forward(self, x_TD: torch.Tensor) -> TopK:
+        assert x_TD.dtype == torch.float32
+        return self.select_experts(self.gate(x_TD).softmax(-1))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "pure_bf16"])
+def test_own_routers_compute_in_float32_too(precision: str) -> None:
+    """Trap 17. Seen to fail with autocast left on around them, and with the parameters of inner modules in bfloat16."""
+    parts = Trial(tiny_config("model.router=test_step:InnerRouter", f"train.{precision}=true"), Mesh.single())
+    seen = []
+    for moe in parts.model.moe_layers():
+        assert moe.router.gate.weight.dtype == torch.float32
+        moe.router.gate.register_forward_hook(lambda _, __, logits: seen.append(logits.dtype))
+    parts.step(micro_batches(1), 0, 0.0)
+    assert set(seen) == {torch.float32}
 
 
 def test_pure_bf16_keeps_float32_masters() -> None:

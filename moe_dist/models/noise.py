@@ -1,0 +1,78 @@
+"""Noise of experts: it belongs to the micro-batch and the expert, wherever and together with whatever they run.
+
+Shape suffixes: S micro-batches, e experts held here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The micro-batches whose rows lie here, in the order they have within every expert.
+
+    `rows_SE` (S, e) int64: rows of each for each local expert; `seeds`: of each one's noise in this layer.
+    """
+
+    rows_SE: Tensor
+    seeds: list[int]
+
+
+def draw_seed() -> int:
+    """A seed from torch's random state, which the pass has seeded by micro-batch and layer (`Stage.forward`)."""
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+def draws_noise(module: nn.Module) -> bool:
+    """Whether it draws random numbers in training: it has a dropout module, or says so by `has_noise`."""
+    return any(
+        getattr(part, "has_noise", False) or (isinstance(part, _DropoutNd) and part.p > 0) for part in module.modules()
+    )
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Inside, seeds may be set: afterwards the random states of the CPU and of `device` are as before."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        yield
+
+
+def refuse_stray_noise(experts: M) -> M:
+    """The same module, whose forward raises ValueError in training when it moves torch's random state."""
+    experts.register_forward_pre_hook(_remember)
+    experts.register_forward_hook(_compare)
+    return experts
+
+
+def _remember(experts: Any, arguments: tuple[Any, ...]) -> None:
+    if experts.training:
+        experts.random_state = _random_state(arguments[0].device)
+
+
+def _compare(experts: Any, arguments: tuple[Any, ...], out: Tensor) -> None:
+    if not experts.training:
+        return
+    now = _random_state(arguments[0].device)
+    if not all(map(torch.equal, now, experts.random_state)):
+        raise ValueError(
+            f"model.expert: {experts.kind} draws random numbers in a way that changes with the layout of ranks; "
+            "write one expert (a subclass of Expert), with nn.Dropout or, for noise of another kind, `has_noise = True`"
+        )
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
