@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.metadata import (
 from moe_dist.checkpoint.manifest import Box, CheckpointError, Manifest
 from moe_dist.checkpoint.shards import NAMES, TORCH_DTYPES, Piece, ShardReader
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.logical import is_stacked_expert, like_parameter
+from moe_dist.parallel.logical import as_stack, like_parameter
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.sharding import held_parameters
 
 NamedState = Iterable[tuple[str, str, list[Tensor], bool]]
 """(parameter name, key, tensors, whether they are one per expert) as `Optimizer.named_state` yields them."""
@@ -31,22 +32,21 @@ class LogicalState:
     def __init__(self, model: Transformer, optimizer_state: NamedState, mesh: Mesh) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.put_back: list[tuple[list[Tensor], Tensor]] = []
-        parameters = dict(model.named_parameters())
+        parameters, stacked = held_parameters(model), model.stacked_names()
+
+        def logical(name: str, tensor: Tensor) -> Tensor:
+            if name not in parameters:
+                return as_stack(tensor, mesh) if name in stacked else tensor  # a buffer
+            return like_parameter(tensor, parameters[name], name in stacked, mesh) if tensor.ndim else tensor
+
         for name, tensor in model.state_dict().items():
-            self._add(f"model.{name}", tensor, parameters.get(name), name, model, mesh)
+            self.tensors[f"model.{name}"] = logical(name, tensor)
         for name, key, tensors, split in optimizer_state:
             tensor = tensors[0]
             if split:
                 tensor = torch.stack(tensors)
                 self.put_back.append((tensors, tensor))
-            self._add(f"optimizer.{name}.{key}", tensor, parameters[name], name, model, mesh)
-
-    def _add(
-        self, key: str, tensor: Tensor, parameter: Tensor | None, name: str, model: Transformer, mesh: Mesh
-    ) -> None:
-        if parameter is not None and tensor.ndim:
-            tensor = like_parameter(tensor, parameter, is_stacked_expert(name, model), mesh)
-        self.tensors[key] = tensor
+            self.tensors[f"optimizer.{name}.{key}"] = logical(name, tensor)
 
     def finish_reading(self) -> None:
         """Put what was read into copies where it belongs."""

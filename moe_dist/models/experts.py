@@ -24,7 +24,8 @@ class Experts(nn.Module):
     """SwiGLU experts as stacked 3-D weights, run by grouped matmuls.
 
     `w_gate_up` (e, D, 2F), gate first; `w_down` (e, F, D). This module holds the experts
-    [first_expert, first_expert + num_local): all of them until `shard` keeps some.
+    [first_expert, first_expert + num_local): all of them until `shard` keeps some. A subclass may have more parameters
+    and buffers: each is stacked too, (num_experts, ...), whatever its other dimensions, and none is in an inner module.
     """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
@@ -54,15 +55,22 @@ class Experts(nn.Module):
         for name, parameter in list(self.named_parameters(recurse=False)):
             kept = parameter.detach()[start : start + count].clone()
             setattr(self, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        for name, buffer in self.named_buffers(recurse=False):
+            setattr(self, name, buffer[start : start + count].clone())
         self.first_expert, self.num_local = first, count
 
     @torch.no_grad()
     def initialize(self, seed_of: SeedOf, std: float) -> None:
-        """Normal weights, each expert from its own seed: equal in every layout, no two alike."""
+        """Normal weights, each expert from its own seed: equal in every layout, no two alike. Vectors and buffers of a
+        subclass (an expert's bias) start at zero.
+        """
+        for tensor in (*self.parameters(), *self.buffers()):
+            tensor.zero_()
         for index in range(self.num_local):
             generator = torch.Generator().manual_seed(seed_of(self.first_expert + index))
-            for parameter in (self.w_gate_up, self.w_down):
-                parameter[index].copy_(torch.empty(parameter.shape[1:]).normal_(0.0, std, generator=generator))
+            for parameter in self.parameters():
+                if parameter.ndim > 2:
+                    parameter[index].copy_(torch.empty(parameter.shape[1:]).normal_(0.0, std, generator=generator))
 
 
 class LoopExperts(Experts):
@@ -278,5 +286,12 @@ def build_experts(config: ModelConfig) -> Experts | ExpertList:
     kind: Any = EXPERTS.resolve(config.expert)
     sizes = (config.hidden_size, config.moe_intermediate_size)
     if isinstance(kind, type) and issubclass(kind, Experts):
-        return kind(config.num_experts, *sizes)
+        experts = kind(config.num_experts, *sizes)
+        for name, tensor in experts.state_dict().items():
+            if "." in name or tensor.shape[:1] != (config.num_experts,):
+                raise ValueError(
+                    f"model.expert={config.expert}: {name} {list(tensor.shape)}: every tensor of a class of stacked "
+                    f"experts is its own and begins with num_experts={config.num_experts}; subclass Expert for others"
+                )
+        return experts
     return ExpertList(lambda: kind(*sizes), config.num_experts)

@@ -189,6 +189,15 @@ class Transformer(Stage):
             for name, _ in module.named_parameters()
         }
 
+    def stacked_names(self) -> set[str]:
+        """Names of parameters and buffers whose dimension 0 counts experts; each `ep` rank holds a block of it."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, Experts)
+            for name in module.state_dict()
+        }
+
     def gradient_checkpointing_enable(self, mode: str = "full") -> None:
         """Recompute activations in backward: `full` blocks, `selective` (attention only), or `none`."""
         for block in self.blocks():

@@ -18,6 +18,8 @@ from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.state import LogicalState
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.config import Config
+from moe_dist.data.tokenizer import ByteTokenizer
+from moe_dist.train.evaluation import evaluate, sample_text
 from moe_dist.verify.trial import Trial, micro_batches
 
 pytestmark = pytest.mark.dist
@@ -45,14 +47,14 @@ def name_of(layout: Layout) -> str:
 class Run:
     """A trial with a folder for its checkpoints."""
 
-    def __init__(self, layout: Layout, num_micro_batches: int) -> None:
+    def __init__(self, layout: Layout, num_micro_batches: int, *options: str) -> None:
         """`num_micro_batches`: of a step, shared out evenly by the replicas of every layout."""
         world, pp, ep, zero = layout
         parallel = (f"ep_size={ep}", f"pp_size={pp}", f"zero_stage={zero}")
         self.num_micro_batches = num_micro_batches
         micro_batches_each = num_micro_batches * pp // world
-        self.config: Config = tiny_config(*parallel, f"gradient_accumulation_steps={micro_batches_each}")
-        self.trial = Trial(self.config, mesh_of(ep, None, pp))
+        self.config: Config = tiny_config(*parallel, f"gradient_accumulation_steps={micro_batches_each}", *options)
+        self.trial = Trial(self.config, mesh_of(ep, self.config.parallel.shard_size, pp))
 
     def state(self) -> LogicalState:
         return LogicalState(self.trial.model, self.trial.optimizer.named_state(), self.trial.mesh)
@@ -61,6 +63,12 @@ class Run:
         batches = micro_batches(self.config, self.num_micro_batches, number)
         self.trial.step(self.trial.share(batches), number, 1e-2)
         self.trial.balancer.clear()
+
+    def look(self) -> None:
+        """An evaluation and a sample of text."""
+        trial = self.trial
+        evaluate(trial.model, trial.share(micro_batches(self.config, 4, 9)), trial.mesh)
+        sample_text(trial.model, ByteTokenizer(), "a", 2, context=8, mesh=trial.mesh, seed=1)
 
     def checkpoints(self, folder: Path) -> Checkpoints:
         return Checkpoints(LocalStorage(folder), self.trial.mesh, self.config.checkpoint)
@@ -146,3 +154,35 @@ def values(folder: Path, step: int) -> dict:
     found = Found(LocalStorage(folder), step)
     listed = tensors(found, found.storage.manifest(step), Keys())
     return {name: value.double() for name, value in listed if name.startswith("model.")}
+
+
+FORWARD_ONLY: list[Layout] = [(4, 1, 2, 1), (4, 1, 1, 2), (4, 2, 2, 1), (4, 1, 2, 3)]
+
+
+def look_between_saves(root: Path, layouts: list[Layout]) -> None:
+    """Save, evaluate and sample, save; then train on, evaluate, and load into the model as the evaluation left it."""
+    for layout in layouts:
+        hybrid = ["parallel.shard_size=2"] if layout == layouts[0] else []
+        run = Run(layout, 4, "model.vocab_size=300", *hybrid)
+        run.step(0)
+        run.save(root / name_of(layout) / "trained", 1)
+        run.look()
+        run.save(root / name_of(layout) / "evaluated", 1)
+        run.step(1)
+        run.look()
+        run.load(root / name_of(layout) / "trained", 1)
+        run.look()
+        run.save(root / name_of(layout) / "loaded", 1)
+
+
+def test_forward_passes_change_nothing_that_is_saved_or_loaded(tmp_path: Path) -> None:
+    """Trap 31: FSDP leaves parameters whole after a forward pass without a backward pass.
+
+    Seen to fail at ZeRO 1 and 2: with experts over `ep` the save raised, without it held one rank's moments under the
+    whole tensor's name, and what was loaded into the whole parameters was lost.
+    """
+    run_ranks(look_between_saves, 4, tmp_path, FORWARD_ONLY)
+    for layout in FORWARD_ONLY:
+        found = [LocalStorage(tmp_path / name_of(layout) / when) for when in ("trained", "evaluated", "loaded")]
+        trained, *others = [digests(Found(storage, 1)) for storage in found]
+        assert others == [trained, trained], layout
