@@ -85,13 +85,13 @@ def reshard(model: Transformer) -> None:
                 module.reshard()
 
 
-def held_parameters(model: Transformer) -> dict[str, nn.Parameter]:
+def held_parameters(model: Transformer, every_name: bool = False) -> dict[str, nn.Parameter]:
     """Parameters by logical name as this rank holds them between steps, whatever pass has run: with FSDP its shards.
 
-    A tied weight is there under each of its names.
+    `every_name`: a tied weight under each of its names, not the first alone.
     """
     reshard(model)
-    held = dict(model.named_parameters(remove_duplicate=False))
+    held = dict(model.named_parameters(remove_duplicate=not every_name))
     sharded = any(isinstance(module, FSDPModule) for stage in model.stages for module in stage.modules())
     assert all(isinstance(parameter, DTensor) == sharded for parameter in held.values())
     return held
@@ -102,7 +102,7 @@ class ShardedGradients:
 
     def __init__(self, model: Transformer, mesh: Mesh, zero_stage: int) -> None:
         self.model, self.mesh, self.zero_stage = model, mesh, zero_stage
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in held_parameters(model).items() if p.requires_grad}
         self.expert_names = model.expert_parameter_names() & self.parameters.keys()
 
     @property
