@@ -8,29 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_config
-from torch import Tensor, nn
 
 from moe_dist.config import Config
-from moe_dist.models.experts import Experts
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.verify.trial import Trial
 
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd")
-
-
-class WithVectors(Experts):
-    """A person's own stacked experts: a bias (e, D) and a scale (e,) besides the matrices."""
-
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__(num_experts, hidden_size, intermediate_size)
-        self.shift = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.scale = nn.Parameter(torch.empty(num_experts))
-
-    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor) -> Tensor:
-        expert_R = torch.arange(self.num_local).repeat_interleave(rows_per_expert)
-        shift, scale = self.shift.to(rows_RD.dtype), self.scale.to(rows_RD.dtype)
-        return super().forward(rows_RD, rows_per_expert) * (1 + scale[expert_R, None]) + shift[expert_R]
 
 
 def owner(optim: str, model: Transformer, config: Config, folder: Path) -> tuple[torch.optim.Optimizer, Any]:
@@ -71,7 +55,7 @@ def test_a_borrowed_name_means_what_its_owner_means(optim: str, tmp_path: Path) 
     one, and with the factors of Adafactor over whole stacks (E, D).
     """
     pytest.importorskip("accelerate", reason="transformers.TrainingArguments needs accelerate, which is not installed")
-    options = ("model.expert=test_optimizers:WithVectors", "model.attention_bias=true", "optimizer.learning_rate=1e-3")
+    options = ("model.expert=stacked:WithVectors", "model.attention_bias=true", "optimizer.learning_rate=1e-3")
     config = tiny_config(*options, f"optimizer.optim={optim}")
     trial = Trial(config, Mesh.single())
     first = trial.weights
@@ -101,6 +85,6 @@ def test_meaning_decides_what_decays() -> None:
     options = ("model.attention_bias=true", "model.qk_norm=true")
     model = Transformer(tiny_config(*options).model)
     assert model.decayed_names() == set(Trainer.get_decay_parameter_names(None, model))
-    own = Transformer(tiny_config(*options, "model.expert=test_optimizers:WithVectors").model)
+    own = Transformer(tiny_config(*options, "model.expert=stacked:WithVectors").model)
     assert own.decayed_names() == model.decayed_names()
     assert "embed_tokens.weight" in own.decayed_names()
