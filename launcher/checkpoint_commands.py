@@ -18,7 +18,7 @@ import typer
 from launcher.worker import EXIT_FAILED
 from moe_dist.checkpoint.changes import changes
 from moe_dist.checkpoint.encryption import Keys
-from moe_dist.checkpoint.listing import listed, room_taken, seal_problems
+from moe_dist.checkpoint.listing import listed, room_taken, verdict
 from moe_dist.checkpoint.lock import quiet
 from moe_dist.checkpoint.manifest import CheckpointError, Manifest
 from moe_dist.checkpoint.reading import Found, read_trainer_state, whole
@@ -62,8 +62,9 @@ def ls(path: Place, as_json: AsJson = False) -> None:
 def verify(path: Place, encryption_key: Key = None, as_json: AsJson = False) -> None:
     """Hash every byte and compare with the manifest. Names the files and tensors that are not as written.
 
-    Hashes are of the files as stored: an encrypted checkpoint needs no key for this. With one, every seal is opened
-    too.
+    Shapes are compared too: moments with their weights, weights with the configuration they were saved with. Hashes
+    are of the files as stored: an encrypted checkpoint needs no key for them. With one, every seal is opened too, and
+    the configuration read.
     """
     from launcher.checkpoint_report import print_verdicts
 
@@ -71,13 +72,14 @@ def verify(path: Place, encryption_key: Key = None, as_json: AsJson = False) -> 
         keys = Keys(encryption_key or ())
         storage, steps = _place(path)
         found = _steps(storage, steps, some=True)
-        verdicts = {one: _everything_wrong(one, keys) for one in found}
+        verdicts = {one: verdict(one, keys) for one in found}
+    good = not any(one.problems for one in verdicts.values())
     if as_json:
-        rows = [{"step": one.step, "path": str(one), "problems": wrong} for one, wrong in verdicts.items()]
-        _print_json({"place": storage.where, "ok": not any(verdicts.values()), "steps": rows})
+        rows = [{"step": one.step, "path": str(one), **told._asdict()} for one, told in verdicts.items()]
+        _print_json({"place": storage.where, "ok": good, "steps": rows})
     else:
         print_verdicts(storage.where, verdicts)
-    if any(verdicts.values()):
+    if not good:
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -246,14 +248,6 @@ def _steps(storage: Storage, steps: list[int], some: bool = False) -> list[Found
         if not storage_has:
             storage.manifest(step)  # says what there is beside it
     return [Found(storage, step) for step in found]
-
-
-def _everything_wrong(found: Found, keys: Keys) -> list[str]:
-    wrong = whole(found)
-    if keys.keys and not wrong:
-        manifest = found.storage.manifest(found.step)
-        wrong = list(seal_problems(found, manifest, keys, sorted(manifest.files)))
-    return wrong
 
 
 def _good(path: str, encryption_key: list[str] | None) -> tuple[Found, Manifest, Keys]:

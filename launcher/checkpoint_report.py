@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_dist.checkpoint.changes import Change
-from moe_dist.checkpoint.listing import Listed
+from moe_dist.checkpoint.listing import Listed, Verdict
 from moe_dist.checkpoint.manifest import Manifest
 from moe_dist.checkpoint.reading import Found
 
@@ -92,13 +92,14 @@ def step_as_json(row: Listed) -> dict[str, Any]:
     return found
 
 
-def print_verdicts(where: str, verdicts: Mapping[Found, list[str]]) -> None:
+def print_verdicts(where: str, verdicts: Mapping[Found, Verdict]) -> None:
     """A line per step and per problem, and one that sums up."""
-    for found, wrong in verdicts.items():
-        print(f"{found.folder}: {'ok' if not wrong else f'{len(wrong)} problems' if len(wrong) > 1 else '1 problem'}")
+    for found, (wrong, note) in verdicts.items():
+        said = "ok" if not wrong else f"{len(wrong)} problems" if len(wrong) > 1 else "1 problem"
+        print(f"{found.folder}: {said}{f' ({note})' if note else ''}")
         for line in wrong:
             print(f"  {line}")
-    bad = [found.folder for found, wrong in verdicts.items() if wrong]
+    bad = [found.folder for found, verdict in verdicts.items() if verdict.problems]
     count = len(verdicts)
     noun = "checkpoint" if count == 1 else "checkpoints"
     print(f"{where}: {count - len(bad)} of {count} {noun} verified{'; not ' + ', '.join(bad) if bad else ''}")

@@ -292,7 +292,7 @@ class OptimizerConfig(Section):
     """Optimizer and learning-rate schedule."""
 
     optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"] = "adamw_torch_fused"
-    """Optimizer, by its `TrainingArguments` name."""
+    """Optimizer, by its `TrainingArguments` name: the same algorithm with the same defaults."""
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate."""
     min_learning_rate: NonNegativeFloat = 0.0
@@ -314,8 +314,8 @@ class OptimizerConfig(Section):
     """AdamW: decay of the second moment."""
     adam_epsilon: PositiveFloat = 1e-8
     """AdamW: epsilon."""
-    momentum: Probability = 0.9
-    """SGD: momentum."""
+    momentum: Probability = 0.0
+    """SGD: momentum; 0 as `TrainingArguments` has it."""
 
     _floor_below_peak = model_validator(mode="after")(check_optimizer)
 
@@ -402,6 +402,9 @@ class CheckpointConfig(Section):
     """Seal checkpoints (AES-256-GCM) with 32 bytes from a file or `env:NAME`; of a list the first seals, all open."""
     resume: str = "auto"
     """`auto`: the newest checkpoint that verifies, if any; `never`: start afresh; a step, or a checkpoint's path."""
+    load_optimizer: bool = True
+    """Take the optimizer's moments from the checkpoint, too; false: go on from its weights, router bias, counters and
+    place in the data, with moments that start afresh. For the first start of a job, as `resume`."""
     allow_config_change: bool = False
     """Go on although keys differ from the checkpoint's that change what is computed."""
 

@@ -67,7 +67,8 @@ def trained(seed: int = 1) -> Path:
 def state(step: int) -> Any:
     """A few tensors that tell of which step they are, for a `Checkpoints` without a model."""
     names = ("model.a", "model.b", "optimizer.a.exp_avg")
-    return SimpleNamespace(tensors={name: torch.full((64, 3), float(step)) for name in names})
+    tensors = {name: torch.full((64, 3), float(step)) for name in names}
+    return SimpleNamespace(tensors=tensors, model_shapes={}, wrong_shapes=list)
 
 
 def copy_of(run: Path, folder: Path) -> Path:

@@ -55,6 +55,10 @@ class State:
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
+        self.model_shapes: dict[str, tuple[int, ...]] = {}
+
+    def wrong_shapes(self) -> list[str]:
+        return []
 
     def finish_reading(self) -> None:
         pass

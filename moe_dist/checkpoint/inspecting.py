@@ -40,7 +40,7 @@ class Difference(NamedTuple):
 
 def is_stack(name: str, entry: TensorEntry) -> bool:
     """Whether dimension 0 counts experts."""
-    return ".experts." in name and ".experts.experts." not in name and len(entry.shape) == 3
+    return ".experts." in name and ".experts.experts." not in name and bool(entry.shape)
 
 
 class Tensors:

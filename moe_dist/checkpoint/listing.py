@@ -1,4 +1,4 @@
-"""What lies in a place with checkpoints, told from manifests and sizes alone: no file is read through. No torch."""
+"""What lies in a place with checkpoints: from manifests and sizes alone, or (`verdict`) read in full. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from moe_dist.checkpoint.encryption import Keys
 from moe_dist.checkpoint.manifest import CheckpointError, Manifest
-from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.reading import Found, read_trainer_state, whole
+from moe_dist.checkpoint.shapes import configuration_problems
 from moe_dist.checkpoint.storage import Storage
 
 
@@ -59,6 +60,29 @@ def seal_problems(found: Found, manifest: Manifest, keys: Keys, names: Iterable[
             seal.open(name, found.storage.read(f"{found.folder}/{name}"))
         except (CheckpointError, OSError) as error:
             yield f"{found.storage.where}/{found.folder}/{error}"
+
+
+class Verdict(NamedTuple):
+    """What is wrong with a checkpoint, and what could not be looked at."""
+
+    problems: list[str]
+    note: str | None
+
+
+def verdict(found: Found, keys: Keys) -> Verdict:
+    """Read a step in full: bytes, seals that these keys open, shapes. Raises CheckpointError for a wrong key."""
+    wrong = whole(found)
+    if wrong:
+        return Verdict(wrong, None)
+    manifest = found.storage.manifest(found.step)
+    if keys.keys:
+        wrong = list(seal_problems(found, manifest, keys, sorted(manifest.files)))
+    elif manifest.encryption is not None:
+        return Verdict([], "encrypted: shapes were compared with one another, not with its configuration")
+    if wrong:
+        return Verdict(wrong, None)
+    lines, note = configuration_problems(manifest, read_trainer_state(found, manifest, keys).get("config", {}))
+    return Verdict([f"{found}: {line}" for line in lines], note)
 
 
 def room_taken(storage: Storage, folder: str) -> int:

@@ -19,6 +19,7 @@ from moe_dist.checkpoint.lock import RunLock
 from moe_dist.checkpoint.manifest import CheckpointError, Manifest
 from moe_dist.checkpoint.reading import Found, choose, locate, problems, read_trainer_state
 from moe_dist.checkpoint.retention import to_remove
+from moe_dist.checkpoint.shapes import missing_weights, moment_problems
 from moe_dist.checkpoint.shards import Shard, ShardReader, split
 from moe_dist.checkpoint.state import LogicalState, SavePlan, read_into
 from moe_dist.checkpoint.storage import Storage, step_folder
@@ -69,11 +70,13 @@ class Checkpoints:
         generation: int = 0,
         lock: RunLock | None = None,
         zero_stage: int = 0,
+        load_optimizer: bool = True,
     ) -> None:
         """`lock`: held by rank 0. `run`, `generation`: as the lock says, the same on every rank. `zero_stage`: for
-        people who read the manifest."""
+        people who read the manifest. `load_optimizer`: a checkpoint must have moments that fit its weights."""
         self.storage, self.mesh, self.config = storage, mesh, config
         self.run, self.generation, self.lock, self.zero_stage = run, generation, lock, zero_stage
+        self.load_optimizer = load_optimizer
         self.keys = Keys(config.encryption_keys)
         self._rejected: set[int] = set()
         """Steps that did not verify when this start looked for one to go on from."""
@@ -100,11 +103,12 @@ class Checkpoints:
         return failed, writer.commit is not None and not writer.is_alive()
 
     def begin(self, step: int, state: LogicalState, trainer_state: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Copy the state and start to write it (collective). Nothing may be in flight."""
+        """Copy the state and start to write it (collective). Nothing may be in flight.
+
+        A state of other tensors than the model has is a save that has failed.
+        """
         assert self._writer is None
         self._started = time.perf_counter()
-        if self._plan is None:
-            self._plan = SavePlan(state, self.mesh)
         saving = Saving(
             self.storage,
             self.keys,
@@ -114,6 +118,11 @@ class Checkpoints:
             self.generation,
             self.layout,
         )
+        wrong = self._agree_on_plan(state)
+        if self._plan is None:
+            self._writer = Writer(saving, [], self.mesh.rank, None)
+            self._writer.refuse(wrong)
+            return
         error = self._prepare(saving) if self.mesh.rank == 0 else None
         if self._shards is None:
             self._shards = split(self._plan.items, f"shard-{self.generation}-{self.mesh.rank:05d}")
@@ -136,6 +145,21 @@ class Checkpoints:
             self._writer.start()
         self._blocked = time.perf_counter() - self._started
 
+    def _agree_on_plan(self, state: LogicalState) -> str | None:
+        """Plan the first save, once all ranks hold what the model has; every save is held against it. Returns what is
+        wrong, and there is no plan then.
+        """
+        wrong = state.wrong_shapes()
+        if self.mesh.sum_over("world", torch.tensor([float(len(wrong))], device=self.mesh.device)).item():
+            self._plan = self._shards = None
+            return next((line for lines in self._gathered(wrong[:1]) for line in lines), None)
+        if self._plan is None:
+            plan = SavePlan(state, self.mesh)
+            if missing := missing_weights(plan.shapes(), state.model_shapes):  # the plan is the same on every rank
+                return f"{missing[0]} is on no rank ({len(missing)} tensors are missing)"
+            self._plan = plan
+        return None
+
     def settle(self, alive: Callable[[], None] = lambda: None) -> Outcome:
         """The end of the save in flight (collective): waits for it, and says how it went.
 
@@ -144,7 +168,6 @@ class Checkpoints:
         """
         writer, plan = self._writer, self._plan
         assert writer is not None
-        assert plan is not None
         before = time.perf_counter()
         progress = -1
         while True:  # in rounds: no collective waits for a slow disk
@@ -170,7 +193,7 @@ class Checkpoints:
             path=f"{self.storage.where}/{step_folder(writer.saving.step)}",
             seconds=now - self._started,
             blocked_seconds=self._blocked + (now - before),
-            num_bytes=plan.num_bytes,
+            num_bytes=0 if plan is None else plan.num_bytes,
             error=error,
         )
 
@@ -306,6 +329,8 @@ class Checkpoints:
             except (CheckpointError, OSError) as error:
                 return [str(error)]
             self.keys.opening(manifest, str(found))
+            if self.mesh.rank == 0 and self.load_optimizer and (wrong := moment_problems(manifest)):
+                return [f"{found}: {line}" for line in wrong]
             return problems(found, manifest, sorted(manifest.files)[self.mesh.rank :: self.mesh.layout.world_size])
 
         return list(dict.fromkeys(line for lines in self._gathered(self._together(look)) for line in lines))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from moe_dist.checkpoint.encryption import Keys
 from moe_dist.checkpoint.hashing import hash_file
 from moe_dist.checkpoint.manifest import STATE_FILE, CheckpointError, Manifest
+from moe_dist.checkpoint.shapes import moment_problems
 from moe_dist.checkpoint.storage import Storage, open_storage, step_folder
 
 
@@ -85,7 +86,9 @@ def whole(found: Found) -> list[str]:
         return [str(error)]
     extra = sorted(set(found.storage.files(found.folder)) - set(manifest.files) - {"manifest.json"})
     lines = [f"{found}/{name}: not part of the checkpoint" for name in extra]
-    return problems(found, manifest, manifest.files) + lines
+    return (
+        problems(found, manifest, manifest.files) + lines + [f"{found}: {line}" for line in moment_problems(manifest)]
+    )
 
 
 def choose(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -15,38 +15,54 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from moe_dist.checkpoint.manifest import Box, CheckpointError, Manifest
+from moe_dist.checkpoint.manifest import Box, CheckpointError, Manifest, TensorEntry
+from moe_dist.checkpoint.shapes import MODEL, OPTIMIZER, SAVE_WEIGHTS, wrong_moments, wrong_weights
 from moe_dist.checkpoint.shards import NAMES, TORCH_DTYPES, Piece, ShardReader
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.logical import is_stacked_expert, like_parameter
+from moe_dist.parallel.logical import as_stack, like_parameter
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.sharding import held_parameters
 
 NamedState = Iterable[tuple[str, str, list[Tensor], bool]]
 """(parameter name, key, tensors, whether they are one per expert) as `Optimizer.named_state` yields them."""
 
 
 class LogicalState:
-    """Tensors by logical name for writing or reading in place, with the copies that reading must put back."""
+    """Tensors by logical name for writing or reading in place, with the copies that reading must put back.
+
+    Weights are in full precision whatever the model computes in: where it has masters, those are its weights. Reading
+    fills them; `follow_masters` of the optimizer comes after.
+    """
 
     def __init__(self, model: Transformer, optimizer_state: NamedState, mesh: Mesh) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.put_back: list[tuple[list[Tensor], Tensor]] = []
-        parameters = dict(model.named_parameters())
+        self.model_shapes = model.logical_shapes
+        parameters, stacked = held_parameters(model, every_name=True), model.stacked_names()
+        masters = {parameters[name]: master for name, master in model.masters.items()}
+
+        def logical(name: str, tensor: Tensor) -> Tensor:
+            if name not in parameters:
+                return as_stack(tensor, mesh) if name in stacked else tensor  # a buffer
+            return like_parameter(tensor, parameters[name], name in stacked, mesh) if tensor.ndim else tensor
+
         for name, tensor in model.state_dict().items():
-            self._add(f"model.{name}", tensor, parameters.get(name), name, model, mesh)
+            if name in parameters:
+                tensor = masters.get(parameters[name], tensor)
+            self.tensors[f"model.{name}"] = logical(name, tensor)
+
         for name, key, tensors, split in optimizer_state:
             tensor = tensors[0]
             if split:
                 tensor = torch.stack(tensors)
                 self.put_back.append((tensors, tensor))
-            self._add(f"optimizer.{name}.{key}", tensor, parameters[name], name, model, mesh)
+            self.tensors[f"optimizer.{name}.{key}"] = logical(name, tensor)
 
-    def _add(
-        self, key: str, tensor: Tensor, parameter: Tensor | None, name: str, model: Transformer, mesh: Mesh
-    ) -> None:
-        if parameter is not None and tensor.ndim:
-            tensor = like_parameter(tensor, parameter, is_stacked_expert(name, model), mesh)
-        self.tensors[key] = tensor
+    def wrong_shapes(self) -> list[str]:
+        """What this rank holds of another shape than the model of this configuration has, in one process or in any
+        layout."""
+        found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        return [*wrong_weights(found, self.model_shapes), *wrong_moments(found, self.model_shapes)]
 
     def finish_reading(self) -> None:
         """Put what was read into copies where it belongs."""
@@ -119,11 +135,12 @@ def read_into(state: LogicalState, manifest: Manifest, reader: ShardReader) -> N
 
     Raises CheckpointError naming the tensor that is missing or of another shape, before anything is changed.
     """
-    _same_shapes(state, manifest)
+    sources = _sources(state, manifest)
+    entries = {name: manifest.tensors[source] for name, source in sources.items()}
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(state.tensors, _metadata(manifest), is_coordinator=True)
+    planner.set_up_planner(state.tensors, _metadata(entries), is_coordinator=True)
     boxes: dict[tuple[str, tuple[int, ...]], Box] = {
-        (name, box.offset): box for name, tensor in manifest.tensors.items() for box in tensor.boxes
+        (name, box.offset): box for name, tensor in entries.items() for box in tensor.boxes
     }
     plan = planner.finish_plan(planner.create_local_plan())
     wanted = [(boxes[item.storage_index.fqn, tuple(item.storage_index.offset or ())], item) for item in plan.items]
@@ -135,25 +152,33 @@ def read_into(state: LogicalState, manifest: Manifest, reader: ShardReader) -> N
                 slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True)
             ]
         target = planner.resolve_tensor(item).detach()
-        target.copy_(reader.read(name, manifest.tensors[name], box, part))
+        target.copy_(reader.read(sources[name], entries[name], box, part))
         planner.commit_tensor(item, target)
     reader.close()
     state.finish_reading()
 
 
-def _same_shapes(state: LogicalState, manifest: Manifest) -> None:
+def _sources(state: LogicalState, manifest: Manifest) -> dict[str, str]:
+    """For every tensor of the state the one of the checkpoint that holds it, of the same shape. Raises CheckpointError.
+
+    Weights of a run in `pure_bf16` once stood there rounded, beside `master` in the optimizer's state.
+    """
+    where, sources = f"checkpoint of step {manifest.step}", {}
     for name, tensor in state.tensors.items():
-        entry = manifest.tensors.get(name)
+        is_moment = name.startswith(OPTIMIZER)
+        master = f"{OPTIMIZER}{name.removeprefix(MODEL)}.master"
+        source = sources[name] = name if is_moment or master not in manifest.tensors else master
+        way_out = f"; {SAVE_WEIGHTS}" if is_moment else ""
+        entry = manifest.tensors.get(source)
         if entry is None:
-            raise CheckpointError(f"checkpoint of step {manifest.step}: it has no tensor {name}, which this run needs")
+            raise CheckpointError(f"{where}: it has no tensor {name}, which this run needs{way_out}")
         if entry.shape != tuple(tensor.shape):
-            raise CheckpointError(
-                f"checkpoint of step {manifest.step}: {name} is {list(entry.shape)}, this run has {list(tensor.shape)}"
-            )
+            raise CheckpointError(f"{where}: {name} is {list(entry.shape)}, this run has {list(tensor.shape)}{way_out}")
+    return sources
 
 
-def _metadata(manifest: Manifest) -> Metadata:
-    """The manifest as PyTorch's planners know it."""
+def _metadata(entries: Mapping[str, TensorEntry]) -> Metadata:
+    """Tensors of a manifest as PyTorch's planners know them."""
     return Metadata(
         {
             name: TensorStorageMetadata(
@@ -161,6 +186,6 @@ def _metadata(manifest: Manifest) -> Metadata:
                 torch.Size(tensor.shape),
                 [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)) for box in tensor.boxes],
             )
-            for name, tensor in manifest.tensors.items()
+            for name, tensor in entries.items()
         }
     )

@@ -24,7 +24,8 @@ class Experts(nn.Module):
     """SwiGLU experts as stacked 3-D weights, run by grouped matmuls.
 
     `w_gate_up` (e, D, 2F), gate first; `w_down` (e, F, D). This module holds the experts
-    [first_expert, first_expert + num_local): all of them until `shard` keeps some.
+    [first_expert, first_expert + num_local): all of them until `shard` keeps some. A subclass may have more parameters:
+    each is stacked too, (num_experts, ...), whatever its other dimensions, and none is in an inner module.
     """
 
     draws_noise = False

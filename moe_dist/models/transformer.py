@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import cast
 
 import torch
@@ -20,6 +20,7 @@ from moe_dist.models.layers import RMSNorm, SwiGLU, rotary_table
 from moe_dist.models.moe import MoE
 from moe_dist.models.recompute import recompute
 from moe_dist.models.router import Router, build_router
+from moe_dist.models.shapes import Shapes, decays
 
 
 class Block(nn.Module):
@@ -159,6 +160,9 @@ class Transformer(Stage):
         )
         if config.tie_word_embeddings:
             self._tie()
+        self.masters: dict[str, Tensor] = {}
+        """Of parameters of lower precision by name: the weights in full precision, which the optimizer moves, and
+        which checkpoints hold as the weights. Parameters follow them."""
 
     @property
     def stages(self) -> list[Stage]:
@@ -188,6 +192,51 @@ class Transformer(Stage):
             if isinstance(module, (Experts, ExpertList))
             for name, _ in module.named_parameters()
         }
+
+    def stacked_names(self) -> set[str]:
+        """Names of parameters and buffers whose dimension 0 counts experts; each `ep` rank holds a block of it."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, Experts)
+            for name in module.state_dict()
+        }
+
+    @cached_property
+    def logical_shapes(self) -> Shapes:
+        """Name -> shape of every parameter and buffer of the whole model, of which this may be a part. Made from the
+        configuration, as a model without memory.
+        """
+        with torch.device("meta"):
+            whole = Transformer(self.config)
+        return {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+
+    def decayed_names(self) -> set[str]:
+        """Names of parameters that weight decay shrinks, decided by what they are, whatever module holds them."""
+        return {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in self.named_modules()
+            if "norm" not in type(module).__name__.lower()
+            for name, parameter in module.named_parameters(recurse=False)
+            if decays(f"{prefix}.{name}", parameter.ndim - isinstance(module, Experts))
+        }
+
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """Compute in `dtype`, with what the weights are now as `masters`. Routers keep full precision."""
+        exact = {
+            parameter for module in self.modules() if isinstance(module, Router) for parameter in module.parameters()
+        }
+        for name, parameter in self.named_parameters():
+            if parameter not in exact:
+                self.masters[name] = parameter.data
+                parameter.data = parameter.data.to(dtype)
+
+    @torch.no_grad()
+    def follow_masters(self) -> None:
+        """Set parameters of lower precision to their masters."""
+        parameters = dict(self.named_parameters()) if self.masters else {}
+        for name, master in self.masters.items():
+            parameters[name].copy_(master)
 
     def gradient_checkpointing_enable(self, mode: str = "full") -> None:
         """Recompute activations in backward: `full` blocks, `selective` (attention only), or `none`."""

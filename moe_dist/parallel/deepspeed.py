@@ -43,7 +43,7 @@ class DeepSpeedEngine:
         self.held: list[tuple[str, str, Tensor]] = []
         self.section = ExitStack()
         self._register_groups()
-        groups = self._parameter_groups(config.optimizer.weight_decay)
+        groups = self._parameter_groups(model.decayed_names(), config.optimizer.weight_decay)
         self.engine, self.zero_optimizer, *_ = deepspeed.initialize(
             model=_Shell(model, has_experts=bool(self.expert_names)),
             optimizer=build_optimizer(groups),
@@ -68,15 +68,15 @@ class DeepSpeedEngine:
             registered[self.group_name] = group
             ranks[self.group_name] = torch.distributed.get_process_group_ranks(group)
 
-    def _parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Matrices decay, the rest does not; experts in groups of their own, partitioned over edp."""
+    def _parameter_groups(self, names: set[str], weight_decay: float) -> list[dict[str, Any]]:
+        """Those with these names decay, the rest does not; experts in groups of their own, partitioned over edp."""
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 
         for name in self.expert_names:
             marked: Any = self.parameters[name]
             marked.allreduce, marked.group_name = False, self.group_name
-        decayed = [p for p in self.parameters.values() if p.ndim >= 2]
-        others = [p for p in self.parameters.values() if p.ndim < 2]
+        decayed = [p for name, p in self.parameters.items() if name in names]
+        others = [p for name, p in self.parameters.items() if name not in names]
         groups = [
             {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
             {"params": others, "weight_decay": 0.0, "name": "not decayed"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -73,6 +74,21 @@ class Mesh:
             mesh_dim_names=("pp", "edp_replicate", "edp_shard", "ep"),
         )
         return Mesh(layout, dist.get_rank(), device, sparse, dense, hybrid_dense, hybrid_sparse)
+
+    @cached_property
+    def experts_first(self) -> DeviceMesh:
+        """The ranks of one pipeline stage in the order in which stacks of experts are cut: (ep, edp), or with hybrid
+        sharding (ep, edp_replicate, edp_shard). Made of the groups that are there, without communication.
+        """
+        assert self.sparse is not None
+        if self.hybrid_sparse is None:
+            mesh, axes = self.sparse["edp", "ep"], ["edp"]
+        else:
+            mesh, axes = self.hybrid_sparse["edp_replicate", "edp_shard", "ep"], ["edp_replicate", "edp_shard"]
+        names = ("ep", *axes)
+        groups = [mesh.get_group(axis) for axis in names]
+        ranks = mesh.mesh.movedim(-1, 0).contiguous()
+        return DeviceMesh.from_group(groups, mesh.device_type, mesh=ranks, mesh_dim_names=names)
 
     def group(self, axis: str) -> ProcessGroup | None:
         """The process group of this rank along `pp`, `dp`, `edp`, `ep`, `dp_shard` or `edp_shard`, or the `world`.

@@ -24,27 +24,29 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from moe_dist.config import Config
+from moe_dist.models.experts import Experts
 from moe_dist.models.precision import full_dtype
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.logical import expert_placement
+from moe_dist.parallel.logical import stack_placement
 from moe_dist.parallel.mesh import Mesh
 
 
 def shard_parameters(model: Transformer, config: Config, mesh: Mesh) -> None:
     """Wrap blocks, their experts and their routers, in place. Reductions are sums in float32; no factor anywhere."""
     dense_mesh, expert_mesh = _meshes(mesh)
-    reshard = config.parallel.zero_stage == 3
+    frees = config.parallel.zero_stage == 3
     offload = CPUOffloadPolicy() if config.parallel.cpu_offload else OffloadPolicy()
     half = torch.bfloat16 if config.train.pure_bf16 else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=full_dtype(), cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(reduce_dtype=full_dtype(), cast_forward_inputs=False)
 
-    def shard(module: nn.Module, over: DeviceMesh, precision: MixedPrecisionPolicy, experts: bool = False) -> None:
+    def shard(module: nn.Module, over: DeviceMesh, precision: MixedPrecisionPolicy) -> None:
+        stacked = isinstance(module, Experts)
         fully_shard(
             module,
             mesh=over,
-            reshard_after_forward=reshard,
-            shard_placement_fn=partial(expert_placement, size=over.size(over.ndim - 1)) if experts else None,
+            reshard_after_forward=frees,
+            shard_placement_fn=partial(stack_placement, size=over.size(over.ndim - 1)) if stacked else None,
             mp_policy=precision,
             offload_policy=offload,
         )
@@ -52,7 +54,7 @@ def shard_parameters(model: Transformer, config: Config, mesh: Mesh) -> None:
     for block in model.blocks():
         if block.moe is not None:
             shard(block.moe.router, dense_mesh, exact)  # routers compute in float32 always
-            shard(block.moe.experts, expert_mesh, policy, experts=True)
+            shard(block.moe.experts, expert_mesh, policy)
         shard(block, dense_mesh, policy)
     for stage in model.stages:
         shard(stage, dense_mesh, policy)
@@ -71,12 +73,36 @@ def _meshes(mesh: Mesh) -> tuple[DeviceMesh, DeviceMesh]:
     return mesh.dense["dp"], mesh.sparse["edp"]
 
 
+def reshard(model: Transformer) -> None:
+    """Let go of what a forward pass has gathered: parameters are this rank's shards again. No communication.
+
+    After a backward pass FSDP does so itself. Without one, stages 1 and 2 stay whole, and `named_parameters()` and
+    `state_dict()` would give whole tensors that no update moves.
+    """
+    for stage in model.stages:
+        for module in stage.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def held_parameters(model: Transformer, every_name: bool = False) -> dict[str, nn.Parameter]:
+    """Parameters by logical name as this rank holds them between steps, whatever pass has run: with FSDP its shards.
+
+    `every_name`: a tied weight under each of its names, not the first alone.
+    """
+    reshard(model)
+    held = dict(model.named_parameters(remove_duplicate=not every_name))
+    sharded = any(isinstance(module, FSDPModule) for stage in model.stages for module in stage.modules())
+    assert all(isinstance(parameter, DTensor) == sharded for parameter in held.values())
+    return held
+
+
 class ShardedGradients:
     """`Gradients` for sharded parameters: FSDP reduces during backward, each rank holds its shard of every gradient."""
 
     def __init__(self, model: Transformer, mesh: Mesh, zero_stage: int) -> None:
         self.model, self.mesh, self.zero_stage = model, mesh, zero_stage
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in held_parameters(model).items() if p.requires_grad}
         self.expert_names = model.expert_parameter_names() & self.parameters.keys()
 
     @property

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_dist.config import Config
+from moe_dist.config import Config, OptimizerConfig
 from moe_dist.models.counts import per_rank
 from moe_dist.parallel.layout import Layout, layers_by_place
 
-MOMENTS = {"adamw_torch_fused": 2, "adamw_torch": 2, "sgd": 1, "adafactor": 0}
-"""Float32 numbers that the optimizer keeps for each parameter. Adafactor's row and column means are not counted."""
+_MOMENTS = {"adamw_torch_fused": 2, "adamw_torch": 2, "sgd": 1, "adafactor": 0}
+
+
+def moments(optimizer: OptimizerConfig) -> int:
+    """Float32 numbers that the optimizer keeps for each parameter. Adafactor's row and column means are not counted."""
+    return 0 if optimizer.optim == "sgd" and not optimizer.momentum else _MOMENTS[optimizer.optim]
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,14 @@ def state_bytes(config: Config, layout: Layout) -> list[StateBytes]:
     replicas = layout.dp_size if parallel.shard_size is None else parallel.shard_size
     over = replicas if parallel.zero_stage else 1
     over_experts = max(1, over // layout.ep_size)
-    moments = (
-        0 if config.optimizer.optim == "sgd" and not config.optimizer.momentum else MOMENTS[config.optimizer.optim]
-    )
+    kept = moments(config.optimizer)
     found = []
     for place in per_rank(config.model, layout, layers_by_place(config)):
         whole, part = place.total, place.dense // over + place.experts // over_experts
         if parallel.engine == "deepspeed":
-            found.append(StateBytes(4 * whole, 4 * part, 4 * part * (1 + moments)))
+            found.append(StateBytes(4 * whole, 4 * part, 4 * part * (1 + kept)))
         elif parallel.zero_stage == 0 and config.train.pure_bf16:
-            found.append(StateBytes(2 * whole, 4 * whole, 4 * whole * (1 + moments)))
+            found.append(StateBytes(2 * whole, 4 * whole, 4 * whole * (1 + kept)))
         else:
-            found.append(StateBytes(4 * part, 4 * part, 4 * part * moments))
+            found.append(StateBytes(4 * part, 4 * part, 4 * part * kept))
     return found

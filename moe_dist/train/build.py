@@ -16,7 +16,6 @@ from moe_dist.data.packing import PackedDataset, pack
 from moe_dist.data.split import split_corpus
 from moe_dist.data.streaming import StreamingPackedDataset
 from moe_dist.data.tokenizer import Tokenizer, load_tokenizer
-from moe_dist.models.router import Router
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.deepspeed import DeepSpeedEngine
@@ -41,11 +40,7 @@ def build_model(config: Config, mesh: Mesh, clock: Clock | None = None) -> Trans
     if is_sharded(config, mesh):
         shard_parameters(model, config, mesh)
     elif config.train.pure_bf16:
-        routers = [module for module in model.modules() if isinstance(module, Router)]
-        exact = {parameter for router in routers for parameter in router.parameters()}
-        for parameter in model.parameters():
-            if parameter not in exact:  # routers compute and learn in float32 always
-                parameter.data = parameter.data.to(torch.bfloat16)
+        model.round_weights(torch.bfloat16)
     return model
 
 

@@ -14,6 +14,7 @@ from moe_dist.data.batch import Batch
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.sharding import reshard
 from moe_dist.train.loss import cross_entropy_sum
 from moe_dist.train.step import model_inputs
 
@@ -33,7 +34,7 @@ class Evaluation:
 
 @contextmanager
 def evaluating(model: Transformer) -> Iterator[None]:
-    """No gradients, no dropout, no counting, and the random state as it was."""
+    """No gradients, no dropout, no counting; afterwards the random state as it was, and what was sharded sharded."""
     was_training = model.training
     model.eval()
     try:
@@ -41,6 +42,7 @@ def evaluating(model: Transformer) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+        reshard(model)
 
 
 ASK_EVERY = 8

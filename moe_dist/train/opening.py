@@ -55,6 +55,8 @@ class RunPlace(NamedTuple):
     generation: int
     resume: str
     """What this start goes on from: `checkpoint.resume`, or `auto` when an earlier start of the job has begun."""
+    load_optimizer: bool
+    """Whether with its moments: `checkpoint.load_optimizer`, or true when an earlier start of the job has begun."""
     names: tuple[str, ...]
     """Of the job, to be noted when it has begun."""
     lock: RunLock | None
@@ -69,22 +71,24 @@ def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunPlace:
     held: list[RunLock] = []
     # Every machine may know the job by another name. And told otherwise it is another job.
     jobs, told = mesh.from_all(job), config.checkpoint.resume
+    if not config.checkpoint.load_optimizer:
+        told += " without moments"
     names = sorted({f"{name}: {told}" for one in jobs for name in one.names})
     earlier = {f"{name}: {told}" for one in jobs for name in one.earlier}
 
-    def take() -> tuple[str, int, str]:
-        lock, resume = _lock_run_folder(config, earlier)
+    def take() -> tuple[str, int, str, bool]:
+        lock, resume, load_optimizer = _lock_run_folder(config, earlier)
         held.append(lock)
-        return lock.run, lock.generation, resume
+        return lock.run, lock.generation, resume, load_optimizer
 
-    run, generation, resume = mesh.ask_rank_zero(take)
+    mine = mesh.ask_rank_zero(take)
     setup_logging(config.train.output_dir, mesh.rank)
-    return RunPlace(run, generation, resume, tuple(names), held[0] if held else None)
+    return RunPlace(*mine, tuple(names), held[0] if held else None)
 
 
-def _lock_run_folder(config: Config, earlier: set[str]) -> tuple[RunLock, str]:
-    """The lock, and what to go on from; `earlier` as in `Job`."""
-    folder, resume = config.train.output_dir, config.checkpoint.resume
+def _lock_run_folder(config: Config, earlier: set[str]) -> tuple[RunLock, str, bool]:
+    """The lock, what to go on from, and whether with the optimizer's moments; `earlier` as in `Job`."""
+    folder, resume, load_optimizer = config.train.output_dir, config.checkpoint.resume, config.checkpoint.load_optimizer
     storage = open_storage(config.checkpoint.folder or folder)
     seen = storage.newest_generation()
     try:
@@ -94,9 +98,9 @@ def _lock_run_folder(config: Config, earlier: set[str]) -> tuple[RunLock, str]:
     try:
         steps = storage.candidates()
         if earlier.intersection(lock.begun) and (resume == "never" or steps):
-            resume = "auto"
+            resume, load_optimizer = "auto", True
         if resume != "never":
-            return lock, resume
+            return lock, resume, load_optimizer
         if steps and not storage.renames:
             raise CheckpointError(
                 f"checkpoint.resume=never: {storage.where} holds checkpoints of an earlier start (the newest of step "
@@ -114,7 +118,7 @@ def _lock_run_folder(config: Config, earlier: set[str]) -> tuple[RunLock, str]:
     except BaseException:
         lock.release()
         raise
-    return lock, resume
+    return lock, resume, load_optimizer
 
 
 def write_config(config: Config, mesh: Mesh) -> None:

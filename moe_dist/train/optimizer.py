@@ -1,4 +1,4 @@
-"""Optimizers over logical parameters: decay groups, float32 master weights, per-expert matrices."""
+"""Optimizers over logical parameters: decay groups, master weights in full precision, experts one by one."""
 
 from __future__ import annotations
 
@@ -8,36 +8,30 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import OptimizerConfig
-from moe_dist.models.precision import full, full_dtype
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.gradients import Gradients
-from moe_dist.parallel.sharding import ShardedGradients, local
+from moe_dist.parallel.sharding import ShardedGradients, held_parameters, local
 
 
 class Optimizer:
-    """A torch optimizer that sees float32 tensors with float32 gradients, whatever the model computes in.
+    """A torch optimizer that sees tensors and gradients in full precision, whatever the model computes in.
 
-    Where a parameter is float32 it is optimized in place; otherwise a float32 master copy is, and the parameter
-    follows it. Adafactor scales an update by norms over whole tensors, which for stacked experts would depend on
-    how many experts a rank holds; it therefore sees every expert as a matrix of its own.
+    Where a parameter has a master copy (`Transformer.masters`) that is optimized, and the parameter follows it; any
+    other in place. Adafactor scales an update by norms over whole tensors, which for stacked experts would depend on
+    how many experts a rank holds; it therefore sees every expert's part as a tensor of its own.
     """
 
     def __init__(self, model: Transformer, gradients: Gradients | ShardedGradients, config: OptimizerConfig) -> None:
-        self.config, self.gradients = config, gradients
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters: dict[str, Tensor] = {}
-        experts = model.expert_parameter_names() if config.optim == "adafactor" else set()
-        self.split = {name for name in experts & self.parameters.keys() if self.parameters[name].ndim == 3}
+        self.model, self.gradients, self.masters = model, gradients, model.masters
+        trained = {name: p for name, p in held_parameters(model).items() if p.requires_grad}
+        self.split = model.stacked_names() & trained.keys() if config.optim == "adafactor" else set()
         self.targets: dict[str, list[Tensor]] = {}
-        for name, parameter in self.parameters.items():
-            master = local(parameter.detach())
-            if parameter.dtype != full_dtype():
-                master = self.masters[name] = full(master)
-            self.targets[name] = self._parts(name, master)
-        decayed = {name for name, parameter in self.parameters.items() if parameter.ndim >= 2}
+        for name, parameter in trained.items():
+            self.targets[name] = self._parts(name, self.masters.get(name, local(parameter.detach())))
+        decayed = model.decayed_names()
         groups = [
-            {"params": self._tensors(decayed), "weight_decay": config.weight_decay},
-            {"params": self._tensors(set(self.parameters) - decayed), "weight_decay": 0.0},
+            {"params": self._tensors(trained.keys() & decayed), "weight_decay": config.weight_decay},
+            {"params": self._tensors(trained.keys() - decayed), "weight_decay": 0.0},
         ]
         self.optimizer = torch_optimizer([group for group in groups if group["params"]], config)
 
@@ -61,11 +55,9 @@ class Optimizer:
         self.optimizer.step()
         self.follow_masters()
 
-    @torch.no_grad()
     def follow_masters(self) -> None:
-        """Set parameters that are not float32 to their master copies."""
-        for name, master in self.masters.items():
-            self.parameters[name].copy_(master)
+        """Set parameters of lower precision to their masters; after a checkpoint was read, too."""
+        self.model.follow_masters()
 
     @torch.no_grad()
     def create_state(self) -> None:
@@ -81,10 +73,12 @@ class Optimizer:
         """(parameter name, state key, tensors, split): one tensor, or with `split` one per local expert."""
         for name, targets in self.targets.items():
             states = [self.optimizer.state[target] for target in targets]
+            for state in states:
+                if isinstance(state.get("step"), int):  # Adafactor counts in a number, which cannot be read into
+                    state["step"] = torch.tensor(float(state["step"]))
             for key in states[0]:
-                yield name, key, [state[key] for state in states], name in self.split
-            if name in self.masters:
-                yield name, "master", [self.masters[name]], False
+                if key != "RMS":  # Adafactor's note of the weights' size, made anew by every step
+                    yield name, key, [state[key] for state in states], name in self.split
 
 
 def torch_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -100,5 +94,8 @@ def torch_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.
             foreach=False if config.optim == "adamw_torch_fused" else None,
         )
     if config.optim == "adafactor":
-        return torch.optim.Adafactor(groups, lr=rate)
+        # The one that `TrainingArguments` means by this name; torch's scales the rate by the size of the weights.
+        from transformers.optimization import Adafactor
+
+        return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False)
     return torch.optim.SGD(groups, lr=rate, momentum=config.momentum)

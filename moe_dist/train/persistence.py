@@ -20,6 +20,7 @@ from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.state_bytes import moments
 from moe_dist.train.acting import Acting
 from moe_dist.train.opening import RunPlace
 from moe_dist.train.optimizer import Optimizer
@@ -77,7 +78,14 @@ class Persistence:
         storage = open_storage(checkpoint.folder or config.train.output_dir)
         self.place = place
         self.checkpoints = Checkpoints(
-            storage, mesh, checkpoint, place.run, place.generation, place.lock, config.parallel.zero_stage
+            storage,
+            mesh,
+            checkpoint,
+            place.run,
+            place.generation,
+            place.lock,
+            config.parallel.zero_stage,
+            place.load_optimizer,
         )
         self.saved_step = -1
         """Step of the last save begun, or of the checkpoint the run goes on from."""
@@ -111,7 +119,9 @@ class Persistence:
         loaded = self.checkpoints.read_state(found)
         self._compare(loaded, message)
         self._go_on_with_data(loaded, message)
-        self._read(loaded)
+        self._read(loaded, self.place.load_optimizer)
+        if not self.place.load_optimizer:
+            message("the optimizer's moments start afresh (checkpoint.load_optimizer=false)")
         state = loaded.trainer_state
         for name, value in state["counters"].items():
             setattr(counters, name, value)
@@ -130,9 +140,10 @@ class Persistence:
         if self.place.lock is not None:
             self.place.lock.note_begun(self.place.names)
 
-    def _read(self, loaded: Loaded) -> None:
-        self.optimizer.create_state()
-        self.checkpoints.read_tensors(loaded, self._state())
+    def _read(self, loaded: Loaded, moments: bool = True) -> None:
+        if moments:
+            self.optimizer.create_state()
+        self.checkpoints.read_tensors(loaded, self._state() if moments else LogicalState(self.model, (), self.mesh))
         self.optimizer.follow_masters()
 
     def _compare(self, loaded: Loaded, message: Callable[[str], None]) -> None:
@@ -214,9 +225,9 @@ class Persistence:
         if not self.is_on:
             return
         weights = parameter_counts(self.config.model).total
-        per_weight = {"adafactor": 4, "sgd": 8}.get(self.config.optimizer.optim, 12)
+        num_bytes = weights * 4 * (1 + moments(self.config.optimizer))
         storage = self.checkpoints.storage
-        self.mesh.ask_rank_zero(lambda: check_room(storage, weights * per_weight))
+        self.mesh.ask_rank_zero(lambda: check_room(storage, num_bytes))
 
     def is_due(self, step: int) -> bool:
         """Whether a save belongs after this step. One that fails is tried again at the next such step."""

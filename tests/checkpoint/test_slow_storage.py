@@ -63,7 +63,7 @@ def test_who_waits_for_a_save_hears_that_it_makes_progress(
         write(self, path, (chunk for chunk in chunks if time.sleep(0.0 if stuck else 0.1) is None))
 
     monkeypatch.setattr(LocalStorage, "write", slow)
-    state: Any = SimpleNamespace(tensors={"model.a": torch.zeros(2048)})
+    state: Any = SimpleNamespace(tensors={"model.a": torch.zeros(2048)}, model_shapes={}, wrong_shapes=list)
     saves = manager.Checkpoints(LocalStorage(tmp_path), Mesh.single(), CheckpointConfig())
     saves.begin(1, state, {"config": {}}, {})
     signs: list[None] = []

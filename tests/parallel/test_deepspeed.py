@@ -55,7 +55,7 @@ def test_offloaded_optimizers_agree(zero_stage: int, ep_size: int) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("optimizer.optim=sgd",),
+        ("optimizer.optim=sgd", "optimizer.momentum=0.9"),
         ("train.gradient_checkpointing=full",),
         ("train.gradient_checkpointing=selective", "balance.aux_loss_scope=global_batch"),
         ("model.expert=swiglu_loop", "model.tie_word_embeddings=true"),

@@ -37,7 +37,7 @@ def test_layouts_agree_with_one_process(ep_size: int, scope: str, num_micro_batc
     [
         ("balance.capacity_factor=0.8",),  # trap 20: the same tokens are dropped at every ep
         ("model.scoring_func=sigmoid", "model.n_group=4", "model.topk_group=2"),
-        ("optimizer.optim=sgd",),
+        ("optimizer.optim=sgd", "optimizer.momentum=0.9"),
         ("optimizer.optim=adafactor",),
         ("train.gradient_checkpointing=full",),
         ("train.gradient_checkpointing=selective", "balance.aux_loss_scope=global_batch"),

@@ -54,7 +54,7 @@ def _weighed(config: Config) -> tuple[int, int, int]:
         state = [t for group in zero.optimizer.state.values() for t in group.values() if t.ndim]
         return weights, gradients[0], weigh([*state, *zero.single_partition_of_fp32_groups])
     state = [t for _, _, tensors, _ in parts.optimizer.named_state() for t in tensors if t.ndim]
-    return weights, gradients[0], weigh(state)
+    return weights, gradients[0], weigh([*state, *parts.model.masters.values()])
 
 
 SHARDED = [(f"parallel.zero_stage={z}", f"parallel.ep_size={e}") for z in range(4) for e in (1, 2, 4)]
@@ -63,7 +63,7 @@ PIPELINE = [
     ("parallel.pp_size=2", f"parallel.zero_stage={z}", "parallel.ep_size=2", "train.gradient_accumulation_steps=2")
     for z in (0, 1, 3)
 ]
-OTHERS = [("train.pure_bf16=true",), ("optimizer.optim=sgd",)]
+OTHERS = [("train.pure_bf16=true",), ("optimizer.optim=sgd", "optimizer.momentum=0.9"), ("optimizer.optim=sgd",)]
 DEEPSPEED = [(*SHARDED[3 * z + i], "parallel.engine=deepspeed") for z in (1, 2) for i in (0, 1, 2)]
 
 

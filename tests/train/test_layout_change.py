@@ -39,7 +39,7 @@ def losses(
         },
         "data": {"max_seq_length": 32, "validation_split": 0.0},
         "parallel": {"ep_size": ep_size, "zero_stage": zero_stage, "engine": engine},
-        "optimizer": {"optim": optim, "lr_scheduler_type": "constant", "adam_epsilon": 1e-6},
+        "optimizer": {"optim": optim, "lr_scheduler_type": "constant", "adam_epsilon": 1e-6, "momentum": 0.9},
         "balance": {"bias_update_rate": 1e-3, "aux_loss_scope": "sequence"},
         "monitor": {"progress": "none", "tensorboard": False},
     }
