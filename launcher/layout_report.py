@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from moe_dist.config import Config
 from moe_dist.models.counts import flops_per_token, parameter_counts, per_rank
+from moe_dist.models.shapes import STACKED, decays, logical_shapes
 from moe_dist.parallel.layout import Axis, Layout, layers_by_place
 from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.train.describe import amount, byte_size, layout_lines, sentence
@@ -59,6 +63,11 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         numbers.add_row("  bytes of it", f"{state.total:,}", f"{byte_size(state.total)}: {kinds}")
     flops = flops_per_token(config.model, config.data.max_seq_length)
     numbers.add_row("FLOPs per token", f"{flops:,}", f"{amount(flops)}, forward and backward")
+    try:
+        for name, group in decay_groups(config).items():
+            numbers.add_row(name, f"{sum(group.values()):,}", ", ".join(map(escape, group)))
+    except ValueError as error:  # a class that only a person's own program registers
+        numbers.add_row("weight decay", "?", escape(str(error)))
     batch = config.global_batch_size(world_size)
     train = config.train
     numbers.add_row(
@@ -68,6 +77,38 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         f"{layout.dp_size} data parallel = {batch * config.data.max_seq_length:,} tokens",
     )
     console.print(numbers)
+
+
+def decay_groups(config: Config) -> dict[str, dict[str, int]]:
+    """What weight decay shrinks and what it leaves: numbers of trained parameters by name, all layers and kin together.
+
+    A class of one's own is built for this, without memory; raises ValueError where it is not known.
+    """
+    model = config.model
+    if model.router == "topk" and model.expert in STACKED:
+        shapes = {name: shape for name, shape in logical_shapes(model).items() if not name.endswith(".bias_E")}
+        if model.tie_word_embeddings:
+            del shapes["lm_head.weight"]
+        if config.balance.freeze_router:
+            shapes = {name: shape for name, shape in shapes.items() if ".router." not in name}
+        decayed = {name for name, shape in shapes.items() if decays(name, len(shape) - (".moe.experts." in name))}
+    else:
+        import torch
+
+        from moe_dist.models.transformer import Transformer
+
+        with torch.device("meta"):
+            built = Transformer(model, config.balance)
+        shapes = {name: tuple(p.shape) for name, p in built.named_parameters() if p.requires_grad}
+        decayed = built.decayed_names()
+    groups: dict[str, dict[str, int]] = {f"weight decay {config.optimizer.weight_decay:g}": {}, "no weight decay": {}}
+    for name, shape in shapes.items():
+        kin = re.sub(
+            r"\b[a-z_]+_(proj|norm)\b", r"*_\1", re.sub(r"\.\d+\.", ".*.", re.sub(r"^layers\.\d+\.", "", name))
+        )
+        group = list(groups.values())[name not in decayed]
+        group[kin] = group.get(kin, 0) + math.prod(shape)
+    return {name: group for name, group in groups.items() if group}
 
 
 def _layers(layers: range) -> str:

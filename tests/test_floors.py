@@ -49,8 +49,12 @@ LIGHT = (
     "moe_dist.config_loading",
     "moe_dist.versions",
     *(f"moe_dist.checkpoint.{name}" for name in ("changes", "encryption", "hashing", "listing", "lock")),
-    *(f"moe_dist.checkpoint.{name}" for name in ("manifest", "object_storage", "reading", "retention", "storage")),
+    *(
+        f"moe_dist.checkpoint.{name}"
+        for name in ("manifest", "object_storage", "reading", "retention", "shapes", "storage")
+    ),
     "moe_dist.models.counts",
+    "moe_dist.models.shapes",
     "moe_dist.parallel.layout",
     "moe_dist.parallel.state_bytes",
     "moe_dist.train.describe",

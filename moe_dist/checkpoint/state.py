@@ -19,7 +19,7 @@ from moe_dist.checkpoint.manifest import Box, CheckpointError, Manifest, TensorE
 from moe_dist.checkpoint.shapes import MODEL, OPTIMIZER, SAVE_WEIGHTS, wrong_moments, wrong_weights
 from moe_dist.checkpoint.shards import NAMES, TORCH_DTYPES, Piece, ShardReader
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.logical import as_stack, like_parameter
+from moe_dist.parallel.logical import like_parameter
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import held_parameters
 
@@ -42,9 +42,9 @@ class LogicalState:
         masters = {parameters[name]: master for name, master in model.masters.items()}
 
         def logical(name: str, tensor: Tensor) -> Tensor:
-            if name not in parameters:
-                return as_stack(tensor, mesh) if name in stacked else tensor  # a buffer
-            return like_parameter(tensor, parameters[name], name in stacked, mesh) if tensor.ndim else tensor
+            if name not in parameters or not tensor.ndim:  # a buffer is the same on every rank, as a count of steps
+                return tensor
+            return like_parameter(tensor, parameters[name], name in stacked, mesh)
 
         for name, tensor in model.state_dict().items():
             if name in parameters:

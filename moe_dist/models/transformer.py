@@ -194,12 +194,12 @@ class Transformer(Stage):
         }
 
     def stacked_names(self) -> set[str]:
-        """Names of parameters and buffers whose dimension 0 counts experts; each `ep` rank holds a block of it."""
+        """Names of parameters whose dimension 0 counts experts, of which each `ep` rank holds a block."""
         return {
             f"{prefix}.{name}"
             for prefix, module in self.named_modules()
             if isinstance(module, Experts)
-            for name in module.state_dict()
+            for name, _ in module.named_parameters(recurse=False)
         }
 
     @cached_property

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
+from launcher.layout_report import decay_groups
 from moe_dist.config import Config
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
@@ -88,3 +89,22 @@ def test_meaning_decides_what_decays() -> None:
     own = Transformer(tiny_config(*options, "model.expert=stacked:WithVectors").model)
     assert own.decayed_names() == model.decayed_names()
     assert "embed_tokens.weight" in own.decayed_names()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("model.tie_word_embeddings=true", "balance.freeze_router=true", "model.attention_bias=true"),
+        ("model.expert=stacked:WithVectors",),
+        ("model.router=moe_dist.verify.examples:TemperedRouter", "model.expert=moe_dist.verify.examples:TwoLinears"),
+    ],
+)
+def test_check_tells_the_groups(options: tuple[str, ...]) -> None:
+    """What `moe-dist check` prints is what the optimizer does."""
+    config = tiny_config(*options)
+    model = Transformer(config.model, config.balance)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    decayed, left = (sum(group.values()) for group in decay_groups(config).values())
+    assert decayed == sum(trained[name] for name in trained.keys() & model.decayed_names())
+    assert decayed + left == sum(trained.values())
