@@ -22,6 +22,9 @@ CANNOT_BE = ("is not possible here",)
 """Parts of reasons that no package helps: a kernel without network namespaces, no right to make them."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing here may reach for the network: asked for what is not there, Hugging Face's libraries try for a minute. They
+# read this when they are imported first, by whatever test that is.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 

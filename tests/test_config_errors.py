@@ -114,7 +114,7 @@ model: {from: 7}  =>  model.from=7: a config.json, or the folder it is in
 """
 BAD_FILES = [line.replace("⏎", "\n").replace("→", "\t").split("  =>  ") for line in BAD.strip().splitlines()] + [
     ["", "an empty file; allowed: sections"],
-    ["a: " + "[" * 5000, "run.yaml:1: nested too deep"],
+    ["a: " + "[" * 1200, "run.yaml:1: nested too deep"],
     ["train: {seed: " + "9" * 5000 + "}", "run.yaml:1: not valid YAML"],
     ["# " + "x" * 1_000_001, "run.yaml: over 1,000,000 bytes"],
     ['base: "a\\0b"', "null byte"],

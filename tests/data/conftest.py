@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from moe_dist.data import ByteTokenizer, PackedDataset, documents_from, pack
-
-# Nothing here may reach for the network.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
 @pytest.fixture
