@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from moe_dist.parallel.status import SLOT, Status
 
 if TYPE_CHECKING:
     from moe_dist.parallel.mesh import Mesh
+    from moe_dist.parallel.proven import Proof as Proven
 
 EXIT_CONFIG = 2
 """The configuration, the data or a checkpoint cannot be used as they are; nothing was changed."""
@@ -161,7 +162,17 @@ def verify(config: Config, environment: Environment, proof: Proof) -> int:
         passed = Verifier(mesh).verify(
             config, proof.layouts, proof.plant, seed=proof.seed, minutes=proof.minutes, report=report
         )
+        if mesh.rank == 0 and proof.plant is None and report.proof is not None:
+            _remember(report.proof)
     return EXIT_DIFFERS if not passed else EXIT_UNSEEN if proof.plant else 0
+
+
+def _remember(proof: Proven) -> None:
+    """Write down what was proven, for `train` to show. Where that cannot be, nothing is lost but the line."""
+    from moe_dist.parallel import proven
+
+    with suppress(OSError):
+        proven.write(proof)
 
 
 def profile(config: Config, environment: Environment, wanted: Profiling) -> int:

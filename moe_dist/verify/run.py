@@ -16,7 +16,8 @@ from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.verify.cases import Chosen, choose
+from moe_dist.parallel.proven import Proof
+from moe_dist.verify.cases import Chosen, choose, named_case
 from moe_dist.verify.design import Designer
 from moe_dist.verify.layouts import Case
 from moe_dist.verify.life import Life
@@ -89,6 +90,7 @@ class Verifier:
                 self._run(waiting, small, plant, report)
                 waiting = []
         self._run(waiting, small, plant, report)
+        report.proof = proof_of(report, small, self.world.device.type)
         return self.world.ask_rank_zero(report.end)
 
     def _with_random(
@@ -213,6 +215,18 @@ class Verifier:
     @staticmethod
     def _key(case: Scenario, training: Training, count: int) -> str:
         return f"{training.alone.model_dump_json()} {count} {training.batches} {case.precision}"
+
+
+def proof_of(report: Report, small: Smallness, device: str) -> Proof:
+    """What the verdicts say about the layouts they are of."""
+    configs: list[tuple[Config, bool]] = []
+    for verdict in report.verdicts:
+        case = named_case(verdict.name)
+        if isinstance(case, Life):
+            configs += [(case.config(small, layout), verdict.passed) for layout in case.layouts]
+        else:
+            configs.append((small.training(case).config, verdict.passed))
+    return Proof.of(configs, device, small.world_size)
 
 
 def _first_line(error: BaseException) -> str:

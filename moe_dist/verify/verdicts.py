@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moe_dist.monitor.sinks.jsonl import json_safe
+from moe_dist.parallel.proven import Proof
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Report:
     file: Path | None = None
     coverage: list[str] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
+    proof: Proof | None = None
+    """What it all came to, with versions."""
 
     def __post_init__(self) -> None:
         self.console = Console(stderr=self.as_json, highlight=False, soft_wrap=True)
@@ -118,11 +121,14 @@ class Report:
                 for verdict in self.verdicts
             ]
             told: dict[str, Any] = {"plant": self.plant, "passed": passed, "coverage": self.coverage, "layouts": rows}
+            told["versions"] = self.proof and self.proof.versions
             json.dump(json_safe(told), sys.stdout, indent=1, allow_nan=False)
             print(flush=True)
             return passed
         for line in self.coverage:
             self.say(line)
+        if self.proof is not None:
+            self.say(self.proof.sentence)
         count = len(self.verdicts)
         if not passed:
             self.console.print(f"[bold red]{len(self.failed)} of {count} cases differ from one process[/bold red]")
