@@ -49,25 +49,23 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
 
 
 def refuse_stray_noise(experts: M) -> M:
-    """The same module, whose forward raises ValueError in training when it moves torch's random state."""
+    """The same module, whose forward raises ValueError when it moves torch's random state."""
     experts.register_forward_pre_hook(_remember)
     experts.register_forward_hook(_compare)
     return experts
 
 
 def _remember(experts: Any, arguments: tuple[Any, ...]) -> None:
-    if experts.training:
-        experts.random_state = _random_state(arguments[0].device)
+    experts.random_state = _random_state(arguments[0].device)
 
 
 def _compare(experts: Any, arguments: tuple[Any, ...], out: Tensor) -> None:
-    if not experts.training:
-        return
     now = _random_state(arguments[0].device)
     if not all(map(torch.equal, now, experts.random_state)):
         raise ValueError(
             f"model.expert: {experts.kind} draws random numbers in a way that changes with the layout of ranks; "
-            "write one expert (a subclass of Expert), with nn.Dropout or, for noise of another kind, `has_noise = True`"
+            "write one expert (a subclass of Expert) that draws in training only, with nn.Dropout or, for noise of "
+            "another kind, `has_noise = True`"
         )
 
 

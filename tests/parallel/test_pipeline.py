@@ -28,6 +28,8 @@ SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "dualpipe_v")
 SLOW_1F1B = pytest.param("1f1b", marks=pytest.mark.slow)
 LAYERS = ("model.num_hidden_layers=5", "model.mlp_only_layers=[1]")
 DEEP = ("model.num_hidden_layers=8", "model.mlp_only_layers=[1,2]")
+NOISE = ("balance.router_jitter=0.1", "model.attention_dropout=0.1", "balance.expert_dropout=0.1")
+"""It belongs to micro-batch and layer."""
 COUNT = 8
 """Micro-batches of the global batch: four on each rank of pp 2, eight of pp 4."""
 
@@ -93,7 +95,7 @@ def test_stages_without_experts(schedule: str, pp_size: int, overrides: tuple[st
 @pytest.mark.parametrize(
     ("schedule", "overrides"),
     [
-        ("1f1b", ("balance.router_jitter=0.1", "train.gradient_checkpointing=selective")),  # noise by layer
+        ("1f1b", (*NOISE, "train.gradient_checkpointing=selective")),
         ("zero_bubble", ("balance.expert_dropout=0.1", "balance.capacity_factor=0.8")),
         ("interleaved_1f1b", ("optimizer.optim=adafactor", "model.expert=swiglu_loop")),
         ("zero_bubble", ("balance.freeze_router=true", "train.label_smoothing_factor=0.1", "optimizer.optim=sgd")),
