@@ -12,7 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from moe_dist.monitor.sinks.jsonl import json_safe
 from moe_dist.parallel.proven import Proof
 
 
@@ -80,7 +79,7 @@ class Report:
         self.verdicts.append(verdict)
         if self.file is not None and self.speaks:
             with self.file.open("a") as file:
-                file.write(json.dumps(json_safe(asdict(verdict))) + "\n")
+                file.write(json.dumps(asdict(verdict)) + "\n")
         if not self.as_json:
             self._print(verdict)
 
@@ -107,6 +106,8 @@ class Report:
         if not self.speaks:
             return passed
         if self.as_json:
+            from moe_dist.monitor.sinks.jsonl import json_safe  # numpy, where it is needed
+
             rows = [
                 {
                     "layout": verdict.name,
@@ -148,8 +149,7 @@ class Report:
             if "begun" in row:
                 begun = row["begun"]
             else:
-                worst = {name: float("inf") if value is None else value for name, value in row["worst"].items()}
-                self.verdicts.append(Verdict(**{**row, "worst": worst}))
+                self.verdicts.append(Verdict(**row))
                 begun = None
         if begun is not None:
             text = "the ranks ended in it, or did not answer any more; the lines above say how"
