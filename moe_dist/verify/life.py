@@ -77,7 +77,12 @@ class Life:
 
     def passes(self, worst: dict[str, float]) -> bool:
         """Whether these deviations are rounding."""
-        return all(worst[name] <= tolerance for name, tolerance in TOLERANCES[self.precision].items())
+        return all(worst[name] <= tolerance for name, tolerance in self.tolerances.items())
+
+    @property
+    def tolerances(self) -> dict[str, float]:
+        """Largest relative difference of each column that is judged."""
+        return TOLERANCES[self.precision]
 
     def check(self, small: Smallness) -> None:
         """Raises ConfigError when it cannot be."""

@@ -131,7 +131,8 @@ class Verifier:
         if error is None:
             worst = {column: max(rank[column] for rank in ranks) for column in ranks[0]}
             failed_on = [number for number, rank in enumerate(ranks) if not case.passes(rank)]
-        return Verdict(case.name, case.precision, worst, failed_on, time.perf_counter() - started, error)
+        seconds = time.perf_counter() - started
+        return Verdict(case.name, case.precision, worst, failed_on, seconds, case.tolerances, error)
 
     def _compare(self, case: Scenario | Life, small: Smallness, plant: str | None) -> dict[str, float]:
         """Deviations on this rank; each sees its own copies, and what its `ep` and `pp` peers hold besides."""

@@ -84,7 +84,12 @@ class Scenario:
 
     def passes(self, worst: dict[str, float]) -> bool:
         """Whether these deviations are rounding."""
-        return all(worst[name] <= tolerance for name, tolerance in TOLERANCES[self.precision].items())
+        return all(worst[name] <= tolerance for name, tolerance in self.tolerances.items())
+
+    @property
+    def tolerances(self) -> dict[str, float]:
+        """Largest relative difference of each column that is judged."""
+        return TOLERANCES[self.precision]
 
     @property
     def num_layers(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,7 @@ class Verdict:
     worst: dict[str, float]
     failed_on: list[int]
     seconds: float
+    tolerances: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     smallest: str | None = None
 
@@ -35,8 +37,14 @@ class Verdict:
 
     @property
     def furthest(self) -> tuple[str, float]:
-        """What differs most, and by how much."""
-        return max(self.worst.items(), key=lambda item: item[1], default=("", 0.0))
+        """What is closest to its tolerance or furthest beyond it, and the difference."""
+
+        def share(item: tuple[str, float]) -> float:
+            name, value = item
+            return value / self.tolerances[name] if self.tolerances.get(name) else value * math.inf if value else 0.0
+
+        judged = [item for item in self.worst.items() if item[0] in self.tolerances]
+        return max(judged, key=share, default=("", 0.0))
 
 
 @dataclass
@@ -153,7 +161,7 @@ class Report:
                 begun = None
         if begun is not None:
             text = "the ranks ended in it, or did not answer any more; the lines above say how"
-            self.add(Verdict(begun, "", {}, [], 0.0, text))
+            self.add(Verdict(begun, "", {}, [], 0.0, error=text))
         return {verdict.name for verdict in self.verdicts}
 
 
