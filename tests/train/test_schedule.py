@@ -6,7 +6,7 @@ import pytest
 
 from moe_dist.config import OptimizerConfig, TrainConfig
 from moe_dist.train.schedule import learning_rate
-from moe_dist.train.stopping import total_steps
+from moe_dist.train.stopping import Pace, last_sample
 
 
 def rates(total: int = 100, **options: object) -> list[float]:
@@ -55,7 +55,7 @@ def test_warmup_and_epochs_are_of_the_number_that_was_written() -> None:
             found = rates(total=total, warmup_ratio=percent / 100, lr_scheduler_type="constant")
             assert sum(rate < 1.0 for rate in found) == wanted
             epochs = TrainConfig(num_train_epochs=percent / 10)
-            assert total_steps(epochs, total) == max(1, -(-percent * total // 10))
+            assert last_sample(epochs, Pace(4, total)) == -(-percent * total // 10)
 
 
 def test_warmup_ratio_and_steps() -> None:
