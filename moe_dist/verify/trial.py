@@ -118,7 +118,7 @@ class Trial:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return self.whole(dict(self.model.named_parameters()))
+        return self.whole(dict(self.model.named_parameters()) | self.model.masters)
 
     @property
     def biases(self) -> dict[str, Tensor]:
