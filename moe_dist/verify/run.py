@@ -19,6 +19,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.proven import Proof
 from moe_dist.verify.cases import Chosen, choose, named_case
 from moe_dist.verify.design import Designer
+from moe_dist.verify.features import ONCE
 from moe_dist.verify.layouts import Case
 from moe_dist.verify.life import Life
 from moe_dist.verify.scenarios import Scenario, Smallness, Training
@@ -109,15 +110,17 @@ class Verifier:
         for case in cases:
             report.begin(case.name)
             verdict = self._verdict(case, small, plant)
+            report.add(verdict)
             if not verdict.passed and isinstance(case, Scenario) and plant is None:
                 failed = self.world.ask_rank_zero(lambda: len(report.failed))
-                if failed < _SHRUNKEN:
-                    verdict = replace(verdict, smallest=self._smallest(case, small).name)
-            report.add(verdict)
+                if failed <= _SHRUNKEN:
+                    report.shrunk(case.name, self._smallest(case, small).name)
 
     def _smallest(self, case: Scenario, small: Smallness) -> Scenario:
         """The case with as few features as it still fails with: one after the other is left out."""
-        for word in sorted(case.features or ()):
+        for word in sorted(
+            case.features or (), key=lambda word: (word not in ONCE, word)
+        ):  # what costs most goes first
             simpler = replace(case, features=(case.features or frozenset()) - {word})
             if small.refusal(simpler) is None and not self._verdict(simpler, small, None).passed:
                 case = simpler

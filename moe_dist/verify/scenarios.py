@@ -119,8 +119,9 @@ class Smallness:
             config = Config.model_validate(tree)
             Layout.of(config, self.world_size)
             tree["parallel"] = ParallelConfig().model_dump()
-            plain = {"gradient_accumulation_steps": 1, "gradient_checkpointing": "none", "torch_compile": False}
-            tree["train"] |= plain
+            tree["train"] |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": "none"}
+            # Compiled code rounds otherwise: in bfloat16 it is held against itself.
+            tree["train"]["torch_compile"] &= scenario.precision == "bfloat16"
             return Training(config, Config.model_validate(tree), self._batches(scenario))
         except (ValidationError, ConfigError) as error:
             raise ConfigError(f"--layouts {scenario.name}: {reason(error)}") from None

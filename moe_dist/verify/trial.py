@@ -72,7 +72,8 @@ class Trial:
         self.model = build_model(config, mesh)
         self.gradients = build_gradients(self.model, config, mesh)
         if isinstance(self.gradients, Gradients):
-            self.gradients.bucket_bytes = 1000  # many buckets, so their order matters
+            # Many buckets, so their order matters; each costs time.
+            self.gradients.bucket_bytes = self.gradients.dense.flat.nbytes // 16
         self.optimizer: Any = build_optimizer(self.model, self.gradients, config)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
         self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config)

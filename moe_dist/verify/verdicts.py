@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +104,14 @@ class Report:
             self.console.print(f"      {verdict.error}", markup=False)
         else:
             self.console.print(f"      differs on ranks {', '.join(map(str, verdict.failed_on))}", markup=False)
-        if verdict.smallest not in (None, verdict.name):
-            self.console.print(f"      smallest case that fails: {verdict.smallest}", markup=False)
-        self.console.print(f"      alone: {self.command} --layouts '{verdict.smallest or verdict.name}'", markup=False)
+        self.console.print(f"      alone: {self.command} --layouts '{verdict.name}'", markup=False)
+
+    def shrunk(self, name: str, smallest: str) -> None:
+        """The simplest case that still fails, of one that has failed."""
+        verdict = next(verdict for verdict in self.verdicts if verdict.name == name)
+        self.verdicts[self.verdicts.index(verdict)] = replace(verdict, smallest=smallest)
+        if not self.as_json:
+            self.console.print(f"      smallest: {self.command} --layouts '{smallest}'", markup=False)
 
     def end(self) -> bool:
         """The summary; returns whether every case passed."""
