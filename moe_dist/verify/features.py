@@ -90,7 +90,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
     "clipping": {"no_clipping": {"train.max_grad_norm": 0.0}, "rare_clipping": {"train.max_grad_norm": 1000.0}},
     "optimizer": {
         "adamw": {"optimizer.optim": "adamw_torch"},
-        "sgd": {"optimizer.optim": "sgd"},
+        "sgd": {"optimizer.optim": "sgd", "optimizer.momentum": 0.9},
         "adafactor": {"optimizer.optim": "adafactor"},
     },
     "weight decay": {"no_decay": {"optimizer.weight_decay": 0.0}},

@@ -156,3 +156,14 @@ def test_a_circuit_goes_every_way_once() -> None:
     for seed, events in itertools.product(range(5), (BRIEF, EVENTS)):
         walk = circuit(events, random.Random(seed))
         assert sorted(itertools.pairwise(walk)) == sorted(itertools.product(events, repeat=2))
+
+
+def test_the_page_names_every_feature() -> None:
+    page = (ROOT / "docs" / "proof.md").read_text()
+    for feature, words in FEATURES.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {feature} |")]
+        for word, settings in words.items():
+            assert f"`{word}`" in row
+            for key, value in settings.items():
+                told = str(value).lower() if isinstance(value, bool) else str(value).rpartition(":")[2]
+                assert f"`{key}={told}`" in row
