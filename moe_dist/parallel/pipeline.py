@@ -82,6 +82,7 @@ class PipelinedTransformer(Transformer):
         self.group, self.place, self.places = group, mesh.pp_rank, place_of_stage(config)
         self.numbers = [stage for stage, place in enumerate(self.places) if place == self.place]
         self.dtype = torch.bfloat16 if config.train.pure_bf16 else full_dtype()
+        self.logits_dtype = torch.bfloat16 if config.train.bf16 else self.dtype  # autocast leaves them so
         self.device, self.schedule_class = mesh.device, _SCHEDULES[config.parallel.schedule]
         # A plain list: the parts' modules are this model's, under their logical names.
         self._parts = [PipelinePart(self, layers, mesh.device.type, config.train.bf16, self.dtype) for layers in ranges]
@@ -143,7 +144,7 @@ class PipelinedTransformer(Transformer):
         with torch.device("meta"):
             first = torch.empty(1, dtype=torch.int64)
             hidden = torch.empty(*shape, self.config.hidden_size, dtype=self.dtype, requires_grad=True)
-            logits = torch.empty(*shape, self.config.vocab_size, dtype=self.dtype, requires_grad=True)
+            logits = torch.empty(*shape, self.config.vocab_size, dtype=self.logits_dtype, requires_grad=True)
         return PipelineStage(
             part,
             number,
@@ -156,4 +157,5 @@ class PipelinedTransformer(Transformer):
 
     def _compute_loss(self, logits: Tensor, number: Tensor) -> Tensor:
         assert self._loss_of is not None
+        assert logits.dtype == self.logits_dtype, f"{logits.dtype}: not what the stage declares"
         return self._loss_of(logits, int(number))
