@@ -80,7 +80,7 @@ class ExpertList(nn.Module):
         """
         if sources is None:
             chunks = rows_RD.split(rows_per_expert.tolist())
-            return torch.cat([_run(expert, x) for expert, x in zip(self.experts.values(), chunks, strict=True)])
+            return _joined([_run(expert, x) for expert, x in zip(self.experts.values(), chunks, strict=True)], rows_RD)
         out: list[Tensor] = []
         with random_state_kept(rows_RD.device):
             chunks_E = rows_RD.split((counts_ES := sources.rows_SE.t()).sum(1).tolist())
@@ -91,7 +91,7 @@ class ExpertList(nn.Module):
                     if len(part_RD):
                         torch.manual_seed(seed + int(key))
                         out.append(_run(expert, part_RD))
-        return torch.cat(out)
+        return _joined(out, rows_RD)
 
     def shard(self, first: int, count: int) -> None:
         """Keep only `count` experts from global id `first` on."""
@@ -106,6 +106,13 @@ class ExpertList(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_of(int(key)))
                 self.experts[key] = self.make_expert().to(like.device, dtype)
+
+
+def _joined(parts_RD: list[Tensor], rows_RD: Tensor) -> Tensor:
+    """All rows in one dtype, whatever a class answers with or without rows: other ranks expect it of what arrives."""
+    device = rows_RD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows_RD.dtype
+    return torch.cat([part_RD.to(dtype) for part_RD in parts_RD])
 
 
 def _run(expert: nn.Module, x_RD: Tensor) -> Tensor:

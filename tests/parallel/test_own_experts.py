@@ -82,3 +82,17 @@ def test_noise_belongs_to_micro_batch_and_expert(
     """Rule 8, trap 41. Seen to fail with experts run once for the rows of all ranks (gradients off by 0.99)."""
     worst = compare((*LAYERS, own(kind), *overrides), ep_size, 8, pp_size=pp_size)
     assert passes(worst), worst
+
+
+class PassesThrough(Several):
+    """Without rows it answers with what it got, in another dtype than its matmuls have under autocast."""
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        return super().forward(x_RD) if len(x_RD) else x_RD
+
+
+def test_idle_experts_send_the_same_dtype_under_autocast() -> None:
+    """Seen to end ranks: one whose experts all had rows sent bfloat16 home, its peer waited for float32."""
+    worst = compare((*LAYERS, *IDLE, own("PassesThrough"), "train.bf16=true"), 2, 4)
+    assert worst["losses"] < 0.02, worst
+    assert worst["norms"] < 0.1, worst
