@@ -37,6 +37,15 @@ def like_parameter(tensor: Tensor, parameter: Tensor, stacked: bool, mesh: Mesh)
     )
 
 
+def local_offset(tensor: Tensor) -> tuple[int, ...]:
+    """Where this rank's part of a logical tensor begins; zeros where it holds the whole."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
+
+
 def stack_placement(parameter: nn.Parameter, size: int) -> Shard | None:
     """Where FSDP cuts a block of experts (e, ...) over `size` ranks: along a dimension of the single expert that comes
     out even, so that every rank has a part of each; without one along the experts, as FSDP does by itself (None).

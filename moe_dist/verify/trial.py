@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moe_dist.config import Config
 from moe_dist.data.batch import Batch
 from moe_dist.models.precision import in_dtype
 from moe_dist.parallel.gradients import Gradients
+from moe_dist.parallel.logical import like_parameter, local_offset
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.sharding import held_parameters, local
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_gradients, build_model, build_optimizer
 from moe_dist.train.evaluation import evaluate
@@ -64,6 +65,10 @@ def micro_batches(config: Config, count: int, step: int = 0, kind: Batches | Non
     return batches
 
 
+_Piece = tuple[tuple[int, ...], tuple[int, ...], Tensor]
+"""Part of a logical tensor: its whole shape, where the part begins, the part."""
+
+
 class Trial:
     """Everything a training step needs, built for one rank."""
 
@@ -83,18 +88,22 @@ class Trial:
         return batches[self.mesh.dp_rank :: self.mesh.layout.dp_size]
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Logical tensors of the whole model, in host memory: this rank's copies, and of its `ep` and `pp` peers what
-        it holds no copy of.
+        """Logical tensors of the whole model, in host memory: this rank's pieces, those of its `ep` and `pp` peers, and
+        of others only what none of these hold.
         """
-        gathered = {name: self._whole(name, tensor.detach()).cpu() for name, tensor in tensors.items()}
-        group = self.mesh.group("ep")
-        single = {name: tensor for name, tensor in gathered.items() if ".experts.experts." in name}
-        if group is not None and single:  # experts with names of their own live on one rank of the group each
-            parts: list[dict[str, Tensor]] = [{} for _ in range(group.size())]
-            dist.all_gather_object(parts, single, group=group)
-            for part in parts:
-                gathered |= part
-        return dict(sorted(self._of_all_stages(gathered).items()))
+        held, stacked = held_parameters(self.model), self.model.stacked_names()
+        mine: dict[str, _Piece] = {}
+        for name, tensor in tensors.items():
+            placed = like_parameter(tensor.detach(), held[name], name in stacked, self.mesh)
+            mine[name] = (tuple(placed.shape), local_offset(placed), local(placed).cpu().clone())
+        pieces, rank, layout = self.mesh.from_all(mine), self.mesh.rank, self.mesh.layout
+        _, edp, _ = layout.coordinates(rank)
+        found: dict[str, Tensor] = {}
+        for other in sorted(range(len(pieces)), key=lambda r: (layout.coordinates(r)[1] == edp, r == rank)):
+            for name, (shape, offset, piece) in pieces[other].items():
+                whole = found.setdefault(name, piece.new_full(shape, float("nan")))
+                whole[tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))] = piece
+        return dict(sorted(found.items()))
 
     def _of_all_stages(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of all ranks of a pipeline; no name may be on two of them."""
@@ -106,16 +115,6 @@ class Trial:
         gathered = {name: tensor for part in parts for name, tensor in part.items()}
         assert len(gathered) == sum(map(len, parts))
         return gathered
-
-    def _whole(self, name: str, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        group = self.mesh.group("ep")
-        if group is None or ".experts.experts." in name or name not in self.model.expert_parameter_names():
-            return tensor.clone()
-        parts = [torch.empty_like(tensor) for _ in range(group.size())]
-        dist.all_gather(parts, tensor.contiguous(), group=group)
-        return torch.cat(parts)
 
     @property
     def weights(self) -> dict[str, Tensor]:
