@@ -12,8 +12,8 @@ from launcher.environment import detect, started_by_torchrun
 from launcher.worker import EXIT_DIFFERS, EXIT_FAILED, Proof
 from moe_dist.config import Config, ParallelConfig
 from moe_dist.config_loading import ConfigError
+from moe_dist.verify.bugs import BUGS
 from moe_dist.verify.cases import GROUPS, choose
-from moe_dist.verify.layouts import BUGS
 from moe_dist.verify.scenarios import Smallness
 
 _STARTS = 20

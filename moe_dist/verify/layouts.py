@@ -15,46 +15,6 @@ from pydantic import ValidationError
 from moe_dist.config import Config, ModelConfig, ParallelConfig
 from moe_dist.config_loading import ConfigError
 
-_AUXILIARY_LOSS = {"balance.use_auxiliary_loss": True, "balance.router_aux_loss_coef": 0.01}
-_OF_THE_BATCH = {**_AUXILIARY_LOSS, "balance.aux_loss_scope": "global_batch"}
-BUGS: dict[str, dict[str, Any]] = {
-    "expert_gradient_times_ep": {},
-    "expert_gradient_averaged_over_edp": {},
-    "expert_gradient_averaged_over_active_replicas": {},
-    "loss_by_local_tokens": {},
-    "auxiliary_loss_by_local_tokens": _AUXILIARY_LOSS,
-    "auxiliary_loss_times_micro_batches": _AUXILIARY_LOSS,
-    "norm_without_experts": {},
-    "norm_counts_replicas": {},
-    "norm_of_own_experts": {},
-    "replica_misses_the_last_update": {},
-    "fsdp_averages": {},
-    "fsdp_averages_experts": {},
-    "router_cut_from_loss": {},
-    "auxiliary_loss_cut": _AUXILIARY_LOSS,
-    "auxiliary_loss_cut_with_capacity": {**_AUXILIARY_LOSS, "balance.capacity_factor": 0.8},
-    "global_load_is_local": _OF_THE_BATCH,
-    "load_of_the_whole_batch_unknown": _OF_THE_BATCH,
-    "bias_from_counts_after_drop": {"balance.bias_update_rate": 0.01},
-    "bias_from_local_counts": {"balance.bias_update_rate": 0.01},
-    "seeds_by_local_expert": {},
-    "capacity_of_the_whole_group": {"balance.capacity_factor": 0.8},
-    "gradients_scaled_by_the_schedule": {},
-    "auxiliary_loss_scaled_by_the_schedule": _AUXILIARY_LOSS,
-    "gradients_of_a_stage_reduced_twice": {},
-    "norm_of_the_last_stage": {},
-    "loss_of_one_stage": {},
-    "seeds_by_local_layer": {},
-    "noise_by_rank": {"balance.router_jitter": 0.1},
-    "load_counted_by_a_pass_for_shapes": {"balance.bias_update_rate": 0.01},
-    "deepspeed_averages": {},
-    "deepspeed_averages_experts": {},
-    "deepspeed_knows_no_experts": {},
-    "deepspeed_divides_by_accumulation": {},
-}
-"""Known bugs of parallel trainers that `moe-dist verify --plant` can plant, each with the options without which it
-would do nothing; they are in `plants.py`."""
-
 SCHEDULES = get_args(ParallelConfig.model_fields["schedule"].annotation)
 RECOMPUTE = ("none", "full", "selective")
 _PLAIN = ("none", "torch", "")
@@ -168,13 +128,13 @@ def _placements(world_size: int) -> Iterator[Case]:
                 yield Case(pp_size, schedule, ep_size, zero_stage, shard_size, engine=engine)
 
 
-def shrunken(config: Config, world_size: int, plant: str | None = None, num_stages: int | None = None) -> Config:
+def shrunken(config: Config, world_size: int, num_stages: int | None = None) -> Config:
     """The same kind of model, small enough to train in milliseconds: layers, widths and experts shrink; routing,
     balance, optimizer and the pattern of dense and expert layers stay. Initial weights are large, so that routing is
     unbalanced and every loss has gradients worth comparing.
 
     There are four layers, or as many as `num_stages`: unless given, two for each rank, but no more than 8. A model of
-    fewer repeats its pattern. `plant`: a bug that will be planted; options without which it would do nothing are set.
+    fewer repeats its pattern.
     """
     model = config.model
     num_layers = max(4, min(2 * world_size, 8) if num_stages is None else num_stages)
@@ -208,9 +168,6 @@ def shrunken(config: Config, world_size: int, plant: str | None = None, num_stag
     tree["balance"]["act"] = "off"  # nothing is logged here, so nothing acts
     # AdamW divides by the gradient's own size: entries near zero would show rounding as a full step.
     tree["optimizer"] |= {"adam_epsilon": max(1e-6, config.optimizer.adam_epsilon)}
-    for key, value in BUGS.get(plant or "", {}).items():
-        section, _, name = key.partition(".")
-        tree[section][name] = value
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -26,7 +26,7 @@ from moe_dist.verify.scenarios import Precision, Scenario, Smallness
 STEPS = ("train", "skip")
 EVENTS = (*STEPS, "evaluate", "sample", "save", "save_behind")
 _KINDS = {"save": "save", "save_behind": "save", "evaluate": "evaluate"}
-BRIEF = ("train", "evaluate", "save")
+BRIEF = ("train", "skip", "evaluate", "save_behind")
 COLUMNS = ("losses", "norms", "loads", "evaluation", "weights", "moments", "state")
 """What is held against one process: losses, norms and facts about the load of every step, losses of evaluations, every
 tensor of every checkpoint, and what else is in it: counters, the position in the data, what a stop depends on."""
@@ -37,6 +37,8 @@ TOLERANCES: dict[Precision, dict[str, float]] = {
     "bfloat16": {"losses": 0.05, "norms": 0.25, "evaluation": 0.05, "state": 0.0},
 }
 GLOBAL_BATCH = 8
+EVAL_BATCHES = 5
+"""No multiple of any number of replicas: some of them evaluate padding."""
 _NAME = re.compile(r"(life|brief)(\d*):([^+]+)(?:\+(.*))?")
 
 
@@ -94,16 +96,19 @@ class Life:
         training = small.training(Scenario(layout or self.layouts[0], self.features))
         tree: dict[str, Any] = (training.config if layout else training.alone).model_dump()
         replicas = small.world_size // layout.pp_size if layout else 1
+        needed = max(small.world_size // place.pp_size * place.accumulation for place in self.layouts)
+        batch = max(needed, 0 if self.events == BRIEF else GLOBAL_BATCH)
         tree["model"] |= {"vocab_size": 272, "num_hidden_layers": self._num_layers}
         tree["data"] |= {"source": "memory", "max_seq_length": 16, "validation_split": 0.2}
         tree["train"] |= {
             "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": GLOBAL_BATCH // replicas,
+            "gradient_accumulation_steps": batch // replicas,
             "max_steps": sum(event in STEPS or event == "stop" for script in self.scripts for event in script),
             "on_nonfinite": "skip",
             "sample_tokens": 2,
         } | dict.fromkeys(("eval_steps", "early_stopping_patience"), 0)
-        tree["train"] |= dict.fromkeys(("max_time", "eval_batches", "divergence_loss", "per_device_eval_batch_size"))
+        tree["train"] |= dict.fromkeys(("max_time", "divergence_loss", "per_device_eval_batch_size"))
+        tree["train"]["eval_batches"] = EVAL_BATCHES
         tree["optimizer"] |= {"learning_rate": 3e-3, "min_learning_rate": 1e-4, "adam_epsilon": 1e-6}
         tree["checkpoint"] = {"save_steps": 10**6}
         tree["monitor"] |= {"logging_steps": 1, "tensorboard": False, "progress": "none"}
@@ -160,7 +165,8 @@ def lives(small: Smallness, which: str, seed: int = 0) -> list[Life]:
     """A brief life for `quick`; otherwise lives that pass through every kind of sharding, with every ep and pp size."""
     words = frozenset({"bias", "sequence_scope", "cosine", "attention_dropout", "expert_dropout", "z_loss"})
     if which == "quick":
-        return _feasible(small, [("ep2-zero1", "pp2-1f1b-ep1-zero1-acc2", "ep1-zero0")], words, BRIEF, seed)
+        brief = [("ep2-zero1", "pp2-1f1b-ep1-zero1-acc2", "ep1-zero0")]
+        return _feasible(small, brief, words | {"biased_experts"}, BRIEF, seed)
     wide = [
         ("ep2-zero1", "ep1-zero2", "ep4-zero3", "pp2-1f1b-ep2-zero1-acc2", "ep4-zero0"),
         ("ep1-zero1", "pp2-zero_bubble-ep2-zero0-acc4", "ep2-zero3-shard2", "pp4-interleaved_1f1b-ep1-zero3-acc4"),

@@ -23,7 +23,7 @@ from moe_dist.verify.features import ONCE
 from moe_dist.verify.layouts import Case
 from moe_dist.verify.life import Life
 from moe_dist.verify.scenarios import Scenario, Smallness, Training
-from moe_dist.verify.trajectory import run_life
+from moe_dist.verify.trajectory import Alone, run_life
 from moe_dist.verify.trial import Told, deviations, run_trial
 from moe_dist.verify.verdicts import Report, Verdict
 
@@ -51,6 +51,7 @@ class Verifier:
         self.world = world
         self._meshes: dict[tuple[int, int, int | None], Mesh] = {}
         self._references: dict[str, Told] = {}
+        self._alone_life = Alone()
 
     def verify(
         self,
@@ -109,7 +110,7 @@ class Verifier:
         self._prepare([case for case in cases if isinstance(case, Scenario)], small)
         for case in cases:
             report.begin(case.name)
-            verdict = self._verdict(case, small, plant)
+            verdict = self.verdict(case, small, plant)
             report.add(verdict)
             if not verdict.passed and isinstance(case, Scenario) and plant is None:
                 failed = self.world.ask_rank_zero(lambda: len(report.failed))
@@ -122,11 +123,12 @@ class Verifier:
             case.features or (), key=lambda word: (word not in ONCE, word)
         ):  # what costs most goes first
             simpler = replace(case, features=(case.features or frozenset()) - {word})
-            if small.refusal(simpler) is None and not self._verdict(simpler, small, None).passed:
+            if small.refusal(simpler) is None and not self.verdict(simpler, small, None).passed:
                 case = simpler
         return case
 
-    def _verdict(self, case: Scenario | Life, small: Smallness, plant: str | None) -> Verdict:
+    def verdict(self, case: Scenario | Life, small: Smallness, plant: str | None) -> Verdict:
+        """Of one case (collective); the same on every rank. `plant`: a bug that is in the system meanwhile."""
         started = time.perf_counter()
         ranks, error = self._together(lambda: self._compare(case, small, plant))
         worst: dict[str, float] = {}
@@ -140,7 +142,7 @@ class Verifier:
     def _compare(self, case: Scenario | Life, small: Smallness, plant: str | None) -> dict[str, float]:
         """Deviations on this rank; each sees its own copies, and what its `ep` and `pp` peers hold besides."""
         if isinstance(case, Life):
-            return run_life(case, small, self.world, self.mesh, plant)
+            return run_life(case, small, self.world, self.mesh, plant, self._alone_life)
         training = small.training(case)
         mesh, count = self.mesh(case.layout), self._count(case)
         found = run_trial(training.config, mesh, count, plant, training.batches, case.precision)

@@ -13,6 +13,7 @@ from moe_dist import config_checks
 from moe_dist.config import Config, ParallelConfig
 from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.layout import Layout
+from moe_dist.verify.bugs import BUGS
 from moe_dist.verify.features import (
     LOW_PRECISION,
     PLAIN,
@@ -23,7 +24,7 @@ from moe_dist.verify.features import (
     setting_of,
     words_in_order,
 )
-from moe_dist.verify.layouts import BUGS, Case, reason, shrunken
+from moe_dist.verify.layouts import Case, reason, shrunken
 
 Precision = Literal["float64", "float32", "bfloat16"]
 COMPARED = ("initial", "losses", "gradients", "norms", "weights", "biases", "loads", "evaluation")
@@ -93,14 +94,17 @@ class Scenario:
 
     @property
     def num_layers(self) -> int:
-        """Of the small model: one for each stage at least."""
-        if self.features is not None and "deep" in self.features:
+        """Of the small model: one for each stage at least, one more where stages are to differ."""
+        chosen = self.features or frozenset()
+        if "deep" in chosen:
             return DEPTH
-        return max(4, _num_stages(self.layout.pp_size, self.layout.schedule))
+        return max(4, _num_stages(self.layout.pp_size, self.layout.schedule) + ("uneven_stages" in chosen))
 
 
 class Smallness:
-    """The small models of one run file (`shrunken`), by their number of layers."""
+    """The small models of one run file (`shrunken`), by their number of layers. `plant`: a bug that will be planted;
+    what it needs to have an effect is switched on.
+    """
 
     def __init__(self, config: Config, world_size: int, plant: str | None = None) -> None:
         self.config, self.world_size, self.plant = config, world_size, plant
@@ -109,7 +113,7 @@ class Smallness:
 
     def of(self, num_layers: int) -> Config:
         if num_layers not in self._by_layers:
-            self._by_layers[num_layers] = shrunken(self.config, self.world_size, self.plant, num_layers)
+            self._by_layers[num_layers] = shrunken(self.config, self.world_size, num_layers)
         return self._by_layers[num_layers]
 
     def training(self, scenario: Scenario) -> Training:
@@ -141,7 +145,8 @@ class Smallness:
         return None
 
     def _batches(self, scenario: Scenario) -> Batches:
-        return batches_of(scenario.features or frozenset())
+        planted = BUGS[self.plant].words if self.plant is not None else ()
+        return batches_of((scenario.features or frozenset()).union(planted))
 
     def _put_together(self, scenario: Scenario) -> Config:
         """The configuration, without a look at whether it fits together."""
@@ -152,10 +157,10 @@ class Smallness:
             "parallel": dict(scenario.layout.parallel_settings),
         }
         settings = {key: value for word in words or () for key, value in setting_of(word).items()}
+        if self.plant is not None:  # what the bug needs to have an effect stays
+            settings |= BUGS[self.plant].options
         if settings.pop("parallel.stages", None):
             changes["parallel"]["stages"] = _uneven_stages(scenario)
-        if self.plant is not None:  # what the bug needs to have an effect stays
-            settings |= BUGS[self.plant]
         return _changed(small, changes, settings)
 
     def _plain(self, num_layers: int) -> Config:

@@ -100,41 +100,55 @@ class ScriptedTrainer(MoETrainer):
             yield
 
 
+class Alone:
+    """What one process leaves on disk of a life: kept for the same life again, until another is asked for."""
+
+    def __init__(self) -> None:
+        self.key: str | None = None
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def of(self, life: Life, small: Smallness, device: torch.device | str) -> Path:
+        """All events in one process, which nothing stops: what others save at the end, it saves in between."""
+        config = life.config(small, None)
+        script = [part for script in life.scripts for event in script for part in _undisturbed(event)]
+        key = f"{config.model_dump_json()} {script}"
+        if self.folder is None or self.key != key:
+            if self.folder is not None:
+                self.folder.cleanup()
+            self.key, self.folder = None, tempfile.TemporaryDirectory(prefix="moe-dist-alone-")
+            config.train.output_dir = Path(self.folder.name)
+            ScriptedTrainer(config, Mesh.single(device), script).train(TEXTS)
+            self.key = key
+        return Path(self.folder.name)
+
+
+def _undisturbed(event: str) -> list[str]:
+    return ["train", "save"] if event == "stop" else [event]
+
+
 def run_life(
-    life: Life, small: Smallness, world: Mesh, mesh_of: Callable[[Case], Mesh], plant: str | None
+    life: Life, small: Smallness, world: Mesh, mesh_of: Callable[[Case], Mesh], plant: str | None, alone: Alone
 ) -> dict[str, float]:
-    """Deviations of the life from the same events in one process; the same on every rank."""
+    """Deviations of the life from the same events in one process; the same on every rank. `alone`: of rank 0."""
+    device = world.device if world.layout.world_size > 1 else "cpu"
     folder = Path(world.ask_rank_zero(lambda: tempfile.mkdtemp(prefix="moe-dist-life-")))
     try:
         if not all(world.from_all(folder.is_dir())):
             raise OSError(f"{folder}: a life needs a folder that all ranks see; set TMPDIR to one")
         with in_dtype(DTYPES[life.precision]):
-            _alone(life, small, world, folder / "alone")
+            wanted = world.ask_rank_zero(lambda: alone.of(life, small, device))
             with planted(plant) if plant else nullcontext():
                 for layout, script in zip(life.layouts, life.scripts, strict=True):
                     config = life.config(small, layout)
-                    config.train.output_dir = folder / "life"
+                    config.train.output_dir = folder
                     config.checkpoint.allow_config_change = True  # accumulation follows the layout
                     ScriptedTrainer(config, mesh_of(layout), script).train(TEXTS)
-        return world.ask_rank_zero(lambda: compare(folder / "life", folder / "alone"))
+        return world.ask_rank_zero(lambda: compare(folder, wanted))
     finally:
         close_logging()
         world.barrier()
         if world.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alone(life: Life, small: Smallness, world: Mesh, folder: Path) -> None:
-    """All events in one process, which nothing stops: what others save at the end, it saves in between."""
-    config = life.config(small, None)
-    config.train.output_dir = folder
-    script = [part for script in life.scripts for event in script for part in _undisturbed(event)]
-    device: Any = world.device if world.layout.world_size > 1 else "cpu"
-    world.ask_rank_zero(lambda: ScriptedTrainer(config, Mesh.single(device), script).train(TEXTS) and None)
-
-
-def _undisturbed(event: str) -> list[str]:
-    return ["train", "save"] if event == "stop" else [event]
 
 
 def compare(found: Path, wanted: Path) -> dict[str, float]:
@@ -161,8 +175,13 @@ def _rows(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def _series(folder: Path, kind: str, key: str) -> dict[int, list[float]]:
-    """A number of every step; None in the file is one that is not finite."""
-    return {row["step"]: [float("nan") if row[key] is None else row[key]] for row in _rows(folder, kind)}
+    """A number of every step."""
+    return {row["step"]: [_number(row[key])] for row in _rows(folder, kind)}
+
+
+def _number(value: float | str | None) -> float:
+    """As it was before it was written: JSON has words for what is not finite (`json_safe`)."""
+    return float("nan") if value is None else float(value)
 
 
 def _layers(folder: Path, key: str) -> dict[int, list[float]]:
@@ -170,7 +189,7 @@ def _layers(folder: Path, key: str) -> dict[int, list[float]]:
     for row in _rows(folder, "train"):
         values = [layer[key] for layer in row["layers"]]
         numbers = [number for value in values for number in (value if isinstance(value, list) else [value])]
-        found[row["step"]] = [float("nan") if number is None else number for number in numbers]
+        found[row["step"]] = [_number(number) for number in numbers]
     return found
 
 

@@ -52,14 +52,15 @@ def micro_batches(config: Config, count: int, step: int = 0, kind: Batches | Non
         # A different share of valid labels in each micro-batch: 1, 1/2, 1/3, ...
         labels[torch.rand(ROWS, length, generator=generator) > 1.0 / (index + 1)] = -100
         documents = torch.zeros(ROWS, length, dtype=torch.int32)
-        documents[:, length // 3 :] = 1
+        cut = length // 3 + index % 3  # no micro-batch has the positions of the one before
+        documents[:, cut:] = 1
         if index % 3 == 1:
             documents[1, length // 2 :] = -1
         if index == 2:
             documents[:] = -1
         labels[documents < 0] = -100
         positions = torch.arange(length).expand(ROWS, length).clone()
-        positions[:, length // 3 :] -= length // 3
+        positions[:, cut:] -= cut
         num_valid, num_tokens = int((labels >= 0).sum()), int((documents >= 0).sum())
         batches.append(Batch(ids, labels, positions, documents, num_valid, num_tokens, [index], index, domains))
     return batches

@@ -9,7 +9,9 @@ import pytest
 
 from moe_dist.config import Config
 from moe_dist.config_loading import load_config
-from moe_dist.verify.layouts import BUGS, shrunken
+from moe_dist.verify.bugs import BUGS
+from moe_dist.verify.layouts import Case, shrunken
+from moe_dist.verify.scenarios import Scenario, Smallness
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,4 +70,5 @@ def test_what_a_bug_needs_is_switched_on(switch: str) -> None:
     """Without the loss, its bugs would plant nothing."""
     settings = load_config(ROOT / "configs" / "demo.yaml", [f"balance.{switch}"], notice=lambda text: None)
     for plant in [name for name in BUGS if "auxiliary" in name or name.endswith(("_is_local", "_unknown"))]:
-        assert shrunken(settings, 4, plant).balance.aux_loss_coef > 0
+        training = Smallness(settings, 4, plant).training(Scenario(Case()))
+        assert training.config.balance.aux_loss_coef > 0

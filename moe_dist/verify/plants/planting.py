@@ -1,0 +1,40 @@
+"""How a bug gets into the system for a while, and whether anything there has met it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any, Protocol
+from unittest.mock import patch
+
+import torch.distributed as dist
+
+REACHED: Counter[str] = Counter()
+"""By bug: how often this process has called what was put in the place of something."""
+
+
+class Replace(Protocol):
+    """Puts `wrong` in the place of the function `owner.name`."""
+
+    def __call__(self, owner: Any, name: str, wrong: Callable[..., Any]) -> None: ...
+
+
+def replacing(stack: ExitStack, bug: str) -> Replace:
+    """For the plant of `bug`; what it replaces is as before when `stack` closes."""
+
+    def replace(owner: Any, name: str, wrong: Callable[..., Any]) -> None:
+        @wraps(wrong)
+        def counted(*arguments: Any, **options: Any) -> Any:
+            REACHED[bug] += 1
+            return wrong(*arguments, **options)
+
+        stack.enter_context(patch.object(owner, name, counted))
+
+    return replace
+
+
+def rank() -> int:
+    """This process's number in the world; 0 where there is one."""
+    return dist.get_rank() if dist.is_initialized() else 0

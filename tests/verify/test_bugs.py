@@ -1,0 +1,122 @@
+"""Every known bug is seen by a case of `quick` or `all` as they are: nothing is switched on for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from ranks import GROUP_TIMEOUT, run_ranks
+from tiny import mesh_of
+from torch.distributed import distributed_c10d
+
+from moe_dist.config_loading import load_config
+from moe_dist.verify.bugs import BUGS
+from moe_dist.verify.cases import choose, named_case
+from moe_dist.verify.features import LOW_PRECISION, ONCE
+from moe_dist.verify.life import Life
+from moe_dist.verify.plants import PLANTS, REACHED
+from moe_dist.verify.run import Verifier
+from moe_dist.verify.scenarios import Scenario, Smallness
+from moe_dist.verify.verdicts import Verdict
+
+TRIES = 3
+FAST = {
+    "norm_of_the_last_stage",
+    "attention_dropout_by_rank",
+    "tied_weight_counted_twice",
+    "positions_of_the_first_micro_batch",
+    "documents_kept_apart_in_a_pipeline",
+    "shared_expert_reduced_as_an_expert",
+}
+"""A sample that is planted in every run of the fast tests."""
+plants = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in BUGS]
+
+
+@cache
+def small() -> Smallness:
+    file = Path(__file__).parents[2] / "configs" / "demo.yaml"
+    return Smallness(load_config(file, notice=lambda text: None), 4)
+
+
+@cache
+def designed() -> list[Scenario | Life]:
+    """All cases that are proven without being asked for, cheapest first."""
+    cases = {case.name: case for which in ("quick", "all") for case in choose(small(), which).cases}
+    return sorted(cases.values(), key=cost)
+
+
+def cost(case: Scenario | Life) -> tuple[Any, ...]:
+    """Tolerances first: in float64 a bug of any size is seen."""
+    if isinstance(case, Life):
+        return (3, sum(map(len, case.scripts)))
+    features = case.features or frozenset()
+    coarse = 2 if features & LOW_PRECISION or features & ONCE else case.precision != "float64"
+    return (coarse, case.num_layers, case.layout.accumulation * case.layout.pp_size, len(features))
+
+
+def candidates(plant: str) -> list[str]:
+    """Names of the cases in which the bug acts."""
+    bug, found = BUGS[plant], []
+    for case in designed():
+        if isinstance(case, Life):
+            acts = bug.acts_in(case.layouts, case.features, case.events)
+        else:
+            # Those of the run file itself are the plain ones, and have no words.
+            acts = bug.acts_in([case.layout], case.features or frozenset())
+        if acts:
+            found.append(case.name)
+    return found
+
+
+@cache
+def verifier() -> Verifier:
+    return Verifier(mesh_of(1))
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """While one rank lives a life alone, the others wait for it."""
+    group = dist.group.WORLD
+    assert group is not None
+    distributed_c10d._set_pg_timeout(timedelta(seconds=200), group)
+    try:
+        yield
+    finally:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=GROUP_TIMEOUT), group)
+
+
+def planted_in(names: list[str], plant: str) -> tuple[list[Verdict], int]:
+    """Verdicts up to the first that is red, and how often this rank has met the bug."""
+    verdicts: list[Verdict] = []
+    REACHED.clear()
+    with patience():
+        for name in names:
+            verdicts.append(verifier().verdict(named_case(name), small(), plant))
+            if not verdicts[-1].passed:
+                break
+    return verdicts, REACHED[plant]
+
+
+def test_every_bug_can_be_planted() -> None:
+    assert set(PLANTS) == set(BUGS)
+    assert len(BUGS) >= 65
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("plant", plants)
+def test_a_planted_bug_is_seen(plant: str) -> None:
+    """Red in one of the cheapest cases in which it acts, by far more than the tolerance, and not by breaking down."""
+    names = candidates(plant)[:TRIES]
+    assert names, f"no case of quick or all has what {plant} needs"
+    results = run_ranks(planted_in, 4, names, plant, timeout=200)
+    assert sum(reached for _, reached in results), f"{plant}: nothing has called what was put in place"
+    verdict = results[0][0][-1]
+    assert not verdict.passed, f"{plant} was not seen in {', '.join(names)}: {[v.worst for v in results[0][0]]}"
+    assert verdict.error is None
+    assert verdict.furthest[1] > 1e-5, verdict
