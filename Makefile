@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-fast test-slow coverage lint format compat bench clean help
+.PHONY: demo test test-fast test-slow proof coverage lint format compat bench clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -12,17 +12,20 @@ demo: .venv/run  ## train a mixture-of-experts model on this machine, about two 
 	@$(BIN)/moe-dist train configs/demo.yaml $(ARGS)
 
 test: .venv/dev  ## every test but the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not proof" $(ARGS)
 
 test-fast: .venv/dev  ## tests in one process only
-	$(BIN)/python -m pytest -m "not slow and not dist" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not dist and not proof" $(ARGS)
 
 test-slow: .venv/dev  ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+proof: .venv/dev  ## every case of the proof, and every known bug planted: an hour on two cores
+	$(BIN)/python -m pytest -m proof $(ARGS)
+
 coverage: .venv/dev  ## which lines the tests reach, in every process they start; takes longer than they do
 	$(BIN)/coverage erase
-	-$(BIN)/coverage run -m pytest -m "not slow" $(ARGS)
+	-$(BIN)/coverage run -m pytest -m "not slow and not proof" $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered
 

@@ -35,7 +35,10 @@ FAST = {
     "shared_expert_reduced_as_an_expert",
 }
 """A sample that is planted in every run of the fast tests."""
-plants = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in BUGS]
+plants = [
+    pytest.param(name, marks=[] if name in FAST else [pytest.mark.proof if number % 4 else pytest.mark.slow])
+    for number, name in enumerate(BUGS)
+]
 
 
 @cache
