@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -10,11 +11,13 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.checkpoint.encryption import Keys
@@ -35,6 +38,11 @@ from moe_dist.verify.trial import DTYPES, difference
 
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * (3 + i % 5) for i in range(32)]
 _LAYER_FACTS = ("tokens_per_expert", "aux_loss", "z_loss", "router_entropy", "router_logits_rms", "dropped_fraction")
+
+
+Answer = TypeVar("Answer")
+_ASKED = itertools.count()
+"""Of this process, the same on every rank: the store keeps what was said before."""
 
 
 class ScriptedTrainer(MoETrainer):
@@ -126,6 +134,22 @@ def _undisturbed(event: str) -> list[str]:
     return ["train", "save"] if event == "stop" else [event]
 
 
+def _by_rank_zero(world: Mesh, ask: Callable[[], Answer]) -> Answer:
+    """What `ask` gives on rank 0, on every rank. The others wait for it outside of any collective, for as long as a
+    life takes, whatever the time-out of the group is.
+    """
+    if world.group("world") is None:
+        return ask()
+    store, key = dist.distributed_c10d._get_default_store(), f"life/{next(_ASKED)}"
+    try:
+        answer = ask() if world.rank == 0 else None
+    finally:
+        if world.rank == 0:
+            store.set(key, "")
+    store.wait([key], timedelta(minutes=15))
+    return world.ask_rank_zero(lambda: answer)  # type: ignore[return-value]
+
+
 def run_life(
     life: Life, small: Smallness, world: Mesh, mesh_of: Callable[[Case], Mesh], plant: str | None, alone: Alone
 ) -> dict[str, float]:
@@ -136,7 +160,7 @@ def run_life(
         if not all(world.from_all(folder.is_dir())):
             raise OSError(f"{folder}: a life needs a folder that all ranks see; set TMPDIR to one")
         with in_dtype(DTYPES[life.precision]):
-            wanted = world.ask_rank_zero(lambda: alone.of(life, small, device))
+            wanted = _by_rank_zero(world, lambda: alone.of(life, small, device))
             with planted(plant) if plant else nullcontext():
                 for layout, script in zip(life.layouts, life.scripts, strict=True):
                     config = life.config(small, layout)
