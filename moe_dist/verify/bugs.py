@@ -25,7 +25,7 @@ class Bug:
     where: Where = lambda layout: True
     settings: Mapping[str, Any] = field(default_factory=dict)
     life: bool = False
-    event: str = "save"
+    event: str = "train"
 
     @property
     def options(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Verifier:
         self.world = world
         self._meshes: dict[tuple[int, int, int | None], Mesh] = {}
         self._references: dict[str, Told] = {}
-        self._alone_life = Alone()
+        self.alone = Alone()
 
     def verify(
         self,
@@ -92,6 +92,7 @@ class Verifier:
                 self._run(waiting, small, plant, report)
                 waiting = []
         self._run(waiting, small, plant, report)
+        self.alone.forget()
         report.proof = proof_of(report, small, self.world.device.type)
         return self.world.ask_rank_zero(report.end)
 
@@ -142,7 +143,7 @@ class Verifier:
     def _compare(self, case: Scenario | Life, small: Smallness, plant: str | None) -> dict[str, float]:
         """Deviations on this rank; each sees its own copies, and what its `ep` and `pp` peers hold besides."""
         if isinstance(case, Life):
-            return run_life(case, small, self.world, self.mesh, plant, self._alone_life)
+            return run_life(case, small, self.world, self.mesh, plant, self.alone)
         training = small.training(case)
         mesh, count = self.mesh(case.layout), self._count(case)
         found = run_trial(training.config, mesh, count, plant, training.batches, case.precision)

@@ -121,13 +121,18 @@ class Alone:
         script = [part for script in life.scripts for event in script for part in _undisturbed(event)]
         key = f"{config.model_dump_json()} {script}"
         if self.folder is None or self.key != key:
-            if self.folder is not None:
-                self.folder.cleanup()
-            self.key, self.folder = None, tempfile.TemporaryDirectory(prefix="moe-dist-alone-")
+            self.forget()
+            self.folder = tempfile.TemporaryDirectory(prefix="moe-dist-alone-")
             config.train.output_dir = Path(self.folder.name)
             ScriptedTrainer(config, Mesh.single(device), script).train(TEXTS)
             self.key = key
         return Path(self.folder.name)
+
+    def forget(self) -> None:
+        """Remove it. A process that ends without ceremony would leave it behind."""
+        if self.folder is not None:
+            self.folder.cleanup()
+        self.key = self.folder = None
 
 
 def _undisturbed(event: str) -> list[str]:
