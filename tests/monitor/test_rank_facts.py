@@ -112,7 +112,7 @@ def test_bytes_and_rows_are_those_that_travelled() -> None:
         received = told[rank]["sent"][rank] + told[other]["sent"][rank]
         # Forward: rows out, results of the other's rows back. Backward: the same gradients the same ways.
         rows = 2 * (one["sent"][other] + told[other]["sent"][rank])
-        header = (3 + 4 // 2) * 8
+        header = (4 + 4 // 2) * 8  # layer, hidden size, seed of noise, rows; rows for each of its two experts
         bytes_to = [0, 0]
         bytes_to[other] = rows * hidden * 4 + header
         assert one["traffic"] == (tuple(bytes_to), received, tuple(one["sent"]))
