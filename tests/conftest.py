@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -25,6 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may reach for the network: asked for what is not there, Hugging Face's libraries try for a minute. They
 # read this when they are imported first, by whatever test that is.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+# What tests prove says nothing about the machine of whoever runs them: it stays out of their cache (`verify.json`).
+CACHE = tempfile.TemporaryDirectory(prefix="moe-dist-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 sys.path.insert(0, str(Path(__file__).parent))
 
 

@@ -82,5 +82,5 @@ def _shown(layout: Case, which: str) -> set[tuple[str, ...]]:
     }
     if which == "quick":
         return few
-    pairs = [("pipeline", "recomputation"), ("expert parallelism", "sharding"), ("sharding", "accumulation")]
-    return few | {(a, b, axes[a], axes[b]) for a, b in pairs} | {("schedule", axes["pipeline"])}
+    others = {(axis, axes[axis]) for axis in ("pipeline", "recomputation", "accumulation")}
+    return few | others | {("ep", axes["expert parallelism"], "sharding", axes["sharding"])}

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from moe_dist.verify.features import FEATURES, ONCE
+from moe_dist.verify.features import COSTS, FEATURES, ONCE
 from moe_dist.verify.layouts import Case, layouts
 from moe_dist.verify.scenarios import Scenario, Smallness
 
@@ -151,7 +151,7 @@ class Designer:
             if feature in words:
                 continue
             gains = {
-                word: len(partners[feature, word] & have) + self.random.random()
+                word: (len(partners[feature, word] & have) + self.random.random()) / COSTS.get(word, 1)
                 for word in self.values[feature]
                 if word not in ONCE or frozenset([(feature, word)]) in left
             }

@@ -107,6 +107,8 @@ FEATURES: dict[str, dict[str, Settings]] = {
 _FEATURE_OF = {word: feature for feature, values in FEATURES.items() for word in values}
 ONCE = {"compiled"}
 """Costs many seconds: wanted once, not with every other value."""
+COSTS = {"deep": 4, "own_experts": 3, "noisy_experts": 2, "compiled": 8}
+"""How much longer a case takes: taken where more of what is wanted comes with it."""
 LOW_PRECISION = {"bf16", "pure_bf16"}
 
 

@@ -38,6 +38,8 @@ TOLERANCES: dict[Precision, dict[str, float]] = {
 """Largest relative differences, of the tensor that differs most. float64 leaves rounding at 1e-13: any mistake is
 above. In float32 AdamW makes full steps out of gradients that are only rounding. In bfloat16 both sides round, and send
 a token to another expert here and there: what follows an update is told, not judged, and only large bugs are above."""
+NUM_STEPS = 2
+"""Of a trial: the second has moments of the first, and comes after an evaluation."""
 DEPTH = 10
 """Layers of the model with the feature `deep`: past 8, which nothing small has."""
 

@@ -25,9 +25,11 @@ from moe_dist.train.schedule import learning_rate
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.features import Batches
 from moe_dist.verify.plants import planted
-from moe_dist.verify.scenarios import COMPARED, Precision
+from moe_dist.verify.scenarios import COMPARED, NUM_STEPS, Precision
 
-ROWS, STEPS, RATE = 2, 3, 1e-2
+ROWS = 2
+RATES = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 1e-3}
+"""Learning rates. AdamW makes full steps out of gradients that are only rounding: in bfloat16 smaller ones."""
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 
 
@@ -174,13 +176,13 @@ def run_trial(
     precision: Precision = "float32",
 ) -> Told:
     """Train on this rank's share of fixed global batches; every rank is told the same if replicas agree."""
-    kind = kind or Batches()
-    schedule = config.optimizer.model_copy(update={"learning_rate": RATE, "min_learning_rate": RATE / 10})
+    kind, rate = kind or Batches(), RATES[precision]
+    schedule = config.optimizer.model_copy(update={"learning_rate": rate, "min_learning_rate": rate / 10})
     with planted(plant) if plant else nullcontext(), in_dtype(DTYPES[precision]):
         trial = Trial(config, mesh, kind.num_domains)
         told = Told(initial=trial.weights)
-        for step in range(STEPS):
-            if step == STEPS - 1:  # and then train on: an evaluation must leave no trace
+        for step in range(NUM_STEPS):
+            if step == NUM_STEPS - 1:  # and then train on: an evaluation must leave no trace
                 held_out = trial.share(micro_batches(config, num_micro_batches, 99, kind))
                 found = evaluate(
                     trial.model, held_out, mesh, bf16=config.train.bf16, document_mask=config.data.document_mask
@@ -189,7 +191,7 @@ def run_trial(
                 told.evaluation.append(found.loss)
             with trial.unclipped() if step == 0 else nullcontext(told.gradients) as told.gradients:
                 batches = trial.share(micro_batches(config, num_micro_batches, step, kind))
-                result = trial.step(batches, step, learning_rate(schedule, step, STEPS))
+                result = trial.step(batches, step, learning_rate(schedule, step, NUM_STEPS))
             told.losses.append(result.loss)
             told.norms.append(result.grad_norm)
             told.loads |= {f"{step}.{name}": facts for name, facts in trial.loads().items()}

@@ -25,6 +25,7 @@ from moe_dist.train.balance import Balancer
 from moe_dist.train.optimizer import Optimizer
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.plants.planting import Replace
+from moe_dist.verify.scenarios import NUM_STEPS
 
 
 def _after_reduce(replace: Replace, change: Callable[[Gradients], object]) -> None:
@@ -117,7 +118,7 @@ def replica_misses_the_last_update(replace: Replace) -> None:
     update, count = Optimizer.step, itertools.count(1)
 
     def wrong(self: Optimizer) -> None:
-        if next(count) < 3 or not dist.is_initialized() or dist.get_rank() < dist.get_world_size() - 1:
+        if next(count) < NUM_STEPS or not dist.is_initialized() or dist.get_rank() < dist.get_world_size() - 1:
             update(self)
 
     replace(Optimizer, "step", wrong)
