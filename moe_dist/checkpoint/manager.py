@@ -150,6 +150,10 @@ class Checkpoints:
         wrong, and there is no plan then.
         """
         wrong = state.wrong_shapes()
+        if self._plan is not None:
+            wrong += [
+                f"{name} is not in every save of this run" for name in sorted(self._plan.names ^ set(state.tensors))
+            ]
         if self.mesh.sum_over("world", torch.tensor([float(len(wrong))], device=self.mesh.device)).item():
             self._plan = self._shards = None
             return next((line for lines in self._gathered(wrong[:1]) for line in lines), None)

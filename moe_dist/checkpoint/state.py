@@ -76,6 +76,7 @@ class SavePlan:
 
     def __init__(self, state: LogicalState, mesh: Mesh) -> None:
         """A collective: every rank learns what all of them write."""
+        self.names = frozenset(state.tensors)
         self._planner = self._planner_of(state)
         local = self._planner.create_local_plan()
         plans = [local]

@@ -22,6 +22,7 @@ from moe_dist.config_deepspeed import deepspeed_settings
 from moe_dist.config_loading import ConfigError
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.optimizer_state import at_rest
 
 BuildOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -49,6 +50,7 @@ class DeepSpeedEngine:
             optimizer=build_optimizer(groups),
             config=deepspeed_settings(config),
         )
+        self._create_state()
 
     def _register_groups(self) -> None:
         """Our process groups under the names DeepSpeed looks for, so that it makes none of its own."""
@@ -160,19 +162,16 @@ class DeepSpeedEngine:
         self.engine.step()
 
     @torch.no_grad()
-    def create_state(self) -> None:
-        """Allocate the state a first step would, without moving anything: loading a checkpoint needs it in place."""
+    def _create_state(self) -> None:
+        """The state of no step yet, as `Optimizer` has it."""
         zero = self.zero_optimizer
-        rates = [group["lr"] for group in zero.param_groups]
-        self.set_learning_rate(0.0)
         kept = [partition.grad for partition in zero.single_partition_of_fp32_groups]
         for partition in zero.single_partition_of_fp32_groups:
             partition.grad = torch.zeros_like(partition)
-        zero.optimizer.step()
+        with at_rest(zero.optimizer):
+            zero.optimizer.step()
         for partition, gradient in zip(zero.single_partition_of_fp32_groups, kept, strict=True):
             partition.grad = gradient
-        for group, rate in zip(zero.param_groups, rates, strict=True):
-            group["lr"] = rate
 
     def named_state(self) -> Iterator[tuple[str, str, list[Tensor], bool]]:
         """As `Optimizer.named_state`, but copies, whole on every rank (collective); `follow_masters` puts them back."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_dist.config import OptimizerConfig
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.gradients import Gradients
+from moe_dist.parallel.optimizer_state import at_rest
 from moe_dist.parallel.sharding import ShardedGradients, held_parameters, local
 
 
@@ -34,6 +35,7 @@ class Optimizer:
             {"params": self._tensors(trained.keys() - decayed), "weight_decay": 0.0},
         ]
         self.optimizer = torch_optimizer([group for group in groups if group["params"]], config)
+        self._create_state()
 
     def _parts(self, name: str, tensor: Tensor) -> list[Tensor]:
         return list(tensor.unbind(0)) if name in self.split else [tensor]
@@ -60,22 +62,18 @@ class Optimizer:
         self.model.follow_masters()
 
     @torch.no_grad()
-    def create_state(self) -> None:
-        """Allocate the state a first step would, without moving anything: loading a checkpoint needs it in place."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+    def _create_state(self) -> None:
+        """The state of no step yet, where torch has none before the first: what is saved, and read, has the same
+        tensors always.
+        """
         self.gradients.zero()
-        self.set_learning_rate(0.0)
-        self.step()
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        with at_rest(self.optimizer):
+            self.step()
 
     def named_state(self) -> Iterator[tuple[str, str, list[Tensor], bool]]:
         """(parameter name, state key, tensors, split): one tensor, or with `split` one per local expert."""
         for name, targets in self.targets.items():
             states = [self.optimizer.state[target] for target in targets]
-            for state in states:
-                if isinstance(state.get("step"), int):  # Adafactor counts in a number, which cannot be read into
-                    state["step"] = torch.tensor(float(state["step"]))
             for key in states[0]:
                 if key != "RMS":  # Adafactor's note of the weights' size, made anew by every step
                     yield name, key, [state[key] for state in states], name in self.split

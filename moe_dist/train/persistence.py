@@ -141,8 +141,6 @@ class Persistence:
             self.place.lock.note_begun(self.place.names)
 
     def _read(self, loaded: Loaded, moments: bool = True) -> None:
-        if moments:
-            self.optimizer.create_state()
         self.checkpoints.read_tensors(loaded, self._state() if moments else LogicalState(self.model, (), self.mesh))
         self.optimizer.follow_masters()
 

@@ -109,7 +109,11 @@ class Life:
         } | dict.fromkeys(("eval_steps", "early_stopping_patience"), 0)
         tree["train"] |= dict.fromkeys(("max_time", "divergence_loss", "per_device_eval_batch_size"))
         tree["train"]["eval_batches"] = EVAL_BATCHES
-        tree["optimizer"] |= {"learning_rate": 3e-3, "min_learning_rate": 1e-4, "adam_epsilon": 1e-6}
+        rate = 3e-3
+        if self.precision == "bfloat16":  # dozens of steps, each from rounded gradients
+            rate = 3e-4
+            tree["train"]["early_stopping_threshold"] = 1e3  # which of two losses is better may be rounding, too
+        tree["optimizer"] |= {"learning_rate": rate, "min_learning_rate": rate / 30, "adam_epsilon": 1e-6}
         tree["checkpoint"] = {"save_steps": 10**6}
         tree["monitor"] |= {"logging_steps": 1, "tensorboard": False, "progress": "none"}
         try:

@@ -84,7 +84,6 @@ class Run:
         checkpoints = self.checkpoints(folder)
         found = checkpoints.find(str(step), print)
         assert found is not None
-        self.trial.optimizer.create_state()
         checkpoints.read_tensors(checkpoints.read_state(found), self.state())
         self.trial.optimizer.follow_masters()
 

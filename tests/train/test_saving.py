@@ -15,11 +15,14 @@ from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.writing import Writer
+from moe_dist.config import Config
 from moe_dist.monitor.sinks.fan_out import Sinks
+from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import MoETrainer
 from moe_dist.train import trainer as trainer_module
 from moe_dist.train.persistence import Persistence
 from moe_dist.train.trainer import TrainingResult
+from moe_dist.verify.trajectory import ScriptedTrainer
 
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * 12 for i in range(24)]
 TREE: dict[str, Any] = {
@@ -70,6 +73,32 @@ def test_saving_in_the_background_is_saving(tmp_path: Path) -> None:
     for step in range(1, 7):
         assert values(tmp_path / "background", step) == values(tmp_path / "waiting", step)
     assert values(tmp_path / "background", 5) != values(tmp_path / "background", 6)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{}, {"optim": "sgd", "momentum": 0.9}, {"optim": "adafactor"}], ids=["adamw", "sgd", "adafactor"]
+)
+def test_a_save_before_the_first_update(tmp_path: Path, optimizer: dict[str, Any]) -> None:
+    """The first step is skipped and saved: a run goes on from there, and later saves hold what they should.
+
+    Seen to fail with the state of the optimizer made by its first update: it was in no later save of the run, and the
+    first could not be gone on from.
+    """
+    tree = {**TREE, "train": {**TREE["train"], "on_nonfinite": "skip"}}
+    tree["optimizer"] = {**TREE["optimizer"], **optimizer}
+
+    def lived(folder: Path, script: list[str]) -> None:
+        config = Config.model_validate({**tree, "train": tree["train"] | {"output_dir": str(folder)}})
+        ScriptedTrainer(config, Mesh.single(), script).train(TEXTS)
+
+    lived(tmp_path / "straight", ["skip", "save", "train", "save", "train", "save"])
+    lived(tmp_path / "resumed", ["skip", "save"])
+    lived(tmp_path / "resumed", ["train", "save", "train", "save"])
+    for step in (1, 2, 3):
+        assert values(tmp_path / "resumed", step) == values(tmp_path / "straight", step)
+    later = values(tmp_path / "straight", 3)
+    assert {name.rpartition(".")[2] for name in later if name.startswith("optimizer.")}
+    assert later.keys() == values(tmp_path / "straight", 1).keys()
 
 
 def test_what_stays(tmp_path: Path) -> None:
