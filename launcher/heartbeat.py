@@ -6,10 +6,7 @@ so that a link that is cut, a stopped process or a stranger holds nobody up.
 
 from __future__ import annotations
 
-import fcntl
-import hmac
 import json
-import os
 import select
 import socket
 import struct
@@ -17,16 +14,13 @@ import time
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from launcher import handshake
+from launcher.addresses import addresses
+
 Message = dict[str, Any]
-PATIENCE = 5.0
-"""Seconds in which a connection must say who it is."""
-_WELCOME = 20.0
-"""Seconds in which a connection must be made and answered."""
 _LONGEST = 65536
-_STRANGERS = 256
-"""Connections that have not yet said who they are; more have to wait."""
-_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-_SIOCGIFADDR = 0x8915
+"""Bytes of a line, and of what is read from a connection at a time."""
+_PURPOSE = "watchdog"
 CUT = 8.0
 """Seconds for which nothing that was sent has arrived, after which a link counts as cut."""
 _AGAIN = 3
@@ -34,20 +28,20 @@ _AGAIN = 3
 
 
 class Offer(NamedTuple):
-    """Where rank 0 listens, and the word that keeps strangers out."""
+    """Where rank 0 listens, and the secret that keeps strangers out."""
 
     addresses: list[str]
     port: int
-    token: str
+    secret: str
 
 
 class Line:
     """One connection: messages out and in, without waiting."""
 
-    def __init__(self, connection: socket.socket, unread: bytes = b"") -> None:
+    def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self.socket, self.opened, self.closed = connection, time.monotonic(), False
-        self._unsent, self._unread = b"", unread
+        self._unsent, self._unread = b"", b""
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -64,15 +58,17 @@ class Line:
             self.closed = True
 
     def receive(self) -> list[Message]:
-        """What has come. Raises ValueError for what is no message; `closed` when there will be nothing more."""
+        """What has come, up to a line's length at a time: who sends more than that waits, and fills no memory.
+
+        Raises ValueError for what is no message; `closed` when there will be nothing more.
+        """
         lines: list[bytes] = []
         try:
-            while data := self.socket.recv(_LONGEST):
-                *more, self._unread = (self._unread + data).split(b"\n")
-                lines += more
-                if len(self._unread) > _LONGEST:
-                    raise ValueError("too long")
-            self.closed = True
+            data = self.socket.recv(_LONGEST)
+            *lines, self._unread = (self._unread + data).split(b"\n")
+            if len(self._unread) > _LONGEST:
+                raise ValueError("too long")
+            self.closed = not data
         except BlockingIOError:
             pass
         except OSError:
@@ -147,6 +143,9 @@ class Peers:
             messages = self.lines[rank].receive()
         except ValueError:
             messages, self.lines[rank].closed = [], True
+        self._hear(rank, messages)
+
+    def _hear(self, rank: int, messages: list[Message]) -> None:
         for message in messages:
             if "place" in message:
                 self.heard[rank] = time.monotonic(), message
@@ -169,45 +168,37 @@ class Peers:
 class Hub(Peers):
     """Rank 0's end. `alone`: all ranks are on this machine, and only it can connect."""
 
-    def __init__(self, world_size: int, token: str, alone: bool) -> None:
+    def __init__(self, world_size: int, secret: str, alone: bool) -> None:
         super().__init__()
-        self.world_size, self.token = world_size, token
-        self._strangers: list[Line] = []
-        if alone:
-            self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-        elif socket.has_dualstack_ipv6():
-            self._listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-        else:
-            self._listener = socket.create_server(("", 0), backlog=1024)
-        self._listener.setblocking(False)
-        self.offer = Offer(["127.0.0.1"] if alone else addresses(), self._listener.getsockname()[1], token)
+        self.world_size = world_size
+        address = "127.0.0.1" if alone else handshake.bind_address()
+        self._lobby = handshake.Lobby(handshake.listen(address), secret, _PURPOSE)
+        self._nameless: list[Line] = []
+        """Connections of ours that have not said their rank yet."""
+        where = addresses() if address in ("0.0.0.0", "::") else [address]
+        self.offer = Offer(where, self._lobby.listener.getsockname()[1], secret)
 
     def _others(self) -> list[int]:
-        listening = [self._listener.fileno()] if len(self._strangers) < _STRANGERS else []
-        return [*listening, *(line.fileno() for line in self._strangers)]
+        return [*self._lobby.filenos(), *(line.fileno() for line in self._nameless)]
 
     def _meet(self, ready: list[int]) -> None:
-        if self._listener.fileno() in ready:
-            with suppress(OSError):
-                while len(self._strangers) < _STRANGERS:
-                    self._strangers.append(Line(self._listener.accept()[0]))
-        for line in list(self._strangers):
-            rank = self._introduced(line)
-            if rank is not None or line.closed or time.monotonic() - line.opened > PATIENCE:
-                self._strangers.remove(line)
+        self._nameless += [Line(connection) for connection in self._lobby.admit(ready)]
+        for line in list(self._nameless):
+            rank = self._named(line)
+            if rank is not None or line.closed or time.monotonic() - line.opened > handshake.PATIENCE:
+                self._nameless.remove(line)
                 if rank is None:
                     line.close()
                 else:
                     self.lines[rank] = line
                     line.send({"welcome": rank})
 
-    def _introduced(self, line: Line) -> int | None:
-        """The rank at the other end once it has said the word; closes the line of whoever says anything else."""
+    def _named(self, line: Line) -> int | None:
+        """The rank at the other end once it has said so; closes the line of whoever says anything else."""
         try:
             for message in line.receive():
                 rank = message.get("rank")
-                known = hmac.compare_digest(str(message.get("token")).encode(), self.token.encode())
-                if known and isinstance(rank, int) and 0 < rank < self.world_size and rank not in self.lines:
+                if isinstance(rank, int) and 0 < rank < self.world_size and rank not in self.lines:
                     return rank
                 line.closed = True
         except ValueError:
@@ -216,8 +207,8 @@ class Hub(Peers):
 
     def close(self) -> None:
         super().close()
-        self._listener.close()
-        for line in self._strangers:
+        self._lobby.close()
+        for line in self._nameless:
             line.close()
 
 
@@ -229,36 +220,31 @@ class Spoke(Peers):
         reasons = []
         for address in offer.addresses:
             try:
-                connection = socket.create_connection((address, offer.port), timeout=_WELCOME)
-                connection.sendall(json.dumps({"token": offer.token, "rank": rank}).encode() + b"\n")
-                answer, _, more = connection.recv(4096).partition(b"\n")
-                if json.loads(answer) != {"welcome": rank}:
-                    raise OSError("somebody else answers there")
-            except (OSError, ValueError) as error:
+                connection = handshake.connect(address, offer.port, offer.secret, _PURPOSE)
+            except OSError as error:
                 reasons.append(f"{address} port {offer.port}: {error}")
                 continue
-            self.lines[0] = Line(connection, more)
-            return
+            line = Line(connection)
+            line.send({"rank": rank})
+            if self._is_welcome(line, rank):
+                self.lines[0] = line
+                return
+            line.close()
+            reasons.append(f"{address} port {offer.port}: it does not take rank {rank}")
         raise OSError("; ".join(reasons))
 
-
-def addresses() -> list[str]:
-    """Where others may reach this machine, the best guess first."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for variable in _INTERFACES:
-            name = os.environ.get(variable, "").partition(",")[0].lstrip("=")
-            with suppress(OSError):
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                found.append(socket.inet_ntoa(answer[20:24]))
-    master = os.environ.get("MASTER_ADDR", "")
-    with suppress(OSError):
-        for family, kind, _, _, place in socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM):
-            with socket.socket(family, kind) as probe, suppress(OSError):
-                probe.connect(place)  # sends nothing: asks only which interface leads there
-                found.append(probe.getsockname()[0])
-    found += [socket.gethostname(), master]
-    return [address for address in dict.fromkeys(found) if address]
+    def _is_welcome(self, line: Line, rank: int) -> bool:
+        """What comes after the welcome stays where it is."""
+        deadline = time.monotonic() + handshake.WELCOME
+        poll = select.poll()
+        poll.register(line.fileno(), select.POLLIN)
+        while not line.closed and time.monotonic() < deadline:
+            poll.poll(1000 * max(0.0, deadline - time.monotonic()))
+            with suppress(ValueError):
+                if messages := line.receive():
+                    self._hear(0, messages[1:])
+                    return messages[0] == {"welcome": rank}
+        return False
 
 
 def state_of(pid: int) -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import os
 import re
 import secrets
 import socket
-import struct
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
+from launcher.addresses import interface_of, outward
 from launcher.environment import BATCH, given_batch
 from launcher.processes import LOOPBACK, rank_environment
 from launcher.starting import TRAIN, Start
@@ -23,7 +21,6 @@ from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.layout import Layout
 from moe_dist.train.elastic import first_batch, replan
 
-_SIOCGIFADDR = 0x8915
 # A lost machine is noticed within 3 s instead of 15, and those that are left wait 3 s for others instead of 30.
 _QUICK = {"keep_alive_interval": "1", "keep_alive_max_attempt": "3", "heartbeat": "1", "last_call_timeout": "3"}
 
@@ -115,27 +112,12 @@ def defaults(config: Config, ranks: int, address: str, environ: Mapping[str, str
 def address_towards(endpoint: str) -> str:
     """The address of this machine that others see, on the way to where all of them meet."""
     host = _host(endpoint)
-    for target in (host, "192.0.2.1"):  # an address that nobody has: only which interface leads out is asked
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((target, 9))  # sends nothing
-            found = str(probe.getsockname()[0])
-            # A machine's own name may lead to its loopback, on which no other can reach it.
-            if not found.startswith("127.") or host == "localhost" or host.startswith("127."):
-                return found
+    for target in (host, ""):
+        found = outward(target)
+        # A machine's own name may lead to its loopback, on which no other can reach it.
+        if found and (not found.startswith("127.") or host == "localhost" or host.startswith("127.")):
+            return found
     return socket.gethostname()
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has this address (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
-                if socket.inet_ntoa(answer[20:24]) == address:
-                    return name
-    return "lo" if address.startswith("127.") else None
 
 
 def _check(config: Config, request: Request, few: int, many: int) -> None:

@@ -20,8 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from launcher.addresses import addresses
 from launcher.environment import Environment
-from launcher.heartbeat import Hub, Message, Offer, Peers, Spoke, addresses, state_of
+from launcher.heartbeat import Hub, Message, Offer, Peers, Spoke, state_of
 from launcher.worker import EXIT_FAILED, tell_launcher
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path

@@ -19,6 +19,7 @@ from moe_dist.config_checks import (
     check_data,
     check_model,
     check_optimizer,
+    check_prometheus,
     check_sections,
     check_train,
     file_source,
@@ -429,10 +430,18 @@ class PrometheusConfig(Section):
     """Serve /metrics on this port, or the next free one; 0: any free port; null: no server."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: every network of the machine."""
+    bearer_token: str | None = None
+    """Who asks for /metrics must send this token: a file that holds it, or `env:NAME`; null: anybody may ask."""
+    tls_certificate: Path | None = None
+    """Serve by https: PEM file of the certificate, with those above it; needs tls_key."""
+    tls_key: Path | None = None
+    """PEM file of its private key."""
     per_expert: Literal["full", "layer", "top"] = "full"
     """Series per expert: every expert, none (layers only), or the hottest and coldest four of each layer."""
     pushgateway: str | None = None
     """URL of a Pushgateway that gets the metrics at every logging interval and at the end."""
+
+    _tls_is_whole = model_validator(mode="after")(check_prometheus)
 
 
 class MonitorConfig(Section):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         DataConfig,
         ModelConfig,
         OptimizerConfig,
+        PrometheusConfig,
         TrainConfig,
     )
 
@@ -231,6 +232,14 @@ def check_held_out(config: Config) -> None:
             f"train.max_steps={train.max_steps}: data.streaming=true has no length for num_train_epochs="
             f"{train.num_train_epochs} to end the run or shape the schedule by; set train.max_steps or train.max_time"
         )
+
+
+def check_prometheus(prometheus: PrometheusConfig) -> PrometheusConfig:
+    """A certificate and its key."""
+    if (prometheus.tls_certificate is None) != (prometheus.tls_key is None):
+        there, missing = ("tls_key", "tls_certificate") if prometheus.tls_key else ("tls_certificate", "tls_key")
+        raise ValueError(f"{there}={getattr(prometheus, there)}: https needs {missing} beside it")
+    return prometheus
 
 
 def check_pipeline(config: Config) -> None:

@@ -104,6 +104,13 @@ ALL_TO_ALL = re.compile(r"all_?to_?all(_(single|base|tensor)\w*)?")
 FORBIDDEN = (
     *("pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch.load"),
     *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load"),
+    *(
+        f"torch.distributed.{name}"
+        for name in (
+            *("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list"),
+            *("send_object_list", "recv_object_list"),
+        )
+    ),
 )
 UNSAFE = ("shell", "trust_remote_code", "allow_pickle")
 

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 
 from moe_dist.checkpoint.encryption import Keys
 from moe_dist.checkpoint.lock import RunLock
@@ -156,7 +155,7 @@ class Checkpoints:
             ]
         if self.mesh.sum_over("world", torch.tensor([float(len(wrong))], device=self.mesh.device)).item():
             self._plan = self._shards = None
-            return next((line for lines in self._gathered(wrong[:1]) for line in lines), None)
+            return next((line for lines in self.mesh.from_all(wrong[:1]) for line in lines), None)
         if self._plan is None:
             plan = SavePlan(state, self.mesh)
             if missing := missing_weights(plan.shapes(), state.model_shapes):  # the plan is the same on every rank
@@ -188,7 +187,7 @@ class Checkpoints:
             if not running:
                 break
         self._writer = None
-        texts = [text for lines in self._gathered([writer.error] if writer.error else []) for text in lines]
+        texts = [text for lines in self.mesh.from_all([writer.error] if writer.error else []) for text in lines]
         # The first cause: a rank that only gave up for another's sake has less to say.
         error = min(texts, key=lambda text: text == GAVE_UP, default=None)
         now = time.perf_counter()
@@ -337,7 +336,7 @@ class Checkpoints:
                 return [f"{found}: {line}" for line in wrong]
             return problems(found, manifest, sorted(manifest.files)[self.mesh.rank :: self.mesh.layout.world_size])
 
-        return list(dict.fromkeys(line for lines in self._gathered(self._together(look)) for line in lines))
+        return list(dict.fromkeys(line for lines in self.mesh.from_all(self._together(look)) for line in lines))
 
     def read_state(self, found: Found) -> Loaded:
         """Counters and configuration of a verified checkpoint (collective)."""
@@ -361,17 +360,10 @@ class Checkpoints:
             answer = do()
         except (ValueError, OSError) as error:
             errors = [str(error)]
-        for lines in self._gathered(errors):
+        for lines in self.mesh.from_all(errors):
             if lines:
                 raise CheckpointError(lines[0])
         return cast(Answer, answer)
-
-    def _gathered(self, lines: list[str]) -> list[list[str]]:
-        if self.mesh.group("world") is None:
-            return [lines]
-        everything: list[Any] = [None] * self.mesh.layout.world_size
-        dist.all_gather_object(everything, lines)
-        return everything
 
 
 def check_room(storage: Storage, num_bytes: int) -> None:

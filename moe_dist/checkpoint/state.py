@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan as DistributedSavePlan
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from moe_dist.checkpoint.manifest import Box, CheckpointError, Manifest, TensorEntry
 from moe_dist.checkpoint.shapes import MODEL, OPTIMIZER, SAVE_WEIGHTS, wrong_moments, wrong_weights
@@ -79,10 +81,7 @@ class SavePlan:
         self.names = frozenset(state.tensors)
         self._planner = self._planner_of(state)
         local = self._planner.create_local_plan()
-        plans = [local]
-        if mesh.group("world") is not None:
-            plans = [local] * mesh.layout.world_size
-            dist.all_gather_object(plans, local)
+        plans = [_plan(rows) for rows in mesh.from_all([_row(item) for item in local.items])]
         plans, metadata = self._planner.create_global_plan(plans)  # the same on every rank
         self.plan = self._planner.finish_plan(plans[mesh.rank])
         self.metadata = metadata
@@ -129,6 +128,30 @@ class SavePlan:
             for name, entry in self.metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+
+
+Row = tuple[str, str, list[int] | None, int | None, list[int], list[int], str, list[int]]
+"""What a rank writes, as ranks tell each other: name, kind, where the index says it begins, its number; offset and size
+of the block; dtype and shape of the whole."""
+
+
+def _row(item: WriteItem) -> Row:
+    data, index = item.tensor_data, item.index
+    assert data is not None
+    return (
+        *(index.fqn, item.type.name, None if index.offset is None else list(index.offset), index.index),
+        *(list(data.chunk.offsets), list(data.chunk.sizes), NAMES[data.properties.dtype], list(data.size)),
+    )
+
+
+def _plan(rows: list[Row]) -> DistributedSavePlan:
+    items = []
+    for name, kind, begin, number, offsets, sizes, dtype, shape in rows:
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        data = TensorWriteData(chunk, TensorProperties(TORCH_DTYPES[dtype]), torch.Size(shape))
+        index = MetadataIndex(name, None if begin is None else torch.Size(begin), number)
+        items.append(WriteItem(index, WriteItemType[kind], tensor_data=data))
+    return DistributedSavePlan(items)
 
 
 def read_into(state: LogicalState, manifest: Manifest, reader: ShardReader) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moe_dist.parallel.exchange import as_error, as_failure, broadcast, gather
 from moe_dist.parallel.layout import Layout
 
 Answer = TypeVar("Answer")
@@ -134,27 +135,26 @@ class Mesh:
 
     def ask_rank_zero(self, ask: Callable[[], Answer]) -> Answer:
         """What `ask` gives on rank 0, on every rank; a ValueError or OSError it raises there is raised everywhere."""
-        answer: list[Any] = [None, None]
+        if self.group("world") is None:
+            return ask()
+        answer, failure, error = None, None, None
         if self.rank == 0:
             try:
-                answer[0] = ask()
-            except (ValueError, OSError) as error:
-                if self.group("world") is None:
-                    raise
-                answer[1] = error
-        if self.group("world") is not None:
-            dist.broadcast_object_list(answer, src=0)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+                answer = ask()
+            except (ValueError, OSError) as raised:
+                error, failure = raised, as_failure(raised)
+        told = broadcast((answer, failure), self.device)
+        if told[1] is not None:
+            raise error or as_error(told[1])
+        return cast(Answer, told[0])
 
-    def from_all(self, value: Answer) -> list[Answer]:
-        """What every rank has, in order of rank, on every rank; for a few small things, once."""
-        if self.group("world") is None:
-            return [value]
-        values: list[Any] = [None] * self.layout.world_size
-        dist.all_gather_object(values, value)
-        return values
+    def from_all(self, value: Answer, axis: str = "world") -> list[Answer]:
+        """What every rank of an axis has, in their order, on each of them; for a few small things, now and then.
+
+        Lists, tuples, sets, dicts, text, numbers, paths, tensors, and dataclasses and named tuples of this package.
+        """
+        group = self.group(axis)
+        return [value] if group is None else gather(value, group, self.device)
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.config import Config
@@ -110,11 +109,7 @@ class Trial:
 
     def _of_all_stages(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of all ranks of a pipeline; no name may be on two of them."""
-        group = self.mesh.group("pp")
-        if group is None:
-            return tensors
-        parts: list[dict[str, Tensor]] = [{} for _ in range(group.size())]
-        dist.all_gather_object(parts, tensors, group=group)
+        parts = self.mesh.from_all(tensors, "pp")
         gathered = {name: tensor for part in parts for name, tensor in part.items()}
         assert len(gathered) == sum(map(len, parts))
         return gathered

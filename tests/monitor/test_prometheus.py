@@ -246,7 +246,7 @@ def test_the_server_ends_with_the_run(
     sink.close()
     sink.close()
     # Those of requests end by themselves, a moment later.
-    assert not [thread for thread in set(threading.enumerate()) - threads if "serve_forever" in thread.name]
+    assert not [thread for thread in set(threading.enumerate()) - threads if thread.name == "metrics"]
     with socket.create_server(("127.0.0.1", port)):
         pass
     assert len(json.loads((tmp_path / "targets.json").read_text())) == left

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import logging
 import os
 import socket
+import ssl
 import time
 from http.client import HTTPException
 from pathlib import Path
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
-from wsgiref.types import StartResponse, WSGIEnvironment
+from threading import Lock
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, make_wsgi_app, push_to_gateway, start_http_server
+from prometheus_client import CollectorRegistry, push_to_gateway
+from prometheus_client.exposition import choose_encoder
 
 from moe_dist.config import MonitorConfig
 from moe_dist.monitor.records import RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.sinks.http_server import BoundedServer, guarded, read_token, tls_context
 from moe_dist.monitor.sinks.snapshot import SnapshotSink
 
 logger = logging.getLogger(__name__)
@@ -62,31 +65,59 @@ class PrometheusSink(_RunSink):
     def __init__(self, output_dir: Path | str, config: MonitorConfig) -> None:
         super().__init__(output_dir, config)
         self.address = ""
-        self._server: tuple[WSGIServer, Thread] | None = None
+        self._server: BoundedServer | None = None
+        self._pages: dict[tuple[str, bool], bytes] = {}
+        self._shown: object = None
+        """The snapshot that `_pages` show."""
+        self._lock = Lock()
 
     def open(self, info: RunInfo) -> None:
         super().open(info)
-        wanted = self.config.port or 0
-        self._server = self._listen(wanted)
-        server = self._server[0]
-        metrics, port = make_wsgi_app(self.registry), server.server_port
-        server.set_app(lambda env, start: (self._health if env["PATH_INFO"] == "/healthz" else metrics)(env, start))
-        self.address = address_of(self.config.host, port)
+        wanted, config = self.config.port or 0, self.config
+        metrics: WSGIApplication = self._metrics
+        if config.bearer_token is not None:
+            metrics = guarded(metrics, read_token(config.bearer_token))
+        tls = None
+        if config.tls_certificate is not None and config.tls_key is not None:
+            tls = tls_context(config.tls_certificate, config.tls_key)
+        self._server = self._listen(
+            wanted, lambda env, start: (self._health if env["PATH_INFO"] == "/healthz" else metrics)(env, start), tls
+        )
+        self._server.start()
+        port, scheme = self._server.server_port, "https" if tls else "http"
+        self.address = address_of(config.host, port)
         if wanted not in (0, port):
-            logger.warning("port %d is taken; Prometheus metrics are at http://%s/metrics", wanted, self.address)
+            logger.warning("port %d is taken; Prometheus metrics are at %s://%s/metrics", wanted, scheme, self.address)
         else:
-            logger.info("Prometheus metrics are at http://%s/metrics", self.address)
-        self._write_targets([{"targets": [self.address], "labels": {"run": self.run_name}}])
+            logger.info("Prometheus metrics are at %s://%s/metrics", scheme, self.address)
+        labels = {"run": self.run_name} | ({"__scheme__": scheme} if tls else {})
+        self._write_targets([{"targets": [self.address], "labels": labels}])
 
     def close(self) -> None:
         if self._server is None:
             return
-        (server, thread), self._server = self._server, None
-        server.shutdown()
-        server.server_close()
-        thread.join(PUSH_SECONDS)
+        server, self._server = self._server, None
+        server.close()
         if self.snapshot.finished:
             self._write_targets([])
+
+    def _metrics(self, asked: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        """Written once for a snapshot, whoever asks how often."""
+        if asked["REQUEST_METHOD"] != "GET" or asked["PATH_INFO"] != "/metrics":
+            start_response("404 Not Found", [("Content-Type", "text/plain")])
+            return [b"GET /metrics or /healthz\n"]
+        encode, kind = choose_encoder(asked.get("HTTP_ACCEPT", ""))
+        packed = "gzip" in asked.get("HTTP_ACCEPT_ENCODING", "")
+        with self._lock:
+            if self._shown is not self.snapshot:
+                self._shown = self.snapshot
+                self._pages.clear()
+            if (kind, packed) not in self._pages:
+                text = encode(self.registry)
+                self._pages[kind, packed] = gzip.compress(text, 1) if packed else text
+            page = self._pages[kind, packed]
+        start_response("200 OK", [("Content-Type", kind), *([("Content-Encoding", "gzip")] if packed else [])])
+        return [page]
 
     def _health(self, asked: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
         seen = self.snapshot
@@ -95,12 +126,12 @@ class PrometheusSink(_RunSink):
         start_response("200 OK" if age <= FRESH else "503 Service Unavailable", [("Content-Type", "text/plain")])
         return [f"{text}\n".encode()]
 
-    def _listen(self, first: int) -> tuple[WSGIServer, Thread]:
+    def _listen(self, first: int, app: WSGIApplication, tls: ssl.SSLContext | None) -> BoundedServer:
         """A server on the first free port from `first` on. Raises OSError."""
         last = min(first + TRIES - 1, 65535)
         for port in range(first, last + 1):
             try:
-                return start_http_server(port, self.config.host, self.registry)
+                return BoundedServer(self.config.host, port, app, tls)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or port == last:
                     raise
