@@ -169,7 +169,7 @@ def check_cover(name: str, tensor: TensorEntry) -> None:
 
 
 def _add_corners(corners: Counter[tuple[int, ...]], ranges: list[tuple[int, int]], sign: int) -> None:
-    found = [((), sign)]
+    found: list[tuple[tuple[int, ...], int]] = [((), sign)]
     for start, end in ranges:
         found = [pair for corner, one in found for pair in (((*corner, start), one), ((*corner, end), -one))]
     for corner, one in found:

@@ -8,9 +8,8 @@ import json
 import logging
 import math
 import shutil
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -286,18 +285,6 @@ def test_sinks_follow_the_configuration(tmp_path: Path) -> None:
     names = [sink.name for sink in build_sinks(tmp_path, MonitorConfig(tensorboard=False)).sinks]
     assert names == ["console", "metrics.jsonl"]
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
-    if done.returncode:
-        pytest.skip("no file system can be mounted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_sink_on_a_full_disk_goes_on_when_there_is_room(
