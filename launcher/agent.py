@@ -32,6 +32,7 @@ from launcher.environment import JOB, named_job
 from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_FAILED, EXIT_STOPPED, LAUNCHER
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.train.interrupts import Interrupts
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _FINAL = (EXIT_CONFIG, EXIT_STOPPED, EXIT_AGAIN, EXIT_CTRL_C)
@@ -44,6 +45,13 @@ _DEAF = 10.0
 
 def main(arguments: list[str]) -> int:
     asked = Asked()  # first of all: importing torch takes a while, and process 1 has no default actions
+    try:
+        return _main(arguments, asked)
+    finally:
+        asked.close()
+
+
+def _main(arguments: list[str], asked: Asked) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import (
@@ -112,7 +120,7 @@ def ranks(torchrun: str = "self") -> list[int]:
 
 
 class Asked:
-    """Signals for the ranks, passed on to them.
+    """Signals for the ranks, passed on to them: the first, for all that follow are the same request.
 
     A thread does it: the main one may wait in a rendezvous, where Python runs no handler for minutes.
     """
@@ -123,6 +131,7 @@ class Asked:
     """Seconds before ranks that have been asked are ended by force; None: whoever asks sees to that."""
 
     def __init__(self) -> None:
+        self._interrupts = Interrupts()
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer)
@@ -130,6 +139,12 @@ class Asked:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._listen, daemon=True).start()
+
+    def close(self) -> None:
+        """This process ends now: where it was asked to, one more signal must not change how."""
+        if self.number is not None:
+            for number in PASSED_ON:
+                signal.signal(number, signal.SIG_IGN)
 
     def _listen(self) -> None:
         while True:
@@ -139,20 +154,22 @@ class Asked:
 
     def _pass_on(self, number: int) -> None:
         told = ranks()
+        insists = number == signal.SIGINT and self._interrupts.again()
+        if self.number is not None:
+            if insists:
+                _send(signal.SIGKILL, told)
+            return
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         say(f"{name}, passed on to the ranks of this machine: {len(told)}")
         if not told:
             os._exit(128 + number)  # nothing has begun, there is nothing to save
-        if self.number is not None and number == signal.SIGINT:
-            return _send(signal.SIGKILL, told)
         # On a terminal they have heard of Ctrl-C by themselves, and hearing of it twice would cut off their save.
         _send(signal.SIGTERM if number == signal.SIGINT else number, told)
-        if self.number is None and self.patience is not None:
+        if self.patience is not None:
             timer = threading.Timer(self.patience, lambda: _send(signal.SIGKILL, ranks()))
             timer.daemon = True
             timer.start()
-        self.number = self.number or number
-        return None
+        self.number = number
 
 
 def _send(number: int, pids: list[int]) -> None:

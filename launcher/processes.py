@@ -23,6 +23,7 @@ from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.hang import Sighting
 from moe_dist.parallel.status import Place
+from moe_dist.train.interrupts import Interrupts
 
 LOOPBACK = "127.0.0.1"
 POLL = 0.05
@@ -37,11 +38,15 @@ PATIENCE = 2.0
 
 
 class Signals:
-    """Notes what the launcher is asked to do instead of being torn out of what it does."""
+    """Notes what the launcher is asked to do instead of being torn out of what it does.
+
+    However many signals come, they are one request, `first`. Only a person who types Ctrl-C again has `insisted`.
+    """
 
     def __init__(self) -> None:
         self.first: int | None = None
-        self.count = 0
+        self.insisted = False
+        self._interrupts = Interrupts()
 
     def __enter__(self) -> Signals:
         self._before = {}
@@ -54,11 +59,13 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.first = self.first or number
-        self.count += 1
+        if number == signal.SIGINT and self._interrupts.again():
+            self.insisted = True
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Once asked to, this process ends now, and one more signal must not change how: not even while Python ends.
+            signal.signal(number, signal.SIG_IGN if self.first else handler)
 
 
 class Ranks:
@@ -164,7 +171,7 @@ class Ranks:
     def ask_to_stop(self, signals: Signals, patience: float) -> None:
         """Let ranks that train finish their step and save it, and others end in their own manner.
 
-        Returns when all have ended, when a person asks twice, and after `patience` seconds; much sooner when one
+        Returns when all have ended, when a person insists, and after `patience` seconds; much sooner when one
         fails on the way, or has not heard of a person's Ctrl-C.
         """
         number = signal.SIGUSR1 if signals.first == signal.SIGUSR1 else signal.SIGTERM
@@ -172,7 +179,7 @@ class Ranks:
             process.send_signal(number)
         started, told_person = time.monotonic(), False
         deadline = started + patience
-        while self.running and time.monotonic() < deadline and signals.count < 2:
+        while self.running and time.monotonic() < deadline and not signals.insisted:
             if any(process.poll() not in (None, 0, EXIT_AGAIN) for process in self.processes):
                 deadline = min(deadline, time.monotonic() + GRACE)
             waited = time.monotonic() - started

@@ -217,7 +217,7 @@ def _watch(thread: threading.Thread, desk: Any, signals: Signals, plan: Plan) ->
             waited, grace = time.monotonic() - asked_at, plan.config.launch.grace_period
             hearing = HEARING + 2 * TICK if signals.first == signal.SIGINT else grace
             unheard = waited > hearing and not ray.get(desk.heard.remote())
-            if signals.count > 1 or waited > grace + LEAVING or unheard:
+            if signals.insisted or waited > grace + LEAVING or unheard:
                 return False
         thread.join(PRINTING)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from launcher.environment import given_batch
+from launcher.environment import given_batch, this_job
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.layout import Layout
@@ -21,7 +21,7 @@ TRAIN = ("-m", "launcher", "train")
 
 def for_world(config: Config, world_size: int, notice: Callable[[str], None] = lambda text: None) -> Config:
     """`config` as this many ranks can run it. Raises ConfigError when they cannot."""
-    config, sentence = replan(config, world_size, given_batch())
+    config, sentence = replan(config, world_size, given_batch(), this_job())
     if sentence is not None:
         notice(sentence)
     Layout.of(config, world_size)

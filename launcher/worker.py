@@ -10,6 +10,7 @@ import mmap
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -19,13 +20,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launcher.environment import Environment, detect, let_the_first_speak, this_job
 from launcher.memory import advice
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
-from moe_dist.monitor.train_log import log_path
+from moe_dist.monitor.train_log import write_to_log
 from moe_dist.parallel.status import SLOT, Status
 
 if TYPE_CHECKING:
@@ -95,8 +96,10 @@ def train(config: Config, environment: Environment) -> int:
     requests = StopRequests(heard=lambda: tell_launcher(environment.rank, None), last_words=True)
     status = _status(environment)
     with connected(config, environment) as mesh, _watched(config, environment, mesh, status):
-        trainer = MoETrainer(config, mesh=mesh, stop_requests=requests, status=status, job=this_job())
-        _stacks_on_request(config, environment)
+        parts: dict[str, Any] = {"stop_requests": requests, "status": status, "job": this_job()}
+        trainer = MoETrainer(config, mesh=mesh, **parts, opened=_stacks_on_request)
+        with suppress(RuntimeError):  # until there is a log; and there may be no standard error either
+            faulthandler.register(signal.SIGUSR2, all_threads=True)
         result = trainer.train()
     if result.failed:
         if environment.rank == 0:
@@ -194,6 +197,7 @@ def main(config: Config, environment: Environment, proof: Proof | None = None) -
     """`train`, or `profile` or `verify` when that is asked for, with every error as one line: exit codes as above."""
     # A single process saves as one on purpose.
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
+    threading.excepthook = _thread_failed
     try:
         if isinstance(proof, Profiling):
             return profile(config, environment, proof)
@@ -204,6 +208,14 @@ def main(config: Config, environment: Environment, proof: Proof | None = None) -
         return _report(error, environment, EXIT_CONFIG if _is_ours(error) else EXIT_FAILED)
     except Exception as error:
         return _report(error, environment, EXIT_FAILED)
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """A library's thread has ended with an error, TensorBoard's on a full disk: for the log, not for a terminal."""
+    details = "".join(traceback.format_exception(failure.exc_type, failure.exc_value, failure.exc_traceback))
+    write_to_log(details, open_it=False)
+    if os.environ.get("MOE_DIST_DEBUG") == "1":
+        print(details, file=sys.stderr, flush=True)
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -219,14 +231,14 @@ def _report(error: Exception, environment: Environment, code: int) -> int:
     text = " ".join(str(error).split())
     if code == EXIT_FAILED:
         where = f"rank {environment.rank}: " if environment.is_distributed else ""
-        log = _write_log(details)
+        log = write_to_log(details, open_it=True)
         if not isinstance(error, CasualtyError):
             text = f"{where}{type(error).__name__}: {text}"[: _MAX_TEXT // 2] + advice(error)
             text += f"; log: {log}" if log else "; MOE_DIST_DEBUG=1 shows where"
         if os.environ.get("MOE_DIST_DEBUG") == "1":
             print(details, file=sys.stderr, flush=True)
     else:
-        _write_log(f"moe-dist: error: {text}")
+        write_to_log(f"moe-dist: error: {text}", open_it=False)  # a start that has not begun leaves nothing
     if tell_launcher(environment.rank, text):  # it says the first one
         return code
     if isinstance(error, CasualtyError):  # it has been said
@@ -259,11 +271,10 @@ def _channel(name: str) -> int | None:
         return None  # it has gone, and this process soon will
 
 
-def _stacks_on_request(config: Config, environment: Environment) -> None:
+def _stacks_on_request(log: Path) -> None:
     """SIGUSR2 writes the Python stack of every thread into the rank's log, whatever it is doing."""
-    path = log_path(config.train.output_dir, environment.rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    faulthandler.register(signal.SIGUSR2, file=path.open("a"), all_threads=True)
+    with suppress(OSError):  # the log has said that it cannot be written
+        faulthandler.register(signal.SIGUSR2, file=log.open("a"), all_threads=True)
 
 
 def tell_launcher(rank: int, text: str | None) -> bool:
@@ -273,17 +284,6 @@ def tell_launcher(rank: int, text: str | None) -> bool:
         return False
     os.write(reports, json.dumps([rank, text and text[:_MAX_TEXT]]).encode() + b"\n")
     return True
-
-
-def _write_log(text: str) -> str | None:
-    """Append to the rank's log file; returns its path, None before there is one."""
-    logger = logging.getLogger("moe_dist")
-    for handler in logger.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handle(logger.makeRecord("moe_dist", logging.ERROR, "", 0, text, (), None))
-            near = os.path.relpath(handler.baseFilename)
-            return handler.baseFilename if near.startswith("..") else near
-    return None
 
 
 def leave(code: int) -> NoReturn:

@@ -167,6 +167,9 @@ class DataConfig(Section):
     """Shuffle samples, anew in each epoch."""
     on_error: Literal["skip", "fail"] = "skip"
     """An unreadable or non-UTF-8 document: name, count and skip it, or stop."""
+    on_change: Literal["stop", "warn"] = "stop"
+    """A run goes on and its training data is not what it was: stop and name the files, or say so and go on, after as
+    large a part of the epoch. Of a stream nobody can tell."""
     limit: Positive | None = None
     """Read at most this many documents."""
     dataloader_num_workers: NonNegative = 0
@@ -280,6 +283,13 @@ class TrainConfig(Section):
     """Generate this many tokens before and after training, for the eye."""
     sample_prompt: str = "def "
     """Start of the generated text; empty: the start of a document."""
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _a_folder_has_a_name(cls, value: Any) -> Any:
+        if isinstance(value, (str, Path)) and not str(value).strip():
+            raise ValueError("a folder; '.' is this one")
+        return value
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod

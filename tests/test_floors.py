@@ -49,6 +49,7 @@ LIGHT = (
     "moe_dist.config_loading",
     "moe_dist.versions",
     *(f"moe_dist.checkpoint.{name}" for name in ("changes", "encryption", "hashing", "listing", "lock")),
+    *(f"moe_dist.checkpoint.{name}" for name in ("ownership", "run_folder")),
     *(
         f"moe_dist.checkpoint.{name}"
         for name in ("manifest", "object_storage", "reading", "retention", "shapes", "storage")
@@ -59,6 +60,7 @@ LIGHT = (
     "moe_dist.parallel.state_bytes",
     "moe_dist.train.describe",
     "moe_dist.train.elastic",
+    "moe_dist.train.interrupts",
     "moe_dist.verify.cases",
     "moe_dist.verify.design",
     "moe_dist.verify.features",

@@ -11,8 +11,10 @@ FREE = (
     "monitor.",
     "parallel.",
     "data.dataloader",
+    "data.on_change",
     "data.on_error",
     "data.path",
+    "data.validation_path",
     "train.deterministic",
     "train.divergence",
     "train.early_stopping",
@@ -31,8 +33,9 @@ FREE = (
 """Keys that do not change what a step computes (but for rounding).
 
 The end of a run may always be moved: a rate that falls towards it then falls towards the new one, and the change is
-shown. Where the data lies may change; that it is the same data, the loader checks.
+shown. Where the data lies may change; whether it is the same data is another question (`data.on_change`).
 """
+GLOBAL_BATCH = "global batch size"
 _BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 
 
@@ -59,8 +62,21 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], saved_dp: int, dp:
     ]
     size_before, size = _product(before, saved_dp), _product(after, dp)
     if size_before != size:
-        found.append(Change("global batch size", size_before, size, False))
+        found.append(Change(GLOBAL_BATCH, size_before, size, False))
     return found
+
+
+def micro_batch_change(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What another size of the micro-batches does to a loss that is counted over each; None: nothing."""
+    before, after = dict(_flat(saved)), dict(_flat(now))
+    size, scope = _BATCH[0], "balance.aux_loss_scope"
+    counts = after.get(scope) == "micro_batch" and after.get("balance.router_aux_loss_coef")
+    if not counts or before.get(size) == after[size]:
+        return None
+    return (
+        f"{size}={after[size]} (saved with {before.get(size)}) changes the load-balancing loss, which "
+        f"{scope}=micro_batch counts over each micro-batch; sequence and global_batch do not depend on it"
+    )
 
 
 def global_batch(config: Mapping[str, Any], dp: int) -> int:

@@ -36,8 +36,8 @@ class Job(NamedTuple):
 class RunLock:
     """Held by rank 0 for as long as a run writes. The kernel lets go of it when the process ends, however it ends.
 
-    `run` names the run for good; `generation` counts its starts. Where locks do not reach (some network file
-    systems), `check` still sees that a newer start has taken over.
+    `run` names the run for good; `generation` counts its starts, `token` names this one. Where locks do not reach
+    (some network file systems), and in a folder that was removed and made anew, `check` still sees another writer.
     """
 
     path: Path
@@ -45,51 +45,82 @@ class RunLock:
     generation: int
     begun: tuple[str, ...]
     """Names of the last job that has begun here: from then on its starts go on from what it has saved itself."""
+    token: str
+    is_first: bool
+    """Whether no run has ever been locked in this folder before."""
     _descriptor: int
+    _made: tuple[Path, ...]
+    """Folders that did not exist, the innermost first."""
 
     @staticmethod
     def acquire(folder: Path, at_least: int = 0) -> RunLock:
         """Raises CheckpointError naming the process that holds `folder`. `at_least`: a generation already seen."""
-        folder.mkdir(parents=True, exist_ok=True)
+        made = _make_folder(folder)
         path = folder / FILE
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise CheckpointError(
-                f"train.output_dir={folder}: another run is writing there ({_who(path)}); stop it, or choose another "
-                "folder"
-            ) from None
-        before = _read(path)
-        run = str(before.get("run") or secrets.token_hex(8))
-        generation = max(int(before.get("generation", 0)), at_least) + 1
+            descriptor, is_first = _open_locked(path)
+            before = _read(path)
+            run = str(before.get("run") or secrets.token_hex(8))
+            generation = max(int(before.get("generation", 0)), at_least) + 1
+            begun = tuple(before.get("begun", []))
+            lock = RunLock(path, run, generation, begun, secrets.token_hex(8), is_first, descriptor, made)
+        except BaseException:
+            _remove_empty(made)
+            raise
+        try:
+            lock._write_content()
+        except BaseException:
+            lock.abandon()
+            raise
+        return lock
+
+    def begin(self, run: str, names: Iterable[str]) -> None:
+        """Everything is settled: what this start goes on from, under which name, and nothing is in its way.
+
+        `run`: a new one when it starts afresh. `names`: of the job. Raises CheckpointError as `check` does.
+        """
+        self.check()
+        self.run, self.begun = run, tuple(sorted(names)[:_MOST_NAMES])
+        self._write_content()
+
+    def _write_content(self) -> None:
         content = {
-            "run": run,
-            "generation": generation,
+            "run": self.run,
+            "generation": self.generation,
+            "token": self.token,
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-            "begun": before.get("begun", []),
+            "begun": self.begun,
         }
-        _write(descriptor, content)
-        return RunLock(path, run, generation, tuple(content["begun"]), descriptor)
-
-    def note_begun(self, names: Iterable[str]) -> None:
-        """The job of these names has begun: whatever it goes on from is settled, and nothing else is in its way."""
-        now = _read(self.path)
-        if now.get("generation") == self.generation:  # else the next save says who has taken over
-            self.begun = tuple(sorted(names)[:_MOST_NAMES])
-            _write(self._descriptor, {**now, "begun": self.begun})
+        text = json.dumps(content, indent=1).encode() + b"\n"
+        os.pwrite(self._descriptor, text, 0)
+        os.ftruncate(self._descriptor, len(text))
+        os.fsync(self._descriptor)
 
     def check(self) -> None:
-        """Raises CheckpointError when a newer start of this run has taken over: this process must not write."""
-        now = _read(self.path)
-        if now.get("generation", self.generation) > self.generation:
+        """Raises CheckpointError when this process must not write: the folder has gone, or is another writer's."""
+        if not os.path.lexists(self.path):
             raise CheckpointError(
-                f"{self.path.parent}: start {now['generation']} of this run (process {now.get('pid')} on "
-                f"{now.get('host')}) has taken over from start {self.generation}; nothing more is written here"
+                f"train.output_dir={self.path.parent}: removed or moved while the run was writing there"
+                f"{self._moved_to()}; nothing more is written"
             )
+        now = _read(self.path)
+        if now.get("token", self.token) == self.token:
+            return
+        who = f"(process {now.get('pid')} on {now.get('host')}) has taken over from start {self.generation}"
+        start = f"start {now.get('generation')} of "
+        if now.get("run") == self.run:
+            raise CheckpointError(f"{self.path.parent}: {start}this run {who}; nothing more is written here")
+        raise CheckpointError(f"{self.path.parent}: {start}another run {who}; nothing more is written here")
+
+    def _moved_to(self) -> str:
+        """Where the lock is now, in words; empty where the kernel does not tell."""
+        with suppress(OSError):
+            now = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
+            if now.exists() and now != self.path:
+                return f" (it is {now.parent} now)"
+        return ""
 
     def note(self, checkpoint: str | None) -> None:
         """Remember the newest committed checkpoint here, where it is known even when its own place is not mounted."""
@@ -109,6 +140,13 @@ class RunLock:
     def release(self) -> None:
         """Let others in."""
         os.close(self._descriptor)
+
+    def abandon(self) -> None:
+        """As `release`, for a start that has not begun: what it has made is removed, and nothing else."""
+        if self.is_first:
+            self.path.unlink(missing_ok=True)
+        self.release()
+        _remove_empty(self._made)
 
 
 @contextmanager
@@ -139,11 +177,43 @@ def begun(folder: Path) -> tuple[str, ...]:
     return tuple(_read(folder / FILE).get("begun", []))
 
 
-def _write(descriptor: int, content: dict) -> None:
-    text = json.dumps(content, indent=1).encode() + b"\n"
-    os.pwrite(descriptor, text, 0)
-    os.ftruncate(descriptor, len(text))
-    os.fsync(descriptor)
+def _make_folder(folder: Path) -> tuple[Path, ...]:
+    """Make a folder with its parents; returns those that did not exist, the innermost first."""
+    missing = []
+    above = folder
+    while not os.path.lexists(above):
+        missing.append(above)
+        above = above.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        _remove_empty(missing)
+        raise
+    return tuple(missing)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove these folders as far as nothing is in them."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _open_locked(path: Path) -> tuple[int, bool]:
+    """(descriptor of the locked file, whether it has no content yet). Raises CheckpointError when another holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise CheckpointError(
+                f"train.output_dir={path.parent}: another run is writing there ({_who(path)}); stop it, or choose "
+                "another folder"
+            ) from None
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, os.fstat(descriptor).st_size == 0
+        os.close(descriptor)  # a start that has not begun removed it in this very moment
 
 
 def _who(path: Path) -> str:

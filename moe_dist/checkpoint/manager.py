@@ -1,4 +1,4 @@
-"""When a checkpoint is written, which stay, and which one a run goes on from."""
+"""When a checkpoint is written, and which one a run goes on from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -16,8 +15,8 @@ import torch
 from moe_dist.checkpoint.encryption import Keys
 from moe_dist.checkpoint.lock import RunLock
 from moe_dist.checkpoint.manifest import CheckpointError, Manifest
+from moe_dist.checkpoint.ownership import Ownership
 from moe_dist.checkpoint.reading import Found, choose, locate, problems, read_trainer_state
-from moe_dist.checkpoint.retention import to_remove
 from moe_dist.checkpoint.shapes import missing_weights, moment_problems
 from moe_dist.checkpoint.shards import Shard, ShardReader, split
 from moe_dist.checkpoint.state import LogicalState, SavePlan, read_into
@@ -70,15 +69,16 @@ class Checkpoints:
         lock: RunLock | None = None,
         zero_stage: int = 0,
         load_optimizer: bool = True,
+        earlier: str | None = None,
     ) -> None:
-        """`lock`: held by rank 0. `run`, `generation`: as the lock says, the same on every rank. `zero_stage`: for
-        people who read the manifest. `load_optimizer`: a checkpoint must have moments that fit its weights."""
+        """`lock`: held by rank 0. `run`, `earlier`, `generation`: as `Ownership` has them, the same on every rank.
+        `zero_stage`: for people who read the manifest. `load_optimizer`: a checkpoint must have moments that fit its
+        weights."""
         self.storage, self.mesh, self.config = storage, mesh, config
-        self.run, self.generation, self.lock, self.zero_stage = run, generation, lock, zero_stage
+        self.owner = Ownership(storage, run, generation, lock, earlier)
+        self.zero_stage = zero_stage
         self.load_optimizer = load_optimizer
         self.keys = Keys(config.encryption_keys)
-        self._rejected: set[int] = set()
-        """Steps that did not verify when this start looked for one to go on from."""
         self._plan: SavePlan | None = None
         self._shards: list[Shard] | None = None
         self._writer: Writer | None = None
@@ -111,10 +111,10 @@ class Checkpoints:
         saving = Saving(
             self.storage,
             self.keys,
-            self.storage.staging(step, self.generation),
+            self.storage.staging(step, self.owner.generation),
             step,
-            self.run,
-            self.generation,
+            self.owner.run,
+            self.owner.generation,
             self.layout,
         )
         wrong = self._agree_on_plan(state)
@@ -124,7 +124,7 @@ class Checkpoints:
             return
         error = self._prepare(saving) if self.mesh.rank == 0 else None
         if self._shards is None:
-            self._shards = split(self._plan.items, f"shard-{self.generation}-{self.mesh.rank:05d}")
+            self._shards = split(self._plan.items, f"shard-{self.owner.generation}-{self.mesh.rank:05d}")
         for shard in self._shards:
             for piece, view in zip(shard.pieces, shard.views, strict=True):
                 view.copy_(self._plan.tensor(state, piece), non_blocking=True)
@@ -135,8 +135,8 @@ class Checkpoints:
         commit = None
         if self.mesh.rank == 0:
             kept = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            then = partial(self._committed, step)
-            commit = Commit(saving, self._plan.shapes(), trainer_state, kept, self._still_ours, then)
+            then = partial(self.owner.retain, step, self.config)
+            commit = Commit(saving, self._plan.shapes(), trainer_state, kept, self.owner.check, then)
         self._writer = Writer(saving, self._shards, self.mesh.rank, commit)
         if refused.item():
             self._writer.refuse(error)
@@ -211,83 +211,14 @@ class Checkpoints:
         """Make the folder; returns why not."""
         assert self._plan is not None
         try:
-            self._still_ours()
+            self.owner.check()
             check_room(self.storage, self._plan.num_bytes)
             self.storage.begin(saving.staging, saving.generation)
         except Exception as error:
             return describe(error, saving)
         return None
 
-    def _still_ours(self) -> None:
-        if self.lock is None:
-            return
-        self.lock.check()
-        newest = self.storage.newest_generation()
-        if newest > self.generation:  # one with another run folder, whose lock this one cannot see
-            raise CheckpointError(
-                f"{self.storage.where}: start {newest} of a run writes here, and this is start {self.generation}; "
-                "nothing more is written"
-            )
-
-    def _committed(self, step: int) -> None:
-        """`step` is safe: note it, and remove what need not stay."""
-        if self.lock is not None:
-            with suppress(OSError):
-                self.lock.note(f"{self.storage.where}/{step_folder(step)}")
-        # Where a step cannot be renamed, damaged ones stay, also later than this: they must not push out good ones.
-        steps = [other for other in self.storage.steps() if other <= step and other not in self._rejected]
-        config = self.config
-        metrics: dict[int, float] | None = None
-        if config.metric_for_best_model is not None:
-            metrics = self.metrics(config.metric_for_best_model)
-        for step in to_remove(
-            steps,
-            limit=config.save_total_limit,
-            keep_every=config.keep_every,
-            metrics=metrics,
-            greater_is_better=config.greater_is_better,
-        ):
-            self.storage.remove(step_folder(step))
-
-    def metrics(self, name: str) -> dict[int, float]:
-        """A metric of each committed step that has it."""
-        found = {}
-        for step in self.storage.steps():
-            try:
-                values = self.storage.manifest(step).metrics
-            except CheckpointError:
-                continue  # whoever resumes is told; here it is only not the best
-            if name in values:
-                found[step] = values[name]
-        return found
-
     # ---- loading
-
-    def clean_up(self) -> list[str]:
-        """Remove what saves that were cut short have left (rank 0, with the lock held). Returns their names."""
-        found = self.storage.leftovers()
-        for folder in found:
-            self.storage.remove(folder)
-        return found
-
-    def set_aside_after(self, step: int) -> list[tuple[int, str | None]]:
-        """Rename steps after `step`, from which the run goes on, -1 for all (rank 0): they are not of its past.
-
-        They would be taken for its newest by the next start, and be in the way of its own saves. Returns each with
-        its new name, None where it had to stay. Raises CheckpointError, and nothing is renamed, where good ones
-        would have to.
-        """
-        later = [other for other in self.storage.candidates() if other > step]
-        if self.storage.renames:
-            return [(other, self.storage.set_aside(other, self.generation)) for other in later]
-        good = [step_folder(other) for other in later if other not in self._rejected]
-        if good:
-            what = f"later than {step_folder(step)}" if step >= 0 else "not of the run"
-            raise CheckpointError(
-                f"{self.storage.where}: {', '.join(good)} would be {what} from which this run is to go on, and nothing "
-                "can be renamed there: give another checkpoint.folder, or remove them"
-            )
-        return [(other, None) for other in later]
 
     def find(self, wanted: str, skipped: Callable[[str], None]) -> Found | None:
         """The checkpoint to go on from (collective); None: start afresh, for nothing has ever been committed.
@@ -306,7 +237,8 @@ class Checkpoints:
 
     def _candidates(self) -> list[int]:
         steps = self.storage.candidates()
-        noted = None if steps or self.lock is None else self.lock.noted
+        lock = self.owner.lock
+        noted = None if steps or lock is None else lock.noted
         if noted is not None:
             raise CheckpointError(
                 f"{noted} was committed by this run, and {self.storage.where} holds no checkpoint now: is it mounted? "
@@ -317,7 +249,7 @@ class Checkpoints:
     def _accept(self, found: Found) -> list[str]:
         wrong = self.verify(found)
         if wrong:
-            self._rejected.add(found.step)
+            self.owner.rejected.add(found.step)
         return wrong
 
     def verify(self, found: Found) -> list[str]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +22,8 @@ MAX_BYTES = 256 * 2**20
 """A longer manifest is not read."""
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """safetensors' names and bytes per value."""
+_MAX_CUT = 6
+"""Dimensions in which one tensor is cut; a box has 2 to the power of it corners."""
 _BASENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 Size = Annotated[int, Field(ge=0, le=2**53)]
@@ -130,7 +133,13 @@ def box_key(name: str, box: Box, shape: tuple[int, ...]) -> str:
 
 
 def check_cover(name: str, tensor: TensorEntry) -> None:
-    """Every element is in exactly one box. Raises ValueError naming the tensor."""
+    """Every element is in exactly one box, in time that grows with their number. Raises ValueError naming the tensor.
+
+    How often an element is covered is the sum, over all corners at or before it in every dimension, of +1 for a corner
+    that opens a box and -1 for one that closes it (by turns in each dimension). So boxes cover each element once
+    exactly when their corners, added up, are those of the tensor; and the first corner that is left over is an element
+    covered too often, or never.
+    """
     boxes, dims = tensor.boxes, len(tensor.shape)
     for box in boxes:
         if len(box.offset) != dims or len(box.shape) != dims:
@@ -141,18 +150,36 @@ def check_cover(name: str, tensor: TensorEntry) -> None:
     covered = sum(math.prod(box.shape) for box in boxes)
     if covered != math.prod(tensor.shape):
         raise ValueError(f"{name}: its boxes hold {covered} values of {math.prod(tensor.shape)}")
-    # Inside, of the right volume, and disjoint: then they cover. Sorted by the first dimension only those that
-    # begin before another one ends can meet it.
-    ordered = sorted((box for box in boxes if math.prod(box.shape)), key=lambda box: box.offset)
-    for index, one in enumerate(ordered):
-        for other in ordered[index + 1 :]:
-            if dims and other.offset[0] >= one.offset[0] + one.shape[0]:
-                break
-            if all(
-                a < b + m and b < a + n
-                for a, n, b, m in zip(one.offset, one.shape, other.offset, other.shape, strict=True)
-            ):
-                raise ValueError(f"{name}: boxes at {list(one.offset)} and {list(other.offset)} overlap")
+    # A dimension that no box cuts is the same for all of them.
+    cut = [dim for dim, whole in enumerate(tensor.shape) if any(box.shape[dim] != whole for box in boxes)]
+    if len(cut) > _MAX_CUT:
+        raise ValueError(f"{name}: cut in {len(cut)} dimensions; at most {_MAX_CUT} are read")
+    corners: Counter[tuple[int, ...]] = Counter()
+    for box in boxes:
+        if math.prod(box.shape):
+            _add_corners(corners, [(box.offset[dim], box.offset[dim] + box.shape[dim]) for dim in cut], 1)
+    if math.prod(tensor.shape):
+        _add_corners(corners, [(0, tensor.shape[dim]) for dim in cut], -1)
+    wrong = min((corner for corner, count in corners.items() if count), default=None)
+    if wrong is not None:
+        there = [box for box in boxes if _holds(box, cut, wrong)]
+        if len(there) < 2:
+            raise ValueError(f"{name}: no box holds the value at {list(wrong)} (dimensions {cut})")
+        raise ValueError(f"{name}: boxes at {list(there[0].offset)} and {list(there[1].offset)} overlap")
+
+
+def _add_corners(corners: Counter[tuple[int, ...]], ranges: list[tuple[int, int]], sign: int) -> None:
+    found: list[tuple[tuple[int, ...], int]] = [((), sign)]
+    for start, end in ranges:
+        found = [pair for corner, one in found for pair in (((*corner, start), one), ((*corner, end), -one))]
+    for corner, one in found:
+        corners[corner] += one
+
+
+def _holds(box: Box, cut: list[int], element: tuple[int, ...]) -> bool:
+    return math.prod(box.shape) > 0 and all(
+        box.offset[dim] <= place < box.offset[dim] + box.shape[dim] for dim, place in zip(cut, element, strict=True)
+    )
 
 
 def to_text(manifest: Manifest) -> bytes:

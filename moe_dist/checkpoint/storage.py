@@ -25,6 +25,7 @@ CHUNK = 8 * 2**20
 _READ = 2 * 2**20
 """Bytes of a local file read at a time: they are hashed while the processor's own cache still holds them."""
 STEP = re.compile(r"checkpoint-(0|[1-9]\d{0,15})")
+_SET_ASIDE = re.compile(r"aside-\d+-checkpoint-\d+(-\d+)?")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.\d+\.tmp|\.trash-checkpoint-.*")
 OURS = re.compile(r"shard-\d+-\d+(-\d+)?\.safetensors|receipt-\d+-\d+\.json|trainer_state\.json")
 _OF_A_START = re.compile(r"(?:shard|receipt)-(\d+)-")
@@ -35,6 +36,11 @@ Buffer = bytes | memoryview
 def step_folder(step: int) -> str:
     """Name of the folder of a committed step."""
     return f"checkpoint-{step}"
+
+
+def set_aside_name(name: str) -> bool:
+    """Whether `Storage.set_aside` has given this name."""
+    return _SET_ASIDE.fullmatch(name) is not None
 
 
 def generation_of(name: str) -> int | None:
@@ -120,6 +126,10 @@ class Storage(ABC):
     def candidates(self) -> list[int]:
         """Steps that were committed once, oldest first, whatever has become of them since."""
         return self.steps()
+
+    def is_ours(self, step: int) -> bool:
+        """Whether a folder with the name of a step holds anything that a run writes, whole or damaged."""
+        return any(name == FILE or OURS.fullmatch(name) for name in self.files(step_folder(step)))
 
     def newest_generation(self) -> int:
         """The highest start of a run that has left files here, committed or not; 0 when none has."""

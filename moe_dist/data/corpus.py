@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +59,13 @@ class Corpus:
         keep: Callable[[str], bool] | None = None,
         keep_name: str = "all",
         domains: file_lists.Domains | None = None,
+        files: Sequence[tuple[str, str]] = (),
     ) -> None:
         """`limit`: only the first so many documents of the source, unreadable ones counted.
 
         `keep`: of those, only the ones with an id that it accepts (the others are not read);
         `keep_name` says which they are, for the fingerprint. `domains`: the named sources, if there are several.
+        `files`: (id, path) of what is read, in this order, where it is files.
         """
         if on_error not in ("skip", "fail"):
             raise ValueError(f"on_error is {on_error!r}; allowed: 'skip', 'fail'")
@@ -75,6 +77,7 @@ class Corpus:
         self._keep = keep
         self._keep_name = keep_name
         self._domains = domains
+        self.files = tuple(files)
         self._position = 0
         self.streaming = streaming
         self.skipped: list[SkippedDocument] = []
@@ -129,6 +132,7 @@ class Corpus:
             keep=both,
             keep_name=f"{self._keep_name},{name}",
             domains=self._domains,
+            files=self.files,
         )
 
     def _read(self, entry: Entry) -> Document | None:
@@ -175,6 +179,7 @@ def load_documents(
     one. `limit`: only the first so many documents. `streaming`: a corpus too large to pack in memory. Raises
     ValueError for an unknown source, a path without files, or a text field that is not there.
     """
+    files: Sequence[tuple[str, str]]
     if source == "stdlib":
         files = file_lists.standard_library_files()
         found: Source = FileSource(files, file_lists.fingerprint("stdlib", files))
@@ -203,7 +208,7 @@ def load_documents(
     else:
         raise ValueError(f"data source {source!r} is unknown; allowed: {', '.join(SOURCES)}")
     named = file_lists.domains(path, source) if source != "stdlib" else None
-    return Corpus(found, on_error=on_error, limit=limit, streaming=streaming, domains=named)
+    return Corpus(found, on_error=on_error, limit=limit, streaming=streaming, domains=named, files=files)
 
 
 def documents_from(

@@ -11,21 +11,24 @@ from typing import NamedTuple
 import torch
 
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.interrupts import Interrupts
 
 
 class StopRequests:
     """Notes SIGTERM, SIGUSR1, SIGHUP and Ctrl-C inside a `with` block, so that a run ends at the end of a step.
 
-    `number` is the first signal that came, None while there is none. A second Ctrl-C stops at once, as ever.
-    Outside the main thread, and for signals that are ignored, nothing is changed.
+    `number` is the first signal that came, None while there is none; however many follow, they are one request. Only
+    Ctrl-C after Ctrl-C stops at once, as ever. Outside the main thread, and for signals that are ignored, nothing is
+    changed.
     """
 
     def __init__(self, heard: Callable[[], object] = lambda: None, last_words: bool = False) -> None:
-        """`heard` is called when the first one comes, in the middle of whatever this process does. `last_words`: after
-        an error nothing is restored, for a process that ends then, and first says why."""
+        """`heard` is called when the first one comes, in the middle of whatever this process does. `last_words`: no
+        handler is restored, for a process that ends then, and must not be cut off before it has said how."""
         self.number: int | None = None
         self._heard, self._last_words = heard, last_words
         self._before: dict[int, object] = {}
+        self._interrupts = Interrupts()
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
@@ -37,14 +40,14 @@ class StopRequests:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None and number == signal.SIGINT:
+        if number == signal.SIGINT and self._interrupts.again():
             raise KeyboardInterrupt
         if self.number is None:
             self.number = number
             self._heard()
 
     def __exit__(self, *exception: object) -> None:
-        if self._last_words and exception[0] is not None:
+        if self._last_words:
             return
         for number, before in self._before.items():
             signal.signal(number, before)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from moe_dist.config import Config, DataConfig
 from moe_dist.data.corpus import Corpus, SkippedDocument, documents_from, load_documents
+from moe_dist.data.identity import identity
 from moe_dist.data.loader import GlobalLoader
 from moe_dist.data.packing import PackedDataset, pack
 from moe_dist.data.split import split_corpus
@@ -74,6 +76,15 @@ class Datasets:
     tokenizer: Tokenizer
     train: PackedDataset | StreamingPackedDataset
     validation: PackedDataset | None
+    files: Mapping[str, Sequence[tuple[str, str]]]
+    """(id, path) of what `train` and `validation` were read from, where it was files."""
+
+    def identities(self, num_evaluated: int | None) -> dict[str, Any]:
+        """By which a later start knows whether its data is this; of the validation set what is evaluated."""
+        found = {"train": identity(self.train, self.files["train"])}
+        if self.validation is not None:
+            found["validation"] = identity(self.validation, self.files["validation"], num_evaluated)
+        return found
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -137,7 +148,8 @@ def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None =
         _check_labels(validation, "the validation set", config.num_evaluated)
     if isinstance(train, PackedDataset):
         _check_labels(train, "the training data")
-    return Datasets(tokenizer, train, validation)
+    files = {"train": corpus.files, "validation": held_out.files if held_out is not None else ()}
+    return Datasets(tokenizer, train, validation, files)
 
 
 def _check_labels(dataset: PackedDataset, name: str, num_samples: int | None = None) -> None:

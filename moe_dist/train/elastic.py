@@ -11,24 +11,27 @@ from collections.abc import Iterable, Iterator
 from pydantic import ValidationError
 
 from moe_dist.checkpoint.encryption import Keys
+from moe_dist.checkpoint.lock import Job, begun
 from moe_dist.checkpoint.manifest import CheckpointError
-from moe_dist.checkpoint.reading import Found, read_trainer_state
+from moe_dist.checkpoint.reading import Found, locate, read_trainer_state
 from moe_dist.checkpoint.storage import open_storage
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.layout import Layout
 
 
-def replan(config: Config, world_size: int, batch: int | None = None) -> tuple[Config, str | None]:
+def replan(
+    config: Config, world_size: int, batch: int | None = None, job: Job | None = None
+) -> tuple[Config, str | None]:
     """`config` for this many ranks, and a sentence about what was changed (None: nothing).
 
     `batch`: sequences in a step before there is a checkpoint that says so; by default what the configuration gives on
-    these ranks. Without `parallel.elastic` nothing is ever changed. Raises ConfigError when no layout of these ranks
-    keeps the global batch, with the numbers of ranks that do.
+    these ranks. `job`: the start that asks. Without `parallel.elastic` nothing is ever changed. Raises ConfigError when
+    no layout of these ranks keeps the global batch, with the numbers of ranks that do.
     """
     if not config.parallel.elastic:
         return config, None
-    batch = saved_batch(config) or batch or first_batch(config, world_size)
+    batch = saved_batch(config, job) or batch or first_batch(config, world_size)
     for found in _plans(config, world_size, batch):
         if found == config:
             return config, None
@@ -56,15 +59,23 @@ def fitting(config: Config, worlds: Iterable[int], batch: int) -> list[int]:
     return [world for world in worlds if next(_plans(config, world, batch), None)]
 
 
-def saved_batch(config: Config) -> int | None:
-    """Sequences in one step of the newest checkpoint that can be read; None without one."""
+def saved_batch(config: Config, job: Job | None = None) -> int | None:
+    """Sequences in one step of the checkpoint that this start of `job` goes on from; None without one."""
+    checkpoint = config.checkpoint
+    if checkpoint.resume == "never":  # but for the first start of a job
+        noted = begun(config.train.output_dir)
+        if not any(name in one for name in (job.earlier if job is not None else ()) for one in noted):
+            return None
     try:
-        storage = open_storage(config.checkpoint.folder or config.train.output_dir)
-        keys = Keys(config.checkpoint.encryption_keys)
-        for step in reversed(storage.steps()):
+        storage = open_storage(checkpoint.folder or config.train.output_dir)
+        keys = Keys(checkpoint.encryption_keys)
+        found = [Found(storage, step) for step in reversed(storage.steps())]
+        if checkpoint.resume not in ("auto", "never"):
+            found.insert(0, locate(checkpoint.resume, storage))
+        for one in found:
             try:
-                manifest = storage.manifest(step)
-                train = read_trainer_state(Found(storage, step), manifest, keys)["config"]["train"]
+                manifest = one.storage.manifest(one.step)
+                train = read_trainer_state(one, manifest, keys)["config"]["train"]
             except (CheckpointError, OSError, KeyError):
                 continue  # whoever resumes says what is wrong with it
             replicas = manifest.layout["edp"] * manifest.layout["ep"]

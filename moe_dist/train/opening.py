@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +12,11 @@ import torch
 
 from moe_dist.checkpoint.lock import Job, RunLock
 from moe_dist.checkpoint.manifest import CheckpointError
+from moe_dist.checkpoint.ownership import read_claim
+from moe_dist.checkpoint.run_folder import CONFIG, refuse_foreign, with_header
 from moe_dist.checkpoint.storage import open_storage
 from moe_dist.config import Config
-from moe_dist.config_loading import dump_config, load_config, load_mapping
+from moe_dist.config_loading import ConfigError, dump_config, load_config, load_mapping
 from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.records import RunInfo
@@ -44,6 +46,8 @@ def merge_config(
         tree = config.model_dump(mode="json") if isinstance(config, Config) else dict(config or {})
         merged = load_mapping(tree, changes=changes, notice=lambda text: None)
     if output_dir is not None:
+        if not str(output_dir).strip():
+            raise ConfigError("output_dir is empty: give a folder; '.' is this one")
         merged.train.output_dir = Path(output_dir)
     return merged
 
@@ -52,6 +56,9 @@ class RunPlace(NamedTuple):
     """Who writes: the run's id and which start of it this is, the same on every rank; the lock on rank 0."""
 
     run: str
+    """A new one when this start begins afresh."""
+    earlier: str
+    """The run that the folder has been of so far."""
     generation: int
     resume: str
     """What this start goes on from: `checkpoint.resume`, or `auto` when an earlier start of the job has begun."""
@@ -61,12 +68,17 @@ class RunPlace(NamedTuple):
     """Of the job, to be noted when it has begun."""
     lock: RunLock | None
 
+    def release(self, has_begun: bool) -> None:
+        """Let others in; of a start that has not begun nothing is left."""
+        if self.lock is not None:
+            (self.lock.release if has_begun else self.lock.abandon)()
+
 
 def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunPlace:
-    """Create the run folder, keep others out of it, and write logs there; every rank calls it.
+    """Keep others out of the run folder, and log from now on, in memory until `begin`; every rank calls it.
 
-    With `checkpoint.resume: never` an earlier run's folder and checkpoints are moved aside, so nothing is lost and
-    nothing mixed. Raises CheckpointError on every rank when somebody is in there, or when they cannot be moved.
+    Nothing that lies there is changed. Raises CheckpointError on every rank when somebody is in there, or when the
+    folder holds a file that is not of a run, and that a run would write over.
     """
     held: list[RunLock] = []
     # Every machine may know the job by another name. And told otherwise it is another job.
@@ -76,10 +88,11 @@ def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunPlace:
     names = sorted({f"{name}: {told}" for one in jobs for name in one.names})
     earlier = {f"{name}: {told}" for one in jobs for name in one.earlier}
 
-    def take() -> tuple[str, int, str, bool]:
+    def take() -> tuple[str, str, int, str, bool]:
         lock, resume, load_optimizer = _lock_run_folder(config, earlier)
         held.append(lock)
-        return lock.run, lock.generation, resume, load_optimizer
+        run = secrets.token_hex(8) if resume == "never" else lock.run
+        return run, lock.run, lock.generation, resume, load_optimizer
 
     mine = mesh.ask_rank_zero(take)
     setup_logging(config.train.output_dir, mesh.rank)
@@ -90,44 +103,33 @@ def _lock_run_folder(config: Config, earlier: set[str]) -> tuple[RunLock, str, b
     """The lock, what to go on from, and whether with the optimizer's moments; `earlier` as in `Job`."""
     folder, resume, load_optimizer = config.train.output_dir, config.checkpoint.resume, config.checkpoint.load_optimizer
     storage = open_storage(config.checkpoint.folder or folder)
-    seen = storage.newest_generation()
+    seen = max(storage.newest_generation(), int(read_claim(storage).get("generation", 0)))
     try:
         lock = RunLock.acquire(folder, seen)
     except OSError as error:
         raise CheckpointError(f"train.output_dir={folder}: cannot be written to: {error.strerror}") from error
     try:
+        refuse_foreign(folder, None if lock.is_first else lock.run)
         steps = storage.candidates()
         if earlier.intersection(lock.begun) and (resume == "never" or steps):
             resume, load_optimizer = "auto", True
-        if resume != "never":
-            return lock, resume, load_optimizer
-        if steps and not storage.renames:
+        if resume == "never" and steps and not storage.renames:
             raise CheckpointError(
                 f"checkpoint.resume=never: {storage.where} holds checkpoints of an earlier start (the newest of step "
                 f"{steps[-1]}), and nothing can be renamed there: give another checkpoint.folder, or remove them"
             )
-        if (folder / "config.yaml").exists():
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            names = (f"{folder.name}-{stamp}{suffix}" for suffix in ("", *(f"-{number}" for number in range(1, 1000))))
-            folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists()))
-            lock.release()
-            lock = RunLock.acquire(folder, lock.generation)
-        for step in storage.candidates():  # in a checkpoint.folder elsewhere
-            storage.set_aside(step, lock.generation)
-        lock.note(None)
     except BaseException:
-        lock.release()
+        lock.abandon()
         raise
     return lock, resume, load_optimizer
 
 
-def write_config(config: Config, mesh: Mesh) -> None:
-    """config.yaml of the run folder, as this start of the run has it."""
-    if mesh.rank == 0:
-        path = config.train.output_dir / "config.yaml"
-        whole = path.with_suffix(".yaml.part")
-        whole.write_text(dump_config(config))
-        whole.replace(path)
+def write_config(config: Config, run: str) -> None:
+    """config.yaml of the run folder, as this start of the run has it (rank 0)."""
+    path = config.train.output_dir / CONFIG
+    whole = path.with_suffix(".yaml.part")
+    whole.write_bytes(with_header(dump_config(config), run).encode())
+    whole.replace(path)
 
 
 def run_info(config: Config, mesh: Mesh, datasets: Datasets) -> RunInfo:

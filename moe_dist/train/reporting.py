@@ -219,14 +219,14 @@ class Reporter:
             if finding.kind not in ("skipped_steps", "checkpoint_failed"):
                 logger.warning("%s", finding)
 
-    def summary(self, counters: Counters, stopping: Stopping, losses: list[float], **more: Any) -> None:
+    def summary(self, counters: Counters, stopping: Stopping, **more: Any) -> None:
         """The end of a run. `more`: paths and samples of text, as `RunSummary` names them."""
         self.sinks.summary(
             RunSummary(
                 steps=counters.step,
                 seconds=counters.elapsed,
                 initial_loss=counters.initial_loss,
-                final_loss=losses[-1],
+                final_loss=math.nan if counters.final_loss is None else counters.final_loss,
                 best_eval_loss=stopping.best_loss,
                 unigram_loss=self.unigram,
                 tokens=counters.tokens,

@@ -58,6 +58,29 @@ class Stopping:
         unit = Fraction(self.first.batch * epoch, self.first.epoch)
         return float(samples / unit), math.ceil(last / self.first.batch)
 
+    def before_start(self, step: int, epoch: float, time_share: float) -> None:
+        """A start goes on after `step` steps: is there anything left to do?"""
+        if self.max_steps is not None and step >= self.max_steps:
+            self.stop(f"all {self.max_steps} steps done")
+        elif self.max_steps is None and self._has_read_enough(epoch):
+            self.stop(f"the stream has been read {epoch:g} times")
+        elif time_share >= 1.0:
+            self.stop(self._no_time)
+        else:
+            self._stop_without_improvement()
+
+    def _has_read_enough(self, epoch: float) -> bool:
+        return self.config.num_train_epochs is not None and epoch >= self.config.num_train_epochs
+
+    @property
+    def _no_time(self) -> str:
+        return f"the time budget of {self.config.max_time:g} s is used up"
+
+    def _stop_without_improvement(self) -> None:
+        patience = self.config.early_stopping_patience
+        if patience and self.evaluations_without_improvement >= patience:
+            self.stop(f"validation loss has not improved for {patience} evaluations (best {self.best_loss:.4f})")
+
     def after_step(self, step: int, loss: float, epoch: float, skipped: bool, time_share: float) -> None:
         """`step` optimizer steps are done; `time_share` of the time budget has passed."""
         config = self.config
@@ -77,10 +100,10 @@ class Stopping:
             )
         elif self.max_steps is not None and step >= self.max_steps:
             self.stop(f"all {self.max_steps} steps done")
-        elif self.max_steps is None and config.num_train_epochs is not None and epoch >= config.num_train_epochs:
+        elif self.max_steps is None and self._has_read_enough(epoch):
             self.stop(f"the stream has been read {epoch:g} times")
         elif time_share >= 1.0:
-            self.stop(f"the time budget of {config.max_time:g} s is used up")
+            self.stop(self._no_time)
 
     def count_labels(self, num_labels: int) -> None:
         """The step has had so many labels. One without is no harm, a run of them learns nothing."""
@@ -100,10 +123,12 @@ class Stopping:
         is_best = loss < best
         if is_best:
             self.best_loss = loss
-        patience = self.config.early_stopping_patience
-        if patience and self.evaluations_without_improvement >= patience:
-            self.stop(f"validation loss has not improved for {patience} evaluations (best {self.best_loss:.4f})")
+        self._stop_without_improvement()
         return is_best
+
+    def forget_evaluations(self) -> None:
+        """Losses on other samples say nothing about those to come."""
+        self.best_loss, self.evaluations_without_improvement = None, 0
 
     def stop(self, reason: str, failed: bool = False) -> None:
         """End the run after this step, unless it is ending already. `failed`: a person must look at it."""
@@ -120,6 +145,7 @@ class Stopping:
             "evaluations_without_improvement": self.evaluations_without_improvement,
             "first_pace": list(self.first),
             "has_learned": self.has_learned,
+            "skipped_in_a_row": self.skipped_in_a_row,
         }
 
     def load_state_dict(self, state: dict[str, Any], saved: Pace) -> None:
@@ -127,6 +153,7 @@ class Stopping:
         self.best_loss = state["best_loss"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]
         self.has_learned = state.get("has_learned", True)
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         first = Pace(*state.get("first_pace", saved))
         # A run that began with a stream has no epoch to count in.
         self.first = first if first.epoch is not None else self.pace

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from moe_dist.data.baseline import unigram_loss
 from moe_dist.data.loader import eval_batches
 from moe_dist.data.packing import PackedDataset
 from moe_dist.data.streaming import StreamingPackedDataset
+from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel import proven
 from moe_dist.parallel.clock import Clock
 from moe_dist.parallel.mesh import Mesh
@@ -28,33 +28,16 @@ from moe_dist.train.agreement import StopRequests, agree
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer, given
 from moe_dist.train.evaluation import evaluate, sample_text
-from moe_dist.train.opening import merge_config, run_info, take_run_folder, write_config
+from moe_dist.train.opening import merge_config, run_info, take_run_folder
 from moe_dist.train.persistence import Counters, Persistence
 from moe_dist.train.place import own_place
 from moe_dist.train.reporting import Reporter
+from moe_dist.train.result import TrainingResult
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.step import TrainStep
 from moe_dist.train.stopping import Pace, Stopping
 
 logger = logging.getLogger("moe_dist")
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """How a run went. Losses are nats per token; `failed`: it stopped for a reason a person must look at;
-    `signal`: it was asked to stop by this one; `checkpoint`: the last step saved."""
-
-    initial_loss: float
-    final_loss: float
-    losses: list[float]
-    steps: int
-    best_eval_loss: float | None
-    unigram_loss: float | None
-    reason: str
-    failed: bool
-    output_dir: Path
-    signal: int | None = None
-    checkpoint: str | None = None
 
 
 class MoETrainer:
@@ -66,7 +49,8 @@ class MoETrainer:
     `training_config` (a mapping with keys of any section, or a `transformers.TrainingArguments`, whose values are taken
     as they are). `mesh`: this rank's place; by default the process it is called in, on `launch.device`, or all ranks
     of a program that torchrun has started. `launch.nproc_per_node` is for `moe-dist train`: from Python nothing is
-    started. `job`: which starts belong together; by default this one stands alone.
+    started. `job`: which starts belong together; by default this one stands alone. `opened` is
+    told this rank's log file once there is one.
     """
 
     def __init__(
@@ -80,6 +64,7 @@ class MoETrainer:
         stop_requests: StopRequests | None = None,
         status: Status | None = None,
         job: Job | None = None,
+        opened: Callable[[Path], object] = lambda path: None,
     ) -> None:
         self.config = merge_config(config, model_config, training_config, output_dir)
         if mesh is not None:
@@ -87,6 +72,7 @@ class MoETrainer:
         self.stop_requests = stop_requests or StopRequests()
         self.status = status or Status()
         self.job = job or Job()
+        self._opened = opened
         self.output_dir = self.config.train.output_dir
 
     def train(self, dataset: Any = None) -> TrainingResult:
@@ -99,13 +85,16 @@ class MoETrainer:
             self.mesh = own_place(self.config)
         if dataset is not None:
             self.config.data = given(self.config.data)
-        self.place = take_run_folder(self.config, self.mesh, self.job)
+        self.place, self._has_begun = take_run_folder(self.config, self.mesh, self.job), False
         try:
             self._build(dataset)
             try:
                 self.persistence.restore(self.counters, self.reporter.sinks.message)
-                write_config(self.config, self.mesh)
-                self._open()
+                self._measure_before()
+                self.stopping.before_start(self.counters.step, self.loader.epoch, self._time_share())
+                if self.counters.step and self.stopping.reason:
+                    return self._finished_before()
+                self._begin()
                 with self.stop_requests:
                     while self.stopping.reason is None:
                         self._one_step()
@@ -114,8 +103,7 @@ class MoETrainer:
                 self.loader.close()
                 self.reporter.sinks.close()
         finally:
-            if self.place.lock is not None:
-                self.place.lock.release()
+            self.place.release(self._has_begun)
 
     def _build(self, dataset: Any) -> None:
         config, mesh = self.config, self.mesh
@@ -134,30 +122,34 @@ class MoETrainer:
         self.acting = Acting(config, mesh, self.balancer, self.reporter.collector.pending)
         self.counters = Counters()
         parts = (self.model, self.optimizer, self.loader, self.stopping, self.acting)
-        self.persistence = Persistence(config, mesh, *parts, self.place, self.status.alive)
+        self.persistence = Persistence(config, mesh, *parts, self.place, self.datasets, self.status.alive)
         self.persistence.check_room()
         self.evaluated_at, self.eval_loss = -1, float("nan")
         self.signal: int | None = None
         self.last_saved: str | None = None
         self.losses: list[float] = []
 
-    def _open(self) -> None:
+    def _measure_before(self) -> None:
+        """What training is held against. The last that can be wrong with model or data."""
+        if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
+            vocabulary = self.config.model.vocab_size
+            self.reporter.unigram = unigram_loss(self.datasets.train, self.datasets.validation, vocabulary)
+        self.sample_before = self._sample()
+
+    def _begin(self) -> None:
+        """All that can be checked is right: the first change in the run folder."""
         config = self.config
+        self.persistence.begin(self.reporter.sinks.message)
+        self._has_begun = True
+        self._opened(log_path(self.output_dir, self.mesh.rank))
         self._tell_skipped()
         info = run_info(config, self.mesh, self.datasets)
         self.reporter.sinks.open(info)
         if info.world_size > 1 and self.mesh.rank == 0:  # one process is what others are held against
             self.reporter.sinks.message(proven.line_for(config, info.device, info.world_size))
         self.reporter.diagnosis.resumed(info.hosts, info.stage_of_rank)
-        if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
-            vocabulary = config.model.vocab_size
-            self.reporter.unigram = unigram_loss(self.datasets.train, self.datasets.validation, vocabulary)
-        self.sample_before = self._sample()
         self.started = time.perf_counter() - self.counters.elapsed
         self.reporter.begin()
-        done, share = self.counters.step, self._time_share()
-        if (self.stopping.max_steps is not None and done >= self.stopping.max_steps) or share >= 1.0:
-            self.stopping.after_step(done, 0.0, 0.0, False, share)
 
     def _tell_skipped(self) -> None:
         skipped = self.datasets.skipped
@@ -285,8 +277,15 @@ class MoETrainer:
             self.last_saved = outcome.path
             return
         self.counters.saves_failed += 1
+        self._stop_when_lost()
         if self.config.checkpoint.on_failure == "stop":
             self.stopping.stop(f"checkpoint of step {outcome.step} failed: {outcome.error}", failed=True)
+
+    def _stop_when_lost(self) -> None:
+        """Without its run folder, or with another run in it, a run trains for nothing."""
+        reason = self.persistence.lost()
+        if reason is not None:
+            self.stopping.fail(reason)
 
     def _save_the_last_step(self) -> None:
         """The end of a run that saves: what is in flight, and this step. Both must succeed."""
@@ -310,30 +309,47 @@ class MoETrainer:
         if not stopping.failed and self.signal is None:
             self._evaluate()
         self._save_the_last_step()
-        if self.config.checkpoint.load_best_model_at_end and not stopping.failed and self.signal is None:
-            best = self.persistence.load_best()
-            if best is not None:
-                self.reporter.sinks.message(f"the weights are those of {best}, the best one")
+        self._stop_when_lost()
+        if not stopping.failed and self.signal is None:
+            self._load_best()
         paths = {"run folder": str(self.output_dir), "metrics": str(self.output_dir / "metrics.jsonl")}
         if self.config.monitor.tensorboard:
             paths["TensorBoard"] = str(self.output_dir / "tb")
         if self.last_saved is not None:
             paths["checkpoint"] = self.last_saved
-        losses = [loss for loss in self.losses if loss == loss] or [float("nan")]
         samples = {"sample_before": self.sample_before, "sample_after": self._sample()}
-        self.reporter.summary(self.counters, stopping, losses, paths=paths, **samples)
+        self.reporter.summary(self.counters, stopping, paths=paths, **samples)
+        return self._result()
+
+    def _finished_before(self) -> TrainingResult:
+        """An earlier start has done all there is to do: nothing is done again, and nothing written."""
+        self.reporter.sinks.message(
+            f"finished at step {self.counters.step}: {self.stopping.reason}; nothing is left to do"
+        )
+        self._load_best()
+        self.last_saved = self.persistence.goes_on_from
+        return self._result()
+
+    def _load_best(self) -> None:
+        best = self.persistence.load_best() if self.config.checkpoint.load_best_model_at_end else None
+        if best is not None:
+            self.reporter.sinks.message(f"the weights are those of {best}, the best one")
+
+    def _result(self) -> TrainingResult:
+        counters, stopping = self.counters, self.stopping
+        nan = float("nan")
         return TrainingResult(
-            losses[0],
-            losses[-1],
-            self.losses,
-            self.counters.step,
-            stopping.best_loss,
-            self.reporter.unigram,
-            stopping.reason or "",
-            stopping.failed,
-            self.output_dir,
-            self.signal,
-            self.last_saved,
+            initial_loss=nan if counters.initial_loss is None else counters.initial_loss,
+            final_loss=nan if counters.final_loss is None else counters.final_loss,
+            losses=self.losses,
+            steps=counters.step,
+            best_eval_loss=stopping.best_loss,
+            unigram_loss=self.reporter.unigram,
+            reason=stopping.reason or "",
+            failed=stopping.failed,
+            output_dir=self.output_dir,
+            signal=self.signal,
+            checkpoint=self.last_saved,
         )
 
 

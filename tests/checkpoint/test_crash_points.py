@@ -117,7 +117,7 @@ def test_killed_at_every_call(tmp_path: Path, call: str) -> None:
         assert code in (0, -signal.SIGKILL), code
         steps = good_steps(folder)
         assert steps in ([1, 2], [1, 2, 3], [2, 3]), steps
-        checkpoints(folder).clean_up()
+        checkpoints(folder).owner.clean_up()
         assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-{step}" for step in steps]
         if 3 not in steps:
             assert save(folder, 3, save_total_limit=2).error is None
@@ -149,7 +149,7 @@ def test_refused_by_the_disk_at_every_call(tmp_path: Path, call: str, number_of:
         assert code == 7, code
         # Only the last flush, of the folder that has just got its name, may fail and the step be there.
         assert steps == [1] or (call, steps) == ("fsync", [1, 3])
-        checkpoints(folder).clean_up()
+        checkpoints(folder).owner.clean_up()
         if steps == [1]:
             assert save(folder, 3).error is None
         shutil.rmtree(folder)
@@ -200,7 +200,7 @@ def test_one_of_two_ranks_is_killed_at_every_call(tmp_path: Path, victim: int, c
             assert (written(other) == 0) != other.abort.is_set()
         steps = good_steps(folder)
         assert steps in ([1], [1, 3])
-        checkpoints(folder).clean_up()
+        checkpoints(folder).owner.clean_up()
         assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-{step}" for step in steps]
         if code == 0:
             break
@@ -214,7 +214,7 @@ def test_one_of_two_ranks_is_killed_at_every_call(tmp_path: Path, victim: int, c
 def test_what_may_go_cannot(tmp_path: Path, call: str) -> None:
     """Retention is refused by the disk at every call: the new step is there all the same, and no old one is half gone.
 
-    Seen to fail with an error of `_committed` taken for one of the save.
+    Seen to fail with an error of `Ownership.retain` taken for one of the save.
     """
     for number in range(1, 200):
         folder = tmp_path / str(number)
@@ -225,7 +225,7 @@ def test_what_may_go_cannot(tmp_path: Path, call: str) -> None:
         assert (code, steps) in ((0, [1, 2, 3]), (0, [2, 3]), (7, [1, 2])), (code, steps)
         if code == 0 and not list(folder.glob(".trash-*")) and steps == [2, 3]:
             break
-        checkpoints(folder).clean_up()
+        checkpoints(folder).owner.clean_up()
         shutil.rmtree(folder)
     assert number > 1, "no such call was made: nothing was tried"
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from programs import Program
+from programs import FOREVER, ONE_RANK, Program
 
 pytestmark = pytest.mark.dist
 
@@ -112,6 +114,43 @@ def test_the_kernel_takes_the_memory(config: Path, tmp_path: Path, monkeypatch: 
     (line,) = program.err.splitlines()
     place = r"was ended by SIGKILL in step 2, computing, probably by the kernel for want of memory \(less of it, "
     assert re.search(place, line), line
+
+
+def test_a_place_that_cannot_be_written_to_is_not_tried_again(config: Path) -> None:
+    """Seen to fail as it was: a rank made the folder before anybody looked, and four starts ended with code 1."""
+    program = Program("moe-dist", "train", config, "train.output_dir=/sys/kernel/run", "checkpoint.save_steps=2")
+    assert program.end() == 2
+    (line,) = program.err.splitlines()
+    assert line.startswith("moe-dist: error: train.output_dir=/sys/kernel/run: cannot be written to: ")
+
+
+def test_a_disk_that_is_full_for_a_while(config: Path, small_disk: Path) -> None:
+    """Training goes on; log, metrics and TensorBoard do so when there is room, and then steps are saved again.
+
+    Seen to fail as it was: pages of code from the log and from TensorBoard's thread, and no metrics from then on.
+    """
+    folder, filling = small_disk / "run", small_disk / "filling"
+    ours = ("monitor.tensorboard=true", "checkpoint.save_steps=4", "checkpoint.save_total_limit=1")
+    command = ("moe-dist", "train", config, *FOREVER, *ONE_RANK, f"train.output_dir={folder}", *ours)
+    program = Program(*command)
+    program.wait_until(lambda: list(folder.glob("checkpoint-*")), "a step is saved")
+    with suppress(OSError):
+        filling.write_bytes(bytes(2**22))
+    for text in ("metrics.jsonl: No space", "TensorBoard: No space", "no log file: ", "failed: No space left"):
+        program.wait_until(lambda text=text: text in program.err, text)
+    filling.unlink()
+    newest = max(step_of(path) for path in folder.glob("checkpoint-*"))
+    program.wait_until(lambda: any(step_of(path) > newest for path in folder.glob("checkpoint-*")), "saved again")
+    for name in ("metrics.jsonl", "TensorBoard"):
+        program.wait_until(lambda name=name: f"{name} is written again; " in program.err, name)
+    os.kill(program.pid, signal.SIGTERM)
+    assert program.end() == 75
+    assert "Traceback" not in program.out + program.err
+    assert "times nothing could be written here" in (folder / "train.log").read_text()
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def test_not_finite_stops_all_ranks(config: Path, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.monitor.train_log import close_logging, setup_logging
+from moe_dist.monitor.train_log import close_logging, open_log, setup_logging
 
 
 def test_rank_zero_appends_to_train_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ("first start", "second start"):
-        setup_logging(tmp_path / "run", 0).info(words)
+    for words in ("first start", "second start"):  # each held in memory until it has begun
+        logger = setup_logging(tmp_path / "run", 0)
+        logger.info(words)
+        open_log()
     lines = (tmp_path / "run" / "train.log").read_text().splitlines()
     assert [line.split(" INFO ")[1] for line in lines] == ["first start", "second start"]
     assert capsys.readouterr().err == ""
@@ -20,6 +22,7 @@ def test_rank_zero_appends_to_train_log(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_other_ranks_write_to_their_own_file_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging(tmp_path, 3)
+    open_log()
     logging.getLogger("moe_dist.data.corpus").warning("skipped one file")
     assert "WARNING skipped one file" in (tmp_path / "logs" / "rank-3.log").read_text()
     assert capsys.readouterr().err == ""
@@ -32,6 +35,7 @@ def test_warnings_of_rank_zero_are_one_line_on_stderr(
 ) -> None:
     monkeypatch.setenv("MOE_DIST_DEBUG", "1" if debug else "")
     logger = setup_logging(tmp_path, 0)
+    open_log()
     try:
         raise OSError("disk\nfull")
     except OSError as error:
@@ -45,6 +49,7 @@ def test_warnings_of_rank_zero_are_one_line_on_stderr(
 def test_unwritable_log_is_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").write_text("a file in the way")
     logger = setup_logging(tmp_path / "run", 0)
+    open_log()
     logger.info("goes nowhere")
     assert capsys.readouterr().err.startswith("moe-dist: warning: no log file:")
 

@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
+from saved import rewrite_manifest
 from tiny import mesh_of
 
+from moe_dist.checkpoint.lock import Job
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, load_mapping
+from moe_dist.monitor.sinks.fan_out import Sinks
 from moe_dist.parallel.layout import Layout
 from moe_dist.train import MoETrainer
 from moe_dist.train.elastic import replan
@@ -101,6 +104,39 @@ def go_on(folder: str, world: int, max_steps: int) -> list[float]:
     found, _ = replan(wanted, world)
     mesh = mesh_of(found.parallel.ep_size) if world > 1 else None
     return MoETrainer(found, mesh=mesh).train(TEXTS).losses
+
+
+def test_the_batch_of_what_it_goes_on_from(tmp_path: Path) -> None:
+    """A checkpoint elsewhere says what the global batch is, and a run moved away does not.
+
+    Seen to fail with only the run's own place looked at: 3 ranks took 12 sequences, not 24, and resuming was refused;
+    and `never` took 24.
+    """
+    other = config(tmp_path / "other", train={"gradient_accumulation_steps": 8})
+    MoETrainer(other.model_copy(update={"parallel": other.parallel.model_copy(update={"ep_size": 1})})).train(TEXTS)
+    elsewhere = config(tmp_path / "run", checkpoint={"resume": str(tmp_path / "other" / "checkpoint-2")})
+    assert replan(elsewhere, 3)[0].global_batch_size(3) == 24
+    never = config(tmp_path / "other", checkpoint={"resume": "never"})
+    job = Job(("job=1",), ("job=1",))
+    assert replan(never, 3, None, job)[0].global_batch_size(3) == 12
+    assert MoETrainer(replan(never, 1, 12, job)[0], job=job).train(TEXTS).steps == 2
+    assert replan(never, 3, 99, job)[0].global_batch_size(3) == 12, "of its own checkpoint now"
+
+
+def test_what_more_ranks_change_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen to fail as it was: `global batch size=...; set it back`, and nothing about the load-balancing loss."""
+    tree = config(tmp_path, parallel={"ep_size": 1, "elastic": False}, balance={"aux_loss_scope": "micro_batch"})
+    MoETrainer(tree).train(TEXTS)
+    said: list[str] = []
+    monkeypatch.setattr(Sinks, "message", lambda self, text: said.append(text))
+    smaller = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 3}
+    tree.train = tree.train.model_copy(update=smaller)
+    assert MoETrainer(tree).train(TEXTS).steps == 3
+    (line,) = (text for text in said if "aux_loss_scope=micro_batch" in text)
+    assert line.startswith("train.per_device_train_batch_size=1 (saved with 3) changes the load-balancing loss")
+    rewrite_manifest(tmp_path / "checkpoint-3", lambda body: body["layout"].update(edp=2, world=2))
+    with pytest.raises(ValueError, match=r"on 1 replicas instead of 2 parallel\.elastic=true keeps the global batch"):
+        MoETrainer(tree).train(TEXTS)
 
 
 @pytest.mark.dist

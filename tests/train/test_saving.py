@@ -152,7 +152,7 @@ def test_the_newest_that_verifies(tmp_path: Path, capsys: pytest.CaptureFixture)
 def test_what_was_later_is_not_in_the_way(tmp_path: Path) -> None:
     """A damaged last step, or going on from an older one: those steps are saved anew, and the next start takes them.
 
-    Seen to fail without `set_aside_after`: no step is ever overwritten, so the last save failed at every start. And
+    Seen to fail without `Ownership.set_aside`: no step is ever overwritten, so the last save failed at every start. And
     with it only for a step whose place was written as the run's own is.
     """
     run(tmp_path, save_steps=2)
@@ -177,8 +177,8 @@ def test_afresh_with_checkpoints_elsewhere(tmp_path: Path) -> None:
     place = tmp_path / "steps"
     run(tmp_path / "run", folder=str(place), save_steps=2)
     assert run(tmp_path / "run", {"max_steps": 1}, folder=str(place), resume="never").steps == 1
-    names = ["aside-3-checkpoint-2", "aside-3-checkpoint-4", "aside-3-checkpoint-6", "checkpoint-1"]
-    assert sorted(os.listdir(place)) == names
+    names = ["aside-2-checkpoint-2", "aside-2-checkpoint-4", "aside-2-checkpoint-6", "checkpoint-1"]
+    assert sorted(os.listdir(place)) == [".writer.json", *names]
     again = run(tmp_path / "run", {"max_steps": 2}, folder=str(place), save_total_limit=1)
     assert (again.steps, len(again.losses), steps(place)) == (2, 1, [2])
     place.rename(tmp_path / "not mounted")
@@ -206,8 +206,8 @@ def test_nothing_good_is_not_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* can be used, .* checkpoint\.resume=never"):
         run(tmp_path / "run")
     assert run(tmp_path / "run", resume="never").steps == 6
-    (aside,) = (path for path in tmp_path.iterdir() if path.name != "run")
-    assert steps(aside) == [3, 6]
+    (earlier,) = (tmp_path / "run").glob("earlier-*")
+    assert steps(earlier) == [3, 6]
 
 
 def test_a_save_that_fails_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +297,10 @@ def test_another_order_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run(tmp_path, {"max_steps": 2})
     with monkeypatch.context() as patch:
         patch.setattr(Persistence, "_read", lambda self, loaded: pytest.fail("it has been loaded"))
-        with pytest.raises(ValueError, match=r"another order \(num_samples \d+, now \d+\): .*allow_config_change=true"):
+        with pytest.raises(
+            ValueError,
+            match=r"training data is not what it was: the texts are others \(.*num_samples \d+, now .*on_change=warn",
+        ):
             MoETrainer(TREE, output_dir=tmp_path).train(TEXTS[:20])
         for section, key, value in (("train", "seed", 7), ("data", "validation_split", 0.1)):
             with pytest.raises(ValueError, match=rf"{section}\.{key}={value} \(saved with"):

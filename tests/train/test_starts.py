@@ -14,7 +14,7 @@ from moe_dist.train.persistence import Persistence
 
 FIRST = Job(("job=1",))
 LATER = Job(("job=1",), ("job=1",))
-RESTORE = Persistence.restore
+BEGIN = Persistence.begin
 
 
 class Death(Exception):
@@ -22,18 +22,18 @@ class Death(Exception):
 
 
 def start(output_dir: Path, job: Job, resume: str, dies: str | None = None, **checkpoint: Any) -> list[float]:
-    """The losses of one start, to step 6 with a save every other step. `dies`: "before" restoring, or "after"."""
+    """The losses of one start, to step 6 with a save every other step. `dies`: "before" it has begun, or "after"."""
 
-    def restore(self: Persistence, *arguments: Any) -> None:
+    def begin(self: Persistence, *arguments: Any) -> None:
         if dies == "before":
             raise Death
-        RESTORE(self, *arguments)
+        BEGIN(self, *arguments)
         if dies == "after":
             raise Death
 
     tree = {**TREE, "checkpoint": {"resume": resume, "save_steps": 2, "save_total_limit": None, **checkpoint}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Persistence, "restore", restore)
+        patch.setattr(Persistence, "begin", begin)
         try:
             return MoETrainer(tree, output_dir=output_dir, job=job).train(TEXTS).losses
         except Death:
@@ -52,11 +52,11 @@ def test_never_is_for_the_first_start(tmp_path: Path, straight: list[float]) -> 
     run(folder, {"max_steps": 2}, save_steps=2)  # somebody else's
     assert start(folder, FIRST, "never") == straight
     assert start(folder, LATER, "never") == [], "it is done"
-    assert len(list(tmp_path.glob("run-*"))) == 1
+    assert len(list(folder.glob("earlier-*"))) == 1
     assert start(folder, Job(("job=2",), ("job=2",)), "never", "after") == [], "another job, which dies"
     assert start(folder, Job(("job=2",), ("job=2",)), "never") == straight
     assert start(folder, Job(("job=2",)), "never") == straight, "a first start of that name"
-    assert len(list(tmp_path.glob("run-*"))) == 3
+    assert len(list(folder.glob("earlier-*"))) == 3
 
 
 def test_a_start_that_has_not_begun_is_none(tmp_path: Path, straight: list[float]) -> None:
@@ -97,7 +97,7 @@ def test_the_same_place_written_in_another_way(tmp_path: Path, monkeypatch: pyte
 
 
 def test_never_with_checkpoints_elsewhere(tmp_path: Path, straight: list[float]) -> None:
-    """The run folder is moved aside, and its checkpoints in another folder are not of the new run's past.
+    """The old run is moved aside, and its checkpoints in another folder are not of the new run's past.
 
     Seen to fail without: the second start goes on from 6 of the old run.
     """

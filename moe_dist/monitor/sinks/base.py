@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 
 
@@ -12,6 +14,8 @@ class Sink:
     """
 
     name = "sink"
+    folder: Path | None = None
+    """Where it writes; None when it writes no files."""
 
     def open(self, info: RunInfo) -> None:
         """Before the first step."""

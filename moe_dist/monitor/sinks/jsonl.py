@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from moe_dist.monitor.records import (
     ActionRecord,
@@ -44,7 +45,8 @@ class JsonlSink(Sink):
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._file: BinaryIO | None = None
+        self.folder = self.path.parent
+        self._file: FileIO | None = None
 
     def open(self, info: RunInfo) -> None:
         self._write(info)
@@ -69,19 +71,20 @@ class JsonlSink(Sink):
         self._write(summary)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def _write(self, record: Record) -> None:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _cut_torn_line(self.path)
-            # Bytes: one write per line, and no newline translation anywhere.
-            self._file = self.path.open("ab")
+            # Bytes, and no buffer: what a full disk has refused is not kept, to come out in the middle of a later line.
+            self._file = self.path.open("ab", buffering=0)
         row = json_safe(record.to_json() | {"time": round(time.time(), 3)})
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        line = memoryview(json.dumps(row, allow_nan=False).encode() + b"\n")
+        while line:  # a disk that is almost full takes a part
+            line = line[self._file.write(line) :]
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -64,6 +64,7 @@ class PrometheusSink(_RunSink):
 
     def __init__(self, output_dir: Path | str, config: MonitorConfig) -> None:
         super().__init__(output_dir, config)
+        self.folder = self.output_dir  # of targets.json
         self.address = ""
         self._server: BoundedServer | None = None
         self._pages: dict[tuple[str, bool], bytes] = {}

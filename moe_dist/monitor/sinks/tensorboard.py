@@ -45,7 +45,7 @@ class TensorBoardSink(Sink):
     name = "TensorBoard"
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
         self._open_writer: SummaryWriter | None = None
         self._started = False
 
@@ -150,9 +150,9 @@ class TensorBoardSink(Sink):
         file_writer.add_summary(start)
 
     def close(self) -> None:
-        if self._open_writer is not None:
-            self._open_writer.close()
-            self._open_writer = None
+        writer, self._open_writer = self._open_writer, None
+        if writer is not None:
+            writer.close()
 
     def _start_at(self, step: int) -> None:
         """Tell TensorBoard, once, that this start of the run begins here.
