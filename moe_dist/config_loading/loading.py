@@ -16,6 +16,7 @@ from moe_dist.config_loading.huggingface import HuggingFaceModel, read_huggingfa
 from moe_dist.config_loading.names import FIELDS, SECTIONS, place, spellings, takes
 from moe_dist.config_loading.wording import ConfigError, allowed, show
 from moe_dist.config_loading.yaml_text import parse_yaml, read_yaml
+from moe_dist.config_paths import expand
 
 MAX_FILES = 100
 _KERNEL = "model.attn_implementation"  # how it is computed, not what
@@ -59,7 +60,8 @@ class _Reading:
         for name in base if isinstance(base, list) else [] if base is None else [base]:
             if not isinstance(name, str):
                 raise ConfigError(f"base={show(base)}: the path of a YAML file, or a list of them ({path})")
-            self.file(path.parent / os.path.expanduser(name), f"base={show(name)} ({path})", (*stack, place))
+            said = f"base={show(name)} ({path})"
+            self.file(path.parent / _expanded(name, said), said, (*stack, place))
         self.layer(raw, str(path), path.parent)
 
     def layer(self, raw: Mapping[Any, Any], origin: str, folder: Path) -> None:
@@ -75,7 +77,7 @@ class _Reading:
         if (source := said.pop("model.from", ("", None))[1]) is not None:
             if not isinstance(source, str):
                 raise ConfigError(f"model.from={show(source)}: a config.json, or the folder it is in ({origin})")
-            file = folder / os.path.expanduser(source)
+            file = folder / _expanded(source, f"model.from={show(source)} ({origin})")
             file = file / "config.json" if file.is_dir() else file
             self._replace_model(read_huggingface(file, f"model.from={show(source)}"), file)
         self.values |= {key: value for key, (_, value) in said.items()}
@@ -130,6 +132,13 @@ class _Reading:
                     raise ConfigError(f"{key}={show(value)}: {takes(key)} ({self.origins[key]})")
 
 
+def _expanded(path: str, said: str) -> str:
+    try:
+        return expand(path)
+    except ValueError as error:
+        raise ConfigError(f"{said}: {error}") from None
+
+
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -171,7 +180,10 @@ def _reworded(error: ValidationError, reading: _Reading, origin: str) -> ConfigE
         origin = reading.origins.get(key, origin)
         written = reading.spellings.get(key, key).rpartition(".")[2]
         other = "" if key.endswith(f".{written}") else f" (written as {written})"
-        text = f"{key}={show(reading.values.get(key))}{other}: {takes(key)}"
+        # Of a value of the right type a validator says itself what is wrong with it.
+        same = [item for item in found if item["loc"][: key.count(".") + 1] == location[: key.count(".") + 1]]
+        why = next((item["ctx"]["error"] for item in same if item["type"] == "value_error"), None)
+        text = f"{key}={show(reading.values.get(key))}{other}: {why or takes(key)}"
     else:
         text = str(first.get("ctx", {}).get("error", first["msg"]))
         if key in SECTIONS and not text.startswith(f"{key}."):
@@ -197,7 +209,7 @@ def load_config(
     `notice` gets one line for each key that was understood under another name than its own.
     Raises ConfigError, one line, for anything wrong.
     """
-    file = Path(os.path.expanduser(path))
+    file = Path(_expanded(os.fspath(path), os.fspath(path)))
     reading = _Reading(notice)
     reading.file(file)
     reading.changes(changes or {})
