@@ -152,6 +152,9 @@ class DataConfig(Section):
     """Split of the Hugging Face dataset."""
     text_field: str = "text"
     """Column that holds the text."""
+    ignored_columns: list[str] = []
+    """Columns of instruction data (instruction, messages, ...) that are left out on purpose: every token of text_field
+    is then learned, and nothing of these."""
     streaming: bool = False
     """Read a Hugging Face dataset as a stream, without an index: needs max_steps or max_time, and has no held-out part
     but validation_path."""
