@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.paths import expanded
 from launcher.worker import EXIT_FAILED
 from moe_dist.checkpoint.changes import changes
 from moe_dist.checkpoint.encryption import Keys
@@ -35,10 +36,11 @@ app = typer.Typer(
     epilog="PATH is a run folder, a folder or URL with checkpoints (s3://bucket/run), or one checkpoint-STEP in it. "
     "Exit codes: 0 fine, 1 something does not verify, 2 it cannot be done.",
 )
-Place = Annotated[str, typer.Argument(metavar="PATH", help="Run folder, URL, or one checkpoint.")]
-One = Annotated[str, typer.Argument(metavar="CKPT", help="One checkpoint: run/checkpoint-500.")]
+Place = Annotated[str, typer.Argument(metavar="PATH", callback=expanded, help="Run folder, URL, or one checkpoint.")]
+One = Annotated[str, typer.Argument(metavar="CKPT", callback=expanded, help="One checkpoint: run/checkpoint-500.")]
 Key = Annotated[
-    list[str] | None, typer.Option("--encryption-key", help="A file or env:NAME with the key; may be given twice.")
+    list[str] | None,
+    typer.Option("--encryption-key", callback=expanded, help="A file or env:NAME with the key; may be given twice."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs, on standard output.")]
 
@@ -174,11 +176,13 @@ def prune(
 @app.command()
 def reshard(
     source: One,
-    destination: Annotated[str, typer.Argument(metavar="DEST", help="Folder or URL that gets checkpoint-STEP.")],
+    destination: Annotated[
+        str, typer.Argument(metavar="DEST", callback=expanded, help="Folder or URL that gets checkpoint-STEP.")
+    ],
     shards: Annotated[int, typer.Option(min=1, max=4096, help="Files to write; experts and rows are shared out.")],
     encryption_key: Key = None,
     seal_with: Annotated[
-        str | None, typer.Option(help="Encrypt the copy with this key; default: as the source.")
+        str | None, typer.Option(callback=expanded, help="Encrypt the copy with this key; default: as the source.")
     ] = None,
     decrypt: Annotated[bool, typer.Option("--decrypt", help="Write the copy without encryption.")] = False,
 ) -> None:

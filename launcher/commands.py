@@ -22,6 +22,7 @@ from launcher.environment import (
 )
 from launcher.launch_commands import app as launch_app
 from launcher.mpi import join_mpi
+from launcher.paths import expanded
 from launcher.starting import for_world
 from launcher.sweep_command import sweep
 from launcher.worker import EXIT_CONFIG, EXIT_FAILED
@@ -181,7 +182,10 @@ def profile(
     ] = False,
     memory: Annotated[bool, typer.Option("--memory", help="Measure what is kept for backward.")] = False,
     folder: Annotated[
-        str | None, typer.Option("--report", metavar="DIR", help="Folder for profile.html; default: the run folder.")
+        str | None,
+        typer.Option(
+            "--report", metavar="DIR", callback=expanded, help="Folder for profile.html; default: the run folder."
+        ),
     ] = None,
     _form: Annotated[Literal["html"], typer.Option("--format", help="What is written; there is one form.")] = "html",
 ) -> None:
@@ -214,9 +218,14 @@ app.command(context_settings=_OVERRIDES)(sweep)
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, such as outputs/demo.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", callback=expanded, help="Run folders, such as outputs/demo.")
+    ],
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="File to write; default: report.html in the run folder.")
+        str | None,
+        typer.Option(
+            "--output", "-o", callback=expanded, help="File to write; default: report.html in the run folder."
+        ),
     ] = None,
 ) -> None:
     """Write report.html about one run, or several side by side.
@@ -234,7 +243,7 @@ def report(
 
 @app.command()
 def doctor(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, such as outputs/demo.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", callback=expanded, help="Run folder, such as outputs/demo.")],
     as_json: Annotated[bool, typer.Option("--json", help="Findings for programs on standard output.")] = False,
 ) -> None:
     """Say what is wrong with a run, finished or still running, and which key helps.

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from launcher.paths import expanded
 from moe_dist.config_loading import load_config
 
 if TYPE_CHECKING:
@@ -88,8 +89,10 @@ def mpi(
         int | None, typer.Option("--ranks", "-n", min=1, help="Default: all of --hosts, or launch.nproc_per_node.")
     ] = None,
     hosts: Annotated[Text, typer.Option(help="Machines with their ranks, such as node1:8,node2:8.")] = None,
-    hostfile: Annotated[Text, typer.Option(help="A file with them, in mpirun's own format.")] = None,
-    mpirun: Annotated[Text, typer.Option(help="The program; default: beside this Python, else on the PATH.")] = None,
+    hostfile: Annotated[Text, typer.Option(callback=expanded, help="A file with them, in mpirun's own format.")] = None,
+    mpirun: Annotated[
+        Text, typer.Option(callback=expanded, help="The program; default: beside this Python, else on the PATH.")
+    ] = None,
     option: Annotated[list[str] | None, typer.Option(metavar="OPTION", help="One more option for mpirun.")] = None,
     dry_run: DryRun = False,
 ) -> None:

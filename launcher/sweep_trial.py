@@ -59,7 +59,7 @@ def last_rows(run_folder: Path) -> dict[str, dict[str, float]]:
     """The numbers of the last line about training and evaluation in metrics.jsonl."""
     found: dict[str, dict[str, float]] = {}
     with suppress(OSError):
-        for line in (run_folder / "metrics.jsonl").read_text().splitlines():
+        for line in (run_folder / "metrics.jsonl").read_text("utf-8").splitlines():
             with suppress(ValueError):
                 row = json.loads(line)
                 if row.get("kind") in ("train", "eval"):
@@ -72,7 +72,7 @@ def last_rows(run_folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _last_error(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("moe-dist: ")]
+    lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.startswith("moe-dist: ")]
     return lines[-1].removeprefix("moe-dist: ").removeprefix("error: ") if lines else f"see {log}"
 
 

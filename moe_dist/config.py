@@ -25,6 +25,7 @@ from moe_dist.config_checks import (
     file_source,
 )
 from moe_dist.config_deepspeed import read_deepspeed_config
+from moe_dist.config_paths import Folder, PathText
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -138,13 +139,13 @@ class DataConfig(Section):
     source: Literal["stdlib", "text", "jsonl", "parquet", "huggingface", "memory"] = "stdlib"
     """`stdlib` is the source of Python's own standard library: real text present on every machine; `memory`: what a
     program gives to `MoETrainer.train`."""
-    path: str | list[str] | dict[str, str | list[str]] | None = None
+    path: PathText | list[PathText] | dict[str, PathText | list[PathText]] | None = None
     """File, folder pattern or list of them, for text, jsonl and parquet. Named, as in {code: a/*.py, prose: b/*.txt},
     routing is counted for each name."""
-    validation_path: str | list[str] | None = None
+    validation_path: PathText | list[PathText] | None = None
     """Separate held-out files; without it documents are split by validation_split. They are of the same kind as path;
     beside other sources .jsonl and .parquet are known by their names, and the rest is text."""
-    name: str | None = None
+    name: PathText | None = None
     """Dataset name for `huggingface`."""
     config_name: str | None = None
     """Configuration of that dataset, where it has several."""
@@ -152,10 +153,13 @@ class DataConfig(Section):
     """Split of the Hugging Face dataset."""
     text_field: str = "text"
     """Column that holds the text."""
+    ignored_columns: list[str] = []
+    """Columns of instruction data (instruction, messages, ...) that are left out on purpose: every token of text_field
+    is then learned, and nothing of these."""
     streaming: bool = False
     """Read a Hugging Face dataset as a stream, without an index: needs max_steps or max_time, and has no held-out part
     but validation_path."""
-    tokenizer: str = "bytes"
+    tokenizer: PathText = "bytes"
     """`bytes`, or the folder or name of any `transformers` tokenizer."""
     max_seq_length: Positive = 256
     """Tokens S in one training sample."""
@@ -208,7 +212,7 @@ class ParallelConfig(Section):
     """What shards: PyTorch's FSDP2, or the DeepSpeed package (zero_stage 1 or 2); see docs/deepspeed.md."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """DeepSpeed: keep float32 weights and optimizer state in host memory."""
-    deepspeed_config: str | dict[str, Any] | None = None
+    deepspeed_config: PathText | dict[str, Any] | None = None
     """DeepSpeed: a JSON file of your own, or its content; what contradicts our keys is refused."""
 
     _read_deepspeed_file = model_validator(mode="before")(read_deepspeed_config)
@@ -231,7 +235,7 @@ class ParallelConfig(Section):
 class TrainConfig(Section):
     """The loop. Names are those of `TrainingArguments`."""
 
-    output_dir: Path = Path("outputs/run")
+    output_dir: Folder = Path("outputs/run")
     """Run folder: config.yaml, metrics.jsonl, train.log, logs/, tb/, checkpoint-<step>/."""
     seed: NonNegative = 42
     """Seed of weights, data order, dropout and sampling."""
@@ -401,7 +405,7 @@ class CheckpointConfig(Section):
     """Whether more of that metric is better."""
     load_best_model_at_end: bool = False
     """End with the weights of the best checkpoint."""
-    folder: str | None = None
+    folder: PathText | None = None
     """Where checkpoints go: a folder or a URL such as s3://bucket/run; default: output_dir."""
     background: bool = True
     """Write while training goes on; false: training waits until a checkpoint is committed."""
@@ -409,9 +413,9 @@ class CheckpointConfig(Section):
     """A save is due and the one before is still being written: wait for it, or leave this one out."""
     on_failure: Literal["continue", "stop"] = "continue"
     """A save that fails: warn and try again at the next one, or stop. The last one must succeed either way."""
-    encryption_key: str | list[str] | None = None
+    encryption_key: PathText | list[PathText] | None = None
     """Seal checkpoints (AES-256-GCM) with 32 bytes from a file or `env:NAME`; of a list the first seals, all open."""
-    resume: str = "auto"
+    resume: PathText = "auto"
     """`auto`: the newest checkpoint that verifies, if any; `never`: start afresh; a step, or a checkpoint's path."""
     load_optimizer: bool = True
     """Take the optimizer's moments from the checkpoint, too; false: go on from its weights, router bias, counters and

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_dist.config_paths import expand
+
 if TYPE_CHECKING:
     from moe_dist.config import Config
 
@@ -54,13 +56,15 @@ def read_deepspeed_config(raw: Any) -> Any:
     path = raw.get("deepspeed_config") if isinstance(raw, Mapping) else None
     if not isinstance(path, (str, Path)):
         return raw
-    file = Path(path).expanduser()
     try:
-        content = json.loads(file.read_text("utf-8"))
+        file = Path(expand(str(path)))
+        content = json.loads(file.read_text("utf-8-sig"))
     except OSError as error:
         raise ValueError(f"deepspeed_config={path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"deepspeed_config={path}: not a JSON file ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"deepspeed_config={path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"deepspeed_config={path}: a JSON object, as DeepSpeed takes it")
     return {**raw, "deepspeed_config": content}

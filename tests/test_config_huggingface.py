@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from run_files import complaint, load
 
-from moe_dist.config_loading import ConfigError
+from moe_dist.config_loading import ConfigError, load_config
 from moe_dist.config_loading.huggingface import _BOOKKEEPING
 
 QWEN3: dict[str, object] = json.loads("""{
@@ -106,6 +106,87 @@ def test_config_json_of_another_model(tmp_path: Path, contents: dict[str, object
     message = complaint(tmp_path, hugging(tmp_path, contents))
     assert piece in message
     assert "config.json" in message
+
+
+def test_it_replaces_the_whole_model_of_a_base_file(tmp_path: Path) -> None:
+    """Seen to fail where keys that a config.json leaves out kept the base's values: Mixtral had 24.5 billion
+    parameters, with Qwen3's head_dim and dense layers of the base."""
+    from moe_dist.models.counts import parameter_counts
+
+    published = {key: value for key, value in MIXTRAL.items() if key != "router_jitter_noise"} | {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+    }
+    base = (
+        "model: {head_dim: 64, mlp_only_layers: [0, 1, 2], decoder_sparse_step: 2, tie_word_embeddings: true, "
+        "attn_implementation: eager, shared_expert_intermediate_size: 32}"
+    )
+    (tmp_path / "base.yaml").write_text(base)
+    text = f"base: base.yaml\n{hugging(tmp_path, published)}"
+    config, notices = load(tmp_path, text)
+    alone, _ = load(tmp_path, hugging(tmp_path, published))
+    assert config.model == alone.model.model_copy(update={"attn_implementation": "eager"})
+    assert parameter_counts(config.model).total / 1e9 == pytest.approx(46.7, abs=0.05)
+    assert any("decoder_sparse_step" in line and "nothing is left" in line for line in notices), notices
+    for overrides in (("model.num_hidden_layers=2", "model.from=hf"), ("model.from=hf", "num_hidden_layers=2")):
+        (tmp_path / "run.yaml").write_text(base)
+        said: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            config = load_config("run.yaml", overrides, notice=said.append)
+        assert (config.model.num_hidden_layers, config.model.mlp_only_layers) == (2, [])
+        assert any(line.startswith("over ") and line.endswith(": num_hidden_layers=2") for line in said), said
+
+
+def test_what_is_ignored_and_what_is_not_read_is_said(tmp_path: Path) -> None:
+    text = hugging(tmp_path, {**QWEN3, "quantization_config": {"quant_method": "fp8"}})
+    quiet = load(tmp_path, text)[1]
+    assert [line for line in quiet if "architectures, quantization_config, torch_dtype" in line] == quiet
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (tmp_path / "hf" / name).touch()
+    (note,) = set(load(tmp_path, text)[1]) - set(quiet)
+    assert "model-00001-of-00002.safetensors" in note
+    assert "random weights" in note
+
+
+def test_every_key_that_is_lacking_is_named(tmp_path: Path) -> None:
+    message = complaint(tmp_path, hugging(tmp_path, {**QWEN3, "kv_lora_rank": 5, "q_lora_rank": 6}))
+    assert "kv_lora_rank=5" in message
+    assert "q_lora_rank" in message
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_our_own_config_json_comes_back(tmp_path: Path, kind: str) -> None:
+    """Seen to fail with attention_bias left out of what is read."""
+    from moe_dist.config import ModelConfig
+    from moe_dist.models.huggingface import family, huggingface_config
+
+    if kind == "mixtral":
+        # No layer is dense: the width of dense ones is not written, and means nothing.
+        model = ModelConfig(qk_norm=False, rms_norm_eps=3e-5, num_key_value_heads=2, rope_theta=5e5)
+    else:
+        model = ModelConfig(
+            attention_bias=True,
+            decoder_sparse_step=2,
+            head_dim=48,
+            hidden_size=72,
+            initializer_range=0.01,
+            intermediate_size=100,
+            mlp_only_layers=[3],
+            norm_topk_prob=False,
+            tie_word_embeddings=True,
+            attention_dropout=0.25,
+        )
+    assert family(model) == kind
+    written = huggingface_config(model)
+    whole = model.model_copy(update={"num_key_value_heads": model.kv_heads, "head_dim": model.head_size})
+    assert load(tmp_path, hugging(tmp_path, written))[0].model == whole
+    assert huggingface_config(whole) == written
 
 
 def test_every_key_of_transformers_own_classes(tmp_path: Path) -> None:

@@ -37,7 +37,16 @@ ROOMS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (3, ("moe_dist.parallel",)),
     (2, ("moe_dist.data",)),
     (1, ("moe_dist.models",)),
-    (0, ("moe_dist.config", "moe_dist.config_checks", "moe_dist.config_deepspeed", "moe_dist.config_loading")),
+    (
+        0,
+        (
+            "moe_dist.config",
+            "moe_dist.config_checks",
+            "moe_dist.config_deepspeed",
+            "moe_dist.config_loading",
+            "moe_dist.config_paths",
+        ),
+    ),
     (-1, ("moe_dist.versions",)),
     (-1, ("moe_dist",)),  # the package itself: a version, and no import that everybody would pay for
 )
@@ -47,6 +56,7 @@ LIGHT = (
     "moe_dist.config_checks",
     "moe_dist.config_deepspeed",
     "moe_dist.config_loading",
+    "moe_dist.config_paths",
     "moe_dist.versions",
     *(f"moe_dist.checkpoint.{name}" for name in ("changes", "encryption", "hashing", "listing", "lock")),
     *(f"moe_dist.checkpoint.{name}" for name in ("ownership", "run_folder")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_dist.config_loading.text_files import read_text
 from moe_dist.config_loading.wording import ConfigError, show
@@ -36,15 +36,33 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
     },
 }
-# Say nothing about the arithmetic of the model.
+# Say nothing about the arithmetic of the model in training.
 _BOOKKEEPING = set(
     _words(
-        "_name_or_path _attn_implementation_autoset architectures auto_map bos_token_id "
-        "chunk_size_feed_forward dtype eos_token_id id2label is_encoder_decoder label2id "
-        "max_window_layers model_type output_attentions output_hidden_states output_router_logits "
-        "pad_token_id problem_type return_dict torch_dtype transformers_version use_cache"
+        "_name_or_path _attn_implementation _attn_implementation_autoset architectures attn_implementation auto_map "
+        "bos_token_id chunk_size_feed_forward dtype eos_token_id finetuning_task id2label is_decoder "
+        "is_encoder_decoder label2id max_window_layers model_type output_attentions output_hidden_states "
+        "output_router_logits pad_token_id prefix problem_type quantization_config return_dict sep_token_id "
+        "task_specific_params tokenizer_class torch_dtype torchscript transformers_version unsloth_fixed "
+        "unsloth_version use_bfloat16 use_cache"
     )
 )
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "consolidated*.pt*")
+
+
+class HuggingFaceModel(NamedTuple):
+    """What a `config.json` says.
+
+    `model`: the whole architecture, by full key. `balance`: defaults that a person may override. `ignored`: keys that
+    say nothing about the arithmetic. `weights`: names of files with weights beside it.
+    """
+
+    model: dict[str, Any]
+    balance: dict[str, Any]
+    ignored: list[str]
+    weights: list[str]
+
+
 # Keys this model can only have one way.
 _FIXED_IN_BOTH: dict[str, tuple[Any, ...]] = {
     "qkv_bias": (False,),
@@ -57,8 +75,8 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 
-def read_huggingface(file: Path, said: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A Qwen3-MoE or Mixtral `config.json`: the model's keys, and balance defaults a person may override.
+def read_huggingface(file: Path, said: str) -> HuggingFaceModel:
+    """A Qwen3-MoE or Mixtral `config.json`.
 
     Raises ConfigError for another model_type and for every key whose meaning this model does not have.
     """
@@ -114,14 +132,18 @@ def read_huggingface(file: Path, said: str) -> tuple[dict[str, Any], dict[str, A
     if kind == "mixtral":
         renamed["intermediate_size"] = "moe_intermediate_size"
     fixed = _FIXED[kind]
+    lacking = [key for key in rest if key not in fixed and key not in renamed]
+    if lacking:
+        others = f" (and so {', '.join(lacking[1:])})" if lacking[1:] else ""
+        raise refuse(lacking[0], rest[lacking[0]], f"unknown key in a {kind} model{others}")
     for key, value in rest.items():
         if key in fixed and value not in fixed[key]:
             raise refuse(key, value, f"only {show(fixed[key][0])}")
         if key in renamed:
             model[renamed[key]] = [] if key == "mlp_only_layers" and value is None else value
-        elif key not in fixed:
-            raise refuse(key, value, f"unknown key in a {kind} model")
     for key in (*_NEEDED, "moe_intermediate_size", "rope_theta"):
         if key not in model:
             raise ConfigError(f"{said}: {file} has no {key}")
-    return {f"model.{key}": value for key, value in model.items()}, balance
+    weights = sorted({found.name for pattern in _WEIGHTS for found in file.parent.glob(pattern)})
+    ignored = sorted(_BOOKKEEPING.intersection(raw) - {"model_type"})
+    return HuggingFaceModel({f"model.{key}": value for key, value in model.items()}, balance, ignored, weights)

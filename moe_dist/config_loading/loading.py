@@ -12,12 +12,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_dist.config import Config
-from moe_dist.config_loading.huggingface import read_huggingface
+from moe_dist.config_loading.huggingface import HuggingFaceModel, read_huggingface
 from moe_dist.config_loading.names import FIELDS, SECTIONS, place, spellings, takes
 from moe_dist.config_loading.wording import ConfigError, allowed, show
 from moe_dist.config_loading.yaml_text import parse_yaml, read_yaml
+from moe_dist.config_paths import expand
 
 MAX_FILES = 100
+_KERNEL = "model.attn_implementation"  # how it is computed, not what
 
 
 class _Reading:
@@ -28,6 +30,7 @@ class _Reading:
         self.origins: dict[str, str] = {}
         self.spellings: dict[str, str] = {}
         self.balance_defaults: dict[str, Any] = {}
+        self._architecture = ""
         self._notice: Callable[[str], None] | None = notice
         self._noticed: set[str] = set()
         self._files = 0
@@ -57,7 +60,8 @@ class _Reading:
         for name in base if isinstance(base, list) else [] if base is None else [base]:
             if not isinstance(name, str):
                 raise ConfigError(f"base={show(base)}: the path of a YAML file, or a list of them ({path})")
-            self.file(path.parent / os.path.expanduser(name), f"base={show(name)} ({path})", (*stack, place))
+            said = f"base={show(name)} ({path})"
+            self.file(path.parent / _expanded(name, said), said, (*stack, place))
         self.layer(raw, str(path), path.parent)
 
     def layer(self, raw: Mapping[Any, Any], origin: str, folder: Path) -> None:
@@ -73,14 +77,47 @@ class _Reading:
         if (source := said.pop("model.from", ("", None))[1]) is not None:
             if not isinstance(source, str):
                 raise ConfigError(f"model.from={show(source)}: a config.json, or the folder it is in ({origin})")
-            file = folder / os.path.expanduser(source)
+            file = folder / _expanded(source, f"model.from={show(source)} ({origin})")
             file = file / "config.json" if file.is_dir() else file
-            model, self.balance_defaults = read_huggingface(file, f"model.from={show(source)}")
-            self.values |= model
-            self.origins |= dict.fromkeys(model, str(file))
+            self._replace_model(read_huggingface(file, f"model.from={show(source)}"), file)
         self.values |= {key: value for key, (_, value) in said.items()}
         self.origins |= dict.fromkeys(said, origin)
         self.spellings |= {key: spelling for key, (spelling, _) in said.items()}
+
+    def _replace_model(self, found: HuggingFaceModel, file: Path) -> None:
+        """The whole architecture is the file's: what earlier files say of it would make neither model."""
+        gone = [key for key in self.values if key.startswith("model.") and key != _KERNEL]
+        for key in gone:
+            del self.values[key], self.origins[key]
+            self.spellings.pop(key, None)
+        self.values |= found.model
+        self.origins |= dict.fromkeys(found.model, str(file))
+        self.balance_defaults, self._architecture = found.balance, str(file)
+        dropped = [key.removeprefix("model.") for key in gone if key not in found.model]
+        if dropped:
+            self.notice(
+                f"model.from replaces the whole model; of the base files nothing is left of {', '.join(dropped)}"
+            )
+        if found.ignored:
+            self.notice(f"{file}: without meaning for training: {', '.join(found.ignored)}")
+        if found.weights:
+            self.notice(
+                f"model.from takes the architecture alone: the weights beside it ({_few(found.weights)}) are not "
+                "read, training starts from random weights"
+            )
+
+    def say_what_changes_the_architecture(self) -> None:
+        """Keys of a person's own over a `config.json`: the model is then another one than its name says."""
+        mine = [
+            f"{key.removeprefix('model.')}={show(value)}"
+            for key, value in self.values.items()
+            if self._architecture
+            and key.startswith("model.")
+            and self.origins[key] != self._architecture
+            and key != _KERNEL
+        ]
+        if mine:
+            self.notice(f"over {self._architecture}: {', '.join(mine)}")
 
     def check_bools(self) -> None:
         """pydantic reads 'yes' as true, true as 1 and 0 as false; whoever wrote that meant something else."""
@@ -93,6 +130,17 @@ class _Reading:
                 wants_number = "number" in words or all(choice.isdigit() for choice in choices)
                 if wants_number if isinstance(entry, bool) else wants_bool:
                     raise ConfigError(f"{key}={show(value)}: {takes(key)} ({self.origins[key]})")
+
+
+def _expanded(path: str, said: str) -> str:
+    try:
+        return expand(path)
+    except ValueError as error:
+        raise ConfigError(f"{said}: {error}") from None
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _override_tree(overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -132,7 +180,10 @@ def _reworded(error: ValidationError, reading: _Reading, origin: str) -> ConfigE
         origin = reading.origins.get(key, origin)
         written = reading.spellings.get(key, key).rpartition(".")[2]
         other = "" if key.endswith(f".{written}") else f" (written as {written})"
-        text = f"{key}={show(reading.values.get(key))}{other}: {takes(key)}"
+        # Of a value of the right type a validator says itself what is wrong with it.
+        same = [item for item in found if item["loc"][: key.count(".") + 1] == location[: key.count(".") + 1]]
+        why = next((item["ctx"]["error"] for item in same if item["type"] == "value_error"), None)
+        text = f"{key}={show(reading.values.get(key))}{other}: {why or takes(key)}"
     else:
         text = str(first.get("ctx", {}).get("error", first["msg"]))
         if key in SECTIONS and not text.startswith(f"{key}."):
@@ -158,7 +209,7 @@ def load_config(
     `notice` gets one line for each key that was understood under another name than its own.
     Raises ConfigError, one line, for anything wrong.
     """
-    file = Path(os.path.expanduser(path))
+    file = Path(_expanded(os.fspath(path), os.fspath(path)))
     reading = _Reading(notice)
     reading.file(file)
     reading.changes(changes or {})
@@ -180,8 +231,10 @@ def load_mapping(
 
 
 def _validated(reading: _Reading, overrides: Sequence[str], origin: str) -> Config:
-    for tree in _override_tree(overrides):
+    # A model.from replaces what came before; keys beside it, in whatever order, are meant to change it.
+    for tree in sorted(_override_tree(overrides), key=lambda tree: "model.from" not in dict(spellings(tree, ""))):
         reading.layer(tree, "command line", Path())
+    reading.say_what_changes_the_architecture()
     reading.values = reading.balance_defaults | reading.values
     reading.origins = dict.fromkeys(reading.values, origin) | reading.origins
     reading.check_bools()

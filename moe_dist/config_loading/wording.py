@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from moe_dist.config_paths import expand
+
 
 class ConfigError(ValueError):
     """Something a person can mend in a configuration: one line with key, value and what is allowed."""
@@ -31,6 +33,8 @@ def allowed(kind: Any, limits: Sequence[Any] = ()) -> str:
     if origin is Annotated:
         found = [m for extra in inner[1:] for m in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
         return allowed(inner[0], found)
+    if any(getattr(limit, "func", None) is expand for limit in limits):
+        return "a path or name"
     if origin is Literal:
         choices = ", ".join(value if isinstance(value, str) else show(value) for value in inner)
         return f"one of {choices}" if len(inner) > 1 else f"only {choices}"

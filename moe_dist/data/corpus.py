@@ -6,9 +6,12 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from moe_dist.data import files as file_lists
+from moe_dist.data.columns import Wanted
+from moe_dist.data.formats import check_formats
 from moe_dist.data.sources import Entry, FileSource, JsonlSource, RowSource, Source, Unreadable
 from moe_dist.data.tokenised import columns_beside
 from moe_dist.data.tokenizer import TokenIds
@@ -39,6 +42,9 @@ class SkippedDocument:
     id: str
     offset: int
     reason: str
+    file: str = ""
+    count: int | None = 1
+    """Documents that are lost here; None: the rest of a file, nobody knows how many."""
 
 
 class Corpus:
@@ -143,7 +149,8 @@ class Corpus:
                 raise ValueError(
                     f"unreadable document {entry.id!r}: {error}. Repair or remove it, or set on_error='skip'"
                 ) from None
-            self.skipped.append(SkippedDocument(entry.id, error.offset, str(error)))
+            file = error.where.partition(", line ")[0]
+            self.skipped.append(SkippedDocument(entry.id, error.offset, str(error), file, error.count))
             if len(self.skipped) <= MAX_WARNINGS:
                 last = " (further ones are only counted)" if len(self.skipped) == MAX_WARNINGS else ""
                 logger.warning("skipped document %r: %s%s", entry.id, error, last)
@@ -162,6 +169,7 @@ def load_documents(
     config_name: str | None = None,
     split: str = "train",
     text_field: str = "text",
+    ignored_columns: Sequence[str] = (),
     streaming: bool = False,
     on_error: str = "skip",
     limit: int | None = None,
@@ -176,8 +184,9 @@ def load_documents(
     - "huggingface": `datasets.load_dataset(name, config_name, split=split, streaming=streaming)`.
 
     `on_error`: 'skip' lists unreadable documents in `Corpus.skipped`, 'fail' raises ValueError at the first
-    one. `limit`: only the first so many documents. `streaming`: a corpus too large to pack in memory. Raises
-    ValueError for an unknown source, a path without files, or a text field that is not there.
+    one. `ignored_columns`: of instruction data, those that are left out on purpose (`columns.py`). `limit`: only the
+    first so many documents. `streaming`: a corpus too large to pack in memory. Raises ValueError
+    for an unknown source, a path without files, or a text field that is not there.
     """
     files: Sequence[tuple[str, str]]
     if source == "stdlib":
@@ -185,25 +194,30 @@ def load_documents(
         found: Source = FileSource(files, file_lists.fingerprint("stdlib", files))
     elif source in ("text", "jsonl", "parquet"):
         files = file_lists.matching_files(path, source)
+        check_formats(files, source)
+        wanted = Wanted(text_field, ignored_columns)
         stamp = file_lists.fingerprint(f"{source}:{text_field}", files)
         if source == "text":
             found = FileSource(files, stamp)
         elif source == "jsonl":
-            file_lists.check_jsonl_field(files, text_field)
+            file_lists.check_jsonl_field(files, wanted)
             found = JsonlSource(files, text_field, stamp)
         else:
             from moe_dist.data.dataset_sources import ParquetSource
 
-            file_lists.check_parquet_field(files, text_field)
+            file_lists.check_parquet_field(files, wanted)
             found = ParquetSource(files, text_field, stamp)
     elif source == "huggingface":
-        dataset = _load_from_hub(name, config_name, split, streaming)
+        from moe_dist.data.hub import guilty_file, load_dataset_named
+
         return documents_from(
-            dataset,
+            load_dataset_named(name, config_name, split, streaming),
             text_field=text_field,
+            ignored_columns=ignored_columns,
             on_error=on_error,
             limit=limit,
             name=f"{name}/{config_name or ''}/{split}",
+            explain=partial(guilty_file, str(name), config_name, split),
         )
     else:
         raise ValueError(f"data source {source!r} is unknown; allowed: {', '.join(SOURCES)}")
@@ -215,9 +229,11 @@ def documents_from(
     dataset: Any,
     *,
     text_field: str = "text",
+    ignored_columns: Sequence[str] = (),
     on_error: str = "skip",
     limit: int | None = None,
     name: str = "memory",
+    explain: Callable[[], str] = str,
 ) -> Corpus:
     """The corpus in a Python object.
 
@@ -228,14 +244,15 @@ def documents_from(
     columns = getattr(dataset, "column_names", None)
     if isinstance(columns, dict):
         raise ValueError(f"dataset {name!r} holds several splits, {sorted(columns)}: give one, e.g. dataset['train']")
+    wanted = Wanted(text_field, ignored_columns)
     if columns is not None:
-        file_lists.check_field(columns, text_field, f"dataset {name!r}")
+        wanted.check(columns, f"dataset {name!r}")
         dataset = dataset.select_columns(columns_beside(text_field, columns))
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, str | bytes | dict):
         if len(dataset) == 0:
             raise ValueError(f"dataset {name!r} is empty")
         if columns is None and isinstance(dataset[0], dict):
-            file_lists.check_field(list(dataset[0]), text_field, f"dataset {name!r}, row 0")
+            wanted.check(list(dataset[0]), f"dataset {name!r}, row 0")
         stamp = getattr(dataset, "_fingerprint", None)  # datasets.Dataset: changes with every transformation
         found: Source = RowSource(dataset, name, text_field, stamp)
         return Corpus(found, on_error=on_error, limit=limit)
@@ -244,23 +261,10 @@ def documents_from(
 
         if columns is None:  # not known before the first row is read
             first_row: dict[str, Any] = next(iter(copy.deepcopy(dataset)), {})
-            file_lists.check_field(list(first_row), text_field, f"dataset {name!r}, row 0,")
-
-        return Corpus(StreamSource(dataset, name, text_field), on_error=on_error, limit=limit, streaming=True)
+            wanted.check(list(first_row), f"dataset {name!r}, row 0,")
+        source = StreamSource(dataset, name, text_field, explain)
+        return Corpus(source, on_error=on_error, limit=limit, streaming=True)
     raise ValueError(
         f"dataset {name!r} is {type(dataset).__name__}; give a list of texts, of dicts or of token ids, "
         "a datasets.Dataset or a datasets.IterableDataset"
     )
-
-
-def _load_from_hub(name: str | None, config_name: str | None, split: str, streaming: bool) -> Any:
-    if not name:
-        raise ValueError("data source 'huggingface' needs `name`, the name of a dataset on the Hub or a folder")
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(name, config_name, split=split, streaming=streaming)
-    except (OSError, ValueError) as error:  # no such dataset, configuration or split; no network
-        raise ValueError(
-            f"dataset {name!r} (configuration {config_name!r}, split {split!r}) cannot be loaded: {error}"
-        ) from error

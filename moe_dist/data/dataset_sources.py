@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from moe_dist.data.hub import causes, is_data_error
 from moe_dist.data.sources import Entry, Unreadable, fail, value_of_row
 from moe_dist.data.tokenised import columns_beside
 
@@ -18,8 +19,10 @@ class StreamSource:
 
     fingerprint: str | None = None  # nothing tells that a stream has stayed the same
 
-    def __init__(self, dataset: Any, name: str, text_field: str) -> None:
+    def __init__(self, dataset: Any, name: str, text_field: str, explain: Callable[[], str] | None = None) -> None:
+        """`explain`: says which file is to blame, "" when it cannot tell; None: errors are left as they are."""
         self._pristine = dataset
+        self._explain = explain
         self._active: Any = None
         self._name = name
         self._text_field = text_field
@@ -31,13 +34,24 @@ class StreamSource:
         self._active = copy.deepcopy(self._pristine)
         if state is not None:
             self._active.load_state_dict(state)
-        first = 0 if state is None else start
-        for row, value in enumerate(self._active, start=first):
+        row = 0 if state is None else start
+        rows = iter(self._active)
+        while True:
+            try:
+                value = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                if self._explain is None or not is_data_error(error):
+                    raise
+                why = self._explain() or causes(error)
+                raise ValueError(f"dataset {self._name!r} cannot be read after {row} rows: {why}") from error
             if row >= start:
                 yield Entry(
                     f"{self._name}:{row}",
                     partial(value_of_row, value, self._text_field, self._name, "row", row),
                 )
+            row += 1
 
     def state(self) -> Any:
         return self._active.state_dict() if self._exact_state and self._active is not None else None
@@ -90,8 +104,9 @@ class ParquetSource:
                 self._rows, self._rows_read = None, self._rows_read + 1
                 yield Entry(id_, partial(fail, error))
             except Exception as error:  # pyarrow and datasets raise many types for a damaged page
-                reason = f"damaged Parquet data ({type(error).__name__}: {error})"
-                broken = Unreadable(path, "row", self._rows_read, reason)
+                rest = max(1, parquet_rows(path) - self._rows_read)
+                reason = f"damaged Parquet data ({type(error).__name__}: {error}), {rest} rows are not read"
+                broken = Unreadable(path, "row", self._rows_read, reason, rest)
                 self._rows, self._rows_read = None, self._rows_read + 1
                 yield Entry(f"{id_}:{self._rows_read - 1}", partial(fail, broken))
 
@@ -109,14 +124,23 @@ def parquet_columns(path: str) -> list[str]:
         return [str(name) for name in pyarrow.parquet.read_schema(path).names]
     except (OSError, pyarrow.ArrowException) as error:
         size = os.path.getsize(path) if os.path.exists(path) else 0
-        raise Unreadable(path, "byte", size, f"truncated, or not a Parquet file ({error})") from None
+        reason = f"truncated, or not a Parquet file ({error}): nothing of its {size:,} bytes is read"
+        raise Unreadable(path, "byte", size, reason, None) from None
+
+
+def parquet_rows(path: str) -> int:
+    """Rows of a Parquet file by its footer."""
+    import pyarrow.parquet
+
+    return int(pyarrow.parquet.read_metadata(path).num_rows)
 
 
 def open_parquet(id_: str, path: str, text_field: str) -> StreamSource:
     """A stream over the rows of one Parquet file, only the columns that are used; raises `Unreadable`."""
     columns = parquet_columns(path)
     if text_field not in columns:
-        raise Unreadable(path, "row", 0, f"no column {text_field!r} (columns: {columns})")
+        rows = parquet_rows(path)
+        raise Unreadable(path, "row", 0, f"no column {text_field!r} in {rows} rows (columns: {columns})", rows)
     from datasets import load_dataset
 
     stream = load_dataset("parquet", data_files=[glob.escape(path)], split="train", streaming=True)

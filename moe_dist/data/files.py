@@ -5,13 +5,17 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import logging
 import os
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+from moe_dist.data.columns import Wanted
 from moe_dist.data.sources import READ_ERRORS, Unreadable, open_bytes
+
+logger = logging.getLogger(__name__)
 
 LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
@@ -81,11 +85,15 @@ def _matches(patterns: Sequence[str]) -> list[tuple[int, str, str]]:
     files: list[tuple[int, str, str]] = []
     ids: set[str] = set()
     seen: set[str] = set()
+    empty: list[str] = []
     for number, pattern in enumerate(patterns):
         expanded = os.path.expanduser(pattern)
         root = _fixed_folder(expanded)
         candidates = [expanded] if os.path.isfile(expanded) else glob.glob(expanded, recursive=True)
         matches = [match for match in candidates if os.path.isfile(match)]
+        if not matches and len(patterns) > 1 and os.path.isdir(root) and not os.listdir(root):
+            empty.append(pattern)  # a part without documents, as an empty file is
+            continue
         if not matches:
             raise ValueError(f"path {pattern!r} matches no file: {_what_is_there(expanded)}")
         named = sorted((Path(match).relative_to(root).as_posix(), match) for match in matches)
@@ -96,6 +104,10 @@ def _matches(patterns: Sequence[str]) -> list[tuple[int, str, str]]:
             unique = id_ if id_ not in ids else f"{number}/{id_}"
             ids.add(unique)
             files.append((number, unique, match))
+    if not files:
+        raise ValueError(f"path {', '.join(map(repr, empty))} matches no file: the folders are empty")
+    if empty:
+        logger.warning("no document in %s: the folder is empty", ", ".join(map(repr, empty)))
     return files
 
 
@@ -108,17 +120,8 @@ def fingerprint(kind: str, files: Iterable[tuple[str, str]]) -> str:
     return digest.hexdigest()
 
 
-def check_field(columns: Sequence[str], text_field: str, where: str) -> None:
-    """Raises ValueError naming the available columns when `text_field` is not among them."""
-    if text_field in columns:
-        return
-    near = difflib.get_close_matches(text_field, [str(column) for column in columns], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{where} has no field {text_field!r} (text_field); it has {sorted(map(str, columns))}{hint}")
-
-
-def check_jsonl_field(files: Sequence[tuple[str, str]], text_field: str) -> None:
-    """`check_field` on the first row that can be read; rows further on are checked when they are read."""
+def check_jsonl_field(files: Sequence[tuple[str, str]], wanted: Wanted) -> None:
+    """`Wanted.check` on the first row that can be read; rows further on are checked when they are read."""
     import json
 
     for _, path in files:
@@ -130,14 +133,14 @@ def check_jsonl_field(files: Sequence[tuple[str, str]], text_field: str) -> None
                     except ValueError:  # broken or not UTF-8: the corpus names it when it gets there
                         continue
                     if isinstance(row, dict):
-                        check_field(list(row), text_field, f"{path}, line {number},")
+                        wanted.check(list(row), f"{path}, line {number},")
                         return
         except READ_ERRORS:
             continue
 
 
-def check_parquet_field(files: Sequence[tuple[str, str]], text_field: str) -> None:
-    """`check_field` on the first file whose footer can be read."""
+def check_parquet_field(files: Sequence[tuple[str, str]], wanted: Wanted) -> None:
+    """`Wanted.check` on the first file whose footer can be read."""
     from moe_dist.data.dataset_sources import parquet_columns
 
     for _, path in files:
@@ -145,7 +148,7 @@ def check_parquet_field(files: Sequence[tuple[str, str]], text_field: str) -> No
             columns = parquet_columns(path)
         except Unreadable:
             continue
-        check_field(columns, text_field, path)
+        wanted.check(columns, path)
         return
 
 

@@ -196,7 +196,7 @@ def tokenize(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[Pi
     encode_batch = getattr(tokenizer, "encode_batch", None)
     while batch := list(islice(documents, DOCUMENTS_PER_BATCH if encode_batch else 1)):
         texts = [document.text for document in batch if document.text is not None]
-        encoded: Iterator[TokenIds] = iter(encode_batch(texts) if encode_batch else map(tokenizer.encode, texts))
+        encoded = iter(_encoded(batch, texts, tokenizer))
         for document in batch:
             ids = np.asarray(next(encoded) if document.text is not None else document.tokens)
             if ids.size == 0:
@@ -218,6 +218,23 @@ def tokenize(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[Pi
                 labels = np.full(len(result), IGNORE_INDEX, dtype=np.int32)
                 labels[: len(ids)] = document.labels
             yield Piece(document.domain, result, labels)
+
+
+def _encoded(batch: Sequence[Document], texts: list[str], tokenizer: Tokenizer) -> list[TokenIds]:
+    """Token ids of each of the `texts` of a batch. Raises ValueError naming the document that cannot be encoded."""
+    encode_batch = getattr(tokenizer, "encode_batch", None)
+    try:
+        return list(encode_batch(texts) if encode_batch else map(tokenizer.encode, texts))
+    except Exception as error:  # tokenizers raises a bare Exception
+        for document in batch:
+            try:
+                tokenizer.encode(document.text or "")
+            except Exception as one:
+                raise ValueError(
+                    f"tokenizer {tokenizer.name!r} cannot encode document {document.id!r}: {one}; take another "
+                    "tokenizer, or give it an unknown token"
+                ) from error
+        raise
 
 
 def pack(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,14 @@ ROWS_PER_READ = 256
 
 
 class Unreadable(Exception):
-    """One document that cannot be read: where (`where`, `offset` counted in `unit`) and why."""
+    """What cannot be read: where (`where`, `offset` counted in `unit`), why, and how many documents that are.
 
-    def __init__(self, where: str, unit: str, offset: int, reason: str) -> None:
+    `count` is None for the rest of a file when nobody knows how much that was.
+    """
+
+    def __init__(self, where: str, unit: str, offset: int, reason: str, count: int | None = 1) -> None:
         super().__init__(f"{where}, {unit} {offset}: {reason}")
-        self.where, self.unit, self.offset, self.reason = where, unit, offset, reason
+        self.where, self.unit, self.offset, self.reason, self.count = where, unit, offset, reason, count
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,24 @@ def parse_json_line(raw: bytes, path: str, line: int, offset: int, text_field: s
     return value_of_row(row, text_field, where, "byte", offset)
 
 
+def _share_read(file: IO[bytes], path: str) -> float:
+    """How far into the file on disk the reader has come, compressed or not."""
+    on_disk = getattr(file, "fileobj", None) or file
+    return min(1.0, float(on_disk.tell()) / max(1, os.path.getsize(path)))
+
+
+def _rest_of(path: str, line: int, offset: int, share: float | None, error: Exception) -> Unreadable:
+    """All lines after `line`; `share` of the file was read before them, None where the file has been cut off."""
+    if share is None:
+        rest, count = "the file is cut off, and everything after this line is missing; nobody knows how much", None
+    elif not line or not share:
+        rest, count = "nothing of the file is read", None
+    else:
+        count = max(1, round(line * (1 - share) / share))
+        rest = f"the rest of the file, about {100 * (1 - share):.0f} % of it, is not read"
+    return Unreadable(f"{path}, line {line + 1}", "byte", offset, f"cannot be read ({error}): {rest}", count)
+
+
 class JsonlSource:
     """One document per line of JSONL files. Not through `datasets`, which cannot name a broken line."""
 
@@ -156,18 +178,21 @@ class JsonlSource:
     def _all_entries(self) -> Iterator[Entry]:
         for id_, path in self._files:
             line = offset = 0
+            share: float | None = 0.0
             try:
                 with open_bytes(path) as file:
-                    for raw in file:
-                        line += 1
-                        if raw.strip():
-                            parse = partial(parse_json_line, raw, path, line, offset, self._text_field)
-                            yield Entry(f"{id_}:{line}", parse)
-                        offset += len(raw)
+                    try:
+                        for raw in file:
+                            line += 1
+                            if raw.strip():
+                                parse = partial(parse_json_line, raw, path, line, offset, self._text_field)
+                                yield Entry(f"{id_}:{line}", parse)
+                            offset += len(raw)
+                    except READ_ERRORS as error:
+                        share = None if isinstance(error, EOFError) else _share_read(file, path)
+                        raise
             except READ_ERRORS as error:
-                where = f"{path}, line {line + 1}"
-                broken = Unreadable(where, "byte", offset, f"cannot be read ({error})")
-                yield Entry(f"{id_}:{line + 1}", partial(fail, broken))
+                yield Entry(f"{id_}:{line + 1}", partial(fail, _rest_of(path, line, offset, share, error)))
 
     def state(self) -> Any:
         return None

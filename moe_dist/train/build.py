@@ -92,6 +92,13 @@ class Datasets:
         return self.train.domains if isinstance(self.train, PackedDataset) else ()
 
     @property
+    def num_documents(self) -> int | None:
+        """Documents that were read; None of a stream, which reads some again."""
+        if not isinstance(self.train, PackedDataset):
+            return None
+        return self.train.num_documents + (0 if self.validation is None else self.validation.num_documents)
+
+    @property
     def skipped(self) -> list[SkippedDocument]:
         """Documents that could not be read; of a stream, so far."""
         parts = (self.train, self.validation)
@@ -113,6 +120,7 @@ def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None =
             f"model.vocab_size={config.model.vocab_size}: the tokenizer {data.tokenizer} needs {tokenizer.vocab_size}"
         )
     options: dict[str, Any] = {"text_field": data.text_field, "on_error": data.on_error}
+    options["ignored_columns"] = data.ignored_columns
     if dataset is not None:
         corpus = documents_from(dataset, limit=data.limit, **options)
     elif data.source == "memory":

@@ -16,6 +16,7 @@ from moe_dist.checkpoint.manager import Outcome
 from moe_dist.config import Config
 from moe_dist.data.baseline import unigram_loss
 from moe_dist.data.loader import eval_batches
+from moe_dist.data.losses import losses
 from moe_dist.data.packing import PackedDataset
 from moe_dist.data.streaming import StreamingPackedDataset
 from moe_dist.monitor.train_log import log_path
@@ -156,10 +157,7 @@ class MoETrainer:
         for document in skipped:
             logger.info("left out: %s at %s: %s", document.id, document.offset, document.reason)
         if skipped:
-            logger.warning(
-                "%d documents could not be read and are left out, the first: %s at %s: %s; train.log names all",
-                *(len(skipped), skipped[0].id, skipped[0].offset, skipped[0].reason),
-            )
+            logger.warning("%s; train.log names all", losses(skipped, self.datasets.num_documents))
 
     def _one_step(self) -> None:
         config, counters = self.config, self.counters

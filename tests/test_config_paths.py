@@ -1,0 +1,133 @@
+"""Paths are read one way: `~` and `${VAR}` mean the same in every key and on every command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from run_files import complaint, get, load
+
+from moe_dist.config_loading import FIELDS, load_config
+from moe_dist.config_paths import expand
+
+ROOT = Path(__file__).parent.parent
+NO_PATHS = {
+    "data.config_name",
+    "data.split",
+    "data.text_field",
+    "model.router",
+    "model.expert",
+    "monitor.prometheus.host",
+    "monitor.prometheus.pushgateway",
+    "train.sample_prompt",
+}
+
+
+def _plain_texts(kind: Any) -> bool:
+    """Whether a type takes text or a path as it is written."""
+    if kind in (str, Path):
+        return True
+    inner = get_args(kind)
+    if any(getattr(item, "func", None) is not None for item in inner):
+        return False
+    if getattr(kind, "__origin__", None) is dict:
+        inner = inner[1:]
+    return any(_plain_texts(item) for item in inner if not isinstance(item, str))
+
+
+def test_every_key_with_text_is_a_path_or_said_to_be_none() -> None:
+    """A new key that holds a path cannot forget to expand it. Seen red with `folder: str | None`."""
+    plain = set()
+    for key, field in FIELDS.items():
+        if any(getattr(item, "func", None) is not None for item in field.metadata):
+            continue
+        if _plain_texts(field.annotation):
+            plain.add(key)
+    assert plain == NO_PATHS
+
+
+@pytest.mark.parametrize(
+    ("key", "more"),
+    [
+        ("train.output_dir", ()),
+        ("checkpoint.folder", ()),
+        ("checkpoint.encryption_key", ()),
+        ("checkpoint.resume", ()),
+        ("data.path", ("data.source=text",)),
+        ("data.validation_path", ()),
+        ("data.tokenizer", ()),
+        ("data.name", ("data.source=huggingface",)),
+    ],
+)
+def test_home_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, more: tuple[str, ...]) -> None:
+    """Seen red: `~` was a folder of that name in four of them, `${OUT}` in all."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("OUT", "/big/disk")
+    section, _, leaf = key.partition(".")
+    for written, meant in (("~/a", "/home/someone/a"), ("${OUT}/run", "/big/disk/run")):
+        config, _ = load(tmp_path, f"{section}: {{{leaf}: '{written}'}}", more)
+        assert str(get(config, key)) == meant
+    message = complaint(tmp_path, f"{section}: {{{leaf}: '${{NOT_THERE}}/x'}}", more)
+    assert f"{key}='${{NOT_THERE}}/x': the environment variable NOT_THERE is not set" in message
+
+
+def test_lists_and_names_of_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", "/big")
+    config, _ = load(tmp_path, "data: {source: text, path: {a: '${OUT}/a/*', b: ['${OUT}/b', c]}}")
+    assert config.data.path == {"a": "/big/a/*", "b": ["/big/b", "c"]}
+    text = "data: {source: text, path: {a: ['${NOT_THERE}/a']}}"
+    assert "the environment variable NOT_THERE is not set" in complaint(tmp_path, text)
+
+
+def test_files_that_a_configuration_is_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OUT", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("train: {seed: 7}\n")
+    (tmp_path / "run.yaml").write_text("base: ['~/base.yaml', '${OUT}/base.yaml']\n")
+    assert load_config("~/run.yaml").train.seed == 7
+    assert load_config("${OUT}/run.yaml").train.seed == 7
+    assert "NOT_THERE is not set" in complaint(tmp_path, "base: '${NOT_THERE}/x'")
+    assert "NOT_THERE is not set" in complaint(tmp_path, "model: {from: '${NOT_THERE}/x'}")
+    text = "parallel: {engine: deepspeed, zero_stage: 1, deepspeed_config: '${NOT_THERE}/x'}"
+    assert "NOT_THERE is not set" in complaint(tmp_path, text)
+
+
+def test_what_is_no_path_stays() -> None:
+    for text in ("bytes", "env:KEY", "s3://bucket/a~b", "a/~b", "$HOME/x", "Qwen/Qwen3-30B-A3B"):
+        assert expand(text) == text
+    with pytest.raises(ValueError, match="no such user"):
+        expand("~nobody-of-that-name/x")
+
+
+@pytest.mark.parametrize("words", [("doctor", "${NOT_THERE}"), ("report", "${NOT_THERE}"), ("checkpoint", "ls", "~/x")])
+def test_paths_on_the_command_line(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Seen red: `there is no such folder` about one that is called ${NOT_THERE}, and about ~/x."""
+    env = {**os.environ, "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", *words], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    wanted = "NOT_THERE is not set" if words[-1].startswith("$") else f"{tmp_path}/home/x: there is no such folder"
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert wanted in done.stderr
+
+
+def test_names_beyond_ascii_under_the_locale_c(tmp_path: Path) -> None:
+    """A run file, a name in it and a path are UTF-8, whatever the locale says; with UTF-8 mode switched off, too."""
+    folder = tmp_path / "données"
+    folder.mkdir()
+    (folder / "läuf.yaml").write_text("train: {output_dir: exécuter}\ndata: {source: text, path: 数据}\n", "utf-8")
+    code = (
+        "import sys; from moe_dist.config_loading import load_config\n"
+        "config = load_config(sys.argv[1]); sys.stdout.buffer.write(repr(config.train.output_dir).encode('utf-8'))"
+    )
+    for mode in ("1", "0"):
+        env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": mode, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder / "läuf.yaml")], env=env, capture_output=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert "exécuter" in done.stdout.decode("utf-8")
