@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -110,10 +116,12 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     folder = Path(name).expanduser()
     is_folder = folder.is_dir()
+    here = is_folder or not _hub_is_reachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if is_folder else name, local_files_only=is_folder, trust_remote_code=False
-        )
+        with _quiet_hub():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder) if is_folder else name, local_files_only=here, trust_remote_code=False
+            )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for a bad name or folder
         found = (
             f"the folder holds {sorted(entry.name for entry in folder.iterdir())[:8]}"
@@ -127,3 +135,44 @@ def load_tokenizer(name: str) -> Tokenizer:
             "tools/train_tokenizer.py makes such a folder"
         ) from error
     return HuggingFaceTokenizer(tokenizer, name)
+
+
+def vocabulary_needed(name: str) -> int | None:
+    """`vocab_size` of the tokenizer, as far as that can be said without loading it: bytes, and folders with
+    tokenizer.json.
+    """
+    if name == "bytes":
+        return ByteTokenizer.vocab_size
+    try:
+        tree = json.loads((Path(name).expanduser() / "tokenizer.json").read_text("utf-8"))
+        vocabulary = tree["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return 1 + max([*ids, *(token["id"] for token in tree.get("added_tokens", []))])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _hub_is_reachable() -> bool:
+    """Whether asking the Hub makes sense: a name that nobody can resolve would be asked for, again and again, for a
+    minute. With a proxy, it is the proxy that resolves names.
+    """
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without a line for every try of huggingface_hub: what matters is in the error."""
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    hub.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        hub.setLevel(before)
