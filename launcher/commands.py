@@ -29,6 +29,7 @@ from launcher.sweep_command import sweep
 from launcher.worker import EXIT_CONFIG, EXIT_FAILED
 from moe_dist import __version__
 from moe_dist.config_loading import ConfigError, dump_config, load_config
+from moe_dist.config_loading.vocabulary import vocabulary_needed
 
 app = typer.Typer(
     name="moe-dist",
@@ -143,8 +144,6 @@ def check(
     if show_config:
         print(dump_config(settings), end="")
         return
-    from moe_dist.data.tokenizer import vocabulary_needed
-
     needed = vocabulary_needed(settings.data.tokenizer)
     if needed is not None and needed > settings.model.vocab_size:
         raise ConfigError(

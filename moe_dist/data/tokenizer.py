@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import socket
@@ -15,6 +14,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
+
+from moe_dist.config_loading.vocabulary import BYTES
 
 TokenIds = Sequence[int] | npt.NDArray[Any]
 
@@ -46,7 +47,7 @@ class ByteTokenizer:
 
     name = "bytes"
     fingerprint = "bytes-v1"
-    vocab_size = 258
+    vocab_size = BYTES
     eos_id = 256
     pad_id = 257
 
@@ -135,21 +136,6 @@ def load_tokenizer(name: str) -> Tokenizer:
             "tools/train_tokenizer.py makes such a folder"
         ) from error
     return HuggingFaceTokenizer(tokenizer, name)
-
-
-def vocabulary_needed(name: str) -> int | None:
-    """`vocab_size` of the tokenizer, as far as that can be said without loading it: bytes, and folders with
-    tokenizer.json.
-    """
-    if name == "bytes":
-        return ByteTokenizer.vocab_size
-    try:
-        tree = json.loads((Path(name).expanduser() / "tokenizer.json").read_text("utf-8"))
-        vocabulary = tree["model"]["vocab"]
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        return 1 + max([*ids, *(token["id"] for token in tree.get("added_tokens", []))])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _hub_is_reachable() -> bool:

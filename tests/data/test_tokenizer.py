@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_dist.config_loading.vocabulary import vocabulary_needed
 from moe_dist.data import ByteTokenizer, documents_from, load_tokenizer, pack
-from moe_dist.data.tokenizer import vocabulary_needed
 
 ROOT = Path(__file__).parents[2]
 TEXT = "def f(x):\n\treturn 'naïve  ☃ 😀'\r\n"

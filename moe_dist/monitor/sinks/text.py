@@ -24,11 +24,12 @@ def compact(value: float) -> str:
 
 
 def memory(num_bytes: float) -> str:
-    """0B, 96KiB, 1.5MiB, 812MiB, 1.2GiB: never zero of a unit that is too large."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+    """700B, 96KiB, 812MiB, 1.2GiB: never zero of a unit that is too large."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.1f}GiB"
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:
-            value = num_bytes / size
-            return f"{value:.1f}{unit}" if unit == "GiB" or value < 9.95 else f"{value:.0f}{unit}"
+            return f"{num_bytes / size:.0f}{unit}"
     return f"{num_bytes:.0f}B"
 
 
