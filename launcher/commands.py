@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
 import sys
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -28,6 +30,7 @@ from launcher.sweep_command import sweep
 from launcher.worker import EXIT_CONFIG, EXIT_FAILED
 from moe_dist import __version__
 from moe_dist.config_loading import ConfigError, dump_config, load_config
+from moe_dist.config_loading.vocabulary import vocabulary_needed
 
 app = typer.Typer(
     name="moe-dist",
@@ -62,9 +65,22 @@ def run() -> int:
         # Usage errors: their class moved between releases of typer, their way of speaking did not.
         if not hasattr(error, "format_message"):
             raise
-        text = f"{' '.join(error.format_message().split())} (moe-dist --help shows what there is)"
+        text = f"{_usage(error, sys.argv)} (moe-dist --help shows what there is)"
     print(f"moe-dist: error: {text}", file=sys.stderr)
     return EXIT_CONFIG
+
+
+def _usage(error: Any, words: Sequence[str]) -> str:
+    """What is wrong with the command line, in our words where those of the parser do not name the value."""
+    text = " ".join(error.format_message().split())
+    if "unable to parse string as an integer" not in text:
+        return text
+    names = tuple(getattr(getattr(error, "param", None), "opts", ()))
+    for name, (word, after) in itertools.product(names, itertools.pairwise([*words, ""])):
+        if word == name or word.startswith(f"{name}="):
+            value = after if word == name else word.partition("=")[2]
+            return f"{name} {value}: give a whole number"
+    return text.replace("Input should be a valid integer, unable to parse string as an integer", "give a whole number")
 
 
 @app.callback(invoke_without_command=True)
@@ -129,6 +145,11 @@ def check(
     if show_config:
         print(dump_config(settings), end="")
         return
+    needed = vocabulary_needed(settings.data.tokenizer)
+    if needed is not None and needed > settings.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={settings.model.vocab_size}: the tokenizer {settings.data.tokenizer} needs {needed}"
+        )
     print_report(settings, world_size or settings.launch.nproc_per_node)
 
 

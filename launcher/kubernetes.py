@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -78,11 +79,21 @@ def for_pods(config: Config, notice: Callable[[str], None]) -> Config:
 
 
 def apply(text: str) -> int:
-    """Hand the objects to kubectl; returns its exit code."""
+    """Hand the objects to kubectl; returns its exit code. Raises ConfigError without kubectl, or without a cluster."""
     try:
-        return subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, check=False).returncode
+        done = subprocess.run(
+            ["kubectl", "apply", "-f", "-"], input=text, text=True, check=False, stderr=subprocess.PIPE
+        )
     except FileNotFoundError:
         raise ConfigError("kubectl is not installed; --dry-run prints the manifests without it") from None
+    if done.returncode and re.search("connection refused|no such host|i/o timeout|no configuration", done.stderr):
+        where = re.search(r"dial tcp ([^:\s]+:\d+)|lookup (\S+)", done.stderr)
+        raise ConfigError(
+            f"kubectl reaches no cluster{f' ({where[1] or where[2]})' if where else ''}: choose one with "
+            "`kubectl config use-context`, or set KUBECONFIG; --dry-run prints the manifests without one"
+        )
+    sys.stderr.write(done.stderr)
+    return done.returncode
 
 
 def overlays() -> list[str]:

@@ -176,6 +176,8 @@ class Ranks:
         """
         number = signal.SIGUSR1 if signals.first == signal.SIGUSR1 else signal.SIGTERM
         for process in self.processes:
+            if signals.first == signal.SIGINT:
+                process.send_signal(signal.SIGINT)  # blocked there: so that the run can say what it was
             process.send_signal(number)
         started, told_person = time.monotonic(), False
         deadline = started + patience

@@ -463,6 +463,9 @@ class MonitorConfig(Section):
 
     logging_steps: Positive = 10
     """Steps between logged lines; facts cost one reduction per interval."""
+    detail_steps: Positive | None = None
+    """Steps between two lines with every expert and every rank; null: every line at first, ever fewer as a run with
+    many experts goes on (docs/metrics.md)."""
     tensorboard: bool = True
     """Write TensorBoard events to tb/."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"

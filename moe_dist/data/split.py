@@ -12,8 +12,8 @@ def split_corpus(corpus: Corpus, validation_split: float, seed: int = 0) -> tupl
 
     Each document goes to validation with probability `validation_split`, in [0, 1), decided by SHA-256 of the
     seed and its id: the same on every machine and rank, and unmoved by documents added later. With two
-    readable documents or more and a fraction above 0 neither side is empty: if need be the document nearest
-    to the border changes sides. With 0, or a single document, the validation corpus is empty. Raises
+    documents or more that can be read and are not empty, and a fraction above 0, neither side is empty: if need be
+    the one nearest to the border changes sides. With 0, or a single document, the validation corpus is empty. Raises
     ValueError for a fraction outside [0, 1).
     """
     if not 0.0 <= validation_split < 1.0:
@@ -46,6 +46,8 @@ def _forced(corpus: Corpus, fraction: float, seed: int) -> tuple[str, str]:
     smallest: tuple[float, str] | None = None
     largest: tuple[float, str] | None = None
     for document in corpus:
+        if not document.text and (document.tokens is None or not len(document.tokens)):
+            continue  # nothing to learn or to evaluate: it fills neither side
         draw = (_draw(document.id, seed), document.id)
         smallest = min(smallest or draw, draw)
         largest = max(largest or draw, draw)

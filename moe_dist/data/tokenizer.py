@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
+
+from moe_dist.config_loading.vocabulary import BYTES
 
 TokenIds = Sequence[int] | npt.NDArray[Any]
 
@@ -40,7 +47,7 @@ class ByteTokenizer:
 
     name = "bytes"
     fingerprint = "bytes-v1"
-    vocab_size = 258
+    vocab_size = BYTES
     eos_id = 256
     pad_id = 257
 
@@ -110,10 +117,12 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     folder = Path(name).expanduser()
     is_folder = folder.is_dir()
+    here = is_folder or not _hub_is_reachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if is_folder else name, local_files_only=is_folder, trust_remote_code=False
-        )
+        with _quiet_hub():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder) if is_folder else name, local_files_only=here, trust_remote_code=False
+            )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for a bad name or folder
         found = (
             f"the folder holds {sorted(entry.name for entry in folder.iterdir())[:8]}"
@@ -127,3 +136,29 @@ def load_tokenizer(name: str) -> Tokenizer:
             "tools/train_tokenizer.py makes such a folder"
         ) from error
     return HuggingFaceTokenizer(tokenizer, name)
+
+
+def _hub_is_reachable() -> bool:
+    """Whether asking the Hub makes sense: a name that nobody can resolve would be asked for, again and again, for a
+    minute. With a proxy, it is the proxy that resolves names.
+    """
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without a line for every try of huggingface_hub: what matters is in the error."""
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    hub.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        hub.setLevel(before)

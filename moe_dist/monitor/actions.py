@@ -20,7 +20,7 @@ FACTOR = 2.0
 NAMES = {
     "dead_experts": "experts get no tokens",
     "collapse": "the router has collapsed",
-    "imbalance": "one expert has more than 3 times its fair share",
+    "imbalance": "one expert has far more than its fair share",
 }
 
 

@@ -61,6 +61,7 @@ def layer_record(
         domain_tokens=[] if pairs_NE is None else pairs_NE.tolist(),
         kept_per_expert=(load_E.astype(np.int64) - dropped_E).tolist() if dropped and dropped_E is not None else [],
         router_logits_rms=math.sqrt(square) if square > 0 else square,
+        top_k=top_k,
     )
 
 

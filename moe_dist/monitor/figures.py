@@ -5,6 +5,7 @@ Colours tell apart also with colour-blind eyes and have a contrast of at least 4
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,11 @@ from moe_dist.monitor.sinks.heatmap import COLD, FAIR, HOT
 
 COLOURS = ("#0b57a4", "#b3400b", "#00695c", "#7b3294", "#5d4a00", "#37474f")
 DASHES = ("solid", "dash", "dot", "dashdot")
-MAX_FRAMES = 100
-"""Steps the slider of the heatmap can show: all, or this many, evenly spread, with the last."""
+MAX_FRAMES, MAX_CELLS = 100, 1_250_000
+"""Steps the slider of the heatmap can show: all, or this many, evenly spread, with the last; fewer where the loads of
+all runs on a page would be more than MAX_CELLS, so that it stays below 20 MB."""
+MAX_COLUMNS = 500
+"""Steps of a picture of layers or ranks."""
 MANY_LAYERS = 12
 _INK, _GRID = "#1b1b1b", "#c9c9c9"
 
@@ -33,7 +37,7 @@ def figure(**layout: Any) -> go.Figure:
         margin={"l": 60, "r": 60, "t": 20, "b": 50},
         height=360,
         hovermode="x unified",
-        legend={"orientation": "h", "y": 1.12, "x": 0},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},  # grows upwards, never into the curves
         xaxis={"title": {"text": "step"}, **axis},
         yaxis=axis,
     )
@@ -52,7 +56,7 @@ def loss(runs: Sequence[RunLog]) -> go.Figure:
     rate_axis = {"title": {"text": "learning rate"}, "overlaying": "y", "side": "right", "showgrid": False}
     made = figure(
         yaxis_title="nats per token",
-        yaxis2=rate_axis | {"automargin": True, "tickformat": ".1e", "rangemode": "tozero", "zeroline": False},
+        yaxis2=rate_axis | {"automargin": True, "zeroline": False, **round_ticks(_rates(runs))},
     )
     for index, run in enumerate(runs):
         # Alone, a run has a colour for each curve; beside others, each run has one colour and each curve its dash.
@@ -66,6 +70,20 @@ def loss(runs: Sequence[RunLog]) -> go.Figure:
         rate = {"dash": "dashdot", "width": 1}
         made.add_trace(line(run.train, "learning_rate", f"learning rate{of}", colour[3], yaxis="y2", line=rate))
     return made
+
+
+def _rates(runs: Sequence[RunLog]) -> float:
+    return max((row["learning_rate"] for run in runs for row in run.train), default=0.0)
+
+
+def round_ticks(highest: float) -> dict[str, Any]:
+    """Ticks of an axis from 0 to beyond `highest` at multiples of 1, 2 or 5 times a power of ten, in plain words."""
+    if not 0 < highest < math.inf:
+        return {"rangemode": "tozero"}
+    power = 10.0 ** math.floor(math.log10(highest / 4))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * 5 >= highest)
+    values = [float(f"{step * number:.6g}") for number in range(math.ceil(highest / step) + 1)]
+    return {"tickvals": values, "ticktext": [f"{value:g}" for value in values], "range": [0, 1.02 * values[-1]]}
 
 
 def throughput(runs: Sequence[RunLog]) -> go.Figure:
@@ -101,12 +119,12 @@ def phases(run: RunLog) -> go.Figure:
 
 def own_seconds(run: RunLog) -> go.Figure:
     """Seconds of a step in which each rank waits for no other, and the imbalance tax."""
-    rows = [row for row in run.train if row.get("ranks")]
+    rows = evenly([row for row in run.train if row.get("ranks")], MAX_COLUMNS)
     steps = [row["step"] for row in rows]
     values = [list(of_rank) for of_rank in zip(*(row["ranks"]["own_seconds"] for row in rows), strict=False)]
     if len(values) > MANY_LAYERS:
         made = figure(yaxis_title="rank", hovermode="closest", height=max(360, 12 * len(values)))
-        made.add_trace(go.Heatmap(x=steps, z=values, colorscale="Cividis", colorbar={"title": "seconds"}))
+        made.add_trace(go.Heatmap(x=steps, z=values, colorscale="Cividis", colorbar={"title": "seconds"}, zmin=0.0))
         return made
     made = figure(yaxis_title="seconds per step", yaxis_rangemode="tozero")
     for rank, seconds in enumerate(values):
@@ -149,13 +167,18 @@ def per_layer(run: RunLog, key: str, title: str, marked: bool = False) -> go.Fig
 
     `marked`: with a triangle where balancing was changed.
     """
-    rows = [row for row in run.train if row["layers"]]
-    numbers = [layer["layer"] for layer in rows[0]["layers"]]
-    values = [[row["layers"][index][key] for row in rows] for index in range(len(numbers))]
+    rows = run.layer_rows
+    numbers = rows[0]["layers"]
+    if len(numbers) > MANY_LAYERS:
+        rows = evenly(rows, MAX_COLUMNS)
+    values = [[row[key][index] for row in rows] for index in range(len(numbers))]
     steps = [row["step"] for row in rows]
     if len(numbers) > MANY_LAYERS:
         made = figure(yaxis_title="layer", hovermode="closest", height=max(360, 12 * len(numbers)))
-        made.add_trace(go.Heatmap(x=steps, y=numbers, z=values, colorscale="Cividis", colorbar={"title": title}))
+        # Anchored at the fair share, so that pictures of different runs compare.
+        anchor = {"load_imbalance": {"zmin": 1.0}, "load_entropy": {"zmin": 0.0, "zmax": 1.0}}.get(key, {"zmin": 0.0})
+        bar = {"title": title}
+        made.add_trace(go.Heatmap(x=steps, y=numbers, z=values, colorscale="Cividis", colorbar=bar, **anchor))
         places = {(step, number): number for step in steps for number in numbers}
         return _mark_actions(made, run, places) if marked else made
     made = figure(yaxis_title=title)
@@ -186,18 +209,23 @@ def _mark_actions(made: go.Figure, run: RunLog, places: dict[tuple[int, int], fl
     return made
 
 
-def frames(run: RunLog) -> dict[str, Any]:
+def frames(run: RunLog, num_runs: int = 1) -> dict[str, Any]:
     """What the heatmap's slider shows: steps, layer numbers, and load ratios (steps, layers, experts)."""
     rows = [row for row in run.train if row["layers"]]
-    if len(rows) > MAX_FRAMES:
-        last = len(rows) - 1
-        rows = [rows[round(index * last / (MAX_FRAMES - 1))] for index in range(MAX_FRAMES)]
+    cells = sum(len(layer["tokens_per_expert"]) for layer in rows[-1]["layers"]) if rows else 1
+    rows = evenly(rows, max(2, min(MAX_FRAMES, MAX_CELLS // max(1, cells * num_runs))))
     return {
         "unit": "step",
         "steps": [row["step"] for row in rows],
         "layers": [layer["layer"] for layer in rows[-1]["layers"]] if rows else [],
         "z": [[[round(ratio, 3) for ratio in load_ratios(layer)] for layer in run.layers(row)] for row in rows],
     }
+
+
+def evenly(rows: Sequence[Row], most: int) -> list[Row]:
+    """All rows, or `most` of them, evenly spread, with the first and the last."""
+    last = len(rows) - 1
+    return list(rows) if last < most else [rows[round(index * last / (most - 1))] for index in range(most)]
 
 
 def load_scale() -> list[list[Any]]:

@@ -1,15 +1,14 @@
-"""Findings, and those about routing: dead experts, collapse, saturation, imbalance; each said once, with the key
-that helps.
-"""
+"""Findings, how long they last, and those about routing: dead experts, collapse, saturation, imbalance."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from moe_dist.monitor.advice import Advice
 from moe_dist.monitor.expert_stats import used_share
 from moe_dist.monitor.records import LayerRecord
 
@@ -17,18 +16,25 @@ PATIENCE = 3
 """Logging intervals in a row before anything is said: early in training every router is unbalanced."""
 LONG_PATIENCE = 10
 """The same for what training may mend by itself."""
+STEPS = 20
+"""Optimizer steps that a trouble of routing lasts before it is said, however short the intervals are."""
 ENOUGH = 32
 """Tokens that an expert must have missed by its fair share before it counts as without tokens: of a balanced layer it
 would miss so many by chance once in 10^14 intervals, however short these are."""
-COLLAPSE = 0.5
-"""A layer has collapsed when fewer than this share of its experts carry its load (exp(entropy) / E)."""
 SATURATED = 0.02
 """A router is saturated when the entropy of its scores is below this share of ln E: its gradient is as good as zero."""
 IMBALANCED = 3.0
-"""Load of the busiest expert / fair share."""
+"""Load of the busiest expert / fair share, where E / K is from 5 to 9; see `imbalance_limit`."""
+NOISE = 4.0
+"""Standard deviations of counting that a load may exceed its limit by."""
+EVEN_CV, UNEVEN_CV = 0.2, 0.25
+"""Coefficient of variation that is worth a line; share of the worst one, sqrt(E / K - 1), that is a warning."""
+SETTLED = 100
+"""Steps, or those of the warm-up if they are more, before an uneven load is a finding."""
+MOST_PAST = 1000
+"""Findings that are over which are remembered, the last ones."""
 PATIENCE_OF = {"dead_experts": PATIENCE, "collapse": PATIENCE, "imbalance": LONG_PATIENCE}
 """Intervals after which each trouble of a layer's balance is a finding."""
-_REMEDY = "raise balance.router_aux_loss_coef, or set balance.bias_update_rate (1e-3)"
 
 
 @dataclass(frozen=True)
@@ -49,26 +55,70 @@ class Finding:
     rank: int | None = None
     evidence: dict[str, float] = field(default_factory=dict)
     """The numbers behind it."""
+    until: int | None = None
+    """Step at which it was over; None: it is still so, or it is an event."""
 
     def __str__(self) -> str:
         return self.words if self.step is None else f"step {self.step}: {self.words}"
+
+    def over(self, step: int | None) -> Finding:
+        """The same as history: information, without what there was to do."""
+        return replace(self, severity="info", words=self.words.partition(";")[0], until=step)
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain values."""
         return asdict(self)
 
 
-class Lasting:
-    """Counts in how many intervals in a row a condition has been there."""
+@dataclass
+class _Streak:
+    there: int = 0
+    """Intervals in a row with the condition."""
+    gone: int = 0
+    """Intervals in a row without it."""
 
-    def __init__(self) -> None:
-        self._count: dict[object, int] = {}
 
-    def reaches(self, condition: object, present: bool, patience: int) -> bool:
-        """Whether it reaches its patience in this very interval; again only after it has gone."""
-        count = self._count.get(condition, 0) + 1 if present else 0
-        self._count[condition] = count
-        return count == patience
+class Conditions:
+    """What is so now, and what has been: a condition becomes a finding when it has lasted, and is over when it has been
+    away for as long (a single good interval in a bad time ends nothing).
+    """
+
+    def __init__(self, past: deque[Finding] | None = None) -> None:
+        """`past`: where what is over goes, shared with others; it holds the last MOST_PAST."""
+        self.present: dict[object, Finding] = {}
+        self.past: deque[Finding] = deque(maxlen=MOST_PAST) if past is None else past
+        self._streaks: dict[object, _Streak] = defaultdict(_Streak)
+
+    def observe(
+        self, key: object, is_so: bool, patience: int, step: int | None, make: Callable[[], Finding]
+    ) -> list[Finding]:
+        """An interval: the finding, if it becomes one now."""
+        streak = self._streaks[key]
+        streak.there, streak.gone = (streak.there + 1, 0) if is_so else (0, streak.gone + 1)
+        if key in self.present:
+            if streak.gone >= patience:
+                self.end(key, step)
+            return []
+        if streak.there < patience:
+            return []
+        return [self.begin(key, make())]
+
+    def begin(self, key: object, finding: Finding) -> Finding:
+        """It is so from now on, in these words."""
+        self.present[key] = finding
+        return finding
+
+    def end(self, key: object, step: int | None) -> None:
+        """It is over, if it was so."""
+        finding = self.present.pop(key, None)
+        if finding is not None:
+            self.past.append(finding.over(step))
+
+    def end_all(self, step: int | None) -> None:
+        """Everything is over, and what was about to be found is forgotten."""
+        for key in list(self.present):
+            self.end(key, step)
+        self._streaks.clear()
 
 
 @dataclass
@@ -97,98 +147,148 @@ class Health:
     experts are told when there is a new one among them.
     """
 
-    def __init__(self, patience: int = PATIENCE) -> None:
-        self.patience = patience
-        self._lasting = Lasting()
+    def __init__(self, patience: int = PATIENCE, conditions: Conditions | None = None) -> None:
+        self.patience, self.advice = patience, Advice()
+        self.conditions = Conditions() if conditions is None else conditions
         self._absence: dict[int, Absence] = defaultdict(Absence)
         self._dead: dict[int, set[int]] = defaultdict(set)
+        self._step: int | None = None
 
-    def observe(self, layers: Sequence[LayerRecord], step: int | None = None) -> list[Finding]:
-        """What has now lasted `patience` intervals."""
-        return [finding for record in layers if sum(record.tokens_per_expert) for finding in self._of(record, step)]
-
-    def _of(self, record: LayerRecord, step: int | None) -> list[Finding]:
-        found = []
-        layer, load = record.layer, record.tokens_per_expert
-        present = conditions(record)
-        absent = self._absence[layer].observe(load)
-        dead = [expert for expert, intervals in absent.items() if intervals >= self.patience]
-        known, self._dead[layer] = self._dead[layer], set(dead)
-        if not known.issuperset(dead):
-            names = ", ".join(map(str, dead[:8])) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
-            found.append(
-                Finding(
-                    "dead_experts",
-                    "warning",
-                    f"layer {layer}: {len(dead)} of {len(load)} experts get no tokens ({names}); {_REMEDY}",
-                    "balance.router_aux_loss_coef",
-                    step,
-                    layer,
-                    tuple(dead),
-                    evidence={"dead_experts": len(dead)},
-                )
-            )
-        if self._lasting.reaches(("collapse", layer), present["collapse"], self.patience):
-            busiest = sorted(range(len(load)), key=lambda expert: -load[expert])[:2]
-            share = sum(load[expert] for expert in busiest) / sum(load)
-            found.append(
-                Finding(
-                    "collapse",
-                    "critical",
-                    f"layer {layer}: the router has collapsed, its two busiest experts take "
-                    f"{100 * share:.0f} % of the load; {_REMEDY}",
-                    "balance.router_aux_loss_coef",
-                    step,
-                    layer,
-                    tuple(busiest),
-                    evidence={"used_share": used_share(record), "share_of_two": share},
-                )
-            )
-        if self._lasting.reaches(("imbalance", layer), present["imbalance"], LONG_PATIENCE):
-            busiest = [load.index(max(load))]
-            found.append(
-                Finding(
-                    "imbalance",
-                    "warning",
-                    f"layer {layer}: expert {busiest[0]} has {record.load_imbalance:.1f} times its fair share, and "
-                    f"every rank waits for it; {_REMEDY}",
-                    "balance.router_aux_loss_coef",
-                    step,
-                    layer,
-                    tuple(busiest),
-                    evidence={"load_imbalance": record.load_imbalance},
-                )
-            )
-        if self._lasting.reaches(("saturated", layer), is_saturated(record), self.patience):
-            found.append(
-                Finding(
-                    "router_saturated",
-                    "warning",
-                    f"layer {layer}: the router is certain of every token (entropy {record.router_entropy:.4f} nats of "
-                    f"{math.log(len(load)):.2f}, logits of {record.router_logits_rms:.1f}) and hardly learns any more; "
-                    "set balance.router_z_loss_coef (1e-3)",
-                    "balance.router_z_loss_coef",
-                    step,
-                    layer,
-                    evidence={
-                        "router_entropy": record.router_entropy,
-                        "router_confidence": record.router_confidence,
-                        "router_logits_rms": record.router_logits_rms,
-                    },
-                )
-            )
+    def observe(
+        self, layers: Sequence[LayerRecord], step: int | None = None, max_steps: int | None = None
+    ) -> list[Finding]:
+        """What has now lasted `patience` intervals, and STEPS steps where these are told."""
+        length = step - self._step if step is not None and self._step is not None else STEPS
+        self._step = step
+        at_least = math.ceil(STEPS / max(1, length))
+        routed = [record for record in layers if sum(record.tokens_per_expert)]
+        found = [finding for record in routed for finding in self._of(record, step, at_least)]
+        if routed and step is not None:
+            found += self._unevenness(routed, step, max_steps)
         return found
+
+    def _of(self, record: LayerRecord, step: int | None, at_least: int) -> list[Finding]:
+        layer, load = record.layer, record.tokens_per_expert
+        present, patience = conditions(record), max(self.patience, at_least)
+        key, remedy = self.advice.balance
+
+        def collapse() -> Finding:
+            busiest = sorted(range(len(load)), key=lambda expert: -load[expert])[: max(1, record.top_k)]
+            share = sum(load[expert] for expert in busiest) / sum(load)
+            used = used_share(record) * len(load)
+            words = (
+                f"layer {layer}: the router has collapsed, its {len(busiest)} busiest experts of {len(load)} take "
+                f"{100 * share:.0f} % of the load, as if {used:.1f} were in use; {remedy}"
+            )
+            evidence = {"used_share": used_share(record), "limit": collapse_limit(record), "share_of_busiest": share}
+            return Finding("collapse", "critical", words, key, step, layer, tuple(busiest), evidence=evidence)
+
+        def imbalance() -> Finding:
+            busiest = load.index(max(load))
+            words = (
+                f"layer {layer}: expert {busiest} has {record.load_imbalance:.1f} times its fair share, and "
+                f"every rank waits for it; {remedy}"
+            )
+            evidence = {"load_imbalance": record.load_imbalance, "limit": imbalance_limit(record)}
+            return Finding("imbalance", "warning", words, key, step, layer, (busiest,), evidence=evidence)
+
+        def saturated() -> Finding:
+            z_loss = "balance.router_z_loss_coef"
+            words = (
+                f"layer {layer}: the router is certain of every token (entropy {record.router_entropy:.4f} nats of "
+                f"{math.log(len(load)):.2f}, logits of {record.router_logits_rms:.1f}) and hardly learns any more; "
+                f"{self.advice.change(z_loss, 2.0, 1e-3)}"
+            )
+            evidence = {name: getattr(record, f"router_{name}") for name in ("entropy", "confidence", "logits_rms")}
+            evidence = {f"router_{name}": value for name, value in evidence.items()}
+            return Finding("router_saturated", "warning", words, z_loss, step, layer, evidence=evidence)
+
+        long, watch = max(LONG_PATIENCE, at_least), self.conditions.observe
+        return [
+            *self._dead_experts(record, step, patience),
+            *watch(("collapse", layer), present["collapse"], patience, step, collapse),
+            *watch(("imbalance", layer), present["imbalance"], long, step, imbalance),
+            *watch(("saturated", layer), is_saturated(record), patience, step, saturated),
+        ]
+
+    def _dead_experts(self, record: LayerRecord, step: int | None, patience: int) -> list[Finding]:
+        layer, load = record.layer, record.tokens_per_expert
+        absent = self._absence[layer].observe(load)
+        dead = [expert for expert, intervals in absent.items() if intervals >= patience]
+        known, self._dead[layer] = self._dead[layer], set(dead)
+        if known == set(dead):
+            return []
+        if not dead:
+            self.conditions.end(("dead", layer), step)
+            return []
+        key, remedy = self.advice.balance
+        names = ", ".join(map(str, dead[:8])) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
+        words = f"layer {layer}: {len(dead)} of {len(load)} experts get no tokens ({names}); {remedy}"
+        evidence = {"dead_experts": float(len(dead))}
+        finding = Finding("dead_experts", "warning", words, key, step, layer, tuple(dead), evidence=evidence)
+        self.conditions.begin(("dead", layer), finding)
+        return [] if known.issuperset(dead) else [finding]
+
+    def _unevenness(self, layers: Sequence[LayerRecord], step: int, max_steps: int | None) -> list[Finding]:
+        """Load that is uneven without being a collapse or an imbalance: one finding about all layers."""
+        settled = step > max(SETTLED, self.advice.warm_up_steps(max_steps))
+        above = {record.layer: excess_cv(record) for record in layers if excess_cv(record) > EVEN_CV}
+        bad = [record for record in layers if excess_cv(record) > uneven_limit(record)]
+        found = []
+        for severity, so in (("warning", bool(bad)), ("info", bool(above) and not bad)):
+
+            def uneven(severity: Any = severity) -> Finding:
+                worst = max(above, key=lambda layer: above[layer])
+                key, remedy = self.advice.balance
+                words = (
+                    f"{len(above)} of {len(layers)} layers spread their load with a coefficient of variation above "
+                    f"{EVEN_CV:g}, layer {worst} most ({above[worst]:.2f}); {remedy}"
+                )
+                evidence = {"load_cv": above[worst], "layers": float(len(above))}
+                return Finding("uneven_load", severity, words, key, step, worst, evidence=evidence)
+
+            key = ("uneven", severity)
+            found += self.conditions.observe(key, settled and so, LONG_PATIENCE, step, uneven)
+        return found
+
+
+def collapse_limit(record: LayerRecord) -> float:
+    """Share of the experts in use (exp(entropy) / E) below which a layer has collapsed: sqrt(K / E), halfway, by
+    logarithm, between the K experts of a whole collapse and all E. Logs that do not know K are held against K = 1.
+    """
+    return math.sqrt(max(1, record.top_k) / len(record.tokens_per_expert))
+
+
+def imbalance_limit(record: LayerRecord) -> float:
+    """Load of the busiest expert / fair share that is too much: 3, or sqrt(E / K) where that is more, and at most
+    halfway to the worst there can be, E / K; and what counting alone may add.
+    """
+    num_experts = len(record.tokens_per_expert)
+    worst = num_experts / max(1, record.top_k)
+    limit = min(max(IMBALANCED, math.sqrt(worst)), (1.0 + worst) / 2)
+    return limit + NOISE * math.sqrt(limit * num_experts / max(1, sum(record.tokens_per_expert)))
+
+
+def uneven_limit(record: LayerRecord) -> float:
+    """Coefficient of variation that is a warning: a quarter of the worst there can be, and more than EVEN_CV."""
+    worst = len(record.tokens_per_expert) / max(1, record.top_k)
+    return max(EVEN_CV, UNEVEN_CV * math.sqrt(max(0.0, worst - 1.0)))
+
+
+def excess_cv(record: LayerRecord) -> float:
+    """The coefficient of variation without the part that counting alone makes (that of Poisson counts)."""
+    chance = len(record.tokens_per_expert) / max(1, sum(record.tokens_per_expert))
+    return math.sqrt(max(0.0, record.load_cv**2 - chance))
 
 
 def conditions(record: LayerRecord) -> dict[str, bool]:
     """What is wrong with a layer's balance in this very interval, besides experts that are absent; an imbalance that is
-    a collapse counts as that.
+    a collapse counts as that. With K = E every expert gets every token, and nothing can be wrong.
     """
-    collapsed = used_share(record) < COLLAPSE
-    return {
-        "collapse": collapsed,
-        "imbalance": record.load_imbalance > IMBALANCED and not collapsed,
-    }
+    if record.top_k >= len(record.tokens_per_expert):
+        return {"collapse": False, "imbalance": False}
+    collapsed = used_share(record) < collapse_limit(record)
+    return {"collapse": collapsed, "imbalance": record.load_imbalance > imbalance_limit(record) and not collapsed}
 
 
 def is_saturated(record: LayerRecord) -> bool:

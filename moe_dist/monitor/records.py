@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 
@@ -45,6 +46,8 @@ class LayerRecord:
     """As `tokens_per_expert`, after the drop; empty when nothing was dropped."""
     domain_tokens: list[list[int]] = field(default_factory=list)
     """As `tokens_per_expert`, of each named source of data; empty unless there are several."""
+    top_k: int = 0
+    """Experts of each token; 0 in logs older than this field."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,10 @@ class TrainRecord(Record):
     """`tokens_per_second` / ranks."""
     loss_std: float = 0.0
     """Standard deviation of the finite losses of the interval's steps; 0.0 when there are fewer than two."""
+    samples_per_second: float | None = None
+    """Sequences per second, all ranks; None in logs older than this field."""
+    device_utilisation: float | None = None
+    """Share of the last second in which the reporting rank's GPU had work, 0..1; None when it cannot be asked."""
     mfu: float | None = None
     """`flops_per_second` / (ranks * peak of the device), 0..1; None when the peak is not known."""
     all_to_all_bytes: int = 0
@@ -294,6 +301,20 @@ class RunInfo(Record):
     """The same of each block."""
     domains: list[str] = field(default_factory=list)
     """Names of the sources of the training data; empty unless there are several."""
+    run_id: str = ""
+    """Of the run, over all its starts; drawn by chance."""
+    start_step: int = 0
+    """Optimizer steps finished when this start began: those of the checkpoint it goes on from."""
+    start_tokens: int = 0
+    """Tokens consumed by then."""
+    start_skipped_steps: int = 0
+    """Steps skipped by then."""
+
+    @property
+    def label(self) -> str:
+        """The run's name wherever runs meet (Prometheus, TensorBoard): two that are called alike differ."""
+        name = Path(self.output_dir).resolve().name
+        return f"{name}-{self.run_id[:8]}" if self.run_id else name
 
 
 @dataclass(frozen=True)

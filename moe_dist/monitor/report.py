@@ -68,7 +68,7 @@ def page(runs: Sequence[RunLog]) -> str:
             made.add(f"<p>{_text(run.name)}: no expert layers.</p>")
             continue
         made.add(f"<h3>{_text(run.name)}</h3>" if len(runs) > 1 else "")
-        made.heatmap(index, run)
+        made.heatmap(index, run, len(runs))
         for key, name, caption in (
             ("load_imbalance", "load imbalance", "Largest load / mean load of each layer; 1 is balanced."),
             ("load_entropy", "entropy of loads", "Entropy of the expert loads / ln E of each layer; 1 is balanced."),
@@ -120,8 +120,8 @@ class _Page:
             + _data(f"figure-{name}", json.loads(made.to_json()))
         )
 
-    def heatmap(self, index: int, run: RunLog) -> None:
-        shown = figures.frames(run)
+    def heatmap(self, index: int, run: RunLog, num_runs: int) -> None:
+        shown = figures.frames(run, num_runs)
         self._slider(f"{index}", f"load-{index}", "Step of the picture below", shown)
         caption = "Load of every expert, all layers: near white is the fair share, blue less, red more."
         self.chart(f"load-{index}", figures.utilisation(shown), caption)
@@ -176,24 +176,19 @@ def _summary_table(runs: Sequence[RunLog]) -> str:
 def _summary(run: RunLog) -> dict[str, str]:
     last, start = run.train[-1], run.starts[-1] if run.starts else {}
     best: Row | None = min(run.evals, key=lambda row: row["loss"], default=None)
-    totals = overall(run.layers(last))
-    seconds = sum(
-        (row["tokens"] - before) / row["tokens_per_second"]
-        for before, row in zip([0, *(row["tokens"] for row in run.train)], run.train, strict=False)
-        if row["tokens_per_second"]
-    )
+    totals = overall(run.layers(next((row for row in reversed(run.train) if row["layers"]), last)))
     return {
         "ended": run.summary["reason"] if run.summary else "-",
         "last logged": datetime.fromtimestamp(last["time"], UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "steps": f"{last['step']:,}",
         "tokens": f"{last['tokens']:,}",
-        "tokens per second, mean": f"{last['tokens'] / seconds:,.0f}" if seconds else "-",
+        "tokens per second, mean": f"{last['tokens'] / run.training_seconds:,.0f}" if run.training_seconds else "-",
         "training loss, first and last": f"{run.train[0]['loss']:.4f}, {last['loss']:.4f}",
         "best validation loss": f"{best['loss']:.4f} at step {best['step']:,}" if best else "-",
         "unigram baseline": f"{best['unigram_loss']:.4f}" if best and best.get("unigram_loss") is not None else "-",
         "load imbalance, mean of layers": f"{totals['load_imbalance']:.2f}" if totals else "-",
         "dead experts": f"{totals['dead_experts']:.0f}" if totals else "-",
-        "checkpoints": str(sum(row["ok"] for row in run.checkpoints)),
+        "checkpoints": str(run.num_checkpoints),
         "ranks": f"{start['world_size']} on {start['device']}" if start else "-",
         "parameters, active per token": f"{start['total_params']:,}, {start['active_params']:,}" if start else "-",
     }

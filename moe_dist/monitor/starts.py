@@ -16,7 +16,7 @@ def starts_table(run: RunLog) -> list[list[str]]:
     """A row for each start, with the TITLES; what `parallel.elastic` has planned anew is in layout and batch."""
     rows: list[list[str]] = []
     steps = [start["step"] for start in run.starts]
-    for row in run.rows:
+    for row in run.endings:
         if row["kind"] == "run":
             rows.append([*_facts(len(rows) + 1, row, steps[len(rows)]), "no end was logged"])
         elif row["kind"] in ("failure", "summary") and rows:

@@ -13,6 +13,8 @@ def choose_device(launch: LaunchConfig, rank: int = 0, local_rank: int = 0) -> t
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not available:
+        raise ValueError("launch.device=cuda: this machine has no CUDA device; set launch.device=cpu, or auto")
     if local_rank >= available:
         raise ValueError(
             f"launch.device={wanted}: rank {rank} needs CUDA device {local_rank}, "
@@ -22,7 +24,9 @@ def choose_device(launch: LaunchConfig, rank: int = 0, local_rank: int = 0) -> t
 
 
 def choose_backend(launch: LaunchConfig, device: torch.device) -> str:
-    """The collective library: as configured, or the one for the device."""
+    """The collective library: as configured, or the one for the device. Raises ValueError for NCCL without CUDA."""
+    if launch.backend == "nccl" and device.type != "cuda":
+        raise ValueError("launch.backend=nccl: this machine has no CUDA device; set launch.backend=gloo, or auto")
     if launch.backend != "auto":
         return launch.backend
     return "nccl" if device.type == "cuda" else "gloo"

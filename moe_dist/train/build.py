@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,8 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import parallelize
 from moe_dist.parallel.sharding import ShardedGradients, shard_parameters
 from moe_dist.train.optimizer import Optimizer, torch_optimizer
+
+logger = logging.getLogger("moe_dist")
 
 
 def build_model(config: Config, mesh: Mesh, clock: Clock | None = None) -> Transformer:
@@ -144,6 +147,13 @@ def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None =
         held_out = load_documents(data.validation_source, path=data.validation_path, **options)
     elif data.validation_split > 0 and not data.streaming:
         corpus, held_out = split_corpus(corpus, data.validation_split, config.train.seed)
+        if not any(document.text or document.tokens is not None for document in held_out):
+            logger.warning(
+                "data.validation_split=%s: there is but one document with text, and it is for training; nothing is "
+                "evaluated",
+                data.validation_split,
+            )
+            held_out = None
     sizes: dict[str, Any] = {"max_seq_length": data.max_seq_length}
     train: PackedDataset | StreamingPackedDataset
     if data.streaming:

@@ -132,7 +132,7 @@ def write_config(config: Config, run: str) -> None:
     whole.replace(path)
 
 
-def run_info(config: Config, mesh: Mesh, datasets: Datasets) -> RunInfo:
+def run_info(config: Config, mesh: Mesh, datasets: Datasets, run_id: str) -> RunInfo:
     """What is about to run, for people (collective: every rank tells its host)."""
     trainable, total, active = model_sizes(config)
     return RunInfo(
@@ -149,6 +149,7 @@ def run_info(config: Config, mesh: Mesh, datasets: Datasets) -> RunInfo:
         stage_of_rank=[mesh.layout.coordinates(rank)[0] for rank in range(mesh.layout.world_size)],
         stage_of_layer=_stage_of_layer(config),
         domains=list(datasets.domains),
+        run_id=run_id,
     )
 
 

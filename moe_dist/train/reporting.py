@@ -58,6 +58,7 @@ class Reporter:
         self.sinks = build_sinks(config.train.output_dir, config.monitor) if mesh.rank == 0 else Sinks([])
         self.unigram: float | None = None
         self.diagnosis = Diagnosis()
+        self._present: dict[tuple[str, int | None, int | None], Finding] = {}
         self.collector = Collector(
             config.model.moe_layers,
             config.model.num_experts,
@@ -162,9 +163,11 @@ class Reporter:
             layers=self.layers,
             phase_seconds=phase_seconds,
             flops_per_second=flops,
+            samples_per_second=steps * self.config.global_batch_size(num_ranks) / seconds,
+            device_utilisation=device_utilisation(self.mesh.device) if self.mesh.rank == 0 else None,
             mfu=None if peak is None else flops / (peak * num_ranks),
             all_to_all_bytes=round(sum(ranks.sent_bytes) / steps),
-            all_to_all_bytes_between_hosts=round(bytes_between_hosts(ranks, self.diagnosis.hosts) / steps),
+            all_to_all_bytes_between_hosts=round(bytes_between_hosts(ranks, self.diagnosis.pace.hosts) / steps),
             dispatch_seconds=statistics.fmean(ranks.dispatch_seconds),
             combine_seconds=statistics.fmean(ranks.combine_seconds),
             row_imbalance=max(ranks.received_rows) * num_ranks / received if received else 0.0,
@@ -214,10 +217,16 @@ class Reporter:
             logger.warning("step %d: %s", record.step, record.words)
 
     def _say(self, found: list[Finding]) -> None:
-        """What the trainer has not said itself, on the one rank that speaks."""
-        for finding in found if self.mesh.rank == 0 else ():
+        """What the trainer has not said itself, on the one rank that speaks; and in its log what is over."""
+        if self.mesh.rank != 0:
+            return
+        for finding in found:
             if finding.kind not in ("skipped_steps", "checkpoint_failed"):
-                logger.warning("%s", finding)
+                logger.log(logging.INFO if finding.severity == "info" else logging.WARNING, "%s", finding)
+        now = {(finding.kind, finding.layer, finding.rank): finding for finding in self.diagnosis.present}
+        for key in self._present.keys() - now.keys():
+            logger.info("over: %s", self._present[key])
+        self._present = now
 
     def summary(self, counters: Counters, stopping: Stopping, **more: Any) -> None:
         """The end of a run. `more`: paths and samples of text, as `RunSummary` names them."""
@@ -238,6 +247,16 @@ class Reporter:
                 **more,
             )
         )
+
+
+def device_utilisation(device: torch.device) -> float | None:
+    """Share of the last second in which the GPU had work, 0..1, by the driver; None where that cannot be asked."""
+    if device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.utilization(device) / 100
+    except Exception:  # no NVML, no bindings for it, a device that does not tell: each raises another error
+        return None
 
 
 def peak_memory(device: torch.device) -> int:

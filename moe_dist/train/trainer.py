@@ -6,6 +6,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +145,16 @@ class MoETrainer:
         self._has_begun = True
         self._opened(log_path(self.output_dir, self.mesh.rank))
         self._tell_skipped()
-        info = run_info(config, self.mesh, self.datasets)
+        info = replace(
+            run_info(config, self.mesh, self.datasets, self.place.run),
+            start_step=self.counters.step,
+            start_tokens=self.counters.tokens,
+            start_skipped_steps=self.counters.skipped,
+        )
         self.reporter.sinks.open(info)
         if info.world_size > 1 and self.mesh.rank == 0:  # one process is what others are held against
             self.reporter.sinks.message(proven.line_for(config, info.device, info.world_size))
-        self.reporter.diagnosis.resumed(info.hosts, info.stage_of_rank)
+        self.reporter.diagnosis.resumed(info)
         self.started = time.perf_counter() - self.counters.elapsed
         self.reporter.begin()
 
@@ -198,7 +204,9 @@ class MoETrainer:
             self._saved(self.persistence.settle())
         if agreed.signal is not None and self.signal is None:
             self.signal = agreed.signal
-            self.stopping.stop(f"stopped by {signal_name(agreed.signal)}")
+            # A launcher that has heard Ctrl-C sends SIGTERM; SIGINT, which it blocks in its ranks, then waits here.
+            by_hand = agreed.signal == signal.SIGTERM and signal.SIGINT in signal.sigpending()
+            self.stopping.stop(f"stopped by {signal_name(signal.SIGINT if by_hand else agreed.signal)}")
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank has been asked to stop, for use within an evaluation."""

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_dist.config_loading.vocabulary import vocabulary_needed
 from moe_dist.data import ByteTokenizer, documents_from, load_tokenizer, pack
 
 ROOT = Path(__file__).parents[2]
@@ -84,3 +85,20 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
         load_tokenizer(str(tmp_path))
     with pytest.raises(ValueError, match="no such folder"):
         load_tokenizer(str(tmp_path / "missing"))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_at_once(monkeypatch, capfd):
+    """Seen to fail with 20 lines of tries in 46 seconds, and with the Hub asked although nobody knows its name."""
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
+    for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(key, raising=False)
+    with pytest.raises(ValueError, match=r"'nobody/none' cannot be loaded: there is no such folder") as found:
+        load_tokenizer("nobody/none")
+    assert "\n" not in str(found.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_vocabulary_that_a_tokenizer_needs_is_known_without_loading_it(bpe_folder):
+    assert vocabulary_needed("bytes") == ByteTokenizer().vocab_size
+    assert vocabulary_needed(str(bpe_folder)) == load_tokenizer(str(bpe_folder)).vocab_size
+    assert vocabulary_needed("nobody/none") is None

@@ -138,6 +138,12 @@ MISTAKES = {
     "missing file": (("train", "nowhere.yaml"), "nowhere.yaml"),
     "unknown command": (("trian", DEMO), "trian"),
     "no file": (("train",), "CONFIG"),
+    "a number in letters": (("check", DEMO, "-n", "two"), "-n two: give a whole number"),
+    "a number in letters, long": (("verify", DEMO, "--world-size=two"), "--world-size two: give a whole number"),
+    "a small vocabulary": (
+        ("check", DEMO, "model.vocab_size=100"),
+        "model.vocab_size=100: the tokenizer bytes needs 258",
+    ),
     "port": (("train", DEMO, "launch.master_port=70000"), "launch.master_port=70000"),
 }
 

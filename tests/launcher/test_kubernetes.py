@@ -463,6 +463,22 @@ def test_the_page_shows_what_is_printed() -> None:
         assert piece.strip("\n") in "\n".join(printed)
 
 
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    """Of the real kubectl, with nobody at its server's port. Seen to fail with kubectl's own two lines."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("NOT TESTED HERE: there is no `kubectl` on this machine")
+    cluster = {"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}
+    context = {"name": "x", "context": {"cluster": "c", "user": ""}}
+    (tmp_path / "kubeconfig").write_text(
+        yaml.safe_dump({"apiVersion": "v1", "kind": "Config", "clusters": [cluster], "contexts": [context]})
+        + "current-context: x\n"
+    )
+    done = launch_for_real(DEMO, KUBECONFIG=str(tmp_path / "kubeconfig"))
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    assert line.startswith("moe-dist: error: kubectl reaches no cluster (127.0.0.1:1): choose one with `kubectl config")
+
+
 def test_without_dry_run_kubectl_gets_exactly_that(tmp_path: Path) -> None:
     """A program in kubectl's place writes down what it is given; there is no cluster to ask."""
     kubectl = tmp_path / "kubectl"

@@ -87,6 +87,17 @@ def test_any_number_of_signals_is_one_request(config: Path, tmp_path: Path) -> N
     assert re.fullmatch(r"moe-dist: stopped by SIGHUP after step (\d+): .*checkpoint-\1 is saved; .*", line), line
 
 
+def test_ctrl_c_is_called_so_in_the_summary(config: Path, tmp_path: Path) -> None:
+    """The launcher, which hears it, sends SIGTERM to its ranks. Seen to fail without SIGINT, which tells them why."""
+    program = start(config, tmp_path, *ONE_RANK)
+    moment = time.monotonic()
+    os.kill(program.pid, signal.SIGINT)
+    assert ends(program, moment) == 130
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["kind"], last["reason"]) == ("summary", "stopped by Ctrl-C")
+    assert program.err.startswith("moe-dist: stopped by Ctrl-C after step ")
+
+
 def test_one_rank_told_to_stop_is_enough(config: Path, tmp_path: Path) -> None:
     """A scheduler may reach one process only; all ranks agree on the step, and save it together.
 

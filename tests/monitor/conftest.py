@@ -42,6 +42,7 @@ def info() -> RunInfo:
         stage_of_rank=[0, 0, 1, 1],
         stage_of_layer=[0, 0, 1, 1],
         domains=["code", "prose"],
+        run_id="3f2a9c0112345678",
     )
 
 
@@ -67,6 +68,8 @@ def train_record(layers: list[LayerRecord]) -> Callable[..., TrainRecord]:
             "layers": layers,
             "phase_seconds": dict.fromkeys(PHASE_KEYS, 0.0) | {"data": 0.02, "computing": 6.1, "all_to_all": 1.1},
             "flops_per_second": 8.9e11,
+            "samples_per_second": 8.9,
+            "device_utilisation": 0.93,
             "mfu": 0.31,
             "all_to_all_bytes": 33_554_432,
             "row_imbalance": 1.2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,7 +16,8 @@ import yaml
 from promql import ALERTS, METRIC, dashboard, faults, panel_queries, rules
 from services import need
 
-from moe_dist.monitor.health import COLLAPSE
+from moe_dist.monitor.expert_stats import layer_record
+from moe_dist.monitor.health import collapse_limit, imbalance_limit
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, TrainRecord
 from moe_dist.monitor.sinks.snapshot import SnapshotSink
 
@@ -51,9 +53,9 @@ time() - moe_dist_run_start_timestamp_seconds > 1800 | time() - moe_dist_run_sta
 up == 0 and on | up == 0 or on
 last_over_time(moe_dist_run_start_timestamp_seconds[1d]) | moe_dist_run_start_timestamp_seconds
 moe_dist_lasting_dead_experts > 0 | moe_dist_lasting_dead_experts > 2
-moe_dist_used_experts_ratio < 0.5 | moe_dist_used_experts_ratio < 0.2
-moe_dist_load_imbalance_ratio > 3 | moe_dist_load_imbalance_ratio > 1
-moe_dist_load_imbalance_ratio > 3 | moe_dist_load_imbalance_ratio > 5
+< moe_dist_used_experts_limit_ratio | < 0.2
+> moe_dist_load_imbalance_limit_ratio | > 1
+> moe_dist_load_imbalance_limit_ratio | > 5
 > 600 + 2 | > 6000 + 2
 or moe_dist_run_start_timestamp_seconds) |)
 increase(moe_dist_checkpoint_failures_total[1h]) > 0 | increase(moe_dist_checkpoint_failures_total[1h]) > 5
@@ -81,9 +83,19 @@ def test_the_unit_tests_of_the_alerts_can_fail(tmp_path: Path, plant: str) -> No
     assert promtool("test", "rules", tmp_path / "tests/monitor/alerts_test.yml").returncode != 0
 
 
-def test_the_threshold_of_collapse_is_that_of_the_live_diagnosis() -> None:
-    (rule,) = [rule for rule in rules() if rule["alert"] == "RouterCollapsed"]
-    assert rule["expr"] == f"moe_dist_used_experts_ratio < {COLLAPSE}"
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (128, 8)])
+def test_the_limits_of_the_rules_are_those_of_the_doctor(
+    train_record: Callable[..., TrainRecord], num_experts: int, top_k: int
+) -> None:
+    sink = SnapshotSink(logging_steps=10, per_expert="layer")
+    layer = layer_record(5, [1000] * num_experts, 0, 1000 * num_experts // top_k, [0.0] * 5, top_k)
+    sink.train(train_record(layers=[layer]))
+    told = {sample.name: sample.value for family in sink.metrics.collect() for sample in family.samples}
+    assert told["moe_dist_used_experts_limit_ratio"] == collapse_limit(layer) == math.sqrt(top_k / num_experts)
+    assert told["moe_dist_load_imbalance_limit_ratio"] == imbalance_limit(layer)
+    expressions = {rule["alert"]: rule["expr"] for rule in rules()}
+    assert expressions["RouterCollapsed"] == "moe_dist_used_experts_ratio < moe_dist_used_experts_limit_ratio"
+    assert expressions["LoadImbalanced"] == "moe_dist_load_imbalance_ratio > moe_dist_load_imbalance_limit_ratio"
 
 
 def test_only_metrics_that_are_there(

@@ -10,7 +10,7 @@ from moe_dist.models.auxiliary import LoadFacts
 from moe_dist.models.moe import MoE
 from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.expert_stats import layer_record, overall, used_share
-from moe_dist.monitor.health import COLLAPSE, Health
+from moe_dist.monitor.health import Health, collapse_limit
 
 LAYERS, EXPERTS, TOP_K, TOKENS, STEPS = 8, 16, 2, 128, 3
 
@@ -64,7 +64,7 @@ def test_collapse_that_pooling_hides_is_told_for_every_layer() -> None:
         assert record.load_imbalance == EXPERTS / TOP_K
         assert record.dead_experts == EXPERTS - TOP_K
         assert used_share(record) == pytest.approx(TOP_K / EXPERTS)
-        assert used_share(record) < COLLAPSE
+        assert used_share(record) < collapse_limit(record) == pytest.approx((TOP_K / EXPERTS) ** 0.5)
         assert record.router_confidence == pytest.approx(0.5, rel=1e-3)  # certain of the pair, torn between the two
     totals = overall(records)
     assert totals["aux_loss"] == pytest.approx(EXPERTS / TOP_K, rel=1e-3)

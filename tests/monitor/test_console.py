@@ -237,3 +237,12 @@ def test_heavy_imports_wait_until_they_are_needed() -> None:
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "words"),
+    [(0, "0B"), (700, "700B"), (98_304, "96KiB"), (1_992_294, "2MiB"), (852_000_000, "813MiB"), (2**31, "2.0GiB")],
+)
+def test_sizes_have_a_unit_that_fits(num_bytes: int, words: str) -> None:
+    """A small model's weights were `0MiB`."""
+    assert text.memory(num_bytes) == words

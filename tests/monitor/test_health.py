@@ -32,6 +32,13 @@ def test_a_recovered_expert_may_be_told_again() -> None:
     assert [bool(health.observe([interval(0, load)])) for load in loads] == [False, True, False, False, True]
 
 
+def test_short_intervals_are_no_reason_to_be_quick() -> None:
+    """Logged at every step, a trouble lasts 20 of them before it is told. Seen to fail with STEPS = 1: at step 3."""
+    health = Health()
+    told = [step for step in range(1, 41) if health.observe([interval(0, [5000, 5000, *[0] * 6])], step)]
+    assert told == [20]
+
+
 def test_one_that_dies_later_is_told_too() -> None:
     """Seen to fail with a layer told once while any of its experts is dead."""
     health = Health()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import secrets
 import socket
 import subprocess
 import threading
@@ -17,17 +18,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from promql import evaluate, series
 from ranks import free_port
 from services import need, serving
 
 from moe_dist.config import MonitorConfig, PrometheusConfig
 from moe_dist.monitor.expert_stats import layer_record, load_ratios, used_share
+from moe_dist.monitor.health import collapse_limit, imbalance_limit
 from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import JsonlSink, Sinks, build_sinks, prometheus
 from moe_dist.monitor.sinks.prometheus import PrometheusSink, PushgatewaySink
-from moe_dist.monitor.sinks.snapshot import CHECKPOINT_GAUGES, EVAL_GAUGES, LAYER_GAUGES, TRAIN_COUNTERS, TRAIN_GAUGES
+from moe_dist.monitor.sinks.snapshot import (
+    CHECKPOINT_GAUGES,
+    EVAL_GAUGES,
+    LAYER_GAUGES,
+    TRAIN_COUNTERS,
+    TRAIN_GAUGES,
+    SnapshotSink,
+)
 
 Make = Callable[..., TrainRecord]
 SAVED = CheckpointRecord(120, 3.5, 0.5, 2_000_000, "run/checkpoint-120", reason="save_steps")
@@ -106,6 +116,8 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
         number = str(layer.layer)
         expected |= {(f"moe_dist_{name}", number): getattr(layer, field) for field, name, _ in LAYER_GAUGES}
         expected["moe_dist_used_experts_ratio", number] = used_share(layer)
+        expected["moe_dist_used_experts_limit_ratio", number] = collapse_limit(layer)
+        expected["moe_dist_load_imbalance_limit_ratio", number] = imbalance_limit(layer)
         expected["moe_dist_lasting_dead_experts", number] = 0
         for expert, (count, ratio) in enumerate(zip(layer.tokens_per_expert, load_ratios(layer), strict=True)):
             expected["moe_dist_expert_tokens_total", number, str(expert)] = count
@@ -163,6 +175,37 @@ def test_expert_counters_grow_over_intervals(sink: PrometheusSink, train_record:
     assert scrape(sink)["moe_dist_expert_tokens_total", "0", "0"] == 75
 
 
+def test_counters_agree_over_a_restart(tmp_path: Path, info: RunInfo, train_record: Make) -> None:
+    """Promtool's `increase()` over a start that goes on from a checkpoint: K pairs a layer for each token, and
+    the steps done again count as work done. Seen to fail with `tokens_total` that went on from the checkpoint (1.25 K).
+    """
+    layer, scrapes = layer_record(0, [500, 500, 600, 400], 0, 1000, [1.0] * 5, 2), []
+    for start, steps in ((0, (10, 20, 30)), (20, (30, 40, 50))):
+        sink = SnapshotSink(logging_steps=10, per_expert="full")
+        sink.open(replace(info, start_step=start, start_tokens=100 * start))
+        for step in steps:
+            sink.train(train_record(step, tokens=100 * step, layers=[layer]))
+            scrapes.append(generate_latest(sink.metrics).decode())
+    pairs = "sum(increase(moe_dist_expert_tokens_total[10m])) / sum(increase(moe_dist_tokens_total[10m]))"
+    checks = [
+        {"expr": pairs, "eval_time": "5m", "exp_samples": [{"labels": "{}", "value": 2}]},
+        {
+            "expr": "sum(resets(moe_dist_steps_total[10m]))",
+            "eval_time": "5m",
+            "exp_samples": [{"labels": "{}", "value": 1}],
+        },
+        {"expr": "sum(moe_dist_run_steps)", "eval_time": "5m", "exp_samples": [{"labels": "{}", "value": 50}]},
+        {"expr": "sum(moe_dist_run_tokens)", "eval_time": "5m", "exp_samples": [{"labels": "{}", "value": 5000}]},
+    ]
+    assert evaluate(series(scrapes), checks, tmp_path) == ""
+
+
+def test_two_runs_called_alike_have_two_names(info: RunInfo) -> None:
+    one, other = (replace(info, output_dir="outputs/run", run_id=secrets.token_hex(8)) for _ in range(2))
+    assert one.label.startswith("run-")
+    assert one.label != other.label
+
+
 def test_numbers_that_are_not_finite(sink: PrometheusSink, train_record: Make) -> None:
     sink.train(train_record(loss=math.nan, grad_norm=math.inf, max_steps=None, remaining_seconds=None))
     got = scrape(sink)
@@ -204,7 +247,7 @@ def test_a_taken_port_is_said_and_the_next_one_used(
             assert message == f"port {port} is taken; Prometheus metrics are at http://{sink.address}/metrics"
             assert "moe_dist_run_info" in scrape_text(sink.address)
             (target,) = json.loads((tmp_path / "run" / "targets.json").read_text())
-            assert target == {"targets": [sink.address], "labels": {"run": "run"}}
+            assert target == {"targets": [sink.address], "labels": {"run": "run-3f2a9c01"}}
         finally:
             sink.close()
 
@@ -313,9 +356,12 @@ def test_checkpoints_reach_every_sink(tmp_path: Path, info: RunInfo, capsys: pyt
     ]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "tb")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("checkpoint/seconds")] == [(120, 3.5), (130, 1.0)]
-    assert [event.value for event in events.Scalars("checkpoint/ok")] == [1, 0]
+    events = EventAccumulator(str(tmp_path / "tb" / "run-3f2a9c01")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("time/checkpoint_total_seconds")] == [
+        (120, 3.5),
+        (130, 1.0),
+    ]
+    assert [event.value for event in events.Scalars("perf/checkpoint_ok")] == [1, 0]
 
 
 def test_a_real_pushgateway(
@@ -329,12 +375,12 @@ def test_a_real_pushgateway(
     with caplog.at_level(logging.WARNING, logger="moe_dist"):
         command = [need("prometheus-pushgateway"), f"--web.listen-address={address}"]
         with serving(command, f"http://{address}/-/ready", tmp_path / "gateway.log"):
-            sinks.open(info)
+            sinks.open(replace(info, output_dir=str(tmp_path / "my run")))
             sinks.train(train_record(10))
             sinks.train(train_record(20))
             text = scrape_text(address)
             assert 'moe_dist_steps_total{instance="' in text
-            assert 'job="moe_dist",run="my run"} 20' in text
+            assert 'job="moe_dist",run="my run-3f2a9c01"} 20' in text
             assert caplog.records == []
         for step in (30, 40, 50):
             sinks.train(train_record(step))

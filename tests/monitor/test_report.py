@@ -245,6 +245,25 @@ def test_a_long_run_has_as_many_pictures_as_a_page_can_bear(tmp_path: Path, info
     assert (len(steps), len(set(steps)), steps[0], steps[-1]) == (100, 100, 1, 201)
 
 
+@pytest.mark.parametrize(
+    ("highest", "ticks"),
+    [
+        (3e-4, ["0", "0.0001", "0.0002", "0.0003"]),
+        (2e-3, ["0", "0.0005", "0.001", "0.0015", "0.002"]),
+        (8.7e-5, ["0", "2e-05", "4e-05", "6e-05", "8e-05", "0.0001"]),
+        (0.0, None),
+    ],
+)
+def test_the_axis_of_the_learning_rate_has_round_ticks(highest: float, ticks: list[str] | None) -> None:
+    assert figures.round_ticks(highest).get("ticktext") == ticks
+
+
+def test_the_legend_of_the_loss_stands_above_its_curves(run: Path) -> None:
+    layout = data(write_report([run]).read_text())["figure-loss"]["layout"]
+    assert (layout["legend"]["yanchor"], layout["legend"]["y"] > 1) == ("bottom", True)
+    assert layout["yaxis2"]["tickvals"] == [0, 2e-5, 4e-5, 6e-5, 8e-5, 1e-4]
+
+
 def test_many_layers_are_a_picture(tmp_path: Path, info: RunInfo, train_record: Make) -> None:
     def layers(step: int) -> list[LayerRecord]:
         return [layer_record(n, [step, n + 1], 0, step, [1.0] * 5, 1) for n in range(20)]
@@ -253,6 +272,7 @@ def test_many_layers_are_a_picture(tmp_path: Path, info: RunInfo, train_record: 
     shown = data(write_report([tmp_path]).read_text())
     (picture,) = shown["figure-load_imbalance-0"]["data"]
     assert picture["type"] == "heatmap"
+    assert picture["zmin"] == 1.0  # the fair share
     logged = rows(tmp_path, "train")
     assert picture["z"] == [[row["layers"][n]["load_imbalance"] for row in logged] for n in range(20)]
 

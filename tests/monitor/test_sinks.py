@@ -158,7 +158,7 @@ def test_tensorboard_events_equal_the_records(
     sink.evaluation(eval_record)
     sink.summary(summary)
     sink.close()
-    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"histograms": 0, "tensors": 0}).Reload()
+    events = EventAccumulator(str(tmp_path / "tb/run-3f2a9c01"), size_guidance={"histograms": 0, "tensors": 0}).Reload()
 
     def scalar(tag: str) -> float:
         (event,) = events.Scalars(tag)
@@ -177,7 +177,7 @@ def test_tensorboard_events_equal_the_records(
         "perf/step_time_seconds": record.step_seconds,
         "perf/all_to_all_share": record.all_to_all_share,
         "perf/data_wait_fraction": record.data_wait_share,
-        "memory/peak_bytes": record.memory_bytes,
+        "perf/memory_peak_bytes": record.memory_bytes,
         "moe/load_balancing_loss": 1.05,
         "moe/dead_experts": 1,
         "moe/dropped_fraction": 0.01,
@@ -233,8 +233,8 @@ def test_tensorboard_compares_runs_by_hyper_parameters(tmp_path: Path, info: Run
     sink.open(RunInfo(**{**vars(info), "config_text": text}))
     sink.train(train_record())
     sink.close()
-    assert [path.is_file() for path in (tmp_path / "tb").iterdir()] == [True]
-    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [path.is_file() for path in (tmp_path / "tb/run-3f2a9c01").iterdir()] == [True]
+    events = EventAccumulator(str(tmp_path / "tb/run-3f2a9c01")).Reload()
     content = events.PluginTagToContent("hparams")
     started = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info.hparams
     found = {key: getattr(value, value.WhichOneof("kind")) for key, value in started.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.config import LaunchConfig
+from moe_dist.config_loading import ConfigError, load_config, load_mapping
 from moe_dist.data.packing import PackedDataset
 from moe_dist.models.experts import Expert
+from moe_dist.parallel.device import choose_backend
 from moe_dist.train import MoETrainer
 from moe_dist.train.build import build_datasets
 from moe_dist.train.trainer import TrainingResult
@@ -159,8 +162,25 @@ def test_a_layout_that_one_process_cannot_have_is_refused(tmp_path: Path, layout
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_the_device_asked_for_is_the_one(tmp_path: Path) -> None:
     trainer = MoETrainer(model_config=MODEL, training_config=TRAINING | {"device": "cuda"}, output_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"launch\.device=cuda: rank 0 needs CUDA device 0"):
+    with pytest.raises(ValueError, match=r"launch\.device=cuda: this machine has no CUDA device"):
         trainer.train(TEXTS)
+
+
+def test_a_single_document_is_trained_on_and_nothing_is_evaluated(caplog: pytest.LogCaptureFixture) -> None:
+    """Seen to end with `nothing to pack: the corpus has no token`, which was the validation set."""
+    config = load_mapping({"model": MODEL, "data": {"max_seq_length": 32, "validation_split": 0.5}})
+    with caplog.at_level(logging.WARNING, logger="moe_dist"):
+        datasets = build_datasets(config, [TEXTS[0]])
+    assert datasets.validation is None
+    assert len(datasets.train) > 0
+    assert "data.validation_split=0.5: there is but one document with text" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_nccl_needs_cuda_and_says_so() -> None:
+    """Seen to end in the words of torch: `device_id parameter must be an accelerator with an index`."""
+    with pytest.raises(ValueError, match=r"launch\.backend=nccl: this machine has no CUDA device; set .*=gloo"):
+        choose_backend(LaunchConfig(backend="nccl"), torch.device("cpu"))
 
 
 def train_here(folder: str, batch: int, ep_size: int) -> list[float]:

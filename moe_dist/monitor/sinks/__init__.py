@@ -20,10 +20,10 @@ def build_sinks(output_dir: Path | str, monitor_config: MonitorConfig, *, stream
     folder = Path(output_dir)
     sinks: list[Sink] = [
         ConsoleSink(monitor_config.progress, stream),
-        JsonlSink(folder / "metrics.jsonl"),
+        JsonlSink(folder / "metrics.jsonl", monitor_config.detail_steps),
     ]
     if monitor_config.tensorboard:
-        sinks.append(TensorBoardSink(folder / "tb"))
+        sinks.append(TensorBoardSink(folder / "tb", monitor_config.detail_steps))
     prometheus = monitor_config.prometheus
     if prometheus.port is not None or prometheus.pushgateway:
         from moe_dist.monitor.sinks.prometheus import PrometheusSink, PushgatewaySink

@@ -20,6 +20,7 @@ from moe_dist.monitor.records import (
     TrainRecord,
 )
 from moe_dist.monitor.sinks.base import Sink
+from moe_dist.monitor.sinks.detail import Detail
 
 
 def json_safe(value: Any) -> Any:
@@ -43,8 +44,9 @@ class JsonlSink(Sink):
 
     name = "metrics.jsonl"
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, detail_steps: int | None = None) -> None:
+        """`detail_steps`: steps between two records of training with every expert and rank; default: see `Detail`."""
+        self.path, self._detail = Path(path), Detail(detail_steps)
         self.folder = self.path.parent
         self._file: FileIO | None = None
 
@@ -52,7 +54,7 @@ class JsonlSink(Sink):
         self._write(info)
 
     def train(self, record: TrainRecord) -> None:
-        self._write(record)
+        self._write(self._detail.thinned(record))
 
     def evaluation(self, record: EvalRecord) -> None:
         self._write(record)

@@ -47,8 +47,8 @@ class _RunSink(SnapshotSink):
 
     @property
     def run_name(self) -> str:
-        """Label `run` of everything scraped or pushed: the name of the run folder."""
-        return self.output_dir.resolve().name
+        """Label `run` of everything scraped or pushed: the name of the run folder, and the id of the run."""
+        return self.snapshot.info.label if self.snapshot.info else self.output_dir.resolve().name
 
 
 class PrometheusSink(_RunSink):

@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import Metric
 
 from moe_dist import __version__
 from moe_dist.monitor.expert_stats import load_ratios, used_share
-from moe_dist.monitor.health import PATIENCE, Absence
+from moe_dist.monitor.health import PATIENCE, Absence, collapse_limit, imbalance_limit
 from moe_dist.monitor.records import (
     ActionRecord,
     CheckpointRecord,
@@ -38,11 +38,13 @@ NUM_TOP = 4
 
 # Field of a record, metric, help. A field that is None has no sample.
 TRAIN_COUNTERS = (
-    ("step", "steps", "Optimizer steps finished."),
-    ("tokens", "tokens", "Tokens consumed since the start of the run, all ranks."),
-    ("skipped_steps", "skipped_steps", "Optimizer steps skipped for a non-finite loss or gradient."),
+    ("step", "steps", "Optimizer steps finished in this start of the run."),
+    ("tokens", "tokens", "Tokens consumed in this start of the run, all ranks."),
+    ("skipped_steps", "skipped_steps", "Steps skipped in this start for a non-finite loss or gradient."),
 )
 TRAIN_GAUGES = (
+    ("step", "run_steps", "Optimizer steps finished by the run, over all its starts."),
+    ("tokens", "run_tokens", "Tokens consumed by the run, over all its starts, all ranks."),
     ("loss", "train_loss", "Training loss of the last logged step, nats per token."),
     ("loss_std", "train_loss_std", "Standard deviation of the losses of the interval's steps."),
     ("learning_rate", "learning_rate", "Learning rate of the last step."),
@@ -59,6 +61,8 @@ TRAIN_GAUGES = (
     ),
     ("data_wait_share", "data_wait_ratio", "Share of step time waiting for a batch, of the rank that waits longest."),
     ("flops_per_second", "model_flops_per_second", "Floating-point operations the model needs, all ranks."),
+    ("samples_per_second", "samples_per_second", "Sequences per second of the last logging interval, all ranks."),
+    ("device_utilisation", "device_utilisation_ratio", "Share of the last second in which the GPU had work."),
     ("mfu", "mfu_ratio", "Model FLOP utilisation: model_flops_per_second / peak of all devices."),
     ("all_to_all_bytes", "all_to_all_bytes", "Bytes that all ranks sent to others by all-to-all, per step."),
     (
@@ -185,7 +189,9 @@ class RunMetrics:
         yield from _of_the_run(seen)
         if seen.train is not None:
             for field, name, text in TRAIN_COUNTERS:
-                yield _counter(name, text, getattr(seen.train, field))
+                # As the experts' tokens: a counter that went on from a checkpoint would fall, and count twice.
+                before = getattr(seen.info, f"start_{field}") if seen.info else 0
+                yield _counter(name, text, getattr(seen.train, field) - before)
             yield from _gauges(TRAIN_GAUGES, seen.train)
             yield _gauge("stragglers", "Ranks that have been slow for 3 intervals.", len(seen.train.stragglers))
             for phase, seconds in seen.train.phase_seconds.items():
@@ -216,7 +222,7 @@ class RunMetrics:
 def _of_the_run(seen: Snapshot) -> Iterator[Metric]:
     if seen.info is not None:
         info = InfoMetricFamily("moe_dist_run", "What is running.")
-        names = ("output_dir", "device", "world_size", "total_params", "active_params")
+        names = ("run_id", "output_dir", "device", "world_size", "total_params", "active_params")
         labels = {name: str(getattr(seen.info, name)) for name in names}
         info.add_metric([], {"version": __version__} | labels)
         yield info
@@ -255,6 +261,14 @@ def _of_layers(layers: list[LayerRecord], dead: Mapping[int, int]) -> Iterator[M
     for layer in layers:
         used.add_metric([str(layer.layer)], used_share(layer))
     yield used
+    for name, text, limit in (
+        ("used_experts", "used_experts_ratio below which a layer has collapsed, sqrt(K / E).", collapse_limit),
+        ("load_imbalance", "load_imbalance_ratio above which a layer is unbalanced.", imbalance_limit),
+    ):
+        family = GaugeMetricFamily(f"moe_dist_{name}_limit_ratio", text, labels=["layer"])
+        for layer in layers:
+            family.add_metric([str(layer.layer)], limit(layer))
+        yield family
     lasting = GaugeMetricFamily(
         "moe_dist_lasting_dead_experts", "Experts without a token for 3 logging intervals.", labels=["layer"]
     )

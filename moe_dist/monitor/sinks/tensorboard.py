@@ -19,6 +19,7 @@ from moe_dist.monitor.records import (
     TrainRecord,
 )
 from moe_dist.monitor.sinks.base import Sink
+from moe_dist.monitor.sinks.detail import Detail
 from moe_dist.monitor.sinks.heatmap import load_heatmap
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ HPARAM_METRICS = ("train/loss", "eval/loss", "perf/tokens_per_second", "moe/load
 """What the table of runs shows beside their hyper-parameters."""
 
 
+# TensorBoard shows groups in the order of the alphabet: eval/ is the first of ours, and its first card the loss.
 STEP_TAGS = {"train/loss", "train/learning_rate", "train/grad_norm", "perf/tokens_per_second"}
 """What is there for each step of an interval."""
 
@@ -44,10 +46,13 @@ class TensorBoardSink(Sink):
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, detail_steps: int | None = None) -> None:
+        """`detail_steps`: steps between two records with layers and experts; default: see `Detail`."""
+        self._detail = Detail(detail_steps)
         self.folder: Path = Path(folder)
         self._open_writer: SummaryWriter | None = None
         self._started = False
+        self._end: Any = None
 
     @property
     def _writer(self) -> SummaryWriter:
@@ -59,6 +64,7 @@ class TensorBoardSink(Sink):
         return self._open_writer
 
     def open(self, info: RunInfo) -> None:
+        self.folder /= info.label  # the name that TensorBoard shows
         self._writer.add_text("run", info.sentence)
         self._writer.add_text("config", f"```yaml\n{info.config_text.strip()}\n```")
         self._add_hparams(info)
@@ -87,14 +93,16 @@ class TensorBoardSink(Sink):
             "perf/imbalance_tax_seconds": record.imbalance_seconds,
             "perf/slowest_rank_ratio": record.slowest_rank_ratio,
             "perf/stragglers": len(record.stragglers),
-            "memory/peak_bytes": record.memory_bytes,
+            "perf/memory_peak_bytes": record.memory_bytes,
         }
         scalars |= {f"time/{phase}_seconds": seconds for phase, seconds in record.phase_seconds.items()}
-        if record.mfu is not None:
-            scalars["perf/mfu"] = record.mfu
+        for name in ("mfu", "device_utilisation", "samples_per_second"):
+            if (value := getattr(record, name)) is not None:
+                scalars[f"perf/{name}"] = value
         totals = overall(record.layers)
         scalars |= {f"moe/{tag}": totals[name] for name, tag in MOE_TAGS.items() if name in totals}
-        for layer in record.layers:
+        detailed = record.layers if self._detail.is_due(record) else []
+        for layer in detailed:
             folder = f"moe/layer_{layer.layer:02d}"
             scalars |= {f"{folder}/{tag}": getattr(layer, name) for name, tag in MOE_TAGS.items()}
             self._add_load_histogram(f"{folder}/tokens_per_expert", layer, record.step)
@@ -102,8 +110,8 @@ class TensorBoardSink(Sink):
             values = record.steps.get(tag.partition("/")[2], [value]) if tag in STEP_TAGS else [value]
             for step, step_value in enumerate(values, record.step - len(values) + 1):
                 self._writer.add_scalar(tag, step_value, step)
-        if record.layers:
-            self._writer.add_image("moe/expert_load", load_heatmap(record.layers), record.step, dataformats="HWC")
+        if detailed:
+            self._writer.add_image("moe/expert_load", load_heatmap(detailed), record.step, dataformats="HWC")
 
     def evaluation(self, record: EvalRecord) -> None:
         self._start_at(record.step)
@@ -116,10 +124,10 @@ class TensorBoardSink(Sink):
     def checkpoint(self, record: CheckpointRecord) -> None:
         self._start_at(record.step)
         for tag, value in (
-            ("checkpoint/seconds", record.seconds),
-            ("checkpoint/blocked_seconds", record.blocked_seconds),
-            ("checkpoint/bytes", record.bytes),
-            ("checkpoint/ok", float(record.ok)),
+            ("time/checkpoint_total_seconds", record.seconds),
+            ("time/checkpoint_blocked_seconds", record.blocked_seconds),
+            ("perf/checkpoint_bytes", record.bytes),
+            ("perf/checkpoint_ok", float(record.ok)),
         ):
             self._writer.add_scalar(tag, value, record.step)
 
@@ -135,6 +143,9 @@ class TensorBoardSink(Sink):
         ):
             if sample is not None:
                 self._writer.add_text(f"sample/{name}", _as_code(sample), step)
+        if self._end is not None:
+            file_writer: Any = self._writer.file_writer
+            file_writer.add_summary(self._end)
         self._writer.flush()
 
     def _add_hparams(self, info: RunInfo) -> None:
@@ -144,7 +155,7 @@ class TensorBoardSink(Sink):
         """
         from torch.utils.tensorboard.summary import hparams
 
-        experiment, start, _ = hparams(hyper_parameters(info), dict.fromkeys(HPARAM_METRICS, 0.0))
+        experiment, start, self._end = hparams(hyper_parameters(info), dict.fromkeys(HPARAM_METRICS, 0.0))
         file_writer: Any = self._writer.file_writer
         file_writer.add_summary(experiment)
         file_writer.add_summary(start)

@@ -24,8 +24,13 @@ def compact(value: float) -> str:
 
 
 def memory(num_bytes: float) -> str:
-    """812MiB, 1.2GiB."""
-    return f"{num_bytes / 2**30:.1f}GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f}MiB"
+    """700B, 96KiB, 812MiB, 1.2GiB: never zero of a unit that is too large."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.1f}GiB"
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.0f}{unit}"
+    return f"{num_bytes:.0f}B"
 
 
 def duration(seconds: float | None) -> str:
