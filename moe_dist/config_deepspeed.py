@@ -1,13 +1,14 @@
 """What `parallel.engine: deepspeed` takes, and its keys in DeepSpeed's own spelling.
 
-A person's own DeepSpeed file may tune buckets and logging (`FREE`) and may repeat what our keys say; anything else
-is refused by key, so that no key is ever ignored. Called by `config_checks`; imports no torch.
+A person's own DeepSpeed file may tune buckets and logging (`FREE`), may repeat what our keys say, and may hold what
+changes nothing (of ZeRO 3, of loss scaling, of sections that are switched off). The rest is refused at once,
+by key. Called by `config_checks`; imports no torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ FREE = {
 NOT_OFFERED = {
     "train_batch_size": "it follows from train.per_device_train_batch_size and gradient_accumulation_steps",
     "scheduler": "optimizer.lr_scheduler_type and its keys decide",
+    "compression_training": "it is not offered",
     "zero_optimization.offload_param": "DeepSpeed offloads parameters with ZeRO 3 only, which is not offered",
     "zero_optimization.offload_optimizer.nvme_path": "DeepSpeed uses NVMe with ZeRO 3 only, which is not offered",
     "checkpoint": "the checkpoint section decides",
@@ -48,6 +50,92 @@ NOT_OFFERED = {
 }
 """Reasons, where a person would look for the key; every other unknown key is refused without one."""
 
+_WITHOUT_EFFECT = {
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "optimizer.params.torch_adam",
+    "scheduler.params.warmup_type",
+    *(
+        f"zero_optimization.{key}"
+        for key in (
+            "gather_16bit_weights_on_model_save",
+            "load_from_fp32_weights",
+            "max_live_parameters",
+            "max_reuse_distance",
+            "memory_efficient_linear",
+            "model_persistence_threshold",
+            "param_persistence_threshold",
+            "prefetch_bucket_size",
+            "sub_group_size",
+        )
+    ),
+    *(f"zero_optimization.{section}.pin_memory" for section in ("offload_param",)),
+    *(
+        f"zero_optimization.{section}.{key}"
+        for section in ("offload_param", "offload_optimizer")
+        for key in (
+            "buffer_count",
+            "buffer_size",
+            "fast_init",
+            "max_in_cpu",
+            "pipeline_read",
+            "pipeline_write",
+            "ratio",
+        )
+    ),
+    *(
+        f"fp16.{key}"
+        for key in (
+            "auto_cast",
+            "consecutive_hysteresis",
+            "hysteresis",
+            "initial_scale_power",
+            "loss_scale",
+            "loss_scale_window",
+            "min_loss_scale",
+        )
+    ),
+}
+"""Keys that change nothing here, at any value: of ZeRO 3, of loss scaling, or decided in the one way there is."""
+_STAGE_3 = "zero_optimization.stage3_"
+
+_AS_IT_IS: dict[str, Any] = {
+    "amp.enabled": False,
+    "data_types.grad_accum_dtype": "fp32",
+    "dataloader_drop_last": False,
+    "disable_allgather": False,
+    "optimizer.params.adam_w_mode": True,
+    "optimizer.params.amsgrad": False,
+    "optimizer.params.bias_correction": True,
+    "sparse_gradients": False,
+    "zero_optimization.allgather_partitions": True,
+    "zero_optimization.cpu_offload": False,
+    "zero_optimization.cpu_offload_params": False,
+    "zero_optimization.cpu_offload_use_pin_memory": False,
+    "zero_optimization.elastic_checkpoint": False,
+    "zero_optimization.ignore_unused_parameters": True,
+    "zero_optimization.legacy_stage1": False,
+    "zero_optimization.mics_shard_size": -1,
+    "zero_optimization.offload_param.device": "none",
+    "zero_optimization.round_robin_gradients": False,
+    "zero_optimization.use_all_reduce_for_fetch_params": False,
+    "zero_optimization.zero_hpz_partition_size": 1,
+    "zero_optimization.zero_quantized_gradients": False,
+    "zero_optimization.zero_quantized_weights": False,
+    **{
+        f"activation_checkpointing.{key}": False
+        for key in (
+            "contiguous_memory_optimization",
+            "cpu_checkpointing",
+            "partition_activations",
+            "profile",
+            "synchronize_checkpoint_boundary",
+        )
+    },
+}
+"""Keys that may say what is so anyway."""
+
+_SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _OPTIMIZERS = {"adamw_torch_fused": ("AdamW", "Adam"), "adamw_torch": ("AdamW", "Adam"), "sgd": ("SGD",)}
 
 
@@ -100,8 +188,7 @@ def check_deepspeed(config: Config) -> None:
             f"parallel.zero_stage=2: reduces gradients as they come, and those of model.expert={config.model.expert} "
             "may come in another order on every rank; allowed with parallel.engine=deepspeed: 1"
         )
-    for key, value in _leaves(parallel.deepspeed_config):
-        _check_key(key, value, config)
+    _check_file(parallel.deepspeed_config, config)
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
@@ -168,26 +255,67 @@ def _optimizer_keys(config: Config) -> dict[str, tuple[Any, str]]:
     return {f"optimizer.params.{key}": value for key, value in keys.items()}
 
 
-def _check_key(key: str, value: Any, config: Config) -> None:
-    where = f"parallel.deepspeed_config: {key}={json.dumps(value)}"
-    decided = _decided(config) | _optimizer_keys(config)
-    if key in FREE or (value == "auto" and (key in decided or key in ("train_batch_size", "optimizer.type"))):
-        return
-    if key == "optimizer.type":
-        names = _OPTIMIZERS[config.optimizer.optim]
-        if value not in names:
-            raise ValueError(f"{where}: optimizer.optim={config.optimizer.optim} decides; allowed: {names[0]}")
-        return
-    if key in decided:
-        wanted, reason = decided[key]
-        if isinstance(value, bool) != isinstance(wanted, bool) or value != wanted:
-            raise ValueError(f"{where}: {reason}; allowed: {json.dumps(wanted)}")
-        return
-    for prefix, reason in NOT_OFFERED.items():
-        if key == prefix or key.startswith(f"{prefix}."):
-            raise ValueError(f"{where}: {reason}; leave it out")
-    allowed = ", ".join(sorted(FREE))
-    raise ValueError(f"{where}: not taken over; allowed beside what our keys decide: {allowed}")
+def _scheduler_keys(config: Config) -> dict[str, tuple[Any, str]]:
+    """The part of DeepSpeed's `scheduler` that may be repeated; the learning rate is set by ours."""
+    optimizer = config.optimizer
+    keys = {
+        "warmup_max_lr": (optimizer.learning_rate, "optimizer.learning_rate decides"),
+        "warmup_min_lr": (0, "warm-up begins at 0"),
+        "warmup_num_steps": (optimizer.warmup_steps, "optimizer.warmup_steps decides"),
+        "total_num_steps": (config.train.max_steps, "train.max_steps decides"),
+    }
+    return {f"scheduler.params.{key}": value for key, value in keys.items()}
+
+
+def _check_file(content: Any, config: Config) -> None:
+    """Raises ValueError with everything in a DeepSpeed file that says otherwise than our keys, or asks for more."""
+    decided = _decided(config) | _optimizer_keys(config) | _scheduler_keys(config)
+    unknown, wrong = [], []
+    switched_off = tuple(
+        f"{name}."
+        for name, section in (content or {}).items()
+        if isinstance(section, Mapping) and section.get("enabled") in (False, "auto") and name not in ("fp16", "bf16")
+    )
+    for key, value in _leaves(content):
+        if value is None or key.startswith((*switched_off, _STAGE_3)) or key in FREE or key in _WITHOUT_EFFECT:
+            continue
+        where = f"{key}={json.dumps(value)}"
+        known = key in decided or key in _AS_IT_IS or key in ("train_batch_size", "optimizer.type", "scheduler.type")
+        if value == "auto" and known:
+            continue
+        if key == "optimizer.type":
+            names: tuple[str, ...] = _OPTIMIZERS[config.optimizer.optim]
+            if value not in names:
+                wrong.append(f"{where}: optimizer.optim={config.optimizer.optim} decides; allowed: {names[0]}")
+        elif key == "scheduler.type":
+            shape = config.optimizer.lr_scheduler_type
+            if _SCHEDULERS.get(value) != shape:
+                names = tuple(name for name, ours in _SCHEDULERS.items() if ours == shape)
+                wrong.append(
+                    f"{where}: optimizer.lr_scheduler_type={shape} decides; "
+                    + (f"allowed: {names[0]}" if names else "leave scheduler out")
+                )
+        elif key in decided or key in _AS_IT_IS:
+            wanted, reason = decided.get(key, (_AS_IT_IS.get(key), _reason(key) or "nothing else is offered"))
+            if isinstance(value, bool) != isinstance(wanted, bool) or value != wanted:
+                wrong.append(f"{where}: {reason}; allowed: {json.dumps(wanted)}")
+        elif reason := _reason(key):
+            wrong.append(f"{where}: {reason}; leave it out")
+        else:
+            unknown.append(where)
+    if unknown:
+        wrong.append(f"{', '.join(unknown)}: not taken over; allowed beside what our keys decide: {_sections(FREE)}")
+    if wrong:
+        raise ValueError(f"parallel.deepspeed_config: {'; '.join(wrong)}")
+
+
+def _reason(key: str) -> str:
+    return next((why for prefix, why in NOT_OFFERED.items() if key == prefix or key.startswith(f"{prefix}.")), "")
+
+
+def _sections(keys: Iterable[str]) -> str:
+    """Keys by their sections: `comms_logger.*, steps_per_print`."""
+    return ", ".join(sorted({f"{key.split('.')[0]}.*" if key.startswith("comms_logger") else key for key in keys}))
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
