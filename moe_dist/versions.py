@@ -35,8 +35,17 @@ def too_old_to_split_backward() -> str | None:
     Before 2.13 weight gradients are asked of nodes of the graph that are already freed ("Attribute '_input_metadata'
     is invalid"), and 2.11 does not even start them over gloo ("Pair is not connected").
     """
-    version = installed("torch")
-    return version if version and tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 13) else None
+    return installed("torch") if _torch_before(2, 13) else None
+
+
+def compiles_float64() -> bool:
+    """Whether compiled attention runs in float64: 2.11 and 2.12 end with "expected scalar type Double but found Float"."""
+    return not _torch_before(2, 13)
+
+
+def _torch_before(*version: int) -> bool:
+    found = installed("torch")
+    return found is not None and tuple(map(int, re.findall(r"\d+", found)[: len(version)])) < version
 
 
 def tensors_inside(cls: type[T]) -> type[T]:

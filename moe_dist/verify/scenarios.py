@@ -25,6 +25,7 @@ from moe_dist.verify.features import (
     words_in_order,
 )
 from moe_dist.verify.layouts import Case, reason, shrunken
+from moe_dist.versions import compiles_float64
 
 Precision = Literal["float64", "float32", "bfloat16"]
 COMPARED = ("initial", "losses", "gradients", "norms", "weights", "biases", "loads", "evaluation")
@@ -77,9 +78,11 @@ class Scenario:
     @property
     def precision(self) -> Precision:
         """What it is computed in. float64 shows mistakes of any size; DeepSpeed knows none."""
-        if self.layout.dtype == "bf16" or (self.features or frozenset()) & LOW_PRECISION:
+        features = self.features or frozenset()
+        if self.layout.dtype == "bf16" or features & LOW_PRECISION:
             return "bfloat16"
-        return "float32" if self.layout.dtype == "float32" or self.layout.engine == "deepspeed" else "float64"
+        single = self.layout.dtype == "float32" or self.layout.engine == "deepspeed"
+        return "float32" if single or ("compiled" in features and not compiles_float64()) else "float64"
 
     def check(self, small: Smallness) -> None:
         """Raises ConfigError when it cannot be."""
@@ -126,8 +129,9 @@ class Smallness:
             Layout.of(config, self.world_size)
             tree["parallel"] = ParallelConfig().model_dump()
             tree["train"] |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": "none"}
-            # Compiled code rounds otherwise: in bfloat16 it is held against itself.
-            tree["train"]["torch_compile"] &= scenario.precision == "bfloat16"
+            # Compiled code rounds otherwise, and draws other noise: it is held against itself where that matters.
+            same = scenario.precision == "bfloat16" or config.model.attention_dropout > 0
+            tree["train"]["torch_compile"] &= same
             return Training(config, Config.model_validate(tree), self._batches(scenario))
         except (ValidationError, ConfigError) as error:
             raise ConfigError(f"--layouts {scenario.name}: {reason(error)}") from None
