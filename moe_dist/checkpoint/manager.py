@@ -76,7 +76,7 @@ class Checkpoints:
         self.storage, self.mesh, self.config = storage, mesh, config
         self.run, self.generation, self.lock, self.zero_stage = run, generation, lock, zero_stage
         self.load_optimizer = load_optimizer
-        self.keys = Keys(config.encryption_keys)
+        self.keys = Keys(config.encryption_keys, config.signing_key)
         self._rejected: set[int] = set()
         """Steps that did not verify when this start looked for one to go on from."""
         self._plan: SavePlan | None = None
@@ -325,6 +325,7 @@ class Checkpoints:
         def look() -> list[str]:
             try:
                 manifest = found.storage.manifest(found.step)
+                self.keys.check_signature(manifest, str(found))
             except (CheckpointError, OSError) as error:
                 return [str(error)]
             self.keys.opening(manifest, str(found))

@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_dist.checkpoint.changes import changes, global_batch
 from moe_dist.checkpoint.manager import Checkpoints, Loaded, Outcome, check_room
-from moe_dist.checkpoint.manifest import CheckpointError
+from moe_dist.checkpoint.manifest import STATE_FILE, CheckpointError
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.state import LogicalState
 from moe_dist.checkpoint.storage import open_storage, same_place
@@ -117,18 +117,26 @@ class Persistence:
 
     def _go_on_from(self, found: Found, counters: Counters, message: Callable[[str], None]) -> None:
         loaded = self.checkpoints.read_state(found)
-        self._compare(loaded, message)
-        self._go_on_with_data(loaded, message)
+        try:
+            self._go_on_with(loaded, counters, message)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:  # of the right form, and nonsense
+            text = f"{loaded.found}/{STATE_FILE}: this run cannot go on from it: {type(error).__name__}: {error}"
+            raise CheckpointError(text) from error
         self._read(loaded, self.place.load_optimizer)
         if not self.place.load_optimizer:
             message("the optimizer's moments start afresh (checkpoint.load_optimizer=false)")
-        state = loaded.trainer_state
-        for name, value in state["counters"].items():
-            setattr(counters, name, value)
-        self._go_on_to_the_end(loaded, counters.step, message)
-        self.acting.load_state_dict(state.get("acting"))
         self.saved_step = counters.step
         message(f"resumed from {found} at step {counters.step}")
+
+    def _go_on_with(self, loaded: Loaded, counters: Counters, message: Callable[[str], None]) -> None:
+        """All but the tensors."""
+        self._compare(loaded, message)
+        self._go_on_with_data(loaded, message)
+        state = loaded.trainer_state
+        for name in vars(counters).keys() & state["counters"].keys():
+            setattr(counters, name, state["counters"][name])
+        self._go_on_to_the_end(loaded, counters.step, message)
+        self.acting.load_state_dict(state.get("acting"))
 
     def _begin(self, found: Found | None) -> None:
         """Set aside what is not of this run's past, and note that the job has begun."""
