@@ -9,7 +9,8 @@ What differs from torchrun:
 - Ranks that saved because they were asked to, or whose configuration cannot be used, are not started again, and
   `--max-restarts` counts starts that got no further than a checkpoint, not all.
 - It ends when its ranks have failed and the place where the machines meet does not answer; torchrun waits for TCP.
-Everything else, rendezvous, restarts, agents that come and go, is torchrun's. Imports torch in `main` only.
+- Machines meet at a port that only this job's agents can use (`launcher.rendezvous`).
+Everything else, rules of rendezvous, restarts, agents that come and go, is torchrun's. Imports torch in `main` only.
 """
 
 from __future__ import annotations
@@ -61,15 +62,19 @@ def _main(arguments: list[str], asked: Asked) -> int:
     )
     from torch.distributed.run import parse_args, run
 
+    from launcher.rendezvous import put_in_place
+
     if os.environ.get("MOE_DIST_DEBUG") != "1":  # our line says the same, and where
         for name in ("multiprocessing.api", "agent.server.api", "rendezvous.dynamic_rendezvous"):
             logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     # Not to be without any; this one stays torchrun's.
     options = parse_args(["--signals-to-handle=SIGQUIT", *arguments])
     asked.patience = options.shutdown_timeout
+    place = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
     few, _, many = str(options.nnodes).partition(":")
     _set_to_watch(Watch(_config(options), asked, elastic=bool(many) and few != many))
     try:
+        put_in_place(options)
         run(options)
     except ChildFailedError as error:
         code = one_code(failure.exitcode for failure in error.failures.values())
@@ -83,9 +88,11 @@ def _main(arguments: list[str], asked: Asked) -> int:
         return EXIT_FAILED
     except RendezvousError as error:
         text = " ".join(f"{error} {error.__cause__ or ''}".split()) or type(error).__name__
-        place = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
         say(f"error: --rdzv-endpoint {place}: the machines cannot meet there: {text}")
         return EXIT_FAILED
+    except ConfigError as error:
+        say(f"error: {error}")
+        return EXIT_CONFIG
     except Exception as error:
         if os.environ.get("MOE_DIST_DEBUG") == "1":
             raise

@@ -30,6 +30,10 @@ _STRANGERS = 256
 _SIZE = 32  # bytes of a challenge, and of an HMAC-SHA256
 
 
+class RefusedError(OSError):
+    """The other end does not take this one for one of its own, or is none itself."""
+
+
 class Lobby:
     """Connections to a listening socket that have not proved themselves. Never blocks; for somebody's poll loop.
 
@@ -142,7 +146,7 @@ def connect(address: str, port: int, secret: str, purpose: str, patience: float 
         both = challenge + mine
         connection.sendall(mine + _proof(secret, f"{purpose} client", both))
         if not hmac.compare_digest(_receive(connection), _proof(secret, f"{purpose} server", both)):
-            raise OSError("somebody else answers there")
+            raise RefusedError("somebody else answers there")
     except BaseException:
         connection.close()
         raise
@@ -155,7 +159,7 @@ def _receive(connection: socket.socket) -> bytes:
     while len(found) < _SIZE:
         data = connection.recv(_SIZE - len(found))
         if not data:
-            raise OSError("it closed the connection: another run, or another secret")
+            raise RefusedError("it closed the connection: another run, or another secret")
         found += data
     return found
 
@@ -180,12 +184,18 @@ def bind_address() -> str:
         with suppress(OSError):
             found += [str(place[0]) for *_, place in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)]
     for address in found:
-        if not ipaddress.ip_address(address.partition("%")[0]).is_loopback and _is_ours(address):
+        if not ipaddress.ip_address(address.partition("%")[0]).is_loopback and is_ours(address):
             return address
     return "127.0.0.1"
 
 
-def _is_ours(address: str) -> bool:
+def is_one(address: str) -> bool:
+    """Whether it is one address, and not all of them."""
+    return address not in ("0.0.0.0", "::")
+
+
+def is_ours(address: str) -> bool:
+    """Whether this machine can listen on `address`."""
     with suppress(OSError):
         listen(address).close()
         return True

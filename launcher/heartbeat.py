@@ -175,7 +175,7 @@ class Hub(Peers):
         self._lobby = handshake.Lobby(handshake.listen(address), secret, _PURPOSE)
         self._nameless: list[Line] = []
         """Connections of ours that have not said their rank yet."""
-        where = addresses() if address in ("0.0.0.0", "::") else [address]
+        where = [address] if handshake.is_one(address) else addresses()
         self.offer = Offer(where, self._lobby.listener.getsockname()[1], secret)
 
     def _others(self) -> list[int]:

@@ -13,6 +13,9 @@ import socket
 from collections.abc import Mapping
 
 from launcher.environment import STORE, TOKEN
+from launcher.gate import LOOPBACK, served_at
+from launcher.handshake import bind_address, is_one, listen
+from launcher.secret import SECRET
 from moe_dist.config_loading import ConfigError
 
 MPI = "MOE_DIST_MPI"
@@ -75,10 +78,13 @@ def join_mpi() -> None:
             "one than mpirun's; use the mpirun that belongs to it"
         )
     here = world.Split_type(mpi.COMM_TYPE_SHARED)
-    listener = socket.create_server(("", 0), backlog=1024) if world.Get_rank() == 0 else None
-    offer = None
-    if listener is not None:
-        offer = (_address(world.Get_size() == here.Get_size()), listener.getsockname()[1], secrets.token_hex(8))
+    listener = offer = None
+    if world.Get_rank() == 0:
+        alone = world.Get_size() == here.Get_size()
+        address = LOOPBACK if alone else served_at(os.environ["MASTER_ADDR"]) if "MASTER_ADDR" in os.environ else ""
+        listener = listen(address or bind_address())
+        address, port = listener.getsockname()[:2]
+        offer = (address if is_one(address) else socket.gethostname(), port, secrets.token_hex(16))
     address, port, token = world.bcast(offer)
     if listener is not None:
         os.environ[STORE] = str(listener.detach())
@@ -93,18 +99,7 @@ def join_mpi() -> None:
             "MASTER_ADDR": os.environ.get("MASTER_ADDR", address),
             "MASTER_PORT": str(port),
             TOKEN: token,
+            SECRET: token,
         }
     )
     mpi.Finalize()  # a rank that dies later is mpirun's business, and one that ends must not wait for the others
-
-
-def _address(one_machine: bool) -> str:
-    """Where the others reach this machine."""
-    if one_machine:
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: asks only which interface leads out
-            return probe.getsockname()[0]
-        except OSError:
-            return socket.gethostname()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,7 +12,11 @@ import torch
 import torch.distributed as dist
 
 from launcher.environment import STORE, TOKEN, Environment, usable_cores
+from launcher.gate import LOOPBACK, Gate, Tunnel, served_at
+from launcher.handshake import listen
+from launcher.secret import job_secret
 from moe_dist.config import Config
+from moe_dist.config_loading import ConfigError
 from moe_dist.models.memory import keep_freed_memory
 from moe_dist.parallel.device import choose_backend, choose_device
 from moe_dist.parallel.layout import Layout
@@ -56,22 +61,54 @@ def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
 
 
 def _store(environment: Environment, timeout: timedelta) -> dist.Store | None:
-    """Where ranks of our own launchers and of srun meet: rank 0 serves, on the socket it was given if it was given one.
-    None under torchrun.
+    """Where ranks meet: a store of rank 0, or of the first agent, on loopback.
+
+    Those of other machines come to it through a gate, with the job's secret. None where torchrun's own agent has
+    started them, which has a store of its own.
 
     A token keeps ranks of another run, which meet at the same port by mistake, from being taken for ours.
     """
-    if STORE not in os.environ and TOKEN not in os.environ:
+    token = os.environ.get(TOKEN)
+    if token is None and "TORCHELASTIC_RUN_ID" in os.environ:
         return None
-    listener = int(os.environ[STORE]) if os.environ.get(STORE) else None
+    name = token or "moe-dist"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listener = socket.socket(fileno=int(os.environ[STORE])) if os.environ.get(STORE) else None
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if environment.local_world_size == environment.world_size and not by_agent:
+        if environment.rank == 0 and listener is None:
+            listener = _listen(LOOPBACK, port)
+        store = loopback_store(port, listener, timeout)
+    elif environment.rank == 0 and not by_agent:
+        inner = listen(LOOPBACK)
+        store = loopback_store(inner.getsockname()[1], inner, timeout)
+        Gate(listener or _listen(served_at(host), port), job_secret(), f"store {name}", store.port)
+    else:
+        tunnel = Tunnel(host, port, job_secret(), f"store {name}", timeout.total_seconds())
+        store = loopback_store(tunnel.port, None, timeout)
+    if by_agent:  # it stays when ranks are started again
+        name += f"/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    return dist.PrefixStore(name, store)
+
+
+def loopback_store(port: int, listener: socket.socket | None, timeout: timedelta) -> dist.TCPStore:
+    """A store that only this machine reaches: served on `listener`, or by somebody else at `port`."""
+    number = None
     if listener is not None:
-        os.set_inheritable(listener, False)
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        environment.world_size,
-        is_master=environment.rank == 0,
+        number = listener.detach()
+        os.set_inheritable(number, False)
+    return dist.TCPStore(
+        LOOPBACK,
+        port,
+        is_master=number is not None,
         timeout=timeout,
-        master_listen_fd=listener,
+        wait_for_workers=False,
+        master_listen_fd=number,
     )
-    return dist.PrefixStore(os.environ.get(TOKEN, "moe-dist"), store)
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    try:
+        return listen(address, port)
+    except OSError as error:
+        raise ConfigError(f"MASTER_PORT={port}: {address} cannot listen there: {error.strerror}") from error

@@ -21,8 +21,10 @@ from typing import Any
 
 from launcher.board import Board
 from launcher.environment import STORE, TOKEN
+from launcher.handshake import BIND, listen
 from launcher.memory import why_killed
 from launcher.processes import GRACE, LOOPBACK, POLL
+from launcher.secret import SECRET
 from launcher.worker import CONFIG, EXIT_AGAIN, EXIT_CONFIG, EXIT_STOPPED, LAUNCHER
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
@@ -185,8 +187,7 @@ def run(job: dict[str, Any]) -> None:
     worker, workers = context.get_world_rank(), context.get_world_size()
     world_size = max(number for number in job["worlds"] if number <= workers)
     config, sentence = replan(Config.model_validate_json(job["config"]), world_size, job["batch"])
-    listener = socket.create_server(("", 0), backlog=1024) if worker == 0 else None
-    met = _meet(context, world_size, listener)
+    met, listener = _meet(context, world_size)
     if worker == 0:
         waiting = (
             f"{workers - world_size} of {workers} workers wait: no layout fits more" if world_size < workers else None
@@ -209,6 +210,7 @@ def run(job: dict[str, Any]) -> None:
         "MASTER_ADDR": job["environment"].get("MASTER_ADDR", met["address"]),
         "MASTER_PORT": str(met["port"]),
         TOKEN: met["token"],
+        SECRET: met["token"],
     }
     rank = Rank(worker, config, variables, listener, job)
     if listener is not None:
@@ -219,21 +221,19 @@ def run(job: dict[str, Any]) -> None:
         rank.close()
 
 
-def _meet(context: Any, world_size: int, listener: Any) -> dict[str, Any]:
-    """Where rank 0 serves (collective)."""
+def _meet(context: Any, world_size: int) -> tuple[dict[str, Any], socket.socket | None]:
+    """Where rank 0 serves, and there its open port (collective)."""
     import ray
     from ray.train.collective import broadcast_from_rank_zero
 
-    offer = None
-    if listener is not None:
+    offer = listener = None
+    if context.get_world_rank() == 0:
         one_machine = context.get_local_world_size() >= world_size
-        offer = {
-            "address": LOOPBACK if one_machine else ray.util.get_node_ip_address(),
-            "port": listener.getsockname()[1],
-            "token": secrets.token_hex(8),
-        }
+        address = LOOPBACK if one_machine else ray.util.get_node_ip_address()
+        listener = listen(address if one_machine else os.environ.get(BIND) or address)
+        offer = {"address": address, "port": listener.getsockname()[1], "token": secrets.token_hex(16)}
     met: dict[str, Any] = broadcast_from_rank_zero(offer)
-    return met
+    return met, listener
 
 
 def _defaults(config: Config, one_machine: bool) -> dict[str, str]:

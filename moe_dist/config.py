@@ -415,6 +415,8 @@ class CheckpointConfig(Section):
     """A save that fails: warn and try again at the next one, or stop. The last one must succeed either way."""
     encryption_key: PathText | list[PathText] | None = None
     """Seal checkpoints (AES-256-GCM) with 32 bytes from a file or `env:NAME`; of a list the first seals, all open."""
+    signing_key: PathText | None = None
+    """Sign manifests (Ed25519) with 32 bytes from a file or `env:NAME`; go on from checkpoints alone that it signed."""
     resume: PathText = "auto"
     """`auto`: the newest checkpoint that verifies, if any; `never`: start afresh; a step, or a checkpoint's path."""
     load_optimizer: bool = True

@@ -39,7 +39,7 @@ def too_old_to_split_backward() -> str | None:
 
 
 def compiles_float64() -> bool:
-    """Whether compiled attention runs in float64: 2.11 and 2.12 end with "expected scalar type Double but found Float"."""
+    """Whether compiled attention runs in float64: before 2.13 "expected scalar type Double but found Float"."""
     return not _torch_before(2, 13)
 
 

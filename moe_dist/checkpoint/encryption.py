@@ -1,4 +1,5 @@
-"""AES-256-GCM over the files of a checkpoint. Imports no torch, and `cryptography` only where there is a key.
+"""AES-256-GCM over the files of a checkpoint, Ed25519 over its manifest. Imports no torch, and `cryptography` only
+where there is a key.
 
 Each file has a key of its own, wrapped by the run's key; it is sealed in chunks, and each seal also covers the run,
 the step, the file's name, the chunk's number and whether it is the last: nothing can be swapped, reordered or cut.
@@ -16,8 +17,12 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moe_dist.checkpoint.manifest import CheckpointError, Manifest, Sealed
+from moe_dist.checkpoint.manifest import CheckpointError, Manifest, Sealed, Signature, signed_text
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 CHUNK = 2**20
 """Plain bytes under one seal."""
@@ -41,9 +46,9 @@ class Key:
         return f"Key({self.id} from {self.source})"
 
 
-def read_key(source: str) -> Key:
+def read_key(source: str, option: str = "encryption_key") -> Key:
     """`env:NAME` or a file: 32 bytes as they are, in hexadecimal or in base64. Raises CheckpointError."""
-    where = f"checkpoint.encryption_key={source}"
+    where = f"checkpoint.{option}={source}"
     try:
         raw = os.environ[source[4:]].encode() if source.startswith("env:") else Path(source).read_bytes()
     except KeyError:
@@ -67,10 +72,40 @@ def read_key(source: str) -> Key:
 
 
 class Keys:
-    """The keys of a run: the first one seals, any of them opens (so a key can be rotated)."""
+    """The keys of a run: the first one seals, any of them opens (so a key can be rotated), and one signs."""
 
-    def __init__(self, sources: Sequence[str] = ()) -> None:
+    def __init__(self, sources: Sequence[str] = (), signing: str | None = None) -> None:
         self.keys = [read_key(source) for source in sources]
+        self._signing = None if signing is None else read_key(signing, "signing_key")
+
+    def signed(self, manifest: Manifest) -> Manifest:
+        """The manifest with a signature, or as it is without a key. The files are covered by the hashes in it."""
+        if self._signing is None:
+            return manifest
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+        private = Ed25519PrivateKey.from_private_bytes(self._signing.secret)
+        text = private.sign(signed_text(manifest)).hex()
+        return manifest.model_copy(update={"signature": Signature(key_id=_public_id(private), ed25519=text)})
+
+    def check_signature(self, manifest: Manifest, where: str) -> None:
+        """Raises CheckpointError, with a key, for a manifest that it has not signed."""
+        if self._signing is None:
+            return
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+        private = Ed25519PrivateKey.from_private_bytes(self._signing.secret)
+        ours, way_out = _public_id(private), "checkpoint.signing_key accepts only what it has signed itself"
+        if manifest.signature is None:
+            raise CheckpointError(f"{where}: its manifest is not signed; {way_out}")
+        if manifest.signature.key_id != ours:
+            theirs = manifest.signature.key_id
+            raise CheckpointError(f"{where}: signed with another key, {theirs}, and not with {ours}; {way_out}")
+        try:
+            private.public_key().verify(bytes.fromhex(manifest.signature.ed25519), signed_text(manifest))
+        except InvalidSignature:
+            raise CheckpointError(f"{where}: its manifest was changed after it was signed with {ours}") from None
 
     @property
     def sealed(self) -> Sealed | None:
@@ -93,6 +128,11 @@ class Keys:
             f"{where}: encrypted with key {manifest.encryption.key_id}; the keys at hand: {have}. "
             "Name it in checkpoint.encryption_key (a file, or env:NAME)"
         )
+
+
+def _public_id(private: Ed25519PrivateKey) -> str:
+    public = private.public_key().public_bytes_raw()
+    return hashlib.sha256(b"moe-dist signing key id\0" + public).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Checkpoints:
         self.owner = Ownership(storage, run, generation, lock, earlier)
         self.zero_stage = zero_stage
         self.load_optimizer = load_optimizer
-        self.keys = Keys(config.encryption_keys)
+        self.keys = Keys(config.encryption_keys, config.signing_key)
         self._plan: SavePlan | None = None
         self._shards: list[Shard] | None = None
         self._writer: Writer | None = None
@@ -261,6 +261,7 @@ class Checkpoints:
         def look() -> list[str]:
             try:
                 manifest = found.storage.manifest(found.step)
+                self.keys.check_signature(manifest, str(found))
             except (CheckpointError, OSError) as error:
                 return [str(error)]
             self.keys.opening(manifest, str(found))

@@ -75,6 +75,13 @@ class Sealed(Strict):
     key_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
+class Signature(Strict):
+    """Who has written the manifest. `key_id`: of the public key."""
+
+    key_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    ed25519: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+
 class Manifest(Strict):
     """One committed step. Validated: exact cover of every tensor, plain file names, nothing named twice."""
 
@@ -94,6 +101,7 @@ class Manifest(Strict):
     metrics: dict[str, float]
     """Such as eval_loss, when known at this step."""
     encryption: Sealed | None = None
+    signature: Signature | None = None
     files: Annotated[dict[str, FileEntry], Field(min_length=1)]
     tensors: dict[str, TensorEntry]
 
@@ -186,6 +194,12 @@ def to_text(manifest: Manifest) -> bytes:
     """The canonical text, with its checksum."""
     body = manifest.model_dump(mode="json")
     return _canonical(body | {"checksum": hashlib.sha256(_canonical(body)).hexdigest()})
+
+
+def signed_text(manifest: Manifest) -> bytes:
+    """What a signature is of: everything but the signature. Keys without a value are left out: another version may not
+    have them."""
+    return _canonical(manifest.model_dump(mode="json", exclude={"signature"}, exclude_none=True))
 
 
 def from_text(text: bytes, where: str) -> Manifest:

@@ -14,6 +14,7 @@ from moe_dist.checkpoint.hashing import hash_file
 from moe_dist.checkpoint.manifest import STATE_FILE, CheckpointError, Manifest
 from moe_dist.checkpoint.shapes import moment_problems
 from moe_dist.checkpoint.storage import Storage, open_storage, step_folder
+from moe_dist.checkpoint.trainer_state import check_trainer_state
 
 
 class Found(NamedTuple):
@@ -116,14 +117,16 @@ def choose(
 
 
 def read_trainer_state(found: Found, manifest: Manifest, keys: Keys) -> dict[str, Any]:
-    """Counters and configuration. Raises CheckpointError."""
+    """Counters and configuration, of the right form. Raises CheckpointError."""
     path = f"{found.folder}/{STATE_FILE}"
     seal = keys.opening(manifest, str(found))
     content = found.storage.read(path, manifest.files[STATE_FILE].bytes)
+    where = f"{found.storage.where}/{path}"
     try:
-        return json.loads(content if seal is None else seal.open(STATE_FILE, content))
+        state = json.loads(content if seal is None else seal.open(STATE_FILE, content))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{found.storage.where}/{path}: {error}") from error
+        raise CheckpointError(f"{where}: {error}") from error
+    return check_trainer_state(state, manifest, where)
 
 
 def as_path(found: Found) -> Path | None:

@@ -157,7 +157,8 @@ def _plan(rows: list[Row]) -> DistributedSavePlan:
 def read_into(state: LogicalState, manifest: Manifest, reader: ShardReader) -> None:
     """Fill this rank's tensors in place, whatever layout wrote them; no communication.
 
-    Raises CheckpointError naming the tensor that is missing or of another shape, before anything is changed.
+    Raises CheckpointError naming the tensor that is missing or of another shape, before anything is changed, or that
+    holds a NaN or an infinity.
     """
     sources = _sources(state, manifest)
     entries = {name: manifest.tensors[source] for name, source in sources.items()}
@@ -176,7 +177,12 @@ def read_into(state: LogicalState, manifest: Manifest, reader: ShardReader) -> N
                 slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True)
             ]
         target = planner.resolve_tensor(item).detach()
-        target.copy_(reader.read(sources[name], entries[name], box, part))
+        found = reader.read(sources[name], entries[name], box, part)
+        if found.is_floating_point() and found.numel() and not torch.isfinite(torch.stack(torch.aminmax(found))).all():
+            raise CheckpointError(
+                f"checkpoint of step {manifest.step}: {sources[name]} holds a value that is not finite ({box.file})"
+            )
+        target.copy_(found)
         planner.commit_tensor(item, target)
     reader.close()
     state.finish_reading()

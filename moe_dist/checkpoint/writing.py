@@ -6,7 +6,6 @@ and rank 0 commits when all receipts are there. A hanging disk so never hangs a 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import threading
@@ -28,6 +27,7 @@ from moe_dist.checkpoint.manifest import (
 )
 from moe_dist.checkpoint.shards import Shard
 from moe_dist.checkpoint.storage import Buffer, Storage
+from moe_dist.checkpoint.trainer_state import config_sha256
 
 logger = logging.getLogger("moe_dist")
 GAVE_UP = "another rank could not write its part; its log says why"
@@ -184,8 +184,7 @@ class Commit:
         self.saving, self.shapes, self.metrics = saving, shapes, dict(metrics)
         self.still_ours, self.then = still_ours, then
         self.state_text = json.dumps(trainer_state, indent=1).encode()
-        config = json.dumps(trainer_state["config"], sort_keys=True).encode()
-        self.config_sha256 = hashlib.sha256(config).hexdigest()
+        self.config_sha256 = config_sha256(trainer_state["config"])
 
     def __call__(self, receipts: Sequence[Receipt]) -> str:
         saving = self.saving
@@ -217,7 +216,7 @@ class Commit:
         missing = [name for name, found in boxes.items() if not found]
         if missing:
             raise CheckpointError(f"no rank has written {missing[0]} ({len(missing)} tensors are missing)")
-        return Manifest(
+        manifest = Manifest(
             step=saving.step,
             run=saving.run,
             generation=saving.generation,
@@ -232,6 +231,7 @@ class Commit:
                 for name, (dtype, shape) in self.shapes.items()
             },
         )
+        return saving.keys.signed(manifest)
 
 
 def describe(error: BaseException, saving: Saving) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_dist.checkpoint.changes import GLOBAL_BATCH, changes, global_batch, micro_batch_change
 from moe_dist.checkpoint.manager import Checkpoints, Loaded, Outcome, check_room
-from moe_dist.checkpoint.manifest import CheckpointError
+from moe_dist.checkpoint.manifest import STATE_FILE, CheckpointError
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.run_folder import move_earlier_run
 from moe_dist.checkpoint.state import LogicalState
@@ -174,19 +174,27 @@ class Persistence:
 
     def _go_on_from(self, found: Found, counters: Counters, message: Callable[[str], None]) -> Loaded:
         loaded = self.checkpoints.read_state(found)
-        self._compare(loaded, message)
-        self._go_on_with_data(loaded, message)
+        try:
+            self._go_on_with(loaded, counters, message)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:  # of the right form, and nonsense
+            text = f"{loaded.found}/{STATE_FILE}: this run cannot go on from it: {type(error).__name__}: {error}"
+            raise CheckpointError(text) from error
         self._read(loaded, self.place.load_optimizer)
         if not self.place.load_optimizer:
             message("the optimizer's moments start afresh (checkpoint.load_optimizer=false)")
-        state = loaded.trainer_state
-        for name, value in state["counters"].items():
-            setattr(counters, name, value)
-        self._go_on_to_the_end(loaded, counters.step, message)
-        self.acting.load_state_dict(state.get("acting"))
         self.saved_step = counters.step
         message(f"resumed from {found} at step {counters.step}")
         return loaded
+
+    def _go_on_with(self, loaded: Loaded, counters: Counters, message: Callable[[str], None]) -> None:
+        """All but the tensors."""
+        self._compare(loaded, message)
+        self._go_on_with_data(loaded, message)
+        state = loaded.trainer_state
+        for name in vars(counters).keys() & state["counters"].keys():
+            setattr(counters, name, state["counters"][name])
+        self._go_on_to_the_end(loaded, counters.step, message)
+        self.acting.load_state_dict(state.get("acting"))
 
     def _read(self, loaded: Loaded, moments: bool = True) -> None:
         self.checkpoints.read_tensors(loaded, self._state() if moments else LogicalState(self.model, (), self.mesh))
