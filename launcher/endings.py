@@ -118,7 +118,8 @@ def verdict(
     cause = (killed or sound or silent or spoke)[0]
     who = f"the process (pid {cause.pid})" if alone else f"rank {cause.rank} (pid {cause.pid}{host and ' on ' + host})"
     others = "" if alone else "; the other ranks were stopped"
-    log = None if folder is None else str(log_path(folder, cause.rank))
+    path = None if folder is None else log_path(folder, cause.rank)
+    log = str(path) if path is not None and path.is_file() else None  # there is none before training has begun
     place = places.get(cause.rank)
     where = f" {place}" if place is not None and place.step else ""
     if cause.code in (EXIT_AGAIN, EXIT_CTRL_C):

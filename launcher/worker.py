@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 EXIT_CONFIG = 2
 """The configuration, the data or a checkpoint cannot be used as they are; nothing was changed."""
 EXIT_STOPPED = 3
-"""Training stopped itself: not finite, or diverged."""
+"""Training stopped itself: not finite, diverged, the last step not saved, or the run folder has gone."""
 EXIT_FAILED = 1
 """Anything unexpected."""
 EXIT_AGAIN = 75

@@ -46,11 +46,17 @@ class RunLock:
     begun: tuple[str, ...]
     """Names of the last job that has begun here: from then on its starts go on from what it has saved itself."""
     token: str
-    is_first: bool
-    """Whether no run has ever been locked in this folder before."""
     _descriptor: int
+    _before: bytes
+    """What stood in it."""
     _made: tuple[Path, ...]
     """Folders that did not exist, the innermost first."""
+    _has_begun: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no run has ever been locked in this folder before."""
+        return not self._before
 
     @staticmethod
     def acquire(folder: Path, at_least: int = 0) -> RunLock:
@@ -58,19 +64,19 @@ class RunLock:
         made = _make_folder(folder)
         path = folder / FILE
         try:
-            descriptor, is_first = _open_locked(path)
-            before = _read(path)
+            descriptor = _open_locked(path)
+            text, before = path.read_bytes(), _read(path)
             run = str(before.get("run") or secrets.token_hex(8))
             generation = max(int(before.get("generation", 0)), at_least) + 1
             begun = tuple(before.get("begun", []))
-            lock = RunLock(path, run, generation, begun, secrets.token_hex(8), is_first, descriptor, made)
+            lock = RunLock(path, run, generation, begun, secrets.token_hex(8), descriptor, text, made)
         except BaseException:
             _remove_empty(made)
             raise
         try:
             lock._write_content()
         except BaseException:
-            lock.abandon()
+            lock.leave()
             raise
         return lock
 
@@ -82,6 +88,7 @@ class RunLock:
         self.check()
         self.run, self.begun = run, tuple(sorted(names)[:_MOST_NAMES])
         self._write_content()
+        self._has_begun = True
 
     def _write_content(self) -> None:
         content = {
@@ -93,7 +100,9 @@ class RunLock:
             "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
             "begun": self.begun,
         }
-        text = json.dumps(content, indent=1).encode() + b"\n"
+        self._put(json.dumps(content, indent=1).encode() + b"\n")
+
+    def _put(self, text: bytes) -> None:
         os.pwrite(self._descriptor, text, 0)
         os.ftruncate(self._descriptor, len(text))
         os.fsync(self._descriptor)
@@ -141,12 +150,17 @@ class RunLock:
         """Let others in."""
         os.close(self._descriptor)
 
-    def abandon(self) -> None:
-        """As `release`, for a start that has not begun: what it has made is removed, and nothing else."""
-        if self.is_first:
-            self.path.unlink(missing_ok=True)
+    def leave(self) -> None:
+        """As `release`; of a start that has not begun nothing is left."""
+        ours = _read(self.path).get("token") in (self.token, None)  # None: not even written
+        if ours and not self._has_begun:
+            if self.is_first:
+                self.path.unlink(missing_ok=True)
+            else:
+                self._put(self._before)
         self.release()
-        _remove_empty(self._made)
+        if not self._has_begun:
+            _remove_empty(self._made)
 
 
 @contextmanager
@@ -199,8 +213,8 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def _open_locked(path: Path) -> tuple[int, bool]:
-    """(descriptor of the locked file, whether it has no content yet). Raises CheckpointError when another holds it."""
+def _open_locked(path: Path) -> int:
+    """The descriptor of the locked file. Raises CheckpointError when another process holds it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -212,7 +226,7 @@ def _open_locked(path: Path) -> tuple[int, bool]:
                 "another folder"
             ) from None
         if os.fstat(descriptor).st_nlink:
-            return descriptor, os.fstat(descriptor).st_size == 0
+            return descriptor
         os.close(descriptor)  # a start that has not begun removed it in this very moment
 
 

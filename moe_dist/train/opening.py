@@ -68,11 +68,6 @@ class RunPlace(NamedTuple):
     """Of the job, to be noted when it has begun."""
     lock: RunLock | None
 
-    def release(self, has_begun: bool) -> None:
-        """Let others in; of a start that has not begun nothing is left."""
-        if self.lock is not None:
-            (self.lock.release if has_begun else self.lock.abandon)()
-
 
 def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunPlace:
     """Keep others out of the run folder, and log from now on, in memory until `begin`; every rank calls it.
@@ -119,7 +114,7 @@ def _lock_run_folder(config: Config, earlier: set[str]) -> tuple[RunLock, str, b
                 f"{steps[-1]}), and nothing can be renamed there: give another checkpoint.folder, or remove them"
             )
     except BaseException:
-        lock.abandon()
+        lock.leave()
         raise
     return lock, resume, load_optimizer
 

@@ -87,13 +87,13 @@ class MoETrainer:
             self.mesh = own_place(self.config)
         if dataset is not None:
             self.config.data = given(self.config.data)
-        self.place, self._has_begun = take_run_folder(self.config, self.mesh, self.job), False
+        self.place = take_run_folder(self.config, self.mesh, self.job)
         try:
             self._build(dataset)
             try:
                 self.persistence.restore(self.counters, self.reporter.sinks.message)
-                self._measure_before()
                 self.stopping.before_start(self.counters.step, self.loader.epoch, self._time_share())
+                self._measure_before()
                 if self.counters.step and self.stopping.reason:
                     return self._finished_before()
                 self._begin()
@@ -105,7 +105,8 @@ class MoETrainer:
                 self.loader.close()
                 self.reporter.sinks.close()
         finally:
-            self.place.release(self._has_begun)
+            if self.place.lock is not None:
+                self.place.lock.leave()
 
     def _build(self, dataset: Any) -> None:
         config, mesh = self.config, self.mesh
@@ -136,13 +137,12 @@ class MoETrainer:
         if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
             vocabulary = self.config.model.vocab_size
             self.reporter.unigram = unigram_loss(self.datasets.train, self.datasets.validation, vocabulary)
-        self.sample_before = self._sample()
+        self.sample_before = None if self.stopping.reason else self._sample()
 
     def _begin(self) -> None:
         """All that can be checked is right: the first change in the run folder."""
         config = self.config
         self.persistence.begin(self.reporter.sinks.message)
-        self._has_begun = True
         self._opened(log_path(self.output_dir, self.mesh.rank))
         self._tell_skipped()
         info = replace(

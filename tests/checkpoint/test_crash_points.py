@@ -316,3 +316,25 @@ def test_a_writer_that_wakes_up_too_late(tmp_path: Path, monkeypatch: pytest.Mon
     assert (STATE_FILE in written) == (asleep_at == STATE_FILE)
     assert FILE not in written
     assert os.listdir(tmp_path) == [".run.lock"]
+
+
+def test_a_start_that_has_not_begun_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when not even its lock could be written. Seen to fail with the lock left in the folder, or changed."""
+    RunLock.acquire(tmp_path / "a" / "run").leave()
+    assert os.listdir(tmp_path) == []
+    RunLock.acquire(tmp_path / "run").release()
+    before = (tmp_path / "run" / ".run.lock").read_bytes()
+    RunLock.acquire(tmp_path / "run").leave()
+    assert (tmp_path / "run" / ".run.lock").read_bytes() == before
+    begun = RunLock.acquire(tmp_path / "run")
+    begun.begin("ab", ["job"])
+    begun.leave()
+    assert (RunLock.acquire(tmp_path / "run").generation, begun.generation) == (3, 2)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        RunLock.acquire(tmp_path / "b" / "run")
+    assert os.listdir(tmp_path) == ["run"]

@@ -19,12 +19,12 @@ from moe_dist.train import trainer as trainer_module
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:
-    """Every file and link of a folder but the lock, which counts every start."""
+    """Every file and link of a folder."""
     found: dict[str, bytes | str] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             found[str(path.relative_to(folder))] = os.readlink(path)
-        elif path.is_file() and path.name != ".run.lock":
+        elif path.is_file():
             found[str(path.relative_to(folder))] = path.read_bytes()
     return found
 
