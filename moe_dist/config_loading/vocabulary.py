@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 BYTES = 258
-"""Of the tokenizer `bytes`: every byte, the end of a document, padding."""
+"""Of the tokenizer `bytes`, which stands in `data`, a room of its own: every byte, the end of a document, padding."""
 
 
 def vocabulary_needed(name: str) -> int | None:

@@ -15,8 +15,6 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from moe_dist.config_loading.vocabulary import BYTES
-
 TokenIds = Sequence[int] | npt.NDArray[Any]
 
 
@@ -47,7 +45,7 @@ class ByteTokenizer:
 
     name = "bytes"
     fingerprint = "bytes-v1"
-    vocab_size = BYTES
+    vocab_size = 258
     eos_id = 256
     pad_id = 257
 

@@ -48,8 +48,8 @@ class TensorBoardSink(Sink):
 
     def __init__(self, folder: Path | str, detail_steps: int | None = None) -> None:
         """`detail_steps`: steps between two records with layers and experts; default: see `Detail`."""
+        self.folder = self._root = Path(folder)
         self._detail = Detail(detail_steps)
-        self.folder: Path = Path(folder)
         self._open_writer: SummaryWriter | None = None
         self._started = False
         self._end: Any = None
@@ -64,7 +64,7 @@ class TensorBoardSink(Sink):
         return self._open_writer
 
     def open(self, info: RunInfo) -> None:
-        self.folder /= info.label  # the name that TensorBoard shows
+        self.folder = self._root / info.label  # the name that TensorBoard shows
         self._writer.add_text("run", info.sentence)
         self._writer.add_text("config", f"```yaml\n{info.config_text.strip()}\n```")
         self._add_hparams(info)
