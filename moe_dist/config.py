@@ -446,11 +446,11 @@ class PrometheusConfig(Section):
     """Serve /metrics on this port, or the next free one; 0: any free port; null: no server."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: every network of the machine."""
-    bearer_token: str | None = None
+    bearer_token: PathText | None = None
     """Who asks for /metrics must send this token: a file that holds it, or `env:NAME`; null: anybody may ask."""
-    tls_certificate: Path | None = None
+    tls_certificate: Folder | None = None
     """Serve by https: PEM file of the certificate, with those above it; needs tls_key."""
-    tls_key: Path | None = None
+    tls_key: Folder | None = None
     """PEM file of its private key."""
     per_expert: Literal["full", "layer", "top"] = "full"
     """Series per expert: every expert, none (layers only), or the hottest and coldest four of each layer."""

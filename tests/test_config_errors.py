@@ -41,13 +41,13 @@ data: {streaming: true, source: huggingface, name: x}  =>  train.max_steps=-1: d
 data: {streaming: true, source: memory}⏎train: {max_steps: 9, eval_steps: 3}  =>  nothing is held out of a stream
 data: {validation_split: 0}⏎train: {eval_steps: 3}  =>  train.eval_steps=3: nothing is held out; set data
 model: {router: expert_choice}  =>  model.router=expert_choice: an expert that chooses its tokens looks at later ones
-data: {tokenizer: 5}  =>  data.tokenizer=5: text
-data: {path: 5}  =>  data.path=5: text or a list, each entry text or a mapping or null
+data: {tokenizer: 5}  =>  data.tokenizer=5: a path or name
+data: {path: 5}  =>  data.path=5: a path or name or a list, each entry a path or name or a mapping or null
 optimizer: {learning_rate: fast}  =>  optimizer.learning_rate='fast': a number above 0
 optimizer: {learning_rate: true}  =>  optimizer.learning_rate=true: a number above 0
 train: 5  =>  train=5: a section, with its keys indented under it
 model: big  =>  model='big': a section
-checkpoint: {resume: true}  =>  checkpoint.resume=true: text
+checkpoint: {resume: true}  =>  checkpoint.resume=true: a path or name
 model: {num_hidden_layers: -1}  =>  model.num_hidden_layers=-1: a whole number above 0
 train: {per_device_train_batch_size: 0}  =>  train.per_device_train_batch_size=0  &  above 0
 optimizer: {learning_rate: .nan}  =>  optimizer.learning_rate=nan: a number above 0

@@ -17,6 +17,7 @@ from moe_dist.config_paths import expand
 ROOT = Path(__file__).parent.parent
 NO_PATHS = {
     "data.config_name",
+    "data.ignored_columns",
     "data.split",
     "data.text_field",
     "model.router",

@@ -103,7 +103,7 @@ def test_a_dry_run_prints_command_and_script() -> None:
     ("words", "said"),
     [
         (("configs/demo.yaml", "--node=2", "--dry-run"), "node=2: unknown key"),
-        (("configs/demo.yaml", "--nodes=none", "--dry-run"), "Invalid value for '--nodes'"),
+        (("configs/demo.yaml", "--nodes=none", "--dry-run"), "--nodes none: give a whole number"),
         (("configs/nope.yaml", "--dry-run"), "configs/nope.yaml: no such file"),
     ],
     ids=lambda value: "" if isinstance(value, str) else value[1],

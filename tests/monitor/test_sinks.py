@@ -338,4 +338,4 @@ def test_a_sink_that_could_not_even_begin(
     said = [record.getMessage() for record in caplog.records]
     assert sum("training goes on, and so does it when there is room" in text for text in said) == 2
     assert sum("is written again" in text for text in said) == 2
-    assert any(path.stat().st_size > 1000 for path in (small_disk / "tb").glob("events*"))
+    assert any(path.stat().st_size > 1000 for path in (small_disk / "tb").rglob("events*"))
