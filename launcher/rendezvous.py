@@ -53,7 +53,7 @@ def put_in_place(options: Any) -> None:
         options.standalone, options.rdzv_backend = False, DYNAMIC
         options.local_addr = options.local_addr or "127.0.0.1"
     os.environ[TOKEN] = options.rdzv_id
-    dynamic_rendezvous.pickle = _Json  # type: ignore[attr-defined]
+    dynamic_rendezvous.pickle = _Json  # type: ignore[assignment]
     registered = {DYNAMIC: _dynamic, STATIC: _static}
     name = f"{_OURS}{options.rdzv_backend}"
     rendezvous_handler_registry.register(name, registered[options.rdzv_backend])

@@ -48,7 +48,7 @@ def set_in(*path: str, to: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "a list": (lambda state: [state], "Input should be"),
+    "a list": (lambda state: [state], "the whole: Input should be"),
     "nothing": (lambda state: {}, "counters: Field required"),
     "no counters": (set_in("counters", to=None), "counters: "),
     "a step of text": (set_in("counters", "step", to="6"), r"counters\.step: "),

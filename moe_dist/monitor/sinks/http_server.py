@@ -86,14 +86,14 @@ class BoundedServer(WSGIServer):
                 with self._lock:  # the wrapper has taken the connection over
                     self._open[talk] = self._open.pop(request)
                 talk.do_handshake()
-            self.finish_request(talk, client_address)  # type: ignore[arg-type]
+            self.finish_request(talk, client_address)
         except (OSError, ValueError):
             pass  # cut, gone, or no HTTP
         finally:
             with self._lock:
                 self._open.pop(request, None)
                 self._open.pop(talk, None)
-            self.shutdown_request(talk)  # type: ignore[arg-type]
+            self.shutdown_request(talk)
             self._room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
