@@ -11,19 +11,24 @@ import torch
 import torch.distributed as dist
 
 from launcher.environment import STORE, TOKEN, Environment, usable_cores
+from launcher.names import wait_for_name
 from moe_dist.config import Config
 from moe_dist.models.memory import keep_freed_memory
 from moe_dist.parallel.device import choose_backend, choose_device
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
 
+_MOST_THREADS = 4096
+
 
 def choose_threads(config: Config, environment: Environment) -> int:
     """CPU threads of this rank: as configured, as OMP_NUM_THREADS says, or a fair share of the cores."""
     if config.launch.num_threads:
         return config.launch.num_threads
-    if "OMP_NUM_THREADS" in os.environ:
-        return int(os.environ["OMP_NUM_THREADS"])
+    # OpenMP takes a number for each level of nesting, and any other text as if it were not there.
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if said.isdecimal() and 0 < int(said) <= _MOST_THREADS:
+        return int(said)
     return max(1, usable_cores() // environment.local_world_size)
 
 
@@ -42,6 +47,7 @@ def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
         return
     backend = choose_backend(config.launch, device)
     timeout = timedelta(seconds=config.launch.timeout)
+    wait_for_name(os.environ["MASTER_ADDR"], config.launch.timeout, speaks=environment.local_rank == 0)
     dist.init_process_group(
         backend,
         store=_store(environment, timeout),
