@@ -12,6 +12,7 @@ EXIT_FAILED = 1
 
 def main() -> None:
     """Entry point. Ctrl-C is one line and 130 from the first instant on; no error shows a stack trace."""
+    _have_streams()
     # Importing takes a moment in which an exception out of nowhere would be a page of other people's code.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
@@ -26,6 +27,21 @@ def main() -> None:
         print(f"moe-dist: error: {text} (MOE_DIST_DEBUG=1 shows where)", file=sys.stderr)
         code = EXIT_FAILED
     sys.exit(code)
+
+
+def _have_streams() -> None:
+    """Closed standard streams (`>&-`, some schedulers) become /dev/null: the next file or socket that is opened would
+    get their number, and what is printed would go into it."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

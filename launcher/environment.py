@@ -53,7 +53,7 @@ def refuse_half_a_torchrun(environ: Mapping[str, str] = os.environ) -> None:
     Every machine would train a run of its own. PET_...: torchrun's options, as operators of Kubernetes give them.
     """
     for name in ("PET_NNODES", "GROUP_WORLD_SIZE"):
-        value = environ.get(name, "1")
+        value = environ.get(name) or "1"
         if value not in ("1", "1:1") and not started_by_torchrun(environ):
             raise ConfigError(
                 f"{name}={value}, but no torchrun has started this process: use moe-dist launch torchrun, "
@@ -63,7 +63,7 @@ def refuse_half_a_torchrun(environ: Mapping[str, str] = os.environ) -> None:
 
 def given_batch(environ: Mapping[str, str] = os.environ) -> int | None:
     """Sequences in a step of an elastic run, however many machines its first start has; None: not said."""
-    text = environ.get(BATCH)
+    text = environ.get(BATCH) or None
     if text is not None and (not text.isdecimal() or int(text) < 1):
         raise ConfigError(f"{BATCH}={text}: a whole number from 1")
     return None if text is None else int(text)
@@ -83,7 +83,7 @@ def this_job(environ: Mapping[str, str] = os.environ) -> Job:
     counted = [("SLURM_JOB_ID", "SLURM_RESTART_COUNT")]
     if JOB not in environ:
         counted.append(("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"))
-    known = [(JOB, True), *((name, environ.get(count, "0") != "0") for name, count in counted)]
+    known = [(JOB, True), *((name, (environ.get(count) or "0") != "0") for name, count in counted)]
     named = [(f"{name}={environ[name]}", again) for name, again in known if environ.get(name)]
     return Job(tuple(name for name, _ in named), tuple(name for name, again in named if again))
 
@@ -99,7 +99,9 @@ def detect(environ: Mapping[str, str] = os.environ) -> Environment:
         return Environment()
 
     def number(name: str, default: str | None = None) -> int:
-        text = environ.get(name, default)
+        text = environ.get(name) or default
+        if text is None and name in environ:
+            raise ConfigError(f"{name} is empty: a whole number, or unset it and start with torchrun")
         if text is None:
             other = "RANK" if name == "WORLD_SIZE" else "WORLD_SIZE"
             raise ConfigError(f"{name} is not set, but {other}={environ[other]}: start with torchrun, or unset {other}")
@@ -130,9 +132,12 @@ def detect(environ: Mapping[str, str] = os.environ) -> Environment:
         )
     if found.is_distributed:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in environ:
-                raise ConfigError(f"{name} is not set, but WORLD_SIZE={world_size}: start with torchrun")
-        number("MASTER_PORT")
+            if not environ.get(name, "").strip():
+                what = "empty" if name in environ else "not set"
+                raise ConfigError(f"{name} is {what}, but WORLD_SIZE={world_size}: start with torchrun")
+        port = number("MASTER_PORT")
+        if not 0 < port < 2**16:
+            raise ConfigError(f"MASTER_PORT={port}: from 1 to 65535")
     return found
 
 
@@ -211,12 +216,12 @@ def from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
             )
     # Steps and jobs on one node meet at ports of their own, and so does every start of a job.
     job = number("SLURM_JOB_ID", "SLURM_JOBID")
-    start = number("SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
+    start = number("SLURM_RESTART_COUNT") if environ.get("SLURM_RESTART_COUNT") else 0
     port = _PORTS[(job + 4093 * int(step) + 7919 * start) % len(_PORTS)]
     return {
         **found,
-        "MASTER_ADDR": environ.get("MASTER_ADDR", hosts[0]),
-        "MASTER_PORT": environ.get("MASTER_PORT", str(port)),
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or hosts[0],
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(port),
         TOKEN: f"slurm-{job}-{step}-{start}",
     }
 

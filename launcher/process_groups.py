@@ -14,6 +14,7 @@ import torch.distributed as dist
 from launcher.environment import STORE, TOKEN, Environment, usable_cores
 from launcher.gate import LOOPBACK, Gate, Tunnel, served_at
 from launcher.handshake import listen
+from launcher.names import wait_for_name
 from launcher.secret import job_secret
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
@@ -22,13 +23,17 @@ from moe_dist.parallel.device import choose_backend, choose_device
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
 
+_MOST_THREADS = 4096
+
 
 def choose_threads(config: Config, environment: Environment) -> int:
     """CPU threads of this rank: as configured, as OMP_NUM_THREADS says, or a fair share of the cores."""
     if config.launch.num_threads:
         return config.launch.num_threads
-    if "OMP_NUM_THREADS" in os.environ:
-        return int(os.environ["OMP_NUM_THREADS"])
+    # OpenMP takes a number for each level of nesting, and any other text as if it were not there.
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if said.isdecimal() and 0 < int(said) <= _MOST_THREADS:
+        return int(said)
     return max(1, usable_cores() // environment.local_world_size)
 
 
@@ -47,6 +52,7 @@ def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
         return
     backend = choose_backend(config.launch, device)
     timeout = timedelta(seconds=config.launch.timeout)
+    wait_for_name(os.environ["MASTER_ADDR"], config.launch.timeout, speaks=environment.local_rank == 0)
     dist.init_process_group(
         backend,
         store=_store(environment, timeout),

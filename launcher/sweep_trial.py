@@ -27,6 +27,7 @@ def run(
 ) -> None:
     """Train, tell `report` of steps and losses on the way, write how it ended to `result`."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    run_folder = Path(folder) / config.train.output_dir  # Ray's worker has a folder of its own
     environment = {
         **os.environ,
         CONFIG: config.model_dump_json(),
@@ -41,7 +42,7 @@ def run(
         try:
             while process.poll() is None:
                 time.sleep(POLL)
-                at = last_step(config.train.output_dir)
+                at = last_step(run_folder)
                 if at and at["step"] != told:
                     told = at["step"]
                     report(at)
@@ -49,7 +50,7 @@ def run(
             process.kill()
             process.wait()
     code = process.returncode if process.returncode >= 0 else 128 - process.returncode
-    metrics = {} if code == 2 else last_rows(config.train.output_dir)
+    metrics = {} if code == 2 else last_rows(run_folder)
     seconds = round(time.monotonic() - began, 1)
     error = None if code == 0 else _last_error(log)
     write_whole(result, {"digest": digest, "code": code, "seconds": seconds, "error": error, "metrics": metrics})

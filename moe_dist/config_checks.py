@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_dist.config_deepspeed import check_deepspeed
 from moe_dist.versions import too_old_to_split_backward
@@ -87,6 +87,13 @@ def file_source(path: object) -> str:
     return next((kind for kind in ("jsonl", "parquet") if name.endswith(f".{kind}")), "text")
 
 
+def _texts(path: Any) -> list[str]:
+    """Every pattern in a value of `data.path`."""
+    if isinstance(path, dict):
+        return [text for item in path.values() for text in _texts(item)]
+    return [] if path is None else [str(path)] if isinstance(path, str) else [str(item) for item in path]
+
+
 def check_data(data: DataConfig) -> DataConfig:
     """A source with what it reads from, and nothing that it would not read."""
     if data.source in FILE_SOURCES and not data.path:
@@ -96,6 +103,12 @@ def check_data(data: DataConfig) -> DataConfig:
             f"path={data.path}: source={data.source} reads no files; set data.source={file_source(data.path)} "
             f"(one of {', '.join(FILE_SOURCES)}), or data.path=null"
         )
+    for key in ("path", "validation_path"):
+        if url := next((text for text in _texts(getattr(data, key)) if "://" in text), None):
+            raise ValueError(
+                f"{key}={url}: files are read from this machine's folders; copy or mount it here, or give a dataset by "
+                "data.source=huggingface data.name=..."
+            )
     if isinstance(data.path, dict) and len(data.path) > MAX_DOMAINS:
         raise ValueError(
             f"path: {len(data.path)} names; routing is counted for each, at most {MAX_DOMAINS} (a name may have a list)"

@@ -171,3 +171,10 @@ def test_a_longer_circle_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml")
     (tmp_path / "b.yaml").write_text("base: run.yaml")
     assert "(run.yaml -> a.yaml -> b.yaml -> run.yaml)" in complaint(tmp_path, "base: a.yaml")
+
+
+def test_data_in_an_object_store_is_not_a_pattern(tmp_path: Path) -> None:
+    """Seen red: `matches no file: the folder '.' holds ...`, from every rank."""
+    for text in ("path: 's3://bucket/a/*.jsonl'", "path: {a: ['s3://bucket/a/*.jsonl']}"):
+        message = complaint(tmp_path, f"data: {{source: jsonl, {text}}}")
+        assert message.startswith("data.path=s3://bucket/a/*.jsonl: files are read from this machine's folders")
