@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,8 @@ from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.storage import LocalStorage, set_aside_name, step_folder
 
 CONFIG = "config.yaml"
-_WRITTEN_OVER = (CONFIG, "metrics.jsonl", "targets.json")
+METRICS = "metrics.jsonl"
+_WRITTEN_OVER = (CONFIG, METRICS, "targets.json")
 """Files of which a run does not keep what it finds, or not all of it."""
 _KEPT = ("train.log", "logs/rank-*.log", "tb/**/events.out.tfevents.*", "report.html", "profile.html", LAST_STEP)
 _HEADER = re.compile(r"# Written by moe-dist for run ([0-9a-f]+), sha256 ([0-9a-f]{64}): [^\n]*\n")
@@ -38,6 +40,15 @@ def _run_of(config: Path) -> str | None:
     return None
 
 
+def _is_as_noted(folder: Path) -> bool:
+    """Whether config.yaml is what a start of the run noted beside it, to the letter: from before the first line."""
+    with suppress(OSError, ValueError, AttributeError):
+        text = (folder / CONFIG).read_text()
+        with (folder / METRICS).open("rb") as lines:
+            return any(b'"kind": "run"' in line and json.loads(line).get("config_text") == text for line in lines)
+    return False
+
+
 def refuse_foreign(folder: Path, run: str | None) -> None:
     """Raises CheckpointError naming a file that a run would write over, and that no run has written.
 
@@ -46,7 +57,9 @@ def refuse_foreign(folder: Path, run: str | None) -> None:
     config = folder / CONFIG
     if os.path.lexists(config):
         wrote = _run_of(config)
-        copied = run is None and wrote is not None and (folder / "metrics.jsonl").is_file()
+        if wrote is None and run is not None and _is_as_noted(folder):
+            return
+        copied = run is None and wrote is not None and (folder / METRICS).is_file()
         if wrote is None or (wrote != run and not copied):
             what = "is not as a run has written it there" if run is not None else "was not written by a run"
             raise CheckpointError(

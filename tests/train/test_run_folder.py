@@ -62,6 +62,17 @@ def test_a_persons_files_stop_the_start(tmp_path: Path) -> None:
         MoETrainer(TREE, output_dir="")
 
 
+def test_a_run_from_before_the_first_line_goes_on(tmp_path: Path) -> None:
+    """Seen to fail with a first line asked of every config.yaml."""
+    run(tmp_path, {"max_steps": 2})
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().partition("\n")[2])
+    assert run(tmp_path, {"max_steps": 3}).steps == 3
+    config.write_text(config.read_text().partition("\n")[2] + "# mine\n")
+    with pytest.raises(ValueError, match=r"config\.yaml is not as a run has written it there"):
+        run(tmp_path, {"max_steps": 4})
+
+
 def test_never_moves_the_runs_own_entries_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside the folder, in one line that says where to; the folder may be a link, or hold the data.
 
