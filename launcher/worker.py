@@ -321,8 +321,7 @@ def _go(number: int, frame: FrameType | None) -> None:
 def run_rank() -> NoReturn:
     """Entry of a rank started by the local launcher."""
     die_with_parent(int(os.environ.pop(LAUNCHER)))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # blocked until here; Ctrl-C is for the launcher
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # SIGINT stays blocked: Ctrl-C is for the launcher, and a run that is stopped sees that it waits here.
     os.set_inheritable(int(os.environ[REPORTS]), False)
     proof = json.loads(os.environ.pop(PROOF, "null"))
     config = Config.model_validate_json(os.environ.pop(CONFIG))

@@ -7,7 +7,8 @@ import random
 import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,9 +133,10 @@ class SlowOnRankOne(Expert):
         return self.layer(x_RD)
 
 
-def by_hand() -> None:
+@contextmanager
+def by_hand() -> Iterator[None]:
     """Time passes in experts, and on rank 0 in every all-to-all, where it waits for rank 1: whatever else the machine
-    does. In this process, which is a rank.
+    does. In this process, which is a rank, and will be one of other tests.
     """
     enter = Status.inside
 
@@ -146,11 +148,14 @@ def by_hand() -> None:
     Status.inside = inside  # type: ignore[method-assign]
     clock = SimpleNamespace(monotonic=lambda: NOW[0], perf_counter=lambda: NOW[0], time=time.time)
     moe_dist.parallel.status.time = moe_dist.train.reporting.time = clock  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        Status.inside = enter  # type: ignore[method-assign]
+        moe_dist.parallel.status.time = moe_dist.train.reporting.time = time
 
 
 def train(folder: str, expert: str, steps: int, logging_steps: int) -> None:
-    if expert != "swiglu":
-        by_hand()
     model = {
         "vocab_size": 272,
         "hidden_size": 32,
@@ -175,7 +180,8 @@ def train(folder: str, expert: str, steps: int, logging_steps: int) -> None:
         "validation_split": 0.0,
         "save_at_end": False,
     }
-    MoETrainer(model_config=model, training_config=training, output_dir=folder, mesh=mesh_of(2)).train(TEXTS)
+    with by_hand() if expert != "swiglu" else nullcontext():
+        MoETrainer(model_config=model, training_config=training, output_dir=folder, mesh=mesh_of(2)).train(TEXTS)
 
 
 def train_rows(folder: Path) -> list[dict[str, Any]]:
