@@ -21,6 +21,13 @@ from moe_dist.checkpoint.storage import LocalStorage, open_storage
 from moe_dist.train import MoETrainer
 from moe_dist.train.trainer import TrainingResult
 
+
+def trainer_state(step: int) -> dict[str, Any]:
+    """The least that a trainer saves beside its tensors."""
+    stopping = {"best_loss": None, "evaluations_without_improvement": 0}
+    return {"counters": {"step": step}, "stopping": stopping, "data": {"samples_consumed": 0}, "config": {}}
+
+
 SECRET = "SECRET-MARKER-0123"
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * 12 for i in range(24)]
 MODEL = {

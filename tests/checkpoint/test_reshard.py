@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from saved import trainer_state
 from tiny import mesh_of, tiny_config
 
 from moe_dist.checkpoint.encryption import Keys
@@ -76,7 +77,7 @@ class Run:
 
     def save(self, folder: Path, step: int) -> None:
         checkpoints = self.checkpoints(folder)
-        checkpoints.begin(step, self.state(), {"config": {}}, {})
+        checkpoints.begin(step, self.state(), trainer_state(step), {})
         outcome = checkpoints.settle()
         assert outcome.error is None, outcome.error
 

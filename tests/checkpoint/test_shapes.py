@@ -18,6 +18,7 @@ from moe_dist.checkpoint.lock import Job
 from moe_dist.checkpoint.manager import Checkpoints, Outcome
 from moe_dist.checkpoint.state import LogicalState
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.trainer_state import config_sha256
 from moe_dist.config import CheckpointConfig
 from moe_dist.models.shapes import logical_shapes
 from moe_dist.models.transformer import Transformer
@@ -98,7 +99,13 @@ def change_configuration(checkpoint: Path, key: str, value: Any) -> None:
     state["config"]["model"][key] = value
     path.write_text(json.dumps(state))
     entry = {"bytes": path.stat().st_size, "blake3": blake3(path.read_bytes()).hexdigest()}
-    rewrite_manifest(checkpoint, lambda body: body["files"].update({path.name: entry}))
+    sha = config_sha256(state["config"])
+
+    def renew(body: dict[str, Any]) -> None:
+        body["files"][path.name] = entry
+        body["config_sha256"] = sha
+
+    rewrite_manifest(checkpoint, renew)
 
 
 def go_on(folder: Path, max_steps: int, job: Job | None = None, **checkpoint: Any) -> list[float]:

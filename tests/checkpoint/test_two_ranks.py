@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks
-from saved import MODEL, TEXTS, TRAINING, found_at, state
+from saved import MODEL, TEXTS, TRAINING, found_at, state, trainer_state
 from tiny import mesh_of
 
 from moe_dist.checkpoint import manager as manager_module
@@ -85,7 +85,7 @@ def read_with_one_that_cannot(folder: str) -> list[str]:
     """What each way of reading says on this rank when rank 1 alone meets an error."""
     mesh, storage = mesh_of(1), LocalStorage(Path(folder))
     checkpoints = Checkpoints(storage, mesh, CheckpointConfig())
-    checkpoints.begin(1, state(1), {"config": {}}, {})
+    checkpoints.begin(1, state(1), trainer_state(1), {})
     assert checkpoints.settle().error is None
     found = found_at(Path(folder), 1)
     assert checkpoints.verify(found) == []
