@@ -20,7 +20,7 @@ from mortal import TORCHRUN, errors
 from programs import Program, metrics
 from ranks import free_port
 
-pytestmark = [pytest.mark.dist, pytest.mark.launch]
+pytestmark = [pytest.mark.dist, pytest.mark.launch, pytest.mark.slow]
 SECRET = "the secret of these machines"
 AGENT = (sys.executable, "-m", "launcher.agent")
 TRAIN = ("-m", "launcher", "train")
