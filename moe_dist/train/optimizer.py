@@ -50,12 +50,15 @@ class Optimizer:
     @torch.no_grad()
     def step(self) -> None:
         """One update from the gradients as they stand."""
+        self._update()
+        self.follow_masters()
+
+    def _update(self) -> None:
         views = self.gradients.views
         for name, targets in self.targets.items():
             for target, gradient in zip(targets, self._parts(name, views[name]), strict=True):
                 target.grad = gradient
         self.optimizer.step()
-        self.follow_masters()
 
     def follow_masters(self) -> None:
         """Set parameters of lower precision to their masters; after a checkpoint was read, too."""
@@ -68,7 +71,7 @@ class Optimizer:
         """
         self.gradients.zero()
         with at_rest(self.optimizer):
-            self.step()
+            self._update()
 
     def named_state(self) -> Iterator[tuple[str, str, list[Tensor], bool]]:
         """(parameter name, state key, tensors, split): one tensor, or with `split` one per local expert."""
