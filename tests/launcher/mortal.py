@@ -25,7 +25,7 @@ from moe_dist.parallel import dispatch
 from moe_dist.parallel.gradients import Gradients
 from moe_dist.train.optimizer import Optimizer
 
-happened = os.environ["DEATHS_HAPPENED"]  # a file with a byte for each; "": the first one, again and again
+happened = os.environ["DEATHS_HAPPENED"]  # a file with a byte for each
 done = os.path.getsize(happened) if os.path.exists(happened) else 0
 place, call, rank = (json.loads(os.environ["DEATHS"])[done:] or [("nowhere", 0, 0)])[0]
 calls = 0
@@ -35,9 +35,8 @@ def die():
     global calls
     calls += 1
     if calls == call and os.environ["RANK"] == str(rank):
-        if happened:
-            with open(happened, "ab") as file:
-                file.write(b".")
+        with open(happened, "ab") as file:
+            file.write(b".")
         os.kill(os.getpid(), signal.Signals[os.environ.get("DEATHS_BY", "SIGKILL")])
 
 
@@ -96,13 +95,12 @@ def start(
     deaths: Sequence[Death],
     *options: str,
     starter: Sequence[str] = ("moe-dist", "train"),
-    for_ever: bool = False,
     **environment: str,
 ) -> Program:
-    """A run in folder/run; each start after a death dies the next one, with `for_ever` the first again and again."""
+    """A run in folder/run; each start after a death dies the next one."""
     (folder / "mortal.py").write_text(MODULE)
     environment["DEATHS"] = json.dumps(deaths)
-    environment["DEATHS_HAPPENED"] = "" if for_ever else str(folder / "deaths")
+    environment["DEATHS_HAPPENED"] = str(folder / "deaths")
     own = ("model.expert=mortal:Mortal", *OPTIONS, f"train.output_dir={folder / 'run'}")
     return Program(*starter, config, *own, *options, PYTHONPATH=str(folder), OMP_NUM_THREADS="1", **environment)
 

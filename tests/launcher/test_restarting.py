@@ -63,7 +63,8 @@ def test_killed_in_every_phase_one_after_another(
 def test_the_same_crash_again_and_again(config: Path, tmp_path: Path, starter: tuple[str, ...]) -> None:
     """FAULTS row 20."""
     options = ("launch.max_restarts=2", "checkpoint.background=false", "checkpoint.resume=never")
-    program = start(config, tmp_path, [("optimizer", 3, 0)], *options, starter=starter, for_ever=True)
+    deaths = [("optimizer", 3, 0), *[("optimizer", 1, 0)] * 2]  # always in step 3
+    program = start(config, tmp_path, deaths, *options, starter=starter)
     assert program.end() == (137 if starter == TORCHRUN else 1)
     said = errors(program)
     assert len(said) == 4, said
