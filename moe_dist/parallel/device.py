@@ -30,3 +30,11 @@ def choose_backend(launch: LaunchConfig, device: torch.device) -> str:
     if launch.backend != "auto":
         return launch.backend
     return "nccl" if device.type == "cuda" else "gloo"
+
+
+def set_deterministic(deterministic: bool, compiles: bool) -> None:
+    """Only deterministic kernels, or any. torch's own switch loads its compiler, for seconds, even to say no."""
+    if deterministic and compiles:
+        torch.use_deterministic_algorithms(True)
+    else:
+        torch.set_deterministic_debug_mode("error" if deterministic else "default")

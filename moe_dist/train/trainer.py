@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moe_dist.checkpoint.lock import Job
 from moe_dist.checkpoint.manager import Outcome
 from moe_dist.config import Config
@@ -23,6 +21,7 @@ from moe_dist.data.streaming import StreamingPackedDataset
 from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel import proven
 from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.device import set_deterministic
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
 from moe_dist.train.acting import Acting
@@ -110,7 +109,7 @@ class MoETrainer:
 
     def _build(self, dataset: Any) -> None:
         config, mesh = self.config, self.mesh
-        torch.use_deterministic_algorithms(config.train.deterministic)
+        set_deterministic(config.train.deterministic, config.train.torch_compile)
         self.clock = Clock(mesh.device, self.status)
         self.datasets = build_datasets(config, dataset)
         num_domains = len(self.datasets.domains)
