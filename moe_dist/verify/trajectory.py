@@ -262,6 +262,7 @@ def _read(found: Found) -> tuple[dict[str, Tensor], dict[str, Any]]:
     values = {name: tensors.read(name).double() for name in tensors.names()}
     tensors.close()
     state = read_trainer_state(found, manifest, Keys())
-    counters = {name: value for name, value in state["counters"].items() if name not in ("elapsed", "initial_loss")}
+    measured = ("elapsed", "initial_loss", "final_loss")  # losses are compared where they are logged
+    counters = {name: value for name, value in state["counters"].items() if name not in measured}
     stopping = {name: value for name, value in state["stopping"].items() if name != "best_loss"}
     return values, {"counters": counters, "stopping": stopping, "data": state["data"]}

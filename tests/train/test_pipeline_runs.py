@@ -97,13 +97,13 @@ def test_all_stages_agree_on_a_bad_step(tmp_path: Path, policy: str, zero_stage:
 def with_clocks_apart(folder: str) -> tuple[int, str]:
     """One second by the clock of rank 0; by the others' it is over before it begins."""
     trainer = trainer_on(folder, max_time=1.0, num_train_epochs=None)
-    begin = MoETrainer._open
+    begin = MoETrainer._begin
 
     def early(self: MoETrainer) -> None:
         begin(self)
         self.started -= 1000.0 * dist.get_rank()
 
-    with patch.object(MoETrainer, "_open", early):
+    with patch.object(MoETrainer, "_begin", early):
         result = trainer.train(TEXTS * 40)
     return result.steps, result.reason
 
