@@ -113,5 +113,5 @@ def test_all_stages_stop_at_the_same_step(tmp_path: Path) -> None:
     results = run_ranks(with_clocks_apart, 4, str(tmp_path))
     assert len(set(results)) == 1
     steps, reason = results[0]
-    assert steps >= 2
+    assert steps >= 1
     assert reason == "the time budget of 1 s is used up"

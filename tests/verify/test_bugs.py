@@ -37,7 +37,7 @@ FAST = {
 BREAKS = {"weights_left_whole_by_an_evaluation": "the local_tensor argument only accepts torch.Tensor but got"}
 """What is said where a bug raises an error on all ranks."""
 plants = [
-    pytest.param(name, marks=[] if name in FAST else [pytest.mark.proof if number % 4 else pytest.mark.slow])
+    pytest.param(name, marks=[] if name in FAST else [pytest.mark.proof if number % 8 else pytest.mark.slow])
     for number, name in enumerate(BUGS)
 ]
 
