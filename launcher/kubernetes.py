@@ -17,11 +17,12 @@ from typing import Any
 
 import yaml
 
+from launcher.paths import SHIPPED
 from launcher.starting import for_world
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, dump_config
 
-MANIFESTS = Path(__file__).parents[1] / "k8s"
+MANIFESTS = (SHIPPED / "k8s").resolve()
 RUNS = PurePosixPath("/runs")
 """Where every pod sees the claim."""
 IMAGE = "moe-dist:latest"
@@ -53,10 +54,6 @@ def manifests(
     image: str | None = None,
 ) -> str:
     """All objects of a run as YAML. Raises ConfigError when the run or the options cannot be."""
-    if not (MANIFESTS / "base").is_dir():
-        raise ConfigError(
-            f"{MANIFESTS}: no such folder; `launch k8s` needs a checkout of the project (pip install -e .)"
-        )
     chosen = _chosen(overlay)
     objects = render(MANIFESTS / "base")
     for name in chosen:

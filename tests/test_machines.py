@@ -16,6 +16,7 @@ GB = 10**9
 # Ranks, and the bytes of one device.
 MACHINES = {
     "demo": (2, 4 * GB),
+    "finetune": (2, 4 * GB),
     "mixtral_8x7b": (8, 141 * GB),
     "moe_16x": (4, 24 * GB),
     "moe_32x": (8, 24 * GB),
