@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from launcher import checkpoint_commands
+from launcher.completion import RunCommand
 from launcher.environment import (
     detect,
     join_slurm,
@@ -22,6 +23,7 @@ from launcher.environment import (
     refuse_half_a_torchrun,
     started_by_torchrun,
 )
+from launcher.init_command import init
 from launcher.launch_commands import app as launch_app
 from launcher.mpi import join_mpi
 from launcher.paths import expanded
@@ -35,13 +37,13 @@ from moe_dist.config_loading.vocabulary import vocabulary_needed
 app = typer.Typer(
     name="moe-dist",
     rich_markup_mode="rich",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "Train [bold]mixture-of-experts[/bold] language models: "
         "the same on a laptop and on a GPU cluster.\n\n"
         "[dim]Start here:[/dim]  moe-dist train configs/demo.yaml\n\n"
+        "[dim]Without a checkout:[/dim]  moe-dist init runs; cd runs; moe-dist train demo.yaml\n\n"
         "[dim]Change anything:[/dim]  moe-dist train configs/demo.yaml learning_rate=1e-3 parallel.ep_size=1"
     ),
     epilog="Every key is explained in docs/configuration.md, starting and stopping in docs/running.md. "
@@ -86,7 +88,7 @@ def _usage(error: Any, words: Sequence[str]) -> str:
 @app.callback(invoke_without_command=True)
 def top(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+    version: Annotated[bool, typer.Option("--version", "-v", help="Print the version and end.")] = False,
 ) -> None:
     if version:
         print(f"moe-dist {__version__}")
@@ -96,7 +98,7 @@ def top(
         raise typer.Exit
 
 
-@app.command(context_settings=_OVERRIDES)
+@app.command(cls=RunCommand, context_settings=_OVERRIDES)
 def train(context: typer.Context, config: ConfigPath) -> None:
     """Train what CONFIG describes.
 
@@ -124,7 +126,7 @@ def train(context: typer.Context, config: ConfigPath) -> None:
     raise typer.Exit(launch(settings))
 
 
-@app.command(context_settings=_OVERRIDES)
+@app.command(cls=RunCommand, context_settings=_OVERRIDES)
 def check(
     context: typer.Context,
     config: ConfigPath,
@@ -132,6 +134,7 @@ def check(
         int | None, typer.Option("--world-size", "-n", min=1, help="Ranks; default: launch.nproc_per_node.")
     ] = None,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print every key with its value.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same for programs on standard output.")] = False,
 ) -> None:
     """Validate CONFIG and print its layout, without starting anything.
 
@@ -139,9 +142,12 @@ def check(
 
     [dim]Example:[/dim]  moe-dist check configs/demo.yaml --world-size 4
     """
-    from launcher.layout_report import print_report
+    from launcher.layout_report import facts, print_report
 
     settings = load_config(config, context.args, notice=_notice)
+    if show_config and as_json:
+        print(json.dumps(settings.model_dump(mode="json"), indent=1))
+        return
     if show_config:
         print(dump_config(settings), end="")
         return
@@ -150,10 +156,14 @@ def check(
         raise ConfigError(
             f"model.vocab_size={settings.model.vocab_size}: the tokenizer {settings.data.tokenizer} needs {needed}"
         )
-    print_report(settings, world_size or settings.launch.nproc_per_node)
+    ranks = world_size or settings.launch.nproc_per_node
+    if as_json:
+        print(json.dumps(facts(settings, ranks), indent=1))
+    else:
+        print_report(settings, ranks)
 
 
-@app.command(context_settings=_OVERRIDES)
+@app.command(cls=RunCommand, context_settings=_OVERRIDES)
 def verify(
     context: typer.Context,
     config: ConfigPath,
@@ -193,7 +203,7 @@ def verify(
     raise typer.Exit(prove(settings, proof, world_size))
 
 
-@app.command(context_settings=_OVERRIDES)
+@app.command(cls=RunCommand, context_settings=_OVERRIDES)
 def profile(
     context: typer.Context,
     config: ConfigPath,
@@ -234,7 +244,8 @@ def profile(
     raise typer.Exit(launch(settings, wanted))
 
 
-app.command(context_settings=_OVERRIDES)(sweep)
+app.command(cls=RunCommand, context_settings=_OVERRIDES)(sweep)
+app.command()(init)
 
 
 @app.command()

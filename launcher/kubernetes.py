@@ -17,11 +17,12 @@ from typing import Any
 
 import yaml
 
+from launcher.paths import SHIPPED
 from launcher.starting import for_world
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, dump_config
 
-MANIFESTS = Path(__file__).parents[1] / "k8s"
+MANIFESTS = (SHIPPED / "k8s").resolve()
 RUNS = PurePosixPath("/runs")
 """Where every pod sees the claim."""
 IMAGE = "moe-dist:latest"
@@ -39,6 +40,8 @@ _MERGE_KEYS = {
     "volumeMounts": "mountPath",
     "topologySpreadConstraints": "topologyKey",
 }
+_PODS, _RANKS = 128, 8
+"""How many pods, and ranks of each, are thought of where those asked for do not fit."""
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 Object = dict[str, Any]
@@ -53,10 +56,6 @@ def manifests(
     image: str | None = None,
 ) -> str:
     """All objects of a run as YAML. Raises ConfigError when the run or the options cannot be."""
-    if not (MANIFESTS / "base").is_dir():
-        raise ConfigError(
-            f"{MANIFESTS}: no such folder; `launch k8s` needs a checkout of the project (pip install -e .)"
-        )
     chosen = _chosen(overlay)
     objects = render(MANIFESTS / "base")
     for name in chosen:
@@ -121,7 +120,18 @@ def _check(config: Config, chosen: list[str], nodes: int, nproc_per_node: int) -
     try:
         for_world(there, nodes * nproc_per_node)
     except ConfigError as error:
-        raise ConfigError(f"{nodes} nodes x {nproc_per_node} ranks: {error}") from None
+        tries = [*((nodes, ranks) for ranks in range(1, _RANKS + 1)), *((pods, _RANKS) for pods in range(1, _PODS + 1))]
+        fitting = next((fit for fit in tries if _fits(there, fit[0] * fit[1])), None)
+        hint = "; --nodes {} --nproc-per-node {} would do".format(*fitting) if fitting else ""
+        raise ConfigError(f"{nodes} nodes x {nproc_per_node} ranks: {error}{hint}") from None
+
+
+def _fits(config: Config, world_size: int) -> bool:
+    try:
+        for_world(config, world_size)
+    except ConfigError:
+        return False
+    return True
 
 
 def run_folder(config: Config) -> str:

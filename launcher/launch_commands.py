@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from launcher.completion import RunCommand
 from launcher.paths import expanded
 from moe_dist.config_loading import load_config
 
@@ -30,7 +31,7 @@ def top(context: typer.Context) -> None:
         raise typer.Exit
 
 
-@app.command("local", context_settings=_OVERRIDES)
+@app.command("local", cls=RunCommand, context_settings=_OVERRIDES)
 def local(context: typer.Context, config: ConfigPath, dry_run: DryRun = False) -> None:
     """Train CONFIG on this machine: `moe-dist train`, which can be looked at first.
 
@@ -44,7 +45,7 @@ def local(context: typer.Context, config: ConfigPath, dry_run: DryRun = False) -
     _start(Start(rank_environment(settings), (sys.executable, *TRAIN, config, *context.args)), dry_run)
 
 
-@app.command("torchrun", context_settings=_OVERRIDES)
+@app.command("torchrun", cls=RunCommand, context_settings=_OVERRIDES)
 def torchrun(
     context: typer.Context,
     config: ConfigPath,
@@ -81,7 +82,7 @@ def torchrun(
     _start(plan(config, context.args, settings, Request(*asked, tuple(option or ()))), dry_run)
 
 
-@app.command("mpi", context_settings=_OVERRIDES)
+@app.command("mpi", cls=RunCommand, context_settings=_OVERRIDES)
 def mpi(
     context: typer.Context,
     config: ConfigPath,
@@ -107,7 +108,7 @@ def mpi(
     _start(plan(config, context.args, settings, asked), dry_run)
 
 
-@app.command("k8s", context_settings=_OVERRIDES)
+@app.command("k8s", cls=RunCommand, context_settings=_OVERRIDES)
 def k8s(
     context: typer.Context,
     config: ConfigPath,
@@ -137,7 +138,7 @@ def k8s(
     raise typer.Exit(apply(text))
 
 
-@app.command("slurm", context_settings=_OVERRIDES)
+@app.command("slurm", cls=RunCommand, context_settings=_OVERRIDES)
 def slurm(
     context: typer.Context,
     config: ConfigPath,
@@ -200,7 +201,7 @@ def _start(start: Start, dry_run: bool) -> NoReturn:
     start.become()
 
 
-@app.command("ray", context_settings=_OVERRIDES)
+@app.command("ray", cls=RunCommand, context_settings=_OVERRIDES)
 def ray(
     context: typer.Context,
     config: ConfigPath,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -77,6 +79,35 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         f"{layout.dp_size} data parallel = {batch * config.data.max_seq_length:,} tokens",
     )
     console.print(numbers)
+
+
+def facts(config: Config, world_size: int) -> dict[str, Any]:
+    """The numbers of the report, for programs. Raises ConfigError when the layout is impossible.
+
+    Parameters are numbers, bytes are bytes; `stages` has what a rank of each pipeline stage holds.
+    """
+    layout = Layout.of(config, world_size)
+    counts = parameter_counts(config.model)
+    places = layers_by_place(config)
+    held = zip(per_rank(config.model, layout, places), places, state_bytes(config, layout), strict=True)
+    batch = config.global_batch_size(world_size)
+    return {
+        "world_size": world_size,
+        "groups": {axis: layout.groups(axis) for axis in _MEANING},
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+        "flops_per_token": flops_per_token(config.model, config.data.max_seq_length),
+        "global_batch": {"sequences": batch, "tokens": batch * config.data.max_seq_length},
+        "stages": [
+            {
+                "stage": stage.stage,
+                "layers": [layer for layers in ranges for layer in layers],
+                "parameters": {"total": stage.total, "dense": stage.dense, "experts": stage.experts},
+                "bytes": {**asdict(state), "total": state.total},
+            }
+            for stage, ranges, state in held
+        ],
+    }
 
 
 def decay_groups(config: Config) -> dict[str, dict[str, int]]:

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.paths import SHIPPED
 from launcher.starting import Start, for_world
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 
-# In a checkout, and where a wheel puts them.
-_FOLDERS = (Path(__file__).parent.parent / "slurm", Path(sys.prefix) / "share" / "moe-dist" / "slurm")
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 _SPARE = 20
@@ -136,8 +135,7 @@ def _cpus(request: Request) -> int | None:
 
 
 def _script(name: str) -> Path:
-    for folder in _FOLDERS:
-        if (folder / name).is_file():
-            near = os.path.relpath(folder / name)
-            return folder / name if near.startswith("..") else Path(near)
-    raise ConfigError(f"{name} is not where it was installed: {_FOLDERS[-1]}; install moe-dist again")
+    """The batch script, by its shortest path from here."""
+    path = (SHIPPED / "slurm" / name).resolve()
+    near = os.path.relpath(path)
+    return path if near.startswith("..") else Path(near)

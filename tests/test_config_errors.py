@@ -7,19 +7,27 @@ from pathlib import Path
 import pytest
 from run_files import complaint
 
-from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.config_loading import ALIASES, FIELDS, HOMES, SECTIONS, ConfigError, load_config
+from moe_dist.config_loading.not_offered import instead_of
 
 # A bad file a line (⏎ new line, → tab), and pieces its error must hold: key, value, what is allowed.
 BAD = """
 model: {num_expert: 4}  =>  model.num_expert=4: unknown key; nearest: model.num_experts (  &  run.yaml)
 train: {learning_rat: 1}  =>  train.learning_rat=1  &  nearest: optimizer.learning_rate
 modle: {num_experts: 4}  =>  modle: unknown section; nearest: model;  &  model, data, parallel
-lora: {r: 16}  =>  lora: unknown section  &  allowed: model, data
+lora: {r: 16}  =>  lora: not offered yet; there is: all weights are trained
+wand: {project: x}  =>  wand: unknown section  &  allowed: model, data
+train: {report_to: wandb}  =>  train.report_to='wandb': not offered yet; there is: monitor.tensorboard  &  run.yaml
+lora_r: 16  =>  lora_r=16: not offered yet; there is: all weights are trained
+load_in_4bit: true  =>  load_in_4bit=true: not offered yet; there is: train.bf16
+tp_size: 2  =>  tp_size=2: not offered yet; there is: parallel.ep_size
+sample_packing: true  =>  not offered yet; there is: documents are always packed
+push_to_hub: true  =>  push_to_hub=true: not offered yet; there is: checkpoint.folder
 train: {use_cpu_offload: true}  =>  parallel.cpu_offload=true: needs parallel.zero_stage=3
 zzzz: 1  =>  zzzz=1: unknown key  &  allowed: the sections model
 launch: {zzzz: 1}  =>  launch.zzzz=1  &  allowed in launch: nproc_per_node
 model: {name: some/model}  =>  model.name='some/model': unknown key  &  nearest: data.name
-advanced: {auto_find_batch_size: true}  =>  advanced.auto_find_batch_size=true  &  unknown key
+advanced: {auto_find_batch_size: true}  =>  advanced.auto_find_batch_size=true: not offered yet  &  moe-dist check
 1: 2  =>  1=2: unknown key
 model: {num_experts: many}  =>  model.num_experts='many': a whole number, 0 or more (  &  run.yaml)
 model: {hidden_size: 12.5}  =>  model.hidden_size=12.5: a whole number above 0
@@ -178,3 +186,8 @@ def test_data_in_an_object_store_is_not_a_pattern(tmp_path: Path) -> None:
     for text in ("path: 's3://bucket/a/*.jsonl'", "path: {a: ['s3://bucket/a/*.jsonl']}"):
         message = complaint(tmp_path, f"data: {{source: jsonl, {text}}}")
         assert message.startswith("data.path=s3://bucket/a/*.jsonl: files are read from this machine's folders")
+
+
+def test_no_key_of_ours_is_said_to_be_missing() -> None:
+    for name in (*SECTIONS, *HOMES, *ALIASES, *(full.rpartition(".")[2] for full in FIELDS)):
+        assert instead_of(name) is None, name

@@ -92,6 +92,8 @@ LIGHT = (
     "moe_dist.parallel.hang",
     "moe_dist.parallel.status",
     "launcher.layout_report",
+    "launcher.completion",
+    "launcher.init_command",
     "launcher.launch_commands",
     "launcher.kubernetes",
     "launcher.agent",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.config_loading import load_config
+from moe_dist.models.counts import flops_per_token
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.state_bytes import state_bytes
 
@@ -16,8 +17,9 @@ GB = 10**9
 # Ranks, and the bytes of one device.
 MACHINES = {
     "demo": (2, 4 * GB),
+    "finetune": (2, 4 * GB),
     "mixtral_8x7b": (8, 141 * GB),
-    "moe_16x": (4, 24 * GB),
+    "moe_16x": (2, 4 * GB),
     "moe_32x": (8, 24 * GB),
     "moe_64x": (8, 80 * GB),
     "qwen3_235b_a22b": (64, 141 * GB),
@@ -58,3 +60,12 @@ def test_bytes_in_the_heading_are_those_of_the_state(name: str, ranks: int, said
     found = _largest(name, ranks)
     assert round(found / GB if unit == "GB" else found / held) == int(number)
     assert said in " ".join(text.replace("\n# ", " ").split())
+
+
+def test_a_laptop_finishes_a_step_of_the_first_own_training() -> None:
+    """Two cores do 40 GFLOP/s and more of such layers, so this is 25 s. Seen red: 127e12, and 4 processes."""
+    config = load_config(CONFIGS / "moe_16x.yaml", notice=lambda text: None)
+    assert config.launch.nproc_per_node <= 2
+    assert not config.train.bf16  # emulated on most laptops
+    tokens = config.global_batch_size(config.launch.nproc_per_node) * config.data.max_seq_length
+    assert tokens * flops_per_token(config.model, config.data.max_seq_length) <= 1e12

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from moe_dist.config import Config, Section
+from moe_dist.config_loading.not_offered import instead_of
 from moe_dist.config_loading.wording import ConfigError, allowed, show
 
 SECTIONS: dict[str, type[Section]] = {}
@@ -82,8 +83,10 @@ def takes(key: str) -> str:
 
 
 def _unknown(spelling: str, value: Any, origin: str) -> ConfigError:
-    """The error for a key nobody knows, with the nearest that somebody does."""
+    """The error for a key nobody knows: what there is instead, or the nearest that somebody knows."""
     section, _, leaf = spelling.rpartition(".")
+    if instead := instead_of(leaf):
+        return ConfigError(f"{spelling}={show(value)}: not offered yet; there is: {instead} ({origin})")
     known = {key: f"{section}.{key}" for key in GROUPS[section].model_fields} if section in GROUPS else {}
     known = known or {**ALIASES, **HOMES}
     near = difflib.get_close_matches(leaf, known, 1, 0.6)
@@ -117,6 +120,8 @@ def spellings(raw: Mapping[Any, Any], origin: str) -> Iterator[tuple[str, Any]]:
                 yield from _inside(f"{name}.{key}", value, origin)
         elif (group := next((full for full in GROUPS if full.endswith(f".{name}")), None)) is not None:
             yield from _inside(group, content, origin)
+        elif isinstance(content, dict) and (instead := instead_of(str(name))):
+            raise ConfigError(f"{name}: not offered yet; there is: {instead} ({origin})")
         elif isinstance(content, dict):
             sections = [*SECTIONS, *OTHER_SECTIONS]
             near = difflib.get_close_matches(str(name), sections, 1, 0.6)

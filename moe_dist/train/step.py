@@ -57,6 +57,12 @@ class TrainStep:
         self.status = status or Status()
         self.model, self.mesh, self.gradients = model, mesh, gradients
         self.optimizer, self.balancer, self.config = optimizer, balancer, config
+        self._micro_batch = ""
+
+    def where(self) -> str:
+        """What this rank is doing, for its other threads: `step 1: micro-batch 3 of 8`."""
+        status = self.status.place
+        return f"step {status.step}: {self._micro_batch or status.phase}"
 
     def __call__(self, batches: list[Batch], step: int, rate: float) -> StepResult:
         """`step`: number of this step from 0, `rate`: its learning rate."""
@@ -92,7 +98,8 @@ class TrainStep:
         token_scale = 1.0 / full(counts[1].clamp(min=1))
         if self._needs_load_first(batches):
             with torch.no_grad():
-                for batch in batches:
+                for number, batch in enumerate(batches):
+                    self._micro_batch = f"routing micro-batch {number + 1} of {len(batches)}"
                     self._forward(batch, token_scale, step)
             self.balancer.fix_global_load()
 
@@ -108,10 +115,12 @@ class TrainStep:
         else:
             for number, batch in enumerate(batches):
                 self.status.at("computing")
+                self._micro_batch = f"micro-batch {number + 1} of {len(batches)}"
                 self.gradients.before_backward(is_last=number == len(batches) - 1)
                 loss = loss_of(self._forward(batch, token_scale, step), number)
                 self.gradients.backward(loss)
                 total += loss.detach()
+        self._micro_batch = ""
         self.balancer.release_global_load()
         self.status.at("reducing gradients")
         return self.mesh.sum_over("world", total)  # only last stages have added to it

@@ -18,6 +18,7 @@ from moe_dist.data.loader import eval_batches
 from moe_dist.data.losses import losses
 from moe_dist.data.packing import PackedDataset
 from moe_dist.data.streaming import StreamingPackedDataset
+from moe_dist.monitor.sinks import ConsoleSink
 from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel import proven
 from moe_dist.parallel.clock import Clock
@@ -29,6 +30,7 @@ from moe_dist.train.agreement import StopRequests, agree
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer, given
 from moe_dist.train.evaluation import evaluate, sample_text
+from moe_dist.train.first_step import FirstStep
 from moe_dist.train.opening import merge_config, run_info, take_run_folder
 from moe_dist.train.persistence import Counters, Persistence
 from moe_dist.train.place import own_place
@@ -87,7 +89,10 @@ class MoETrainer:
         if dataset is not None:
             self.config.data = given(self.config.data)
         self.place = take_run_folder(self.config, self.mesh, self.job)
+        self.first_step = FirstStep(ConsoleSink(self.config.monitor.progress).message)
         try:
+            if self.mesh.rank == 0:
+                self.first_step.begin()
             self._build(dataset)
             try:
                 self.persistence.restore(self.counters, self.reporter.sinks.message)
@@ -104,16 +109,20 @@ class MoETrainer:
                 self.loader.close()
                 self.reporter.sinks.close()
         finally:
+            self.first_step.done()
             if self.place.lock is not None:
                 self.place.lock.leave()
 
     def _build(self, dataset: Any) -> None:
         config, mesh = self.config, self.mesh
         set_deterministic(config.train.deterministic, config.train.torch_compile)
+        self.first_step.at("reading the data")
         self.clock = Clock(mesh.device, self.status)
         self.datasets = build_datasets(config, dataset)
         num_domains = len(self.datasets.domains)
         self.reporter = Reporter(config, mesh, self.clock, num_domains)
+        self.first_step.say = self.reporter.sinks.message
+        self.first_step.at("building the model")
         self.loader = build_loader(config, self.datasets.train, mesh)
         self.model = build_model(config, mesh, self.clock)
         self.gradients = build_gradients(self.model, config, mesh)
@@ -156,6 +165,7 @@ class MoETrainer:
         self.reporter.diagnosis.resumed(info)
         self.started = time.perf_counter() - self.counters.elapsed
         self.reporter.begin()
+        self.first_step.place = self.step.where
 
     def _tell_skipped(self) -> None:
         skipped = self.datasets.skipped
@@ -188,6 +198,7 @@ class MoETrainer:
             self.reporter.log(counters, self.stopping, result, rate, self.loader.epoch)
             self.status.at("agreeing on the next step")  # with rank 0, which has written its line first
             self.reporter.actions(self.acting.observe(counters.step, self.reporter.layers))
+        self.first_step.done()
         if config.train.eval_steps and counters.step % config.train.eval_steps == 0:
             self._evaluate()
         if self.persistence.is_due(counters.step):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from moe_dist.config_loading import load_config
 
 DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "datasets", "numpy")
-INSTANT = [("--help",), ("train", "--help"), ("check", DEMO)]
+INSTANT = [("--help",), ("train", "--help"), ("check", DEMO), ("check", DEMO, "--json")]
 
 
 def moe_dist(*arguments: str, width: int = 200) -> subprocess.CompletedProcess[str]:
@@ -77,6 +78,7 @@ def test_help_says_how_to_start() -> None:
         assert "CONFIG" in text
         assert f"moe-dist {command} configs/demo.yaml" in text
     assert moe_dist("--version").stdout.startswith("moe-dist ")
+    assert moe_dist("-v").stdout == moe_dist("--version").stdout
 
 
 LAYOUT_4 = """\
@@ -129,6 +131,64 @@ def test_check_shows_the_whole_configuration(tmp_path: Path) -> None:
     assert load_config(tmp_path / "shown.yaml") == load_config(DEMO, ["optimizer.learning_rate=0.125"])
 
 
+def test_check_tells_programs_the_same() -> None:
+    stages = ("parallel.pp_size=2", "train.gradient_accumulation_steps=2")
+    done = moe_dist("check", DEMO, "--json", "-n", "4", *stages)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    shown = moe_dist("check", DEMO, "-n", "4", *stages).stdout
+    assert told["groups"]["pp"] == [[0, 2], [1, 3]]
+    assert [stage["layers"] for stage in told["stages"]] == [[0, 1], [2, 3]]
+    numbers = [told["parameters"], told["active_parameters"], told["flops_per_token"]]
+    numbers += [
+        number for stage in told["stages"] for number in (stage["parameters"]["total"], stage["bytes"]["total"])
+    ]
+    for number in numbers:
+        assert f"{number:,}" in shown
+    whole = json.loads(moe_dist("check", DEMO, "--json", "--show-config").stdout)
+    assert whole["model"]["num_experts"] == 16
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered", "not_offered"),
+    [
+        ("tra", ["train"], ["check"]),
+        ("check DEMO --js", ["--json"], []),
+        ("train DEMO train.max_s", ["train.max_steps="], ["max_steps="]),
+        ("train DEMO seed=1 learn", ["learning_rate="], []),
+        ("launch slurm DEMO model.num_exp", ["model.num_experts=", "model.num_experts_per_tok="], []),
+        ("train conf", [], ["config_name="]),  # a file comes here, and files are the shell's
+    ],
+)
+def test_tab_completes(typed: str, offered: list[str], not_offered: list[str]) -> None:
+    words = f"moe-dist {typed}".replace("DEMO", DEMO)
+    variables = {"_MOE_DIST_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run(
+        [BIN / "moe-dist"], capture_output=True, text=True, timeout=60, env={**os.environ, **variables}
+    )
+    found = done.stdout.split()
+    assert set(offered) <= set(found)
+    assert not set(not_offered) & set(found)
+
+
+def test_init_lays_down_and_keeps_what_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    assert light("init", str(folder)).code == 0
+    assert (folder / "demo.yaml").read_bytes() == Path(DEMO).read_bytes()
+    (folder / "demo.yaml").write_text("mine")
+    (folder / "monitoring").mkdir()
+    (folder / "monitoring" / "alerts.yml").symlink_to(tmp_path / "nowhere")
+    done = light("init", str(folder), "--template=slurm")
+    assert done.code == 0
+    assert (folder / "demo.yaml").read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+    assert f"kept, was there  {folder / 'demo.yaml'}" in done.out
+    assert (folder / "slurm/train.sbatch").is_file()
+    done = light("init", str(folder / "demo.yaml"))
+    assert (done.code, done.out) == (2, "")
+    assert done.err == [f"moe-dist: error: {folder / 'demo.yaml'}: a file; moe-dist init needs a folder of that name"]
+
+
 MISTAKES = {
     "impossible world": (("check", DEMO, "-n", "3"), "world_size=3"),
     "impossible world to train": (("train", DEMO, "launch.nproc_per_node=3"), "world_size=3"),
@@ -136,6 +196,8 @@ MISTAKES = {
     "unknown key": (("train", DEMO, "train.max_step=5"), "max_step"),
     "wrong type": (("train", DEMO, "train.max_steps=many"), "max_steps"),
     "missing file": (("train", "nowhere.yaml"), "nowhere.yaml"),
+    "a key of another trainer": (("train", DEMO, "lora_r=8"), "lora_r=8: not offered yet; there is: all weights"),
+    "unknown template": (("init", "--template=x"), "'x' is not one of 'demo', 'pretrain'"),
     "unknown command": (("trian", DEMO), "trian"),
     "no file": (("train",), "CONFIG"),
     "a number in letters": (("check", DEMO, "-n", "two"), "-n two: give a whole number"),

@@ -425,12 +425,26 @@ def test_a_dry_run_of_every_overlay(overlay: str) -> None:
         assert job_of(objects)["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 2
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_*.yaml")), ids=lambda path: path.stem)
+def test_every_run_file_works_by_default_or_says_what_to_set(path: Path) -> None:
+    """Seen red: moe_16x stopped, and it said which numbers of ranks there are, not what to type."""
+    done = launch(str(path), "--dry-run")
+    if path.stem == "moe_16x":
+        assert done.returncode == 0, done.stderr
+        return
+    options = re.search(r"; (--nodes \d+ --nproc-per-node \d+) would do\n$", done.stderr)
+    assert options, done.stderr
+    assert launch(str(path), "--dry-run", *options[1].split()).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ((DEMO, "--overlay=gpus"), "--overlay gpus: allowed: gpu, jobset"),
         ((DEMO, "--overlay=jobset,trainjob"), "jobset and trainjob are different kinds of job"),
         ((DEMO, "--nodes=3"), "3 nodes x 1 ranks: "),
+        ((f"{ROOT}/configs/moe_32x.yaml",), "; --nodes 2 --nproc-per-node 4 would do"),
+        ((f"{ROOT}/configs/moe_32x.yaml", "--nodes=3"), "; --nodes 3 --nproc-per-node 8 would do"),
         ((DEMO, "--nodes=0"), "--nodes"),
         ((DEMO, "--namespace=Lab_1"), "--namespace Lab_1: lower-case"),
         ((DEMO, "--image="), "--image '': the name of an image"),
