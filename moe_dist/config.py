@@ -8,7 +8,7 @@ overrides, aliases and the wording of errors live in `config_loading/`. Nothing 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -518,6 +518,25 @@ class Config(Section):
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
 
     _sections_fit_together = model_validator(mode="after")(check_sections)
+
+    if not TYPE_CHECKING:  # a misspelt section is an error of types all the same
+
+        def __getattr__(self, name: str) -> Any:
+            """A key without its section, or by the name another trainer has for it: `config.batch_size`."""
+            if name.startswith("_"):
+                return super().__getattr__(name)  # pydantic's own
+            from moe_dist.config_loading.attributes import read
+
+            return read(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`config.batch_size = 16` as `train.per_device_train_batch_size: 16` in a file: checked, with the rest."""
+        if name.startswith("_") or name in type(self).model_fields:
+            super().__setattr__(name, value)
+            return
+        from moe_dist.config_loading.attributes import write
+
+        write(self, name, value)
 
     def global_batch_size(self, world_size: int) -> int:
         """Sequences in one optimizer step on `world_size` ranks."""

@@ -83,6 +83,7 @@ def test_other_spellings_are_read_with_a_notice(tmp_path: Path, text: str, meani
 
 VALUES = """
 train: {mixed_precision: bf16}  =>  train.bf16=true  =>  train.mixed_precision=bf16 is read as train.bf16=true
+training: {mixed_precision: true}  =>  train.bf16=true  =>  training.mixed_precision=true is read as train.bf16=true
 mixed_precision: no  =>  train.bf16=false  =>  mixed_precision=no is read as train.bf16=false
 resume_from_checkpoint: true  =>  checkpoint.resume=auto  =>  read as checkpoint.resume=auto
 resume_from_checkpoint: false  =>  checkpoint.resume=never  =>  read as checkpoint.resume=never

@@ -125,23 +125,35 @@ class Router(nn.Module):
 
     Subclass to route in your own way: override `logits` (T, D) -> (T, E), or `forward` (T, D) -> `Routing` (a
     plain tuple of ids and weights (T, K) will do); `select_experts` applies the configured rule. A subclass that
-    has no use for `weight` sets it to None; one with parameters of its own gives a `reset_parameters` method.
+    has no use for `weight` calls `super().__init__()` without sizes, or sets it to None; one with parameters of its own
+    gives a `reset_parameters` method.
     `bias_E` is the selection bias that auxiliary-loss-free balancing moves; it is state, not a parameter. `use_bias`:
     whether it is added to the scores for the choice; None: where it is not zero.
     """
 
     bias_E: Tensor
     use_bias: bool | None
+    weight: nn.Parameter
+    """None where there are no sizes."""
+    rule: TopKRouter
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int = 2) -> None:
+    def __init__(self, hidden_size: int | None = None, num_experts: int | None = None, top_k: int = 2) -> None:
         super().__init__()
-        self.hidden_size, self.num_experts = hidden_size, num_experts
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        nn.init.normal_(self.weight, std=0.02)
-        self.rule = TopKRouter(num_experts, min(top_k, num_experts))
+        self.register_parameter("weight", None)
         self.use_bias, self.jitter = None, 0.0
-        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=full_dtype()))
         self._bias_seen: tuple[tuple[int, int], bool] | None = None
+        self._top_k = top_k
+        self._set_sizes(hidden_size, num_experts)
+        if hidden_size is not None and num_experts is not None:
+            self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+            nn.init.normal_(self.weight, std=0.02)
+
+    def _set_sizes(self, hidden_size: int | None, num_experts: int | None) -> None:
+        """Rule and selection bias for so many experts; None: not known yet, `build_router` says it."""
+        self.hidden_size, self.num_experts = hidden_size, num_experts
+        if num_experts is not None:
+            self.rule = TopKRouter(num_experts, min(self._top_k, num_experts))
+        self.register_buffer("bias_E", torch.zeros(num_experts or 0, dtype=full_dtype()))
 
     @property
     def top_k(self) -> int:
@@ -161,6 +173,11 @@ class Router(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """One logit per expert: (T, D) -> (T, E)."""
+        if self.weight is None:
+            raise ValueError(
+                f"model.router: {type(self).__name__} has no weight: give super().__init__ its sizes, "
+                "or override logits or forward"
+            )
         return F.linear(x_TD, full(self.weight))
 
     def forward(self, x_TD: Tensor) -> Routing:
@@ -175,6 +192,8 @@ class Router(nn.Module):
 
     def select_experts(self, probabilities: Tensor) -> TopK:
         """The K best experts of (..., E) probabilities, and their weights, by the configured rule."""
+        if not hasattr(self, "rule"):  # alone, not in a model
+            self._set_sizes(self.hidden_size, probabilities.shape[-1])
         indices = self.rule.choose(full(probabilities.detach()).log(), None)
         weights = full(probabilities.gather(-1, indices))
         if self.rule.norm_topk_prob:
@@ -190,6 +209,8 @@ register_router = ROUTERS.register
 def build_router(config: ModelConfig, balance: BalanceConfig) -> Router:
     """The configured router, with the selection rule of the configuration."""
     router = ROUTERS.resolve(config.router)(config.hidden_size, config.num_experts)
+    if not hasattr(router, "rule"):
+        router._set_sizes(config.hidden_size, config.num_experts)
     router.rule = TopKRouter(
         config.num_experts,
         config.num_experts_per_tok,

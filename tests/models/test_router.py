@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from moe_dist.config import BalanceConfig, ModelConfig
+from moe_dist.models.experts import Expert
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import ROUTERS, Router, Routing, TopK, TopKRouter, build_router, register_router
 from moe_dist.models.transformer import Transformer
@@ -250,6 +251,62 @@ def test_buffers_of_an_own_router_have_their_values() -> None:
     assert torch.equal(first.gate.scale, torch.full((SMALL.num_experts,), 2.0))
     assert not torch.equal(first.planes, second.planes)
     assert all(torch.equal(a, b) for a, b in zip(second.buffers(), alone.buffers(), strict=True))
+
+
+class GuideRouter(Router):
+    """As the guide writes it: the base class is given nothing, and the helper alone decides."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.gate = nn.Linear(hidden_size, num_experts)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        router_probs = torch.softmax(self.gate(hidden_states), dim=-1)
+        return self.select_experts(router_probs)
+
+
+class GuideExpert(Expert):
+    """As the guide writes it, with dropout inside."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(hidden_size, intermediate_size),
+            nn.GELU(),
+            nn.Dropout(0.1),
+            nn.Linear(intermediate_size, hidden_size),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_classes_of_the_guide_train() -> None:
+    """Seen to end with a TypeError: `super().__init__()` missed hidden_size and num_experts or intermediate_size."""
+    indices, weights = GuideRouter(16, 4)(torch.randn(3, 5, 16))
+    assert indices.shape == weights.shape == (3, 5, 2)
+    config = SMALL.model_copy(
+        update={"router": f"{__name__}:GuideRouter", "expert": f"{__name__}:GuideExpert", "num_experts_per_tok": 3}
+    )
+    with torch.device("meta"):
+        model = Transformer(config, BalanceConfig(bias_update_rate=0.1))
+    model.initialize(0)
+    for layer in model.moe_layers():
+        assert layer.router.top_k == 3
+        assert torch.equal(layer.router.bias_E, torch.zeros(4))
+    ids = torch.randint(0, 40, (2, 12))
+    nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_router_without_sizes_and_without_logits_is_named() -> None:
+    class Nothing(Router):
+        def __init__(self, hidden_size: int, num_experts: int) -> None:
+            super().__init__()
+
+    with pytest.raises(ValueError, match=r"model\.router: Nothing has no weight: .* override logits or forward"):
+        Nothing(16, 4)(torch.randn(3, 16))
 
 
 @pytest.mark.parametrize("kind", [Cosine, Plain, Swapped])
