@@ -359,6 +359,13 @@ class BalanceConfig(Section):
     router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Multiply router inputs by uniform noise in [1 - jitter, 1 + jitter] in training."""
 
+    router_temperature: PositiveFloat = 1.0
+    """Divide router logits by this: above 1 the choice is softer, below 1 sharper; not in training alone."""
+    router_temperature_steps: NonNegative = 0
+    """Optimizer steps in which router_temperature moves to 1, linearly; 0: it stays as it is."""
+    fallback_expert: NonNegative | None = None
+    """A token whose router logits are NaN or infinite goes to this expert alone, and is counted; null: its output is
+    NaN, and train.on_nonfinite decides."""
     act: Literal["off", "log", "on"] = "off"
     """Experts stay dead, a layer collapsed or unbalanced: double its bias_update_rate, then its router_aux_loss_coef,
     step by step, and take it back when it is well; `log`: only say so."""

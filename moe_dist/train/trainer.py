@@ -30,6 +30,7 @@ from moe_dist.train.acting import Acting
 from moe_dist.train.agreement import StopRequests, agree
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer, given
+from moe_dist.train.describe import causality_warning
 from moe_dist.train.evaluation import evaluate, sample_text
 from moe_dist.train.opening import architecture_of, merge_config, one_of, run_info, take_run_folder
 from moe_dist.train.persistence import Counters, Persistence
@@ -99,6 +100,7 @@ class MoETrainer:
             self._build(dataset)
             try:
                 self.persistence.restore(self.counters, self.reporter.sinks.message)
+                self.step.set_temperature(self.counters.step)
                 self.stopping.before_start(self.counters.step, self.loader.epoch, self._time_share())
                 self._measure_before()
                 if self.counters.step and self.stopping.reason:
@@ -161,6 +163,8 @@ class MoETrainer:
         self.reporter.sinks.open(info)
         if info.world_size > 1 and self.mesh.rank == 0:  # one process is what others are held against
             self.reporter.sinks.message(proven.line_for(config, info.device, info.world_size))
+        if (warning := causality_warning(config)) is not None and self.mesh.rank == 0:
+            logger.warning(warning)
         self.reporter.diagnosis.resumed(info)
         self.started = time.perf_counter() - self.counters.elapsed
         self.reporter.begin()
@@ -182,6 +186,7 @@ class MoETrainer:
         self.reporter.add(result, self.balancer.facts, rate)
         self.balancer.clear()
         counters.add(result)
+        self.step.set_temperature(counters.step)
         if result.skipped:
             logger.warning(
                 "step %d: loss %s, gradient norm %s; nothing updated", counters.step, result.loss, result.grad_norm
