@@ -16,7 +16,7 @@ from moe_dist.models.counts import flops_per_token, parameter_counts, per_rank
 from moe_dist.models.shapes import STACKED, decays, logical_shapes
 from moe_dist.parallel.layout import Axis, Layout, layers_by_place
 from moe_dist.parallel.state_bytes import state_bytes
-from moe_dist.train.describe import amount, byte_size, layout_lines, sentence
+from moe_dist.train.describe import amount, byte_size, causality_warning, layout_lines, sentence
 
 _MEANING: dict[Axis, str] = {
     "ep": "share out the experts of every layer",
@@ -33,6 +33,9 @@ def print_report(config: Config, world_size: int, console: Console | None = None
     counts = parameter_counts(config.model)
     console.print(sentence(config, layout, config.launch.device.replace("auto", "CPU or CUDA")))
     console.print()
+    if (warning := causality_warning(config)) is not None:
+        console.print(warning, soft_wrap=True)
+        console.print()
     for line in layout_lines(layout, config.model.num_experts):
         console.print(f"  {line}", soft_wrap=True)
     console.print()

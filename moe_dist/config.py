@@ -8,7 +8,7 @@ overrides, aliases and the wording of errors live in `config_loading/`. Nothing 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -359,6 +359,13 @@ class BalanceConfig(Section):
     router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Multiply router inputs by uniform noise in [1 - jitter, 1 + jitter] in training."""
 
+    router_temperature: PositiveFloat = 1.0
+    """Divide router logits by this: above 1 the choice is softer, below 1 sharper; not in training alone."""
+    router_temperature_steps: NonNegative = 0
+    """Optimizer steps in which router_temperature moves to 1, linearly; 0: it stays as it is."""
+    fallback_expert: NonNegative | None = None
+    """A token whose router logits are NaN or infinite goes to this expert alone, and is counted; null: its output is
+    NaN, and train.on_nonfinite decides."""
     act: Literal["off", "log", "on"] = "off"
     """Experts stay dead, a layer collapsed or unbalanced: double its bias_update_rate, then its router_aux_loss_coef,
     step by step, and take it back when it is well; `log`: only say so."""
@@ -518,6 +525,25 @@ class Config(Section):
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
 
     _sections_fit_together = model_validator(mode="after")(check_sections)
+
+    if not TYPE_CHECKING:  # a misspelt section is an error of types all the same
+
+        def __getattr__(self, name: str) -> Any:
+            """A key without its section, or by the name another trainer has for it: `config.batch_size`."""
+            if name.startswith("_"):
+                return super().__getattr__(name)  # pydantic's own
+            from moe_dist.config_loading.attributes import read
+
+            return read(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`config.batch_size = 16` as `train.per_device_train_batch_size: 16` in a file: checked, with the rest."""
+        if name.startswith("_") or name in type(self).model_fields:
+            super().__setattr__(name, value)
+            return
+        from moe_dist.config_loading.attributes import write
+
+        write(self, name, value)
 
     def global_batch_size(self, world_size: int) -> int:
         """Sequences in one optimizer step on `world_size` ranks."""

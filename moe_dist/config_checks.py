@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     )
 
 
+EXPERT_CHOICE = "expert_choice"
+"""Value of model.router: experts choose tokens."""
 FILE_SOURCES = ("text", "jsonl", "parquet")
 MAX_DOMAINS = 16
 """Named sources of data whose routing is counted apart."""
@@ -36,10 +38,10 @@ def _divisors(number: int) -> str:
 
 def check_model(model: ModelConfig) -> ModelConfig:
     """Routing, attention heads and layer numbers that one transformer can have."""
-    if model.router.replace("-", "_") in ("expert_choice", "expertchoice"):
+    if model.router == EXPERT_CHOICE and (model.n_group > 1 or model.scoring_func != "softmax"):
+        other = f"n_group={model.n_group}" if model.n_group > 1 else f"scoring_func={model.scoring_func}"
         raise ValueError(
-            f"router={model.router}: an expert that chooses its tokens looks at later ones too, which a language model "
-            "must not see (docs/routing.md); allowed: topk, or package.module:Class of your own"
+            f"router={EXPERT_CHOICE}: experts choose by softmax scores, among all tokens; not with {other}"
         )
     if model.num_experts:
         if model.num_experts_per_tok > model.num_experts:
@@ -192,6 +194,7 @@ def check_sections(config: Config) -> Config:
                 f"checkpoint.metric_for_best_model={checkpoint.metric_for_best_model}: needs train.eval_steps="
                 f"{evaluate} above 0 and checkpoint.save_steps={save} to be a multiple of it"
             )
+    check_routing(config)
     if parallel.ep_size > 1 and model.num_experts % parallel.ep_size:
         raise ValueError(
             f"parallel.ep_size={parallel.ep_size}: must divide model.num_experts={model.num_experts} "
@@ -227,6 +230,23 @@ def check_sections(config: Config) -> Config:
         raise ValueError("train.early_stopping_patience: needs train.eval_steps > 0")
     check_held_out(config)
     return config
+
+
+def check_routing(config: Config) -> None:
+    """Options of routing that the router and the experts can have."""
+    model, balance = config.model, config.balance
+    if balance.fallback_expert is not None and balance.fallback_expert >= max(1, model.num_experts):
+        raise ValueError(
+            f"balance.fallback_expert={balance.fallback_expert}: below model.num_experts={model.num_experts} "
+            "(experts count from 0)"
+        )
+    if model.router == EXPERT_CHOICE:
+        for key in ("bias_update_rate", "capacity_factor", "fallback_expert"):
+            if getattr(balance, key) not in (None, 0.0):
+                raise ValueError(
+                    f"balance.{key}={getattr(balance, key)}: with model.router={EXPERT_CHOICE} every expert takes as "
+                    "many tokens as it has places, the best first; leave it out, or take model.router=topk"
+                )
 
 
 def check_held_out(config: Config) -> None:

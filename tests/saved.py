@@ -59,7 +59,7 @@ TRAINING: dict[str, Any] = {
 
 def train(run: Path, /, **options: Any) -> TrainingResult:
     """A tiny run of six steps that saves every second one."""
-    return MoETrainer(model_config=MODEL, training_config=TRAINING | options, output_dir=run).train(TEXTS)
+    return MoETrainer({}, model_config=MODEL, training_config=TRAINING | options, output_dir=run).train(TEXTS)
 
 
 @cache

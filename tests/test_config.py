@@ -83,6 +83,7 @@ def test_other_spellings_are_read_with_a_notice(tmp_path: Path, text: str, meani
 
 VALUES = """
 train: {mixed_precision: bf16}  =>  train.bf16=true  =>  train.mixed_precision=bf16 is read as train.bf16=true
+training: {mixed_precision: true}  =>  train.bf16=true  =>  training.mixed_precision=true is read as train.bf16=true
 mixed_precision: no  =>  train.bf16=false  =>  mixed_precision=no is read as train.bf16=false
 resume_from_checkpoint: true  =>  checkpoint.resume=auto  =>  read as checkpoint.resume=auto
 resume_from_checkpoint: false  =>  checkpoint.resume=never  =>  read as checkpoint.resume=never
@@ -234,3 +235,14 @@ def test_a_group_of_keys_inside_a_section(tmp_path: Path) -> None:
         ("monitor: {prometheus: {per_expert: all}}", "monitor.prometheus.per_expert='all': one of full, layer, top"),
     ):
         assert complaint(tmp_path, text).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "decay", "accumulation", "epochs"),
+    [("conservative", 1e-4, 0.1, 32, 5), ("balanced", 2e-4, 0.01, 16, 3), ("aggressive", 3e-4, 0.001, 8, 2)],
+)
+def test_presets(name: str, rate: float, decay: float, accumulation: int, epochs: int) -> None:
+    """Seen to fail with rates up to 1e-3, and 16 micro-batches and one epoch as the careful choice."""
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (rate, decay)
+    assert (config.train.gradient_accumulation_steps, config.train.num_train_epochs) == (accumulation, epochs)

@@ -48,7 +48,13 @@ data: {config_name: x, source: text, path: c}  =>  data.config_name=x: source=te
 data: {streaming: true, source: huggingface, name: x}  =>  train.max_steps=-1: data.streaming=true has no length
 data: {streaming: true, source: memory}⏎train: {max_steps: 9, eval_steps: 3}  =>  nothing is held out of a stream
 data: {validation_split: 0}⏎train: {eval_steps: 3}  =>  train.eval_steps=3: nothing is held out; set data
-model: {router: expert_choice}  =>  model.router=expert_choice: an expert that chooses its tokens looks at later ones
+model: {router: expert_choice, n_group: 2, topk_group: 2}  =>  model.router=expert_choice  &  not with n_group=2
+model: {router: expert_choice, scoring_func: sigmoid}  =>  model.router=expert_choice  &  not with scoring_func=sigmoid
+{model: {router: expert_choice}, balance: {bias_update_rate: 0.1}}  =>  balance.bias_update_rate=0.1: with model.router
+{model: {router: expert_choice}, balance: {capacity_factor: 1.5}}  =>  balance.capacity_factor=1.5: with model.router
+{model: {router: expert_choice}, balance: {fallback_expert: 1}}  =>  balance.fallback_expert=1: with model.router
+balance: {fallback_expert: 16}  =>  balance.fallback_expert=16: below model.num_experts=16
+balance: {router_temperature: 0}  =>  balance.router_temperature=0: a number above 0
 data: {tokenizer: 5}  =>  data.tokenizer=5: a path or name
 data: {path: 5}  =>  data.path=5: a path or name or a list, each entry a path or name or a mapping or null
 optimizer: {learning_rate: fast}  =>  optimizer.learning_rate='fast': a number above 0

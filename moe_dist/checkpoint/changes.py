@@ -70,8 +70,15 @@ def micro_batch_change(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str 
     """What another size of the micro-batches does to a loss that is counted over each; None: nothing."""
     before, after = dict(_flat(saved)), dict(_flat(now))
     size, scope = _BATCH[0], "balance.aux_loss_scope"
+    if before.get(size) == after[size]:
+        return None
+    if after.get("model.router") == "expert_choice":
+        return (
+            f"{size}={after[size]} (saved with {before.get(size)}) changes which tokens experts choose, which "
+            "model.router=expert_choice decides for each micro-batch"
+        )
     counts = after.get(scope) == "micro_batch" and after.get("balance.router_aux_loss_coef")
-    if not counts or before.get(size) == after[size]:
+    if not counts:
         return None
     return (
         f"{size}={after[size]} (saved with {before.get(size)}) changes the load-balancing loss, which "

@@ -143,11 +143,11 @@ def place(spelling: str, value: Any, origin: str, notice: Callable[[str], None])
         return []
     if leaf == "mixed_precision":
         flags = {"bf16": ("bf16", True), "fp16": ("fp16", True), "no": ("bf16", False)}
-        word = "no" if value in (None, False) else str(value)
+        word = {None: "no", False: "no", True: "bf16"}.get(value) if isinstance(value, bool | None) else str(value)
         if word not in flags:
             raise ConfigError(f"{spelling}={show(value)}: one of bf16, no ({origin})")
         flag, on = flags[word]
-        notice(f"{spelling}={word} is read as train.{flag}={show(on)}")
+        notice(f"{spelling}={show(value) if value is True else word} is read as train.{flag}={show(on)}")
         return [(f"train.{flag}", on)]
     if spelling in FIELDS:
         key = spelling

@@ -83,13 +83,15 @@ class LoadFacts:
     `pairs_E` int64 (pairs routed to each expert, before any drop), `dropped_E` int64, `tokens` int64; `sums`
     (5,) float64: over tokens, the sum of the load-balancing loss (1.0 = balanced), the z-loss, the router's
     entropy in nats, its confidence, the largest of a token's scores, and the mean square of a token's logits.
-    `pairs_NE` int64: pairs of each named source (N domains); None where they are not counted.
+    `fallbacks` int64: tokens that went to the fallback expert. `pairs_NE` int64: pairs of each named source (N
+    domains); None where they are not counted.
     """
 
     pairs_E: Tensor
     dropped_E: Tensor
     tokens: Tensor
     sums: Tensor
+    fallbacks: Tensor
     pairs_NE: Tensor | None = None
 
     @staticmethod
@@ -100,12 +102,11 @@ class LoadFacts:
         # float32 on devices without float64 (Apple's); elsewhere sums over an interval keep every digit.
         wide = torch.float32 if device.type == "mps" else torch.float64
         by_domain = count(num_domains, num_experts) if num_domains else None
-        return LoadFacts(
-            count(num_experts), count(num_experts), count(), torch.zeros(5, dtype=wide, device=device), by_domain
-        )
+        sums = torch.zeros(5, dtype=wide, device=device)
+        return LoadFacts(count(num_experts), count(num_experts), count(), sums, count(), by_domain)
 
     def zero_(self) -> None:
-        for tensor in (self.pairs_E, self.dropped_E, self.tokens, self.sums, self.pairs_NE):
+        for tensor in (self.pairs_E, self.dropped_E, self.tokens, self.sums, self.fallbacks, self.pairs_NE):
             if tensor is not None:
                 tensor.zero_()
 
@@ -140,6 +141,7 @@ class LoadBalance:
         load_GE = count_load(ids_TK, self.num_experts, num_groups)
         tokens_G = self._tokens(ids_TK, valid_T, num_groups)
         self._record_domains(ids_TK)
+        self._record_fallbacks(routing.failed_T, valid_T)
         if scores_TE is None or logits_TE is None:
             self._record(load_GE, tokens_G, None)
             return None
@@ -183,6 +185,10 @@ class LoadBalance:
         counts = torch.zeros(num_domains * bins, dtype=torch.int64, device=ids_TK.device)
         counts.scatter_add_(0, places_TK.flatten(), torch.ones_like(places_TK).flatten())
         self.facts.pairs_NE += counts.view(num_domains, bins)[:, : self.num_experts]
+
+    def _record_fallbacks(self, failed_T: Tensor | None, valid_T: Tensor | None) -> None:
+        if self.facts is not None and failed_T is not None and not is_recomputing():
+            self.facts.fallbacks += (failed_T if valid_T is None else failed_T & valid_T).sum()
 
     def record_dropped(self, ids_TK: Tensor, kept_TK: Tensor) -> None:
         """Count pairs that found no place: chosen experts before and after the drop."""

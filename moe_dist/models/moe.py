@@ -115,10 +115,11 @@ class MoE(nn.Module):
         self, x_TD: Tensor, valid_BS: Tensor | None, token_scale: float | Tensor, num_sequences: int
     ) -> tuple[Routing, Tensor | None]:
         """The router's decision after padding, load accounting, capacity, expert dropout, in this order."""
-        with torch.autocast(x_TD.device.type, enabled=False):  # routers compute in full precision, own ones too
-            routing = Routing.of(self.router(full(x_TD)))
-        ids_TK = routing.expert_ids_TK
         valid_T = None if valid_BS is None else valid_BS.flatten()
+        arguments = (full(x_TD), valid_T) if self.router.takes_valid else (full(x_TD),)
+        with torch.autocast(x_TD.device.type, enabled=False):  # routers compute in full precision, own ones too
+            routing = Routing.of(self.router(*arguments))
+        ids_TK = routing.expert_ids_TK
         if valid_T is not None:
             ids_TK = ids_TK.masked_fill(~valid_T[:, None], self.num_experts)
             routing = replace(routing, expert_ids_TK=ids_TK, complete=False)

@@ -24,12 +24,13 @@ class Expert(nn.Module):
 
     Any inner modules are fine. The rows of one call are tokens routed to this expert; R may be 0. Each row must be
     computed for itself: which ones come together changes with the layout of ranks. nn.Dropout is seen; a class that
-    draws random numbers in another way sets `has_noise`, and then runs once for each micro-batch.
+    draws random numbers in another way sets `has_noise`, and then runs once for each micro-batch. The sizes may be left
+    out of `super().__init__()`, which has no use for them.
     """
 
     has_noise = False
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, hidden_size: int | None = None, intermediate_size: int | None = None) -> None:
         super().__init__()
 
     def forward(self, x_RD: Tensor) -> Tensor:

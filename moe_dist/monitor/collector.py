@@ -47,8 +47,8 @@ class Collector:
         self._reduce = reduce
         self.ep_size, self.rank, self.world_size = ep_size, rank, world_size
         num_layers = len(self.moe_layer_numbers)
-        # Columns of counts: the experts' pairs, their dropped pairs, tokens.
-        self._counts = torch.zeros(num_layers, 2 * num_experts + 1, dtype=torch.int64, device=self.device)
+        # Columns of counts: the experts' pairs, their dropped pairs, tokens, tokens of the fallback expert.
+        self._counts = torch.zeros(num_layers, 2 * num_experts + 2, dtype=torch.int64, device=self.device)
         self._sums = torch.zeros(num_layers, 5, dtype=torch.float64, device=self.device)
         self._domains = torch.zeros(num_layers, num_domains, num_experts, dtype=torch.int64, device=self.device)
         self._rows: dict[tuple[int, ...], Tensor] = {}
@@ -63,7 +63,9 @@ class Collector:
             return
         facts = list(facts_by_layer.values())
         rows_l = self._rows_of(tuple(facts_by_layer))
-        counts = torch.stack([torch.cat((one.pairs_E, one.dropped_E, one.tokens[None])) for one in facts])
+        counts = torch.stack(
+            [torch.cat((one.pairs_E, one.dropped_E, torch.stack((one.tokens, one.fallbacks)))) for one in facts]
+        )
         self._counts.index_add_(0, rows_l, counts)
         self._sums.index_add_(0, rows_l, torch.stack([one.sums for one in facts]).to(self._sums.dtype))
         by_domain = [one.pairs_NE for one in facts if one.pairs_NE is not None]
@@ -97,9 +99,10 @@ class Collector:
         num = self.num_experts
         layers = [
             layer_record(
-                *(layer, count[:num], int(count[num:-1].sum()), int(count[-1]), total, self.top_k, self.ep_size),
+                *(layer, count[:num], int(count[num:-2].sum()), int(count[-2]), total, self.top_k, self.ep_size),
                 None if by_domain is None else by_domain[index],
-                count[num:-1],
+                count[num:-2],
+                int(count[-1]),
             )
             for index, (layer, count, total) in enumerate(
                 zip(self.moe_layer_numbers, counts.to(torch.int64).numpy(), sums.numpy(), strict=True)

@@ -30,6 +30,7 @@ def layer_record(
     ep_size: int = 1,
     pairs_NE: npt.NDArray[np.int64] | None = None,
     dropped_E: npt.NDArray[np.int64] | None = None,
+    fallback_tokens: int = 0,
 ) -> LayerRecord:
     """The record of one layer.
 
@@ -37,6 +38,7 @@ def layer_record(
     routed, each to `top_k` experts; `sums` (5,) over tokens: load-balancing loss, z-loss, router entropy,
     router confidence, mean square of the logits. `ep_size` ranks hold the experts, in blocks of equally many.
     `pairs_NE` (N, E): the pairs of each of N domains. `dropped_E` (E,): the dropped pairs by expert.
+    `fallback_tokens` went to the fallback expert.
     Without tokens every ratio is 0.0 (a measured imbalance is at least 1.0) and every expert is dead.
     """
     counts = [int(count) for count in pairs_E]
@@ -62,6 +64,7 @@ def layer_record(
         kept_per_expert=(load_E.astype(np.int64) - dropped_E).tolist() if dropped and dropped_E is not None else [],
         router_logits_rms=math.sqrt(square) if square > 0 else square,
         top_k=top_k,
+        fallback_tokens=fallback_tokens,
     )
 
 

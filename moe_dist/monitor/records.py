@@ -48,6 +48,8 @@ class LayerRecord:
     """As `tokens_per_expert`, of each named source of data; empty unless there are several."""
     top_k: int = 0
     """Experts of each token; 0 in logs older than this field."""
+    fallback_tokens: int = 0
+    """Tokens whose router logits were not finite, and that went to `balance.fallback_expert`."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 from moe_dist.config_loading import ALIASES, HOMES, ConfigError, show
 
+logger = logging.getLogger("moe_dist")
 NOT_FOR_US = {"do_train", "do_eval", "do_predict"}
 """For scripts around Hugging Face's Trainer, which does not read them either."""
 
@@ -76,6 +78,11 @@ def _same_meaning(found: dict[str, Any], values: Mapping[str, Any]) -> dict[str,
         del found["torch_compile_backend"]
     if found.get("logging_first_step"):  # it always is
         del found["logging_first_step"]
+    if found.pop("fp16", False):
+        logger.warning(
+            "TrainingArguments.fp16 is read as bf16: half precision needs loss scaling, which is not offered"
+        )
+        found["bf16"] = True
     if found.pop("use_cpu", False):
         found["device"] = "cpu"
     if found.pop("full_determinism", False):

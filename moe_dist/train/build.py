@@ -31,8 +31,13 @@ from moe_dist.train.optimizer import Optimizer, torch_optimizer
 logger = logging.getLogger("moe_dist")
 
 
-def build_model(config: Config, mesh: Mesh, clock: Clock | None = None) -> Transformer:
-    """This rank's part of the model, on its device, with the initial weights of `train.seed`."""
+def build_model(
+    config: Config, mesh: Mesh, clock: Clock | None = None, given: Transformer | None = None
+) -> Transformer:
+    """This rank's part of the model, on its device, with the initial weights of `train.seed`.
+
+    `given`: a whole model whose parameters it shares instead of having its own, so that training moves them.
+    """
     with torch.device("meta"):
         if mesh.layout.pp_size > 1:
             from moe_dist.parallel.pipeline import PipelinedTransformer  # schedules take long to import
@@ -42,11 +47,34 @@ def build_model(config: Config, mesh: Mesh, clock: Clock | None = None) -> Trans
             model = Transformer(config.model, config.balance)
     parallelize(model, config, mesh, clock)
     model.initialize(config.train.seed, mesh.device)
+    if given is not None:
+        _share_weights(model, given, mesh)
     if is_sharded(config, mesh):
         shard_parameters(model, config, mesh)
     elif config.train.pure_bf16:
         model.round_weights(torch.bfloat16)
     return model
+
+
+def _share_weights(model: Transformer, given: Transformer, mesh: Mesh) -> None:
+    """Put the parameters and buffers of `given` into `model`. Raises ValueError where that cannot be."""
+    if mesh.layout.world_size > 1:
+        raise ValueError(
+            f"model=Transformer: a model in memory is trained in one process, not in {mesh.layout.world_size}; give "
+            "its config, as model=transformer.config"
+        )
+    if any(tensor.is_meta for tensor in given.state_dict().values()):
+        raise ValueError("model=Transformer: it has no weights yet (device meta); call its initialize(seed)")
+    given.to(mesh.device)
+    for name, part in given.named_modules():
+        mine = model.get_submodule(name)
+        if part._parameters.keys() != mine._parameters.keys():
+            raise ValueError(f"model=Transformer: {name} ({type(part).__name__}) is another than its config says")
+        for key, parameter in part._parameters.items():
+            if parameter is not None and not mine._parameters[key].requires_grad:  # type: ignore[union-attr]
+                parameter.requires_grad_(False)
+        mine._parameters.update(part._parameters)
+        mine._buffers.update(part._buffers)
 
 
 def is_sharded(config: Config, mesh: Mesh) -> bool:

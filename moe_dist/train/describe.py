@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_dist.config import Config
+from moe_dist.config_checks import EXPERT_CHOICE
 from moe_dist.models.counts import parameter_counts
 from moe_dist.parallel.layout import Layout, describe
 
@@ -54,6 +55,16 @@ def sentence(
         f"token) on {text}{size} with {ranks} on {device}, batches of {train.per_device_train_batch_size} x "
         f"{train.gradient_accumulation_steps} x {layout.dp_size} = {batch} sequences of {config.data.max_seq_length} "
         f"tokens, for {' or '.join(limits)}."
+    )
+
+
+def causality_warning(config: Config) -> str | None:
+    """What a person must know about a router that looks at later tokens; None of any other."""
+    if config.model.router != EXPERT_CHOICE:
+        return None
+    return (
+        f"model.router={EXPERT_CHOICE} is not causal: whether a token gets an expert depends on later tokens, so "
+        "losses are too good and the model cannot generate as it was trained (docs/routing.md)"
     )
 
 

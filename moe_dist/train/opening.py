@@ -15,7 +15,7 @@ from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.ownership import read_claim
 from moe_dist.checkpoint.run_folder import CONFIG, refuse_foreign, with_header
 from moe_dist.checkpoint.storage import open_storage
-from moe_dist.config import Config
+from moe_dist.config import Config, ModelConfig
 from moe_dist.config_loading import ConfigError, dump_config, load_config, load_mapping
 from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer
@@ -49,7 +49,36 @@ def merge_config(
         if not str(output_dir).strip():
             raise ConfigError("output_dir is empty: give a folder; '.' is this one")
         merged.train.output_dir = Path(output_dir)
+        if config is None and (training_config is None or isinstance(training_config, Mapping)):
+            _checkpoints_apart(merged)
     return merged
+
+
+def _checkpoints_apart(config: Config) -> None:
+    """Checkpoints of a run that is told in Python alone go to output_dir/checkpoints, if it has none beside it yet."""
+    folder = config.train.output_dir
+    if config.checkpoint.folder is None and not any(folder.glob("checkpoint-*")):
+        config.checkpoint.folder = str(folder / "checkpoints")
+
+
+def architecture_of(model: Any) -> Mapping[str, Any] | None:
+    """The section `model` of what a program gives as its model. Raises ConfigError for what is none."""
+    if model is None or isinstance(model, Mapping):
+        return model
+    config = model.config if isinstance(model, Transformer) else model
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(
+            f"model={type(model).__name__}: a moe_dist Transformer, a ModelConfig or a mapping of its keys; of another "
+            "library's model give the config.json, as model={'from': FOLDER}"
+        )
+    return config.model_dump(mode="json")
+
+
+def one_of(name: str, value: Any, other: str, other_value: Any) -> Any:
+    """The one that is given of two names for the same thing. Raises ConfigError for both."""
+    if value is not None and other_value is not None:
+        raise ConfigError(f"{name} and {other} are two names of one thing: give one of them")
+    return other_value if value is None else value
 
 
 class RunPlace(NamedTuple):

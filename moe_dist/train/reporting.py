@@ -178,6 +178,13 @@ class Reporter:
             steps=self._each,
         )
         self.sinks.train(record)
+        if failed := {layer.layer: layer.fallback_tokens for layer in self.layers if layer.fallback_tokens}:
+            logger.warning(
+                "router logits were not finite: fallback expert %s took %d tokens of layers %s",
+                self.config.balance.fallback_expert,
+                sum(failed.values()),
+                ", ".join(map(str, failed)),
+            )
         self._say(self.diagnosis.train(record))
         self.start_interval()
 

@@ -21,6 +21,7 @@ from moe_dist.parallel.status import Status
 from moe_dist.train.balance import Balancer
 from moe_dist.train.loss import cross_entropy_sum
 from moe_dist.train.optimizer import Optimizer
+from moe_dist.train.schedule import router_temperature
 
 if TYPE_CHECKING:
     from moe_dist.parallel.pipeline import PipelinedTransformer
@@ -67,6 +68,7 @@ class TrainStep:
     def __call__(self, batches: list[Batch], step: int, rate: float) -> StepResult:
         """`step`: number of this step from 0, `rate`: its learning rate."""
         self.model.train()
+        self.set_temperature(step)
         self.status.at("agreeing on the next step")
         counts = self._count_tokens(batches)
         batches = [batch.to(self.mesh.device, non_blocking=True) for batch in batches]
@@ -88,6 +90,12 @@ class TrainStep:
             self.status.at("agreeing on the next step")
             self.balancer.update_bias()
         return StepResult(loss_value, norm_value, int(num_tokens), int(num_labels), skipped=not finite)
+
+    def set_temperature(self, step: int) -> None:
+        """The routers' temperature after `step` steps, for training and for whatever looks at the model then."""
+        temperature = router_temperature(self.config.balance, step)
+        for moe in self.model.moe_layers():
+            moe.router.logits_temperature = temperature
 
     def accumulate(self, batches: list[Batch], counts: Tensor, step: int) -> Tensor:
         """Gradients of this rank's micro-batches; returns the loss of the global batch, 0-dim float64.

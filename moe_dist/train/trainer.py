@@ -12,12 +12,13 @@ from typing import Any
 
 from moe_dist.checkpoint.lock import Job
 from moe_dist.checkpoint.manager import Outcome
-from moe_dist.config import Config
+from moe_dist.config import Config, ModelConfig
 from moe_dist.data.baseline import unigram_loss
 from moe_dist.data.loader import eval_batches
 from moe_dist.data.losses import losses
 from moe_dist.data.packing import PackedDataset
 from moe_dist.data.streaming import StreamingPackedDataset
+from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.sinks import ConsoleSink
 from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel import proven
@@ -29,9 +30,10 @@ from moe_dist.train.acting import Acting
 from moe_dist.train.agreement import StopRequests, agree
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer, given
+from moe_dist.train.describe import causality_warning
 from moe_dist.train.evaluation import evaluate, sample_text
 from moe_dist.train.first_step import FirstStep
-from moe_dist.train.opening import merge_config, run_info, take_run_folder
+from moe_dist.train.opening import architecture_of, merge_config, one_of, run_info, take_run_folder
 from moe_dist.train.persistence import Counters, Persistence
 from moe_dist.train.place import own_place
 from moe_dist.train.reporting import Reporter
@@ -50,10 +52,11 @@ class MoETrainer:
 
     `config`: a `Config`, a path to a YAML file, or a mapping of sections; over it `model_config` and
     `training_config` (a mapping with keys of any section, or a `transformers.TrainingArguments`, whose values are taken
-    as they are). `mesh`: this rank's place; by default the process it is called in, on `launch.device`, or all ranks
-    of a program that torchrun has started. `launch.nproc_per_node` is for `moe-dist train`: from Python nothing is
-    started. `job`: which starts belong together; by default this one stands alone. `opened` is
-    told this rank's log file once there is one.
+    as they are). `model` and `args` are these two under Hugging Face's names; `model` may also be a `Transformer`,
+    whose weights are then trained where they are, in one process. `mesh`: this rank's place; by default the process it
+    is called in, on `launch.device`, or all ranks of a program that torchrun has started. `launch.nproc_per_node` is
+    for `moe-dist train`: from Python nothing is started. `job`: which starts belong together; by default this one
+    stands alone. `opened` is told this rank's log file once there is one.
     """
 
     def __init__(
@@ -63,13 +66,18 @@ class MoETrainer:
         model_config: Mapping[str, Any] | None = None,
         training_config: Any = None,
         output_dir: str | Path | None = None,
+        model: Transformer | ModelConfig | Mapping[str, Any] | None = None,
+        args: Any = None,
         mesh: Mesh | None = None,
         stop_requests: StopRequests | None = None,
         status: Status | None = None,
         job: Job | None = None,
         opened: Callable[[Path], object] = lambda path: None,
     ) -> None:
+        model_config = one_of("model", architecture_of(model), "model_config", model_config)
+        training_config = one_of("args", args, "training_config", training_config)
         self.config = merge_config(config, model_config, training_config, output_dir)
+        self._given = model if isinstance(model, Transformer) else None
         if mesh is not None:
             self.mesh = mesh
         self.stop_requests = stop_requests or StopRequests()
@@ -96,6 +104,7 @@ class MoETrainer:
             self._build(dataset)
             try:
                 self.persistence.restore(self.counters, self.reporter.sinks.message)
+                self.step.set_temperature(self.counters.step)
                 self.stopping.before_start(self.counters.step, self.loader.epoch, self._time_share())
                 self._measure_before()
                 if self.counters.step and self.stopping.reason:
@@ -124,7 +133,7 @@ class MoETrainer:
         self.first_step.say = self.reporter.sinks.message
         self.first_step.at("building the model")
         self.loader = build_loader(config, self.datasets.train, mesh)
-        self.model = build_model(config, mesh, self.clock)
+        self.model = build_model(config, mesh, self.clock, self._given)
         self.gradients = build_gradients(self.model, config, mesh)
         self.optimizer = build_optimizer(self.model, self.gradients, config)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
@@ -162,6 +171,8 @@ class MoETrainer:
         self.reporter.sinks.open(info)
         if info.world_size > 1 and self.mesh.rank == 0:  # one process is what others are held against
             self.reporter.sinks.message(proven.line_for(config, info.device, info.world_size))
+        if (warning := causality_warning(config)) is not None and self.mesh.rank == 0:
+            logger.warning(warning)
         self.reporter.diagnosis.resumed(info)
         self.started = time.perf_counter() - self.counters.elapsed
         self.reporter.begin()
@@ -184,6 +195,7 @@ class MoETrainer:
         self.reporter.add(result, self.balancer.facts, rate)
         self.balancer.clear()
         counters.add(result)
+        self.step.set_temperature(counters.step)
         if result.skipped:
             logger.warning(
                 "step %d: loss %s, gradient norm %s; nothing updated", counters.step, result.loss, result.grad_norm

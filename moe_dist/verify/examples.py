@@ -28,6 +28,13 @@ class TemperedRouter(Router):
         return super().logits(F.silu(self.inner(x_TD))) / self.temperature
 
 
+class FailingRouter(Router):
+    """Its gate fails for some tokens."""
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        return super().logits(x_TD).masked_fill(x_TD[:, :1] > 0.5, float("nan"))
+
+
 class TwoLinears(Expert):
     """Several modules; nothing is computed without rows, so that they then have no gradient at all."""
 

@@ -22,6 +22,9 @@ PLAIN: Settings = {
     "balance.freeze_router": False,
     "balance.expert_dropout": 0.0,
     "balance.router_jitter": 0.0,
+    "balance.router_temperature": 1.0,
+    "balance.router_temperature_steps": 0,
+    "balance.fallback_expert": None,
     "model.attention_bias": False,
     "model.attention_dropout": 0.0,
     "model.qk_norm": True,
@@ -62,6 +65,10 @@ FEATURES: dict[str, dict[str, Settings]] = {
     "capacity": {"capacity": {"balance.capacity_factor": 0.8}},
     "expert dropout": {"expert_dropout": {"balance.expert_dropout": 0.1}},
     "router jitter": {"jitter": {"balance.router_jitter": 0.1}},
+    "router temperature": {
+        "temperature": {"balance.router_temperature": 0.5},
+        "annealing": {"balance.router_temperature": 2.0, "balance.router_temperature_steps": 2},
+    },
     "frozen router": {"frozen_router": {"balance.freeze_router": True}},
     "scores": {
         "sigmoid": {"model.scoring_func": "sigmoid", "model.routed_scaling_factor": 2.5},
@@ -69,7 +76,11 @@ FEATURES: dict[str, dict[str, Settings]] = {
     },
     "top-k weights": {"raw_weights": {"model.norm_topk_prob": False}},
     "top-k": {"top1": {"model.num_experts_per_tok": 1, "model.norm_topk_prob": False}},
-    "router": {"own_router": {"model.router": f"{_EXAMPLES}TemperedRouter"}},
+    "router": {
+        "own_router": {"model.router": f"{_EXAMPLES}TemperedRouter"},
+        "fallback": {"model.router": f"{_EXAMPLES}FailingRouter", "balance.fallback_expert": 1},
+        "expert_choice": {"model.router": "expert_choice"},
+    },
     "experts": {
         "loop_experts": {"model.expert": "swiglu_loop"},
         "own_experts": {"model.expert": f"{_EXAMPLES}TwoLinears"},

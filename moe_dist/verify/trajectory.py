@@ -37,7 +37,10 @@ from moe_dist.verify.scenarios import Smallness
 from moe_dist.verify.trial import DTYPES, difference
 
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * (3 + i % 5) for i in range(32)]
-_LAYER_FACTS = ("tokens_per_expert", "aux_loss", "z_loss", "router_entropy", "router_logits_rms", "dropped_fraction")
+_LAYER_FACTS = (
+    *("tokens_per_expert", "aux_loss", "z_loss", "router_entropy", "router_logits_rms"),
+    *("dropped_fraction", "fallback_tokens"),
+)
 
 
 Answer = TypeVar("Answer")

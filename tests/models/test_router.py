@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from moe_dist.config import BalanceConfig, ModelConfig
+from moe_dist.models.auxiliary import LoadFacts
+from moe_dist.models.experts import Expert
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import ROUTERS, Router, Routing, TopK, TopKRouter, build_router, register_router
 from moe_dist.models.transformer import Transformer
+from moe_dist.train.schedule import router_temperature
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL = ModelConfig(**SIZES, moe_intermediate_size=8, num_experts=4)
@@ -190,6 +193,118 @@ def test_jitter_only_in_training() -> None:
     assert torch.equal(router(x).logits_TE, router(x).logits_TE)
 
 
+def test_temperature_divides_logits() -> None:
+    """Weights and scores against the definition; 1 is bitwise nothing. Seen to fail with logits multiplied by it."""
+    plain, cold = build_router(SMALL, BalanceConfig()), build_router(SMALL, BalanceConfig(router_temperature=0.5))
+    cold.weight = plain.weight
+    x = torch.randn(20, 16)
+    torch.testing.assert_close(cold(x).logits_TE, 2 * plain(x).logits_TE)
+    torch.testing.assert_close(cold(x).scores_TE, (plain(x).logits_TE / 0.5).softmax(-1))
+    assert (cold(x).weights_TK.max(1).values > plain(x).weights_TK.max(1).values).all()
+    cold.logits_temperature = 1.0
+    assert torch.equal(cold(x).weights_TK, plain(x).weights_TK)
+
+
+def test_temperature_moves_to_one() -> None:
+    """Seen to fail with the temperature left where it starts."""
+    config = BalanceConfig(router_temperature=3.0, router_temperature_steps=4)
+    assert [router_temperature(config, step) for step in range(6)] == [3.0, 2.5, 2.0, 1.5, 1.0, 1.0]
+    assert router_temperature(BalanceConfig(router_temperature=3.0), 9) == 3.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_token_whose_gate_fails_goes_to_the_fallback_expert(bad: float) -> None:
+    """Alone, with weight 1, counted, and without a gradient that is not a number; padding is not counted.
+
+    Seen to fail without the hook: the gradient of the whole input was NaN, zero times the broken weight.
+    """
+    layer = MoE(SMALL, BalanceConfig(fallback_expert=3), 0)
+    layer.experts.initialize(lambda expert: expert, 0.1)
+    layer.balance.facts = LoadFacts.zeros(4, torch.device("cpu"))
+    layer.router.weight.data[:, 0] = bad
+    x = torch.randn(2, 6, 16, requires_grad=True)
+    valid = torch.ones(2, 6, dtype=torch.bool)
+    valid[1, 5] = False
+    out = layer(x, valid)
+    alone = layer.experts(x.detach().flatten(0, 1), torch.tensor([0, 0, 0, 12])).view_as(x)
+    torch.testing.assert_close(out[valid], alone[valid])
+    assert layer.balance.facts.fallbacks == 11
+    assert layer.balance.facts.pairs_E.tolist() == [0, 0, 0, 11]
+    out[valid].square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+class Failing(Router):
+    """Fails for some tokens, and shuts an expert out for all."""
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        logits_TE = super().logits(x_TD).masked_fill(torch.arange(4) == 2, -float("inf"))
+        return logits_TE.masked_fill(x_TD[:, :1] > 0.5, float("nan"))
+
+
+def test_the_others_go_where_they_went() -> None:
+    """Seen to fail with `isfinite` of every logit as the test: a router that shuts out an expert failed always."""
+    config = SMALL.model_copy(update={"router": f"{__name__}:Failing"})
+    safe, plain = build_router(config, BalanceConfig(fallback_expert=0)), build_router(config, BalanceConfig())
+    plain.weight = safe.weight
+    x = torch.randn(50, 16)
+    failed = x[:, 0] > 0.5
+    routing, wanted = safe(x), plain(x)
+    assert torch.equal(routing.failed_T, failed)
+    assert torch.equal(routing.expert_ids_TK[~failed], wanted.expert_ids_TK[~failed])
+    torch.testing.assert_close(routing.weights_TK[~failed], wanted.weights_TK[~failed])
+    assert routing.expert_ids_TK[failed].tolist() == [[0, 4]] * int(failed.sum())
+    assert routing.weights_TK[failed].tolist() == [[1.0, 0.0]] * int(failed.sum())
+    for option in ({"fallback_expert": 0}, {"router_temperature": 2.0}):
+        with pytest.raises(ValueError, match=r"it overrides forward, where .* have no effect; override logits"):
+            build_router(SMALL.model_copy(update={"router": f"{__name__}:Plain"}), BalanceConfig(**option))
+
+
+@pytest.mark.parametrize("num_padding", [0, 5])
+def test_expert_choice_against_the_paper(num_padding: int) -> None:
+    """Zhou et al. 2022, section 3.2, with its letters: S = softmax(X W_g), G, I = TopK(S^T, k), P = onehot(I),
+    X_in = P X, X_out[l] = sum over i, j of P[i,j,l] G[i,j] X_e[i,j], k = n c / e. Output and gradients.
+
+    Seen to fail with weights divided by their sum, with each token choosing experts, and with padding chosen.
+    """
+    torch.manual_seed(0)
+    config = SMALL.model_copy(update={"router": "expert_choice"})
+    layer = MoE(config, BalanceConfig(use_auxiliary_loss=False), 0)
+    layer.experts.initialize(lambda expert: expert, 0.3)
+    x = torch.randn(2, 12, 16, requires_grad=True)
+    valid = torch.ones(2, 12, dtype=torch.bool)
+    valid[1, 12 - num_padding :] = False
+    out = layer(x, valid if num_padding else None)
+
+    twin = x.detach().clone().requires_grad_()
+    tokens = twin[valid]
+    n, e, c = len(tokens), 4, 2
+    S = (tokens @ layer.router.weight.detach().T).softmax(-1)
+    G, I = S.T.topk(-(-n * c // e), dim=1)  # noqa: E741
+    P = nn.functional.one_hot(I, n).float()
+    X_in = torch.einsum("ijl,ld->ijd", P, tokens)
+    counts = torch.eye(e, dtype=torch.int64) * I.shape[1]
+    X_e = torch.stack([layer.experts(X_in[i], counts[i]) for i in range(e)])
+    wanted = torch.einsum("ijl,ij,ijd->ld", P, G, X_e)
+    torch.testing.assert_close(out[valid], wanted)
+    assert not out[~valid].any()
+    per_token = P.sum((0, 1))
+    assert per_token.min() < 2 < per_token.max()  # not what top-k would do
+    out.square().sum().backward()
+    wanted.square().sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+
+
+def test_expert_choice_takes_the_first_of_equal_tokens() -> None:
+    """Equal but for rounding, which depends on the layout. Seen to fail, and layouts to differ by 6e-3 after two steps,
+    with the scores as they are."""
+    router = build_router(SMALL.model_copy(update={"router": "expert_choice"}), BalanceConfig())
+    ids = router(torch.ones(8, 16) + 1e-7 * torch.arange(8)[:, None].flip(0)).expert_ids_TK
+    assert torch.equal(ids, torch.where(torch.arange(8)[:, None] < 4, torch.arange(4), 4))
+    assert router(torch.empty(0, 16)).expert_ids_TK.shape == (0, 4)
+
+
 class Cosine(Router):
     """A person's own router: other logits, the configured rule."""
 
@@ -250,6 +365,62 @@ def test_buffers_of_an_own_router_have_their_values() -> None:
     assert torch.equal(first.gate.scale, torch.full((SMALL.num_experts,), 2.0))
     assert not torch.equal(first.planes, second.planes)
     assert all(torch.equal(a, b) for a, b in zip(second.buffers(), alone.buffers(), strict=True))
+
+
+class GuideRouter(Router):
+    """As the guide writes it: the base class is given nothing, and the helper alone decides."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.gate = nn.Linear(hidden_size, num_experts)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        router_probs = torch.softmax(self.gate(hidden_states), dim=-1)
+        return self.select_experts(router_probs)
+
+
+class GuideExpert(Expert):
+    """As the guide writes it, with dropout inside."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(hidden_size, intermediate_size),
+            nn.GELU(),
+            nn.Dropout(0.1),
+            nn.Linear(intermediate_size, hidden_size),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_classes_of_the_guide_train() -> None:
+    """Seen to end with a TypeError: `super().__init__()` missed hidden_size and num_experts or intermediate_size."""
+    indices, weights = GuideRouter(16, 4)(torch.randn(3, 5, 16))
+    assert indices.shape == weights.shape == (3, 5, 2)
+    config = SMALL.model_copy(
+        update={"router": f"{__name__}:GuideRouter", "expert": f"{__name__}:GuideExpert", "num_experts_per_tok": 3}
+    )
+    with torch.device("meta"):
+        model = Transformer(config, BalanceConfig(bias_update_rate=0.1))
+    model.initialize(0)
+    for layer in model.moe_layers():
+        assert layer.router.top_k == 3
+        assert torch.equal(layer.router.bias_E, torch.zeros(4))
+    ids = torch.randint(0, 40, (2, 12))
+    nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_router_without_sizes_and_without_logits_is_named() -> None:
+    class Nothing(Router):
+        def __init__(self, hidden_size: int, num_experts: int) -> None:
+            super().__init__()
+
+    with pytest.raises(ValueError, match=r"model\.router: Nothing has no weight: .* override logits or forward"):
+        Nothing(16, 4)(torch.randn(3, 16))
 
 
 @pytest.mark.parametrize("kind", [Cosine, Plain, Swapped])

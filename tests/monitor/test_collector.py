@@ -22,6 +22,7 @@ def facts(pairs: list[int], dropped: int = 0, tokens: int = 0, sums: tuple[float
     made.dropped_E[0] += dropped
     made.tokens += tokens
     made.sums += torch.tensor(sums, dtype=torch.float64)
+    made.fallbacks += tokens // 5
     return made
 
 
@@ -54,11 +55,12 @@ def test_one_reduction_of_one_tensor_and_reset() -> None:
     collector.add({1: facts([1, 0, 0, 1], 1, 1, (1, 2, 3, 2, 14)), 3: facts([1, 1, 0, 0], 0, 1)})
     first, second = collector.take()
     assert len(seen) == 1
-    assert seen[0].shape == (2 * (4 + 4 + 1 + 5),)
+    assert seen[0].shape == (2 * (4 + 4 + 1 + 1 + 5),)
     assert (first.layer, second.layer) == (1, 3)
     assert first.tokens_per_expert == [4, 4, 6, 10]
     assert second.tokens_per_expert == [10, 10, 2, 2]
     assert first.dropped_fraction == pytest.approx(4 / 24)
+    assert (first.fallback_tokens, second.fallback_tokens) == (2, 2)
     assert (first.kept_per_expert, second.kept_per_expert) == ([0, 4, 6, 10], [])
     assert (first.aux_loss, first.z_loss, first.router_entropy) == pytest.approx((1.0, 2.0, 3.0))
     assert first.router_confidence == pytest.approx(0.5)
@@ -67,8 +69,8 @@ def test_one_reduction_of_one_tensor_and_reset() -> None:
 
 
 def test_layers_of_other_ranks_and_any_order() -> None:
-    others = torch.zeros(3, 2 + 2 + 1 + 5, dtype=torch.float64)
-    others[1] = torch.tensor([5, 7, 1, 0, 6, 6.0, 0, 0, 0, 0])
+    others = torch.zeros(3, 2 + 2 + 1 + 1 + 5, dtype=torch.float64)
+    others[1] = torch.tensor([5, 7, 1, 0, 6, 0, 6.0, 0, 0, 0, 0])
     collector = Collector([0, 2, 4], 2, 2, CPU, reduce=lambda packed: packed + others.flatten())
     collector.add({4: facts([8, 0], tokens=4), 0: facts([3, 1], tokens=2)})
     assert [record.tokens_per_expert for record in collector.take()] == [[3, 1], [5, 7], [8, 0]]
@@ -76,7 +78,7 @@ def test_layers_of_other_ranks_and_any_order() -> None:
 
 def test_domains_are_counted_apart_in_the_same_reduction() -> None:
     """A layer of another rank, and one that counts no domain. Seen to fail with domains left out of the reset."""
-    others = torch.zeros(2, 3 + 3 + 1 + 5 + 2 * 3, dtype=torch.float64)
+    others = torch.zeros(2, 3 + 3 + 1 + 1 + 5 + 2 * 3, dtype=torch.float64)
     others[0, -6:] = torch.arange(6)
     collector = Collector([0, 4], 3, 1, CPU, reduce=lambda packed: packed + others.flatten(), num_domains=2)
     for _ in range(2):

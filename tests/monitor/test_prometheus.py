@@ -119,6 +119,7 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
         expected["moe_dist_used_experts_limit_ratio", number] = collapse_limit(layer)
         expected["moe_dist_load_imbalance_limit_ratio", number] = imbalance_limit(layer)
         expected["moe_dist_lasting_dead_experts", number] = 0
+        expected["moe_dist_fallback_tokens_total", number] = layer.fallback_tokens
         for expert, (count, ratio) in enumerate(zip(layer.tokens_per_expert, load_ratios(layer), strict=True)):
             expected["moe_dist_expert_tokens_total", number, str(expert)] = count
             expected["moe_dist_expert_load_ratio", number, str(expert)] = ratio
@@ -164,15 +165,21 @@ def test_names_and_labels_follow_the_rules(sink: PrometheusSink, train_record: M
 
 
 def test_expert_counters_grow_over_intervals(sink: PrometheusSink, train_record: Make) -> None:
-    empty = [layer_record(0, [0] * 4, 0, 0, [0.0] * 5, 2), layer_record(3, [1, 2, 3, 4], 0, 5, [1.0] * 5, 2)]
+    empty = [
+        layer_record(0, [0] * 4, 0, 0, [0.0] * 5, 2),
+        layer_record(3, [1, 2, 3, 4], 0, 5, [1.0] * 5, 2, fallback_tokens=3),
+    ]
     for layers in (train_record().layers, train_record().layers, empty):
         sink.train(train_record(layers=layers))
     got = scrape(sink)
     assert [got["moe_dist_expert_tokens_total", "3", str(expert)] for expert in range(4)] == [41, 102, 43, 24]
+    assert got["moe_dist_fallback_tokens_total", "3"] == 3
     # Nothing was routed through layer 0: its experts are not called dead.
     assert ("moe_dist_dead_experts", "0") not in got
     sink.train(train_record())
     assert scrape(sink)["moe_dist_expert_tokens_total", "0", "0"] == 75
+    sink.train(train_record(layers=empty))
+    assert scrape(sink)["moe_dist_fallback_tokens_total", "3"] == 6
 
 
 def test_counters_agree_over_a_restart(tmp_path: Path, info: RunInfo, train_record: Make) -> None:

@@ -57,6 +57,7 @@ ANOTHER_KEY = {
     "activation_checkpointing": ("train.gradient_checkpointing", "full"),
     "ddp_timeout": ("launch.timeout", 1801),
     "eval_strategy": ("train.eval_steps", 500),
+    "fp16": ("train.bf16", True),
     "full_determinism": ("train.deterministic", True),
     "resume_from_checkpoint": ("checkpoint.resume", "500"),
     "gradient_checkpointing": ("train.gradient_checkpointing", "full"),

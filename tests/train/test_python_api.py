@@ -16,10 +16,11 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from moe_dist.config import LaunchConfig
+from moe_dist.config import LaunchConfig, ModelConfig
 from moe_dist.config_loading import ConfigError, load_config, load_mapping
 from moe_dist.data.packing import PackedDataset
 from moe_dist.models.experts import Expert
+from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.device import choose_backend
 from moe_dist.train import MoETrainer
 from moe_dist.train.build import build_datasets
@@ -66,6 +67,9 @@ class Arguments:
     eval_strategy: str = "no"
     eval_steps: float | None = None
     report_to: Any = "none"
+    fp16: bool = False
+    bf16: bool = False
+    dataloader_pin_memory: bool = True
     ddp_timeout: int = 1800
     push_to_hub: bool = False
     disable_tqdm: bool | None = None
@@ -148,6 +152,82 @@ def test_a_file_and_changes_to_it(tmp_path: Path) -> None:
         MoETrainer(file, model_config={"num_expertz": 4})
     with pytest.raises(ConfigError, match="training_config=5: a mapping"):
         MoETrainer(file, training_config=5)
+
+
+def test_keys_are_attributes_of_the_configuration(tmp_path: Path) -> None:
+    """As the guide writes it, between the making of a trainer and `train`; checked as in a file.
+
+    Seen to fail with pydantic's `ValidationError`: no such attribute.
+    """
+    trainer = MoETrainer(model_config=MODEL, training_config=TRAINING, output_dir=tmp_path)
+    trainer.config.batch_size = 16
+    trainer.config.gradient_checkpointing = True
+    trainer.config.mixed_precision = True
+    trainer.config.load_balance_loss_coef = 0.1
+    trainer.config.expert_parallel_size = 2
+    config = trainer.config
+    assert (config.train.per_device_train_batch_size, config.train.gradient_checkpointing) == (16, "full")
+    assert (config.train.bf16, config.balance.router_aux_loss_coef, config.parallel.ep_size) == (True, 0.1, 2)
+    read = (config.batch_size, config.mixed_precision, config.load_balance_loss_coef, config.num_experts)
+    assert read == (16, "bf16", 0.1, 4)
+    config.mixed_precision = "no"
+    assert config.train.bf16 is False
+    for name, value, said in [
+        ("batchsize", 3, "batchsize=3: unknown key; nearest: train.per_device_train_batch_size"),
+        ("batch_size", 0, r"train\.per_device_train_batch_size=0 \(written as batch_size\): a whole number above 0"),
+        ("expert_parallel_size", 3, r"parallel\.ep_size=3: must divide model\.num_experts=4"),
+        ("mixed_precision", "fp16", "use bf16"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            setattr(config, name, value)
+    assert (config.batch_size, config.parallel.ep_size) == (16, 2)
+    with pytest.raises(AttributeError, match="no section and no key 'batchsize'"):
+        _ = config.batchsize
+
+
+def test_the_guides_call_and_its_folder(tmp_path: Path) -> None:
+    """Seen to fail without `output_dir/checkpoints`."""
+    output_dir = tmp_path / "run"
+    trainer = MoETrainer(
+        model_config=MODEL, training_config=TRAINING | {"save_at_end": True, "num_epochs": 1}, output_dir=output_dir
+    )
+    result = trainer.train(TEXTS)
+    assert result.final_loss < result.initial_loss
+    assert (output_dir / "checkpoints").exists()
+    assert [path.name for path in (output_dir / "checkpoints").glob("checkpoint-*")] == ["checkpoint-3"]
+    again = MoETrainer(model_config=MODEL, training_config=TRAINING | {"max_steps": 4}, output_dir=output_dir)
+    assert len(again.train(TEXTS).losses) == 1
+
+
+def test_a_model_and_arguments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As the guide calls it; the model's own weights are trained. Seen to end with a TypeError."""
+    model = Transformer(ModelConfig(**MODEL))
+    model.initialize(7)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    output_dir = str(tmp_path / "run")
+    trainer = MoETrainer(
+        model=model,
+        args=Arguments(output_dir=output_dir, fp16=True, dataloader_pin_memory=True, gradient_checkpointing=True),
+    )
+    config = trainer.config
+    assert (config.train.bf16, config.data.dataloader_pin_memory) == (True, True)
+    assert config.train.gradient_checkpointing == "full"
+    assert "TrainingArguments.fp16 is read as bf16" in caplog.text
+    for name, value in TRAINING.items():
+        setattr(config, name, value)
+    config.learning_rate = 1e-2
+    result = trainer.train(TEXTS)
+    assert result.final_loss < result.initial_loss
+    after = dict(model.named_parameters())
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    assert all(parameter is after[name] for name, parameter in trainer.model.named_parameters())
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
+    again = MoETrainer(model=ModelConfig(**MODEL), args=TRAINING)
+    assert again.config.model.num_experts == 4
+    with pytest.raises(ConfigError, match="model and model_config are two names of one thing"):
+        MoETrainer(model=model, model_config=MODEL)
+    with pytest.raises(ConfigError, match="model=Linear: a moe_dist Transformer"):
+        MoETrainer(model=nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("layout", [{"ep_size": 2}, {"pp_size": 2, "gradient_accumulation_steps": 2}], ids=str)

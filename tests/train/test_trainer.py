@@ -52,7 +52,7 @@ def _leave_torch_as_it_was():
 
 
 def run(folder: Path, dataset: Any = TEXTS, **options: Any) -> TrainingResult:
-    trainer = MoETrainer(model_config=MODEL, training_config=TRAINING | options, output_dir=folder)
+    trainer = MoETrainer({}, model_config=MODEL, training_config=TRAINING | options, output_dir=folder)
     return trainer.train(dataset)
 
 

@@ -123,6 +123,8 @@ class Snapshot:
     num_actions: int = 0
     tokens: Mapping[int, tuple[int, ...]] | None = None
     """(token, expert) pairs of every expert since this start of the run, by layer."""
+    fallbacks: Mapping[int, int] | None = None
+    """Tokens that went to the fallback expert since this start of the run, by layer."""
     dead: Mapping[int, int] | None = None
     """Experts of each layer that have had no token for PATIENCE intervals."""
     finished: bool = False
@@ -144,12 +146,16 @@ class SnapshotSink(Sink):
     def train(self, record: TrainRecord) -> None:
         before = self.snapshot.tokens or {}
         tokens = {layer.layer: _added(before.get(layer.layer), layer) for layer in record.layers}
+        failed = self.snapshot.fallbacks or {}
+        fallbacks = {layer.layer: failed.get(layer.layer, 0) + layer.fallback_tokens for layer in record.layers}
         dead = dict(self.snapshot.dead or {})
         for layer in record.layers:
             if any(layer.tokens_per_expert):
                 absent = self._absence[layer.layer].observe(layer.tokens_per_expert)
                 dead[layer.layer] = sum(intervals >= PATIENCE for intervals in absent.values())
-        self.snapshot = replace(self.snapshot, train=record, train_time=time.time(), tokens=tokens, dead=dead)
+        self.snapshot = replace(
+            self.snapshot, train=record, train_time=time.time(), tokens=tokens, fallbacks=fallbacks, dead=dead
+        )
 
     def evaluation(self, record: EvalRecord) -> None:
         self.snapshot = replace(self.snapshot, evaluation=record, evaluation_time=time.time())
@@ -215,6 +221,7 @@ class RunMetrics:
         layers = [layer for layer in seen.train.layers if any(layer.tokens_per_expert)] if seen.train else []
         if layers:
             yield from _of_layers(layers, seen.dead or {})
+            yield _of_fallbacks(layers, seen.fallbacks or {})
             if self._per_expert != "layer":
                 yield from _of_experts(layers, seen.tokens or {}, self._per_expert)
 
@@ -275,6 +282,14 @@ def _of_layers(layers: list[LayerRecord], dead: Mapping[int, int]) -> Iterator[M
     for layer in layers:
         lasting.add_metric([str(layer.layer)], dead[layer.layer])
     yield lasting
+
+
+def _of_fallbacks(layers: list[LayerRecord], fallbacks: Mapping[int, int]) -> Metric:
+    text = "Tokens with router logits that were not finite, since this start of the run."
+    family = CounterMetricFamily("moe_dist_fallback_tokens", text, labels=["layer"])
+    for layer in layers:
+        family.add_metric([str(layer.layer)], fallbacks[layer.layer])
+    return family
 
 
 def _of_experts(

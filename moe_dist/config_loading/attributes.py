@@ -1,0 +1,29 @@
+"""Keys of a `Config` as its attributes, without their section and by the names of other trainers too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_dist.config import Config
+from moe_dist.config_loading.loading import load_mapping
+from moe_dist.config_loading.names import ALIASES, HOMES, place, spellings
+
+
+def read(config: Config, name: str) -> Any:
+    """The value of key `name`. Raises AttributeError for what is no key."""
+    if name == "mixed_precision":
+        return "bf16" if config.train.bf16 else "no"
+    key = ALIASES.get(name) or HOMES.get(name)
+    if key is None:
+        raise AttributeError(f"{type(config).__name__} has no section and no key {name!r}")
+    section, _, leaf = key.partition(".")
+    return getattr(getattr(config, section), leaf)
+
+
+def write(config: Config, name: str, value: Any) -> None:
+    """Set what key `name` means. Raises ConfigError as a file would, and changes nothing then."""
+    changed = load_mapping(config.model_dump(mode="json"), changes={name: value}, notice=lambda text: None)
+    for spelling, meant in spellings({name: value}, "Python"):
+        for key, _ in place(spelling, meant, "Python", lambda text: None):
+            section, _, leaf = key.partition(".")
+            setattr(getattr(config, section), leaf, getattr(getattr(changed, section), leaf))
