@@ -55,7 +55,7 @@ def test_without_local_variables_all_ranks_are_on_one_machine() -> None:
         ({"RANK": "8"}, "RANK=8: from 0 to 7"),
         ({"RANK": "-1"}, "RANK=-1: from 0 to 7"),
         ({"RANK": "first"}, "RANK=first: a whole number"),
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE=: a whole number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is empty: a whole number"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
         ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4: from 0 to 3"),
         ({"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE=9"),
