@@ -23,7 +23,7 @@ from moe_dist.monitor.records import EvalRecord, LayerRecord, RanksRecord, RunIn
 from moe_dist.monitor.sinks.jsonl import JsonlSink
 
 READ = """
-import json, resource, sys, time
+import json, re, sys, time
 started = time.perf_counter()
 from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.run_log import read_run
@@ -32,7 +32,8 @@ if sys.argv[2] == "doctor":
 else:
     from moe_dist.monitor.report import write_report
     told = write_report([sys.argv[1]]).stat().st_size
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which begins with what the process that started this one had.
+peak = int(re.search("VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 print(json.dumps({"told": told, "seconds": time.perf_counter() - started, "peak_bytes": peak}))
 """
 
