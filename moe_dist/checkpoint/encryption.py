@@ -16,6 +16,7 @@ import secrets
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,9 @@ class Keys:
     """The keys of a run: the first one seals, any of them opens (so a key can be rotated), and one signs."""
 
     def __init__(self, sources: Sequence[str] = (), signing: str | None = None) -> None:
+        if (sources or signing) and find_spec("cryptography") is None:
+            option = "encryption_key" if sources else "signing_key"
+            raise CheckpointError(f"checkpoint.{option}: needs a package: pip install 'moe-dist[encryption]'")
         self.keys = [read_key(source) for source in sources]
         self._signing = None if signing is None else read_key(signing, "signing_key")
 

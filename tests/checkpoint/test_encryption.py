@@ -8,6 +8,7 @@ import os
 import random
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +165,18 @@ def sealed(tmp_path: Path, keys: None) -> Path:
     """Steps 2 and 4 of a run that goes to 6, under key ONE."""
     train(tmp_path / "run", encryption_key="env:ONE", max_steps=4, eval_steps=2)
     return tmp_path / "run"
+
+
+@pytest.mark.parametrize("option", ["encryption_key", "signing_key"])
+def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    """Before a run begins. Seen to fail with an ImportError at the first save."""
+    (tmp_path / "key").write_bytes(secrets.token_bytes(32))
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(
+        ValueError, match=rf"checkpoint\.{option}: needs a package: pip install 'moe-dist\[encryption\]'"
+    ):
+        train(tmp_path / "run", **{option: str(tmp_path / "key")})
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_sealed_run_shows_nothing_and_goes_on_bitwise(sealed: Path) -> None:
