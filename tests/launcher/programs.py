@@ -70,7 +70,8 @@ def write_config(folder: Path) -> Path:
 
 
 def metrics(run_folder: Path, kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    whole, _, _ = (run_folder / "metrics.jsonl").read_text().rpartition("\n")  # a run may be writing the last line
+    rows = [json.loads(line) for line in whole.splitlines()]
     return [row for row in rows if row["kind"] == kind]
 
 
