@@ -57,9 +57,10 @@ def tokens_forgotten_by_a_resume(replace: Replace) -> None:
     """The run has seen only the tokens since its last start."""
     go_on = Persistence._go_on_from
 
-    def wrong(self: Persistence, found: Any, counters: Any, message: Any) -> None:
-        go_on(self, found, counters, message)
+    def wrong(self: Persistence, found: Any, counters: Any, message: Any) -> Any:
+        loaded = go_on(self, found, counters, message)
         counters.tokens = 0
+        return loaded
 
     replace(Persistence, "_go_on_from", wrong)
 
