@@ -60,21 +60,18 @@ class Stopping:
 
     def before_start(self, step: int, epoch: float, time_share: float) -> None:
         """A start goes on after `step` steps: is there anything left to do?"""
-        if self.max_steps is not None and step >= self.max_steps:
-            self.stop(f"all {self.max_steps} steps done")
-        elif self.max_steps is None and self._has_read_enough(epoch):
-            self.stop(f"the stream has been read {epoch:g} times")
-        elif time_share >= 1.0:
-            self.stop(self._no_time)
-        else:
+        self._stop_at_the_end(step, epoch, time_share)
+        if self.reason is None:
             self._stop_without_improvement()
 
-    def _has_read_enough(self, epoch: float) -> bool:
-        return self.config.num_train_epochs is not None and epoch >= self.config.num_train_epochs
-
-    @property
-    def _no_time(self) -> str:
-        return f"the time budget of {self.config.max_time:g} s is used up"
+    def _stop_at_the_end(self, step: int, epoch: float, time_share: float) -> None:
+        epochs = self.config.num_train_epochs
+        if self.max_steps is not None and step >= self.max_steps:
+            self.stop(f"all {self.max_steps} steps done")
+        elif self.max_steps is None and epochs is not None and epoch >= epochs:
+            self.stop(f"the stream has been read {epoch:g} times")
+        elif time_share >= 1.0:
+            self.stop(f"the time budget of {self.config.max_time:g} s is used up")
 
     def _stop_without_improvement(self) -> None:
         patience = self.config.early_stopping_patience
@@ -98,12 +95,8 @@ class Stopping:
                 f"after {epoch:.2f} epochs",
                 failed=True,
             )
-        elif self.max_steps is not None and step >= self.max_steps:
-            self.stop(f"all {self.max_steps} steps done")
-        elif self.max_steps is None and self._has_read_enough(epoch):
-            self.stop(f"the stream has been read {epoch:g} times")
-        elif time_share >= 1.0:
-            self.stop(self._no_time)
+        else:
+            self._stop_at_the_end(step, epoch, time_share)
 
     def count_labels(self, num_labels: int) -> None:
         """The step has had so many labels. One without is no harm, a run of them learns nothing."""
