@@ -148,7 +148,7 @@ def test_a_stranger(
     """No port on all interfaces; on one machine none that others reach at all. Where machines meet torch's client of a
     store gets no word in, the run ends as if nothing had happened, and whoever listens has warned once at most.
 
-    Seen to fail at 809b0e3: torchrun's stores listen on all interfaces and take what anybody writes.
+    torchrun's own stores listen on all interfaces and take what anybody writes.
     """
     bomb = pickle.dumps(Bomb(tmp_path / "bomb"))
     options = ("train.max_steps=25", f"train.output_dir={tmp_path / 'run'}", "monitor.prometheus.port=0")
