@@ -76,9 +76,10 @@ def test_another_rank_cannot_write(tmp_path: Path, is_mute: bool) -> None:
         assert error is not None
         assert error.endswith("/.checkpoint-2.1.tmp: No space left on device")
         assert [(step, error) for step, _, error in others] == [(4, None), (5, None)]
-    assert LocalStorage(tmp_path / "run").candidates() == [4, 5]
-    assert LocalStorage(tmp_path / "run").leftovers() == []
-    assert [whole(found_at(tmp_path / "run", step)) for step in (4, 5)] == [[], []]
+    folder = tmp_path / "run" / "checkpoints"
+    assert LocalStorage(folder).candidates() == [4, 5]
+    assert LocalStorage(folder).leftovers() == []
+    assert [whole(found_at(folder, step)) for step in (4, 5)] == [[], []]
 
 
 def read_with_one_that_cannot(folder: str) -> list[str]:
