@@ -53,10 +53,10 @@ def tiny(folder: Path) -> Path:
 
     model = {"vocab_size": 272, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
-    training = {"max_seq_length": 32, "max_steps": 2, "progress": "none", "tensorboard": False}
+    training = {"max_seq_length": 32, "max_steps": 2, "save_steps": 1, "progress": "none", "tensorboard": False}
     trainer = MoETrainer(model_config=model | experts, training_config=training, output_dir=folder / "run")
     trainer.train([f"text number {n} " * 40 for n in range(12)])
-    return folder / "run" / "checkpoint-2"
+    return folder / "run" / "checkpoints" / "checkpoint-2"
 
 
 if __name__ == "__main__":

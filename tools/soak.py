@@ -85,6 +85,7 @@ class Soak:
         self.config = folder / "run.yaml"
         self.config.write_text(CONFIG.format(folder=folder, ranks=ranks, save_steps=save_steps))
         self.run = folder / "run"
+        (folder / "console.log").touch()
         self.storage = LocalStorage(self.run)
 
     def start(self, output: Path, steps: int) -> subprocess.Popen[bytes]:
