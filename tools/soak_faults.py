@@ -7,9 +7,9 @@
 signals: a run is told to stop by two or three signals of any kind, to its launcher, its process group or one rank,
 while starting, training or saving, and started again. No step may be computed twice, and the end is bitwise that of a
 run that nobody disturbed. disk: the disk of one run fills up while it trains, for up to a second and a half. It may
-not end, what was saved stays whole, a new step is saved once there is room, and the end is bitwise the same. damage: one
-or two files of the newest checkpoint are removed, cut, overwritten, exchanged; it must be refused by name with nothing
-loaded, and the step before be chosen. Exit code 1 when anything is not as it must be.
+not end, what was saved stays whole, a new step is saved once there is room, and the end is bitwise the same. damage:
+one or two files of the newest checkpoint are removed, cut, overwritten, exchanged; it must be refused by name with
+nothing loaded, and the step before be chosen. Exit code 1 when anything is not as it must be.
 """
 
 from __future__ import annotations
