@@ -34,7 +34,7 @@ class RankSet:
     def __init__(self, world_size: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "moe_dist.train.trainer"])
+        context.set_forkserver_preload(["torch._dynamo", "torch.distributed.device_mesh", "moe_dist.train.trainer"])
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.connections: list[Connection] = []
         self.processes = []
