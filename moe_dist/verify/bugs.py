@@ -206,7 +206,6 @@ _OF_LIVES: dict[str, Bug] = {
     "momentum_not_saved": Bug(("sgd",), life=True),
     "factors_not_saved": Bug(("adafactor",), life=True),
     "masters_from_rounded_weights": Bug(("pure_bf16",), life=True, where=_whole),
-    "weights_saved_as_rounded": Bug(("pure_bf16",), life=True, where=_whole),
     "annealing_starts_anew_after_a_resume": Bug(("annealing",), life=True),
     "gate_and_up_swapped_in_a_moment": Bug((), (*_NO_STACK, *_NO_MOMENTS), life=True),
     "weights_left_whole_by_an_evaluation": Bug(

@@ -124,17 +124,6 @@ def masters_from_rounded_weights(replace: Replace) -> None:
     replace(Persistence, "_read", wrong)
 
 
-def weights_saved_as_rounded(replace: Replace) -> None:
-    """Checkpoints hold what the model computes with, not the masters."""
-    names = state.LogicalState.__init__
-
-    def wrong(self: LogicalState, model: Transformer, *more: Any) -> None:
-        with patch.object(model, "masters", {}):
-            names(self, model, *more)
-
-    replace(state.LogicalState, "__init__", wrong)
-
-
 def annealing_starts_anew_after_a_resume(replace: Replace) -> None:
     """The routers' temperature follows the steps of this start."""
     train, set_temperature = TrainStep.__call__, TrainStep.set_temperature
