@@ -90,6 +90,7 @@ def _both(*conditions: Where) -> Where:
 _AUXILIARY = {"balance.use_auxiliary_loss": True, "balance.router_aux_loss_coef": 0.01}
 _NOT_CLIPPED = ("no_clipping", "rare_clipping")
 _NO_STACK = ("own_experts", "noisy_experts")
+_NO_MOMENTS = ("sgd", "adafactor")
 _OTHER_NOISE = ("jitter", "expert_dropout", "noisy_experts")
 
 _OF_LAYOUTS: dict[str, Bug] = {
@@ -144,6 +145,16 @@ _OF_FEATURES: dict[str, Bug] = {
     "scores_scaled_twice": Bug(("sigmoid",), where=_ep),
     "groups_ignored_by_expert_parallelism": Bug(("groups",), where=_ep),
     "experts_of_the_tenth_layer_in_reverse": Bug(("deep",), where=_ep),
+    "temperature_forgotten_by_expert_parallelism": Bug(("temperature",), where=_ep),
+    "temperature_of_the_weights_alone": Bug(("temperature", "groups"), where=_ep),
+    "annealing_by_micro_batches": Bug(("annealing",), where=_pipeline),
+    "fallbacks_of_every_rank_of_ep": Bug(("fallback",), where=_ep),
+    "fallbacks_are_load_twice": Bug(("fallback",)),
+    "fallback_on_the_first_rank": Bug(("fallback",)),
+    "experts_choose_for_the_whole_group": Bug(("expert_choice",), where=_ep),
+    "experts_choose_padding": Bug(("expert_choice",), ("even_batches",), _ep),
+    "expert_dropout_by_stage": Bug(("expert_dropout",), where=_pipeline),
+    "jitter_by_stage": Bug(("jitter",), where=_pipeline),
     "capacity_counts_padding": Bug(("capacity",), ("even_batches",), _ep),
     "z_loss_times_ep": Bug(("z_loss",), where=_ep),
     "sequence_scope_over_the_micro_batch": Bug(("sequence_scope",), ("no_aux_loss",), _ep),
@@ -172,6 +183,10 @@ _OF_FEATURES: dict[str, Bug] = {
     ),
     "half_gradients_of_experts_doubled": Bug(("pure_bf16",), where=_both(_whole, _ep)),
     "half_rows_doubled_on_the_way_back": Bug(("pure_bf16",), where=_ep),
+    "half_gradients_added_up_in_half": Bug(("pure_bf16",), where=_both(_whole, lambda layout: layout.accumulation > 1)),
+    "half_gradients_reduced_in_half": Bug(("pure_bf16",), where=_both(_fsdp, lambda layout: layout.accumulation == 1)),
+    "weights_of_shards_in_half": Bug(("pure_bf16",), where=_fsdp),
+    "frozen_router_decayed_by_fsdp": Bug(("frozen_router",), ("no_decay",), _fsdp),
     "attention_biases_decayed_by_fsdp": Bug(("attention_bias",), ("no_decay",), _fsdp),
     "stacked_biases_decayed": Bug(("biased_experts",), ("no_decay",), lambda layout: layout.engine == "torch"),
     "adafactor_across_experts": Bug(("adafactor",), _NO_STACK),
@@ -186,8 +201,13 @@ _OF_LIVES: dict[str, Bug] = {
     "tokens_forgotten_by_a_resume": Bug(life=True),
     "data_position_of_one_replica": Bug(life=True),
     "selection_bias_not_restored": Bug(("bias",), life=True),
-    "first_moment_not_saved": Bug(life=True, where=lambda layout: layout.engine == "torch"),
-    "gate_and_up_swapped_in_a_moment": Bug((), _NO_STACK, life=True),
+    "data_position_read_ahead": Bug(life=True),
+    "first_moment_not_saved": Bug((), _NO_MOMENTS, life=True, where=lambda layout: layout.engine == "torch"),
+    "momentum_not_saved": Bug(("sgd",), life=True),
+    "factors_not_saved": Bug(("adafactor",), life=True),
+    "masters_from_rounded_weights": Bug(("pure_bf16",), life=True, where=_whole),
+    "annealing_starts_anew_after_a_resume": Bug(("annealing",), life=True),
+    "gate_and_up_swapped_in_a_moment": Bug((), (*_NO_STACK, *_NO_MOMENTS), life=True),
     "weights_left_whole_by_an_evaluation": Bug(
         life=True, where=lambda layout: layout.engine == "torch" and layout.zero_stage in (1, 2), event="evaluate"
     ),

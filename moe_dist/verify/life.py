@@ -27,14 +27,16 @@ STEPS = ("train", "skip")
 EVENTS = (*STEPS, "evaluate", "sample", "save", "save_behind")
 _KINDS = {"save": "save", "save_behind": "save", "evaluate": "evaluate"}
 BRIEF = ("train", "skip", "evaluate", "save_behind")
-COLUMNS = ("losses", "norms", "loads", "evaluation", "weights", "moments", "state")
+COLUMNS = ("losses", "norms", "loads", "evaluation", "weights", "moments", "state", "resumed")
 """What is held against one process: losses, norms and facts about the load of every step, losses of evaluations, every
-tensor of every checkpoint, and what else is in it: counters, the position in the data, what a stop depends on."""
+tensor of every checkpoint, and what else is in it: counters, the position in the data, what a stop depends on. And
+against the start before: every tensor that a start begins with, which in any precision is what that one ended with."""
+_EXACT = {"state": 0.0, "resumed": 0.0}
 TOLERANCES: dict[Precision, dict[str, float]] = {
-    "float64": {**dict.fromkeys(COLUMNS, 1e-9), "state": 0.0},
+    "float64": dict.fromkeys(COLUMNS, 1e-9) | _EXACT,
     # Two dozen steps: a near-tie of the router may go the other way in one of them.
-    "float32": {"losses": 1e-3, "norms": 1e-2, "loads": 1e-1, "evaluation": 1e-3, "weights": 1e-1, "state": 0.0},
-    "bfloat16": {"losses": 0.05, "norms": 0.25, "evaluation": 0.05, "state": 0.0},
+    "float32": {"losses": 1e-3, "norms": 1e-2, "loads": 1e-1, "evaluation": 1e-3, "weights": 1e-1} | _EXACT,
+    "bfloat16": {"losses": 0.05, "norms": 0.25, "evaluation": 0.05} | _EXACT,
 }
 GLOBAL_BATCH = 8
 EVAL_BATCHES = 5
@@ -100,6 +102,7 @@ class Life:
         batch = max(needed, 0 if self.events == BRIEF else GLOBAL_BATCH)
         tree["model"] |= {"vocab_size": 272, "num_hidden_layers": self._num_layers}
         tree["data"] |= {"source": "memory", "max_seq_length": 16, "validation_split": 0.2}
+        tree["data"] |= {"dataloader_num_workers": 1 if layout else 0}
         tree["train"] |= {
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": batch // replicas,
@@ -114,6 +117,8 @@ class Life:
             rate = 3e-4
             tree["train"]["early_stopping_threshold"] = 1e3  # which of two losses is better may be rounding, too
         tree["optimizer"] |= {"learning_rate": rate, "min_learning_rate": rate / 30, "adam_epsilon": 1e-6}
+        if tree["balance"]["router_temperature_steps"]:  # as long as the life: every resume comes in the middle
+            tree["balance"]["router_temperature_steps"] = tree["train"]["max_steps"]
         tree["checkpoint"] = {"save_steps": 10**6}
         tree["monitor"] |= {"logging_steps": 1, "tensorboard": False, "progress": "none"}
         try:
@@ -181,7 +186,12 @@ def lives(small: Smallness, which: str, seed: int = 0) -> list[Life]:
     found += _feasible(small, [("ep2-zero3", "ep1-zero1", "ep4-zero0")], experts, EVENTS, seed)
     chain = [("ep2-zero1-deepspeed", "ep2-zero1", "ep1-zero2-deepspeed", "ep4-zero1-deepspeed")]
     found += _feasible(small, chain, frozenset({"bias", "cosine"}), EVENTS, seed)
-    return found + _feasible(small, [("ep2-zero0", "ep2-zero2", "ep1-zero0")], frozenset({"pure_bf16"}), EVENTS, seed)
+    found += _feasible(small, [("ep2-zero0", "ep2-zero2", "ep1-zero0")], frozenset({"pure_bf16"}), EVENTS, seed)
+    # Other optimizers, and what is seldom in a life: for a few events each.
+    others = frozenset({"sgd", "annealing", "own_router", "noisy_experts", "jitter"})
+    found += _feasible(small, [("ep2-zero3", "pp2-1f1b-ep1-zero0-acc2")], others, BRIEF, seed)
+    whole = frozenset({"adafactor", "fallback", "tied", "capacity", "attention_bias"})
+    return found + _feasible(small, [("ep4-zero0", "ep2-zero0")], whole, BRIEF, seed)
 
 
 def _feasible(

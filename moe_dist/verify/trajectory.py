@@ -34,7 +34,7 @@ from moe_dist.verify.layouts import Case
 from moe_dist.verify.life import COLUMNS, STEPS, Life
 from moe_dist.verify.plants import planted
 from moe_dist.verify.scenarios import Smallness
-from moe_dist.verify.trial import DTYPES, difference
+from moe_dist.verify.trial import DTYPES, difference, whole_tensors
 
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * (3 + i % 5) for i in range(32)]
 _LAYER_FACTS = (
@@ -73,6 +73,14 @@ class ScriptedTrainer(MoETrainer):
                 event
             ]()
         self.stopping.stop("the script has ended")
+
+    def _begin(self) -> None:
+        self.found = self.held() if self.counters.step else None
+        super()._begin()
+
+    def held(self) -> dict[str, Tensor]:
+        """Every tensor of the run, whole (collective): what a start leaves, or in `found` what it goes on from."""
+        return whole_tensors(self.persistence._state().tensors, self.mesh)
 
     def _save_now(self) -> None:
         self._save()
@@ -169,13 +177,19 @@ def run_life(
             raise OSError(f"{folder}: a life needs a folder that all ranks see; set TMPDIR to one")
         with in_dtype(DTYPES[life.precision]):
             wanted = _by_rank_zero(world, lambda: alone.of(life, small, device))
+            left: dict[str, Tensor] | None = None
+            resumed = 0.0
             with planted(plant) if plant else nullcontext():
                 for layout, script in zip(life.layouts, life.scripts, strict=True):
                     config = life.config(small, layout)
                     config.train.output_dir = folder
                     config.checkpoint.allow_config_change = True  # accumulation follows the layout
-                    ScriptedTrainer(config, mesh_of(layout), script).train(TEXTS)
-        return world.ask_rank_zero(lambda: compare(folder, wanted))
+                    trainer = ScriptedTrainer(config, mesh_of(layout), script)
+                    trainer.train(TEXTS)
+                    if left is not None:
+                        resumed = max(resumed, difference(trainer.found or {}, left))
+                    left = trainer.held()
+        return world.ask_rank_zero(lambda: compare(folder, wanted)) | {"resumed": resumed}
     finally:
         close_logging()
         world.barrier()

@@ -94,18 +94,8 @@ class Trial:
         of others only what none of these hold.
         """
         held, stacked = held_parameters(self.model), self.model.stacked_names()
-        mine: dict[str, _Piece] = {}
-        for name, tensor in tensors.items():
-            placed = like_parameter(tensor.detach(), held[name], name in stacked, self.mesh)
-            mine[name] = (tuple(placed.shape), local_offset(placed), local(placed).cpu().clone())
-        pieces, rank, layout = self.mesh.from_all(mine), self.mesh.rank, self.mesh.layout
-        _, edp, _ = layout.coordinates(rank)
-        found: dict[str, Tensor] = {}
-        for other in sorted(range(len(pieces)), key=lambda r: (layout.coordinates(r)[1] == edp, r == rank)):
-            for name, (shape, offset, piece) in pieces[other].items():
-                whole = found.setdefault(name, piece.new_full(shape, float("nan")))
-                whole[tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))] = piece
-        return dict(sorted(found.items()))
+        placed = {n: like_parameter(t.detach(), held[n], n in stacked, self.mesh) for n, t in tensors.items()}
+        return whole_tensors(placed, self.mesh)
 
     def _of_all_stages(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of all ranks of a pipeline; no name may be on two of them."""
@@ -146,6 +136,21 @@ class Trial:
             yield seen
         finally:
             self.gradients.norm = norm  # type: ignore[method-assign]
+
+
+def whole_tensors(placed: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """Logical tensors of the whole model out of every rank's parts, as `Trial.whole` gives them (collective)."""
+    mine: dict[str, _Piece] = {}
+    for name, tensor in placed.items():
+        mine[name] = (tuple(tensor.shape), local_offset(tensor), local(tensor).detach().cpu().clone())
+    pieces, rank, layout = mesh.from_all(mine), mesh.rank, mesh.layout
+    _, edp, _ = layout.coordinates(rank)
+    found: dict[str, Tensor] = {}
+    for other in sorted(range(len(pieces)), key=lambda r: (layout.coordinates(r)[1] == edp, r == rank)):
+        for name, (shape, offset, piece) in pieces[other].items():
+            whole = found.setdefault(name, piece.new_full(shape, float("nan")))
+            whole[tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))] = piece
+    return dict(sorted(found.items()))
 
 
 @dataclass
@@ -217,4 +222,18 @@ def deviations(found: Told, wanted: Told) -> dict[str, float]:
     for name in ("losses", "norms", "evaluation"):
         pairs = zip(getattr(found, name), getattr(wanted, name), strict=True)
         worst[name] = max(abs(a - b) / max(abs(b), 1e-12) if a == a else float("inf") for a, b in pairs)
+    shares = [(_share_in_half(_dense(told.gradients)), _share_in_half(told.weights)) for told in (found, wanted)]
+    worst["digits"] = max(abs(one - other) for one, other in zip(*shares, strict=True))
     return {name: worst[name] for name in COMPARED}
+
+
+def _dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Not experts: what rows of several ranks do to them may be one product, where one process sums several."""
+    return {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+
+
+def _share_in_half(tensors: dict[str, Tensor]) -> float:
+    """Of all values but zeros the share that bfloat16 can hold: sums in full precision have more digits."""
+    values = torch.cat([tensor.flatten().cpu() for tensor in tensors.values()])
+    values = values[values != 0]
+    return float((values == values.bfloat16()).float().mean()) if len(values) else 0.0

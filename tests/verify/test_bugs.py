@@ -15,7 +15,7 @@ from tiny import mesh_of
 from torch.distributed import distributed_c10d
 
 from moe_dist.config_loading import load_config
-from moe_dist.verify.bugs import BUGS
+from moe_dist.verify.bugs import _OF_FEATURES, _OF_LAYOUTS, _OF_LIVES, BUGS
 from moe_dist.verify.cases import choose, named_case
 from moe_dist.verify.features import LOW_PRECISION, ONCE
 from moe_dist.verify.life import Life
@@ -128,6 +128,13 @@ def nothing_is_left() -> Iterator[None]:
 def test_every_bug_can_be_planted() -> None:
     assert set(PLANTS) == set(BUGS)
     assert len(BUGS) >= 65
+
+
+def test_the_page_counts_them() -> None:
+    page = " ".join((Path(__file__).parents[2] / "docs" / "proof.md").read_text().split())
+    assert f"{len(_OF_LAYOUTS)} in what ranks do together" in page
+    assert f"{len(_OF_FEATURES)} in one feature" in page
+    assert f"{len(_OF_LIVES)} in what comes after" in page
 
 
 @pytest.mark.dist

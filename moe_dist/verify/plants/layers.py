@@ -14,8 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from moe_dist.models import auxiliary, moe, recompute
 from moe_dist.models.attention import Attention
+from moe_dist.models.auxiliary import LoadBalance
 from moe_dist.models.moe import MoE
-from moe_dist.models.router import Router
+from moe_dist.models.router import ExpertChoiceRouter, Router, TopK, TopKRouter
 from moe_dist.models.transformer import Block, Transformer
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.mesh import Mesh
@@ -82,6 +83,37 @@ def noise_by_stages_of_one_length(replace: Replace) -> None:
     replace(PipelinePart, "forward", wrong)
 
 
+def _noise_by_stage(replace: Replace, wanted: Callable[[MoE], float]) -> None:
+    """Layers of which `wanted` is not zero draw by the number of their stage, too."""
+    from moe_dist.parallel.pipeline import PipelinedTransformer
+
+    make, route = PipelinedTransformer.__init__, MoE._route
+    stages: dict[int, int] = {}
+
+    def remember(self: PipelinedTransformer, *arguments: Any) -> None:
+        make(self, *arguments)
+        for stage, part in zip(self.numbers, self._parts, strict=True):
+            stages.update(dict.fromkeys((int(layer) for layer in part.layers), stage))
+
+    def wrong(self: MoE, *arguments: Any, **options: Any) -> Any:
+        if self.training and wanted(self):
+            torch.manual_seed(torch.initial_seed() + stages.get(self.layer, 0))
+        return route(self, *arguments, **options)
+
+    replace(PipelinedTransformer, "__init__", remember)
+    replace(MoE, "_route", wrong)
+
+
+def expert_dropout_by_stage(replace: Replace) -> None:
+    """Every stage of a pipeline drops other experts."""
+    _noise_by_stage(replace, lambda layer: layer.expert_dropout)
+
+
+def jitter_by_stage(replace: Replace) -> None:
+    """Routers shake their inputs by the stage they are in."""
+    _noise_by_stage(replace, lambda layer: layer.router.jitter)
+
+
 def recomputation_without_its_noise(replace: Replace) -> None:
     """`preserve_rng_state=False`: what is repeated in backward draws anew."""
 
@@ -123,6 +155,99 @@ def z_loss_times_ep(replace: Replace) -> None:
 def sequence_scope_over_the_micro_batch(replace: Replace) -> None:
     """Load is counted over all sequences of a micro-batch together."""
     _in_layers_over_ep(replace, lambda layer, ep_size: setattr(layer.balance, "scope", "micro_batch"))
+
+
+def temperature_forgotten_by_expert_parallelism(replace: Replace) -> None:
+    """The schedule is told to layers that have all their experts."""
+    set_temperature = TrainStep.set_temperature
+
+    def wrong(self: TrainStep, step: int) -> None:
+        set_temperature(self, step)
+        for layer in self.model.moe_layers():
+            if isinstance(layer.dispatcher, AllToAllDispatcher):
+                layer.router.logits_temperature = 1.0
+
+    replace(TrainStep, "set_temperature", wrong)
+
+
+def temperature_of_the_weights_alone(replace: Replace) -> None:
+    """Experts over ranks are chosen by the logits as they were before it."""
+    pick = TopKRouter.pick
+
+    def wrong(self: TopKRouter, log_scores: Tensor, bias: Tensor | None = None) -> TopK:
+        before = self.log_scores(log_scores * vars(self).get("temperature", 1.0))  # a softmax knows no common summand
+        with patch.object(self, "choose", lambda scores, bias: TopKRouter.choose(self, before.detach(), bias)):
+            return pick(self, log_scores, bias)
+
+    def tell(layer: MoE, ep_size: int) -> None:
+        layer.router.rule.temperature = layer.router.logits_temperature  # type: ignore[assignment]
+
+    _in_layers_over_ep(replace, tell)
+    replace(TopKRouter, "pick", wrong)
+
+
+def annealing_by_micro_batches(replace: Replace) -> None:
+    """A schedule of a pipeline counts as a step what passes through it: a micro-batch."""
+    set_temperature = TrainStep.set_temperature
+
+    def wrong(self: TrainStep, step: int) -> None:
+        pipeline = self.mesh.layout.pp_size > 1
+        set_temperature(self, step * (self.config.train.gradient_accumulation_steps if pipeline else 1))
+
+    replace(TrainStep, "set_temperature", wrong)
+
+
+def fallbacks_of_every_rank_of_ep(replace: Replace) -> None:
+    """A token that falls back is counted by every rank that holds experts of the layer."""
+    record = LoadBalance._record_fallbacks
+
+    def wrong(self: LoadBalance, *arguments: Any) -> None:
+        for _ in range(vars(self).get("ep_size", 1)):
+            record(self, *arguments)
+
+    _in_layers_over_ep(replace, lambda layer, ep_size: setattr(layer.balance, "ep_size", ep_size))
+    replace(LoadBalance, "_record_fallbacks", wrong)
+
+
+def fallbacks_are_load_twice(replace: Replace) -> None:
+    """Tokens that fall back are added to the fallback expert's load, in which they are already."""
+    route = MoE._route
+
+    def wrong(self: MoE, x_TD: Tensor, valid_BS: Tensor | None, *more: Any, **options: Any) -> Any:
+        routing, loss = route(self, x_TD, valid_BS, *more, **options)
+        failed_T, facts, expert = routing.failed_T, self.balance.facts, self.router.fallback_expert
+        if failed_T is not None and facts is not None and self.training and not recompute.is_recomputing():
+            facts.pairs_E[expert] += (failed_T if valid_BS is None else failed_T & valid_BS.flatten()).sum()
+        return routing, loss
+
+    replace(MoE, "_route", wrong)
+
+
+def fallback_on_the_first_rank(replace: Replace) -> None:
+    """Elsewhere tokens that fail go where equal logits send them."""
+    fall_back = Router._fall_back
+
+    def wrong(self: Router, failed_T: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        return (ids_TK, weights_TK) if rank() else fall_back(self, failed_T, ids_TK, weights_TK)
+
+    replace(Router, "_fall_back", wrong)
+
+
+def experts_choose_for_the_whole_group(replace: Replace) -> None:
+    """An expert has places for the tokens of all ranks that send to it, and takes as many from each."""
+    take = ExpertChoiceRouter._take
+
+    def wrong(self: ExpertChoiceRouter, *arguments: Any) -> Tensor:
+        with patch.object(self.rule, "top_k", self.rule.top_k * vars(self).get("ep_size", 1)):
+            return take(self, *arguments)
+
+    _in_layers_over_ep(replace, lambda layer, ep_size: setattr(layer.router, "ep_size", ep_size))
+    replace(ExpertChoiceRouter, "_take", wrong)
+
+
+def experts_choose_padding(replace: Replace) -> None:
+    """Routers of layers over `ep` are not told which tokens are padding: these take places, and then go nowhere."""
+    _in_layers_over_ep(replace, lambda layer, ep_size: setattr(layer.router, "takes_valid", False))
 
 
 def scores_scaled_twice(replace: Replace) -> None:

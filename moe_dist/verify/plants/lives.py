@@ -87,14 +87,68 @@ def selection_bias_not_restored(replace: Replace) -> None:
     replace(Persistence, "_read", wrong)
 
 
-def first_moment_not_saved(replace: Replace) -> None:
-    """A resume starts with moments of zero."""
+def _not_saved(replace: Replace, *keys: str) -> None:
+    """A resume starts with zeros in their place."""
     state_of = Optimizer.named_state
 
     def wrong(self: Optimizer) -> Any:
-        return [item for item in state_of(self) if item[1] != "exp_avg"]
+        return [item for item in state_of(self) if item[1] not in keys]
 
     replace(Optimizer, "named_state", wrong)
+
+
+def first_moment_not_saved(replace: Replace) -> None:
+    _not_saved(replace, "exp_avg")
+
+
+def momentum_not_saved(replace: Replace) -> None:
+    """Only AdamW's names are known."""
+    _not_saved(replace, "momentum_buffer")
+
+
+def factors_not_saved(replace: Replace) -> None:
+    """Moments have the shape of their parameter, or are not taken for moments."""
+    _not_saved(replace, "exp_avg_sq_row", "exp_avg_sq_col")
+
+
+def masters_from_rounded_weights(replace: Replace) -> None:
+    """After a resume the optimizer goes on from what the model computes with."""
+    read = Persistence._read
+
+    def wrong(self: Persistence, *arguments: Any) -> None:
+        read(self, *arguments)
+        for name, parameter in self.model.named_parameters():
+            if name in self.model.masters:
+                self.model.masters[name].copy_(parameter)
+
+    replace(Persistence, "_read", wrong)
+
+
+def annealing_starts_anew_after_a_resume(replace: Replace) -> None:
+    """The routers' temperature follows the steps of this start."""
+    train, set_temperature = TrainStep.__call__, TrainStep.set_temperature
+    first: dict[TrainStep, int] = {}
+
+    def remember(self: TrainStep, batches: list, number: int, rate: float) -> StepResult:
+        first.setdefault(self, number)
+        return train(self, batches, number, rate)
+
+    def wrong(self: TrainStep, step: int) -> None:
+        set_temperature(self, step - first.get(self, step))
+
+    replace(TrainStep, "__call__", remember)
+    replace(TrainStep, "set_temperature", wrong)
+
+
+def data_position_read_ahead(replace: Replace) -> None:
+    """Samples are counted when a worker begins to prepare them."""
+    save = GlobalLoader.state_dict
+
+    def wrong(self: GlobalLoader) -> dict[str, Any]:
+        found = save(self)
+        return found | {"samples_consumed": found["samples_consumed"] + len(self._ahead) * self.global_batch_size}
+
+    replace(GlobalLoader, "state_dict", wrong)
 
 
 def gate_and_up_swapped_in_a_moment(replace: Replace) -> None:

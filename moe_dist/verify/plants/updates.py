@@ -9,12 +9,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel import dispatch
+from moe_dist.parallel import dispatch, gradients, sharding
 from moe_dist.parallel.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.gradients import GradientBuffer, Gradients
-from moe_dist.parallel.sharding import ShardedGradients
+from moe_dist.parallel.sharding import ShardedGradients, held_parameters, local
 from moe_dist.train import step
 from moe_dist.train.balance import Balancer
 from moe_dist.train.optimizer import Optimizer
@@ -150,6 +151,59 @@ def half_rows_doubled_on_the_way_back(replace: Replace) -> None:
         return backward(ctx, *(g * 2 if g.dtype == torch.bfloat16 else g for g in gradients))
 
     replace(dispatch._AllToAll, "backward", wrong)
+
+
+def half_gradients_added_up_in_half(replace: Replace) -> None:
+    """Micro-batches add up in `.grad`, which has the dtype of the parameter; the buffer gets what is there."""
+    zero = GradientBuffer.zero
+
+    def begin(self: GradientBuffer) -> None:
+        zero(self)
+        for parameter in self.parameters.values():
+            if parameter.dtype == torch.bfloat16:
+                parameter.grad = None
+
+    def wrong(view: Tensor) -> Callable[[Tensor], None]:
+        def copy(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                view.copy_(parameter.grad)
+
+        return copy
+
+    replace(GradientBuffer, "zero", begin)
+    replace(gradients, "_move_gradient_to", wrong)
+
+
+def half_gradients_reduced_in_half(replace: Replace) -> None:
+    """FSDP reduces in the dtype of the parameters unless it is told not to."""
+    policy = sharding.MixedPrecisionPolicy
+    replace(sharding, "MixedPrecisionPolicy", lambda **options: policy(**options | {"reduce_dtype": None}))
+
+
+def weights_of_shards_in_half(replace: Replace) -> None:
+    """A sharded model has been cast before it was cut, so that what an update moves is rounded each time."""
+    update = Optimizer.step
+
+    def wrong(self: Optimizer) -> None:
+        update(self)
+        for parameter in held_parameters(self.model).values() if isinstance(self.gradients, ShardedGradients) else ():
+            local(parameter.detach()).copy_(local(parameter.detach()).bfloat16())
+
+    replace(Optimizer, "step", wrong)
+
+
+def frozen_router_decayed_by_fsdp(replace: Replace) -> None:
+    """Sharding makes parameters anew, and they have forgotten that they are frozen: no gradient, but weight decay."""
+    update = Optimizer.step
+
+    def wrong(self: Optimizer) -> None:
+        update(self)
+        group, decayed = self.optimizer.param_groups[0], self.model.decayed_names()
+        for name, parameter in held_parameters(self.model).items():
+            if isinstance(parameter, DTensor) and not parameter.requires_grad and name in decayed:
+                local(parameter.detach()).mul_(1 - group["lr"] * group["weight_decay"])
+
+    replace(Optimizer, "step", wrong)
 
 
 def _decayed_too(replace: Replace, more: Callable[[Transformer], set[str]]) -> None:
