@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from moe_dist.verify.features import COSTS, FEATURES, ONCE
+from moe_dist.verify.features import COSTS, FEATURES, LOW_PRECISION, ONCE
 from moe_dist.verify.layouts import Case, layouts
 from moe_dist.verify.scenarios import Scenario, Smallness
 
@@ -109,7 +109,15 @@ class Designer:
             yield frozenset({("optimizer", optimizer), ("sharding", sharding), ("precision", "pure_bf16")})
 
     def _cover(self, wanted: set[Item]) -> Design:
+        """First all without bfloat16, where only large bugs are seen; then what is wanted with it."""
         design = Design(num_items=len(wanted))
+        coarse = {item for item in wanted if any(word in LOW_PRECISION for _, word in item)}
+        for items in (wanted - coarse, coarse):
+            self._add(design, items)
+        return design
+
+    def _add(self, design: Design, wanted: set[Item]) -> None:
+        """Scenarios in which all of `wanted` are; bfloat16 only where that is wanted."""
         left = dict.fromkeys(sorted(wanted, key=sorted))  # an ordered set
         while left:
             partners: dict[Value, set[Value]] = defaultdict(set)
@@ -129,13 +137,13 @@ class Designer:
             design.scenarios.append(scenario)
             have = set(values_of(scenario).items())
             left = {item: None for item in left if not item <= have}
-        return design
 
     def _with(
         self, start: Item, partners: dict[Value, set[Value]], left: dict[Item, None]
     ) -> tuple[int, Scenario] | None:
         """A scenario that has `start` and as much else that is still wanted as can be."""
         words = {feature: word for feature, word in start if feature in FEATURES}
+        wanted = {value for item in left for value in item}
         found = dict.fromkeys(FEATURES, PLAIN) | words
         possible = self._layouts_with(start)
         sample = self.random.sample(possible, min(len(possible), 12))
@@ -153,7 +161,8 @@ class Designer:
             gains = {
                 word: (len(partners[feature, word] & have) + self.random.random()) / COSTS.get(word, 1)
                 for word in self.values[feature]
-                if word not in ONCE or frozenset([(feature, word)]) in left
+                if (word not in ONCE or frozenset([(feature, word)]) in left)
+                and (word not in LOW_PRECISION or (feature, word) in wanted)
             }
             for word in sorted(gains, key=lambda word: gains[word], reverse=True):
                 if word == PLAIN or self.small.refusal(scenario_of(layout, found | {feature: word})) is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
@@ -42,7 +43,18 @@ def test_every_pair_that_may_be_is_in_all() -> None:
             assert pair in seen or once, f"{case.name} has {pair}"
     assert design.num_covered > 4000
     assert all("=" in reason or ":" in reason for reason in design.refused)
-    assert len(design.scenarios) < 125
+    assert len(design.scenarios) < 200
+
+
+def test_every_pair_is_without_bfloat16_too() -> None:
+    """In bfloat16 only large mistakes are seen. Seen to fail with 477 pairs when it was chosen like any other value."""
+
+    def pairs(cases: Iterable[Scenario]) -> set[tuple[tuple[str, str], ...]]:
+        return {pair for case in cases for pair in itertools.combinations(sorted(values_of(case).items()), 2)}
+
+    scenarios = designer().pairs().scenarios
+    fine = [case for case in scenarios if not (case.features or frozenset()) & features.LOW_PRECISION]
+    assert [pair for pair in pairs(scenarios) - pairs(fine) if not features.LOW_PRECISION & {w for _, w in pair}] == []
 
 
 def test_quick_has_every_value() -> None:
