@@ -65,9 +65,7 @@ def ls(path: Place, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def verify(
-    path: Place, encryption_key: Key = None, signing_key: SigningKey = None, as_json: AsJson = False
-) -> None:
+def verify(path: Place, encryption_key: Key = None, signing_key: SigningKey = None, as_json: AsJson = False) -> None:
     """Hash every byte and compare with the manifest. Names the files and tensors that are not as written.
 
     Shapes are compared too: moments with their weights, weights with the configuration they were saved with. Hashes
