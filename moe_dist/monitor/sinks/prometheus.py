@@ -67,6 +67,11 @@ class PrometheusSink(_RunSink):
         self.folder = self.output_dir  # of targets.json
         self.address = ""
         self._server: BoundedServer | None = None
+        access = self.config
+        self._token = None if access.bearer_token is None else read_token(access.bearer_token)
+        self._tls = None
+        if access.tls_certificate is not None and access.tls_key is not None:
+            self._tls = tls_context(access.tls_certificate, access.tls_key)
         self._pages: dict[tuple[str, bool], bytes] = {}
         self._shown: object = None
         """The snapshot that `_pages` show."""
@@ -74,19 +79,14 @@ class PrometheusSink(_RunSink):
 
     def open(self, info: RunInfo) -> None:
         super().open(info)
-        wanted, config = self.config.port or 0, self.config
-        metrics: WSGIApplication = self._metrics
-        if config.bearer_token is not None:
-            metrics = guarded(metrics, read_token(config.bearer_token))
-        tls = None
-        if config.tls_certificate is not None and config.tls_key is not None:
-            tls = tls_context(config.tls_certificate, config.tls_key)
+        wanted, tls = self.config.port or 0, self._tls
+        metrics: WSGIApplication = self._metrics if self._token is None else guarded(self._metrics, self._token)
         self._server = self._listen(
             wanted, lambda env, start: (self._health if env["PATH_INFO"] == "/healthz" else metrics)(env, start), tls
         )
         self._server.start()
         port, scheme = self._server.server_port, "https" if tls else "http"
-        self.address = address_of(config.host, port)
+        self.address = address_of(self.config.host, port)
         if wanted not in (0, port):
             logger.warning("port %d is taken; Prometheus metrics are at %s://%s/metrics", wanted, scheme, self.address)
         else:
