@@ -10,13 +10,15 @@ import os
 import socket
 import ssl
 import time
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from threading import Lock
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, push_to_gateway
+from prometheus_client import CollectorRegistry, Metric, push_to_gateway
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from moe_dist.config import MonitorConfig
 from moe_dist.monitor.records import RunInfo, RunSummary, TrainRecord
@@ -51,9 +53,22 @@ class _RunSink(SnapshotSink):
         return self.snapshot.info.label if self.snapshot.info else self.output_dir.resolve().name
 
 
+class _Labelled(Collector):
+    """What a registry has, every sample with these labels."""
+
+    def __init__(self, registry: CollectorRegistry, labels: dict[str, str]) -> None:
+        self.registry, self.labels = registry, labels
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self.registry.collect():
+            family.samples = [sample._replace(labels=self.labels | sample.labels) for sample in family.samples]
+            yield family
+
+
 class PrometheusSink(_RunSink):
     """Serves /metrics from `open` to `close`, and tells Prometheus where by `targets.json` in the run folder.
 
+    /metrics?label=run gives every sample the label `run`, for discovery that cannot know it.
     /healthz says how old the last logged step is, with status 503 before the first and when it is too old.
 
     `targets.json` is a target list for `file_sd_configs`. A run that ended as planned leaves it empty; after any
@@ -72,7 +87,7 @@ class PrometheusSink(_RunSink):
         self._tls = None
         if access.tls_certificate is not None and access.tls_key is not None:
             self._tls = tls_context(access.tls_certificate, access.tls_key)
-        self._pages: dict[tuple[str, bool], bytes] = {}
+        self._pages: dict[tuple[str, bool, bool], bytes] = {}
         self._shown: object = None
         """The snapshot that `_pages` show."""
         self._lock = Lock()
@@ -109,14 +124,15 @@ class PrometheusSink(_RunSink):
             return [b"GET /metrics or /healthz\n"]
         encode, kind = choose_encoder(asked.get("HTTP_ACCEPT", ""))
         packed = "gzip" in asked.get("HTTP_ACCEPT_ENCODING", "")
+        labelled = "label=run" in asked.get("QUERY_STRING", "").split("&")
         with self._lock:
             if self._shown is not self.snapshot:
                 self._shown = self.snapshot
                 self._pages.clear()
-            if (kind, packed) not in self._pages:
-                text = encode(self.registry)
-                self._pages[kind, packed] = gzip.compress(text, 1) if packed else text
-            page = self._pages[kind, packed]
+            if (kind, packed, labelled) not in self._pages:
+                text = encode(_Labelled(self.registry, {"run": self.run_name}) if labelled else self.registry)
+                self._pages[kind, packed, labelled] = gzip.compress(text, 1) if packed else text
+            page = self._pages[kind, packed, labelled]
         start_response("200 OK", [("Content-Type", kind), *([("Content-Encoding", "gzip")] if packed else [])])
         return [page]
 
