@@ -188,8 +188,7 @@ def test_tls(tmp_path: Path, info: RunInfo) -> None:
 
 
 def test_files_of_tls_that_cannot_be_used_are_an_error(tmp_path: Path) -> None:
-    """One line that names the key and the file. Seen to fail with the files read in `open`, and without a function
-    for passwords: OpenSSL asked for one on the terminal."""
+    """One line that names the key and the file. Seen to fail with the files read in `open`."""
     certificate, key = pair(tmp_path)
     _, other = pair(tmp_path, "other")
     junk, locked = tmp_path / "junk", tmp_path / "locked.key"
