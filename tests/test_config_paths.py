@@ -98,7 +98,7 @@ class Place:
 
 @pytest.mark.parametrize("kind", [Path, Place])
 def test_every_key_with_a_path_takes_path_objects(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone, in lists and in mappings. Seen red: `checkpoint.signing_key=PosixPath('b/a'): a path or name or null`."""
+    """Alone, in lists and in mappings."""
     monkeypatch.setenv("OUT", "b")
     with_paths = [field for field in FIELDS.values() if "expand" in repr((field.annotation, field.metadata))]
     assert len(with_paths) >= 12
@@ -114,7 +114,7 @@ def test_every_key_with_a_path_takes_path_objects(kind: type, monkeypatch: pytes
 
 
 def test_files_that_programs_name_by_path_objects(tmp_path: Path) -> None:
-    """Seen red: `model.from=PosixPath(...)` was refused, and a run file of that kind taken for a mapping."""
+    """`model.from`, a DeepSpeed file, a run file and the run folder."""
     (tmp_path / "config.json").write_text(
         '{"model_type": "mixtral", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, '
         '"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, '

@@ -264,7 +264,7 @@ def test_what_prints_ends_quietly_without_a_reader(arguments: tuple[str, ...], t
 
 
 def test_a_mistake_without_a_reader_is_still_exit_code_2() -> None:
-    """Seen to fail with `print` in place of `complain`: 1."""
+    """Seen to fail with `print` in place of `complain`: 141."""
     assert unread("check", "nowhere.yaml", with_errors=True) == (2, "")
 
 

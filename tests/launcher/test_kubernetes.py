@@ -183,7 +183,7 @@ def test_the_check_sees(plant: str) -> None:
 
 
 def test_the_pod_monitor_takes_the_run_from_the_run() -> None:
-    """The dashboard selects by `run`, folder and id, which only the run knows. Seen to fail with the namespace."""
+    """The dashboard selects by `run`, folder and id, which only the run knows."""
     (item,) = [item for item in render(FOLDERS["monitoring"]) if item["kind"] == "PodMonitor"]
     (endpoint,) = item["spec"]["podMetricsEndpoints"]
     assert (endpoint["params"], endpoint["honorLabels"]) == ({"label": ["run"]}, True)

@@ -185,7 +185,7 @@ def test_a_restart_repeats_nothing_of_the_model_and_forgets_the_machines(interva
 
 
 def test_tokens_of_the_fallback_are_one_finding_until_they_stop(interval: Make) -> None:
-    """Over after 10 intervals without one, and said again when they come back. Seen to fail with each interval told."""
+    """Over after 10 intervals without one, and said again when they come back."""
     diagnosis, told = Diagnosis(), []
     for number in range(40):
         load = layer([110, 100, 100, 100], fallback=10 if number in (3, 5, 9, 30) else 0)

@@ -145,7 +145,7 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
 def test_every_sample_says_its_run_when_asked(
     sink: PrometheusSink, train_record: Make, eval_record: EvalRecord
 ) -> None:
-    """As the PodMonitor asks; the same as pushed metrics and targets.json say. Seen to fail with one page for both."""
+    """As the PodMonitor asks; the same as pushed metrics and targets.json say."""
     sink.train(train_record())
     sink.evaluation(eval_record)
     plain = scrape_text(sink.address)

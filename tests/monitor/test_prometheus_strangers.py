@@ -153,10 +153,7 @@ def test_a_token(tmp_path: Path, info: RunInfo, kind: str, monkeypatch: pytest.M
 def test_a_token_that_cannot_be_used_is_an_error(
     tmp_path: Path, source: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is opened, where it would cost the sink alone: whoever asked for protection is told.
-
-    Seen to fail with the token read in `open`.
-    """
+    """Before anything is opened, where it would cost the sink alone: whoever asked for protection is told."""
     monkeypatch.chdir(tmp_path)
     for name, content in (("blank", b" \n"), ("binary", b"\xff\x00"), ("two lines", b"one\ntwo\n")):
         (tmp_path / name).write_bytes(content)
@@ -188,7 +185,7 @@ def test_tls(tmp_path: Path, info: RunInfo) -> None:
 
 
 def test_files_of_tls_that_cannot_be_used_are_an_error(tmp_path: Path) -> None:
-    """One line that names the key and the file. Seen to fail with the files read in `open`."""
+    """One line that names the key and the file."""
     certificate, key = pair(tmp_path)
     _, other = pair(tmp_path, "other")
     junk, locked = tmp_path / "junk", tmp_path / "locked.key"
