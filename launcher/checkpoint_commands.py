@@ -42,6 +42,10 @@ Key = Annotated[
     list[str] | None,
     typer.Option("--encryption-key", callback=expanded, help="A file or env:NAME with the key; may be given twice."),
 ]
+SigningKey = Annotated[
+    str | None,
+    typer.Option("--signing-key", callback=expanded, help="A file or env:NAME with the key that must have signed it."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs, on standard output.")]
 
 
@@ -61,17 +65,17 @@ def ls(path: Place, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def verify(path: Place, encryption_key: Key = None, as_json: AsJson = False) -> None:
+def verify(path: Place, encryption_key: Key = None, signing_key: SigningKey = None, as_json: AsJson = False) -> None:
     """Hash every byte and compare with the manifest. Names the files and tensors that are not as written.
 
     Shapes are compared too: moments with their weights, weights with the configuration they were saved with. Hashes
     are of the files as stored: an encrypted checkpoint needs no key for them. With one, every seal is opened too, and
-    the configuration read.
+    the configuration read. With --signing-key, what that key has not signed does not verify.
     """
     from launcher.checkpoint_report import print_verdicts
 
     with _plainly():
-        keys = Keys(encryption_key or ())
+        keys = Keys(encryption_key or (), signing_key)
         storage, steps = _place(path)
         found = _steps(storage, steps, some=True)
         verdicts = {one: verdict(one, keys) for one in found}
@@ -185,11 +189,16 @@ def reshard(
         str | None, typer.Option(callback=expanded, help="Encrypt the copy with this key; default: as the source.")
     ] = None,
     decrypt: Annotated[bool, typer.Option("--decrypt", help="Write the copy without encryption.")] = False,
+    signing_key: SigningKey = None,
+    sign_with: Annotated[
+        str | None, typer.Option(callback=expanded, help="Sign the copy with this key; default: with --signing-key.")
+    ] = None,
+    unsigned: Annotated[bool, typer.Option("--unsigned", help="Write the copy without a signature.")] = False,
 ) -> None:
     """Write the same checkpoint into another number of files, or under another key. Nothing is ever overwritten.
 
     A run needs no resharding to go on at another size; this is for copies with files of another size, and for keys
-    that must be replaced.
+    that must be replaced. A signed checkpoint is copied with the key that has signed it, or --unsigned.
     """
     from launcher.checkpoint_report import size
     from moe_dist.checkpoint.inspecting import digests
@@ -199,7 +208,8 @@ def reshard(
         found, manifest, keys = _good(source, encryption_key)
         if decrypt and seal_with:
             raise ConfigError("--decrypt and --seal-with exclude each other")
-        sealing = Keys([seal_with] if seal_with else [])
+        _check_signature(found, manifest, signing_key, unsigned, sign_with)
+        sealing = Keys([seal_with] if seal_with else [], None if unsigned else sign_with or signing_key)
         if not seal_with and not decrypt and manifest.encryption is not None:
             sealing.keys = [key for key in keys.keys if key.id == manifest.encryption.key_id]
         storage = _destination(destination, found.step)
@@ -210,6 +220,7 @@ def reshard(
             raise CheckpointError(f"{made}: does not hold what {found} holds")
     new = made.storage.manifest(made.step)
     how = "plain" if new.encryption is None else f"encrypted with key {new.encryption.key_id}"
+    how += "" if new.signature is None else f", signed with key {new.signature.key_id}"
     print(f"{made}: {len(new.files) - 1} shards, {size(new.num_bytes)}, {how}; verified, every tensor bitwise the same")
 
 
@@ -270,6 +281,19 @@ def _good(path: str, encryption_key: list[str] | None) -> tuple[Found, Manifest,
     manifest = found.storage.manifest(found.step)
     keys.opening(manifest, str(found))
     return found, manifest, keys
+
+
+def _check_signature(found: Found, manifest: Manifest, key: str | None, unsigned: bool, sign_with: str | None) -> None:
+    """A signature is checked before the copy gets another one, and left out on demand only."""
+    if unsigned and sign_with:
+        raise ConfigError("--unsigned and --sign-with exclude each other")
+    if key is not None:
+        Keys(signing=key).check_signature(manifest, str(found))
+    elif manifest.signature is not None and not unsigned:
+        raise ConfigError(
+            f"{found}: signed with key {manifest.signature.key_id}; --signing-key KEY (a file or env:NAME) checks that "
+            "and signs the copy, --unsigned writes one that a run with checkpoint.signing_key refuses"
+        )
 
 
 def _destination(path: str, step: int) -> Storage:

@@ -7,24 +7,35 @@ import signal
 import sys
 from types import FrameType
 
+from launcher.output import EXIT_PIPE, Output, complain
+
 EXIT_FAILED = 1
 
 
 def main() -> None:
-    """Entry point. Ctrl-C is one line and 130 from the first instant on; no error shows a stack trace."""
+    """Entry point. Ctrl-C is one line and 130 from the first instant on; no error shows a stack trace.
+
+    Without a reader, what prints ends quietly, as SIGPIPE would end it.
+    """
     _have_streams()
+    output = Output()
     # Importing takes a moment in which an exception out of nowhere would be a page of other people's code.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     try:
         from launcher.commands import run
 
-        code = run()
+        code: int | str | None = run()
+        sys.stdout.flush()
+    except SystemExit as end:  # of typer and rich, that have found no reader
+        code = EXIT_PIPE if output.has_no_reader() else end.code
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and output.has_no_reader():
+            sys.exit(EXIT_PIPE)
         if os.environ.get("MOE_DIST_DEBUG") == "1":
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"moe-dist: error: {text} (MOE_DIST_DEBUG=1 shows where)", file=sys.stderr)
+        complain(f"moe-dist: error: {text} (MOE_DIST_DEBUG=1 shows where)")
         code = EXIT_FAILED
     sys.exit(code)
 

@@ -26,6 +26,7 @@ from launcher.environment import (
 from launcher.init_command import init
 from launcher.launch_commands import app as launch_app
 from launcher.mpi import join_mpi
+from launcher.output import complain
 from launcher.paths import expanded
 from launcher.starting import for_world
 from launcher.sweep_command import sweep
@@ -68,7 +69,7 @@ def run() -> int:
         if not hasattr(error, "format_message"):
             raise
         text = f"{_usage(error, sys.argv)} (moe-dist --help shows what there is)"
-    print(f"moe-dist: error: {text}", file=sys.stderr)
+    complain(f"moe-dist: error: {text}")
     return EXIT_CONFIG
 
 

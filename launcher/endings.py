@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher.memory import why_killed
+from launcher.output import EXIT_PIPE
 from launcher.worker import (
     EXIT_AGAIN,
     EXIT_CONFIG,
@@ -128,7 +129,7 @@ def verdict(
         name = signal.Signals(-cause.code).name
         hint = why_killed() if name == "SIGKILL" else ""
         return End(EXIT_FAILED, f"error: {who} was ended by {name}{where}{hint}{others}", log)
-    spoken = (EXIT_STOPPED, EXIT_DIFFERS, EXIT_UNSEEN)  # rank 0 has said why
+    spoken = (EXIT_STOPPED, EXIT_DIFFERS, EXIT_UNSEEN, EXIT_PIPE)  # rank 0 has said why, or nobody listens
     code = cause.code if cause.code in (EXIT_CONFIG, *spoken) else EXIT_FAILED
     if cause.rank in told:
         return End(code, f"error: {told[cause.rank]}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.environment import JOB
+from launcher.output import mute
 from launcher.processes import HEARING, Signals, say
 from launcher.ray import DEFAULTS, RESIZE_INTERVAL, Plan
 from launcher.ray_rank import BEFORE_TRAINING, LEAVING, TICK, Desk, RankFailed, run
@@ -225,8 +226,11 @@ def _watch(thread: threading.Thread, desk: Any, signals: Signals, plan: Plan) ->
 def _print(said: list[tuple[int, bytes]]) -> None:
     for stream, text in said:
         file = sys.stderr if stream == 2 else sys.stdout
-        file.write(text.decode(errors="replace"))
-        file.flush()
+        try:
+            file.write(text.decode(errors="replace"))
+            file.flush()
+        except BrokenPipeError:  # training goes on
+            mute(stream)
 
 
 def _room(plan: Plan) -> str | None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from launcher.environment import Environment, detect, let_the_first_speak, this_job
 from launcher.memory import advice
+from launcher.output import EXIT_PIPE, Output
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.monitor.train_log import write_to_log
@@ -198,10 +199,17 @@ def main(config: Config, environment: Environment, proof: Proof | None = None) -
     # A single process saves as one on purpose.
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
     threading.excepthook = _thread_failed
+    output = Output()
     try:
         if isinstance(proof, Profiling):
             return profile(config, environment, proof)
         return train(config, environment) if proof is None else verify(config, environment, proof)
+    except (BrokenPipeError, SystemExit) as error:  # rich ends so, too
+        if proof is not None and output.has_no_reader():
+            return EXIT_PIPE
+        if isinstance(error, SystemExit):
+            raise
+        return _report(error, environment, EXIT_FAILED)
     except ConfigError as error:
         return _report(error, environment, EXIT_CONFIG)
     except ValueError as error:

@@ -8,6 +8,7 @@ by key. Called by `config_checks`; imports no torch.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,10 +143,10 @@ _OPTIMIZERS = {"adamw_torch_fused": ("AdamW", "Adam"), "adamw_torch": ("AdamW", 
 def read_deepspeed_config(raw: Any) -> Any:
     """`parallel` as written, with the path of a DeepSpeed file replaced by what the file holds."""
     path = raw.get("deepspeed_config") if isinstance(raw, Mapping) else None
-    if not isinstance(path, (str, Path)):
+    if not isinstance(path, (str, os.PathLike)):
         return raw
     try:
-        file = Path(expand(str(path)))
+        file = Path(expand(os.fspath(path)))
         content = json.loads(file.read_text("utf-8-sig"))
     except OSError as error:
         raise ValueError(f"deepspeed_config={path}: cannot be read ({error.strerror})") from None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
@@ -30,11 +30,16 @@ def expand(path: str) -> str:
     return text
 
 
+def plain(value: Any) -> Any:
+    """The text of an `os.PathLike`, as Python programs give paths; all else as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _expand_path(path: Path) -> Path:
     return Path(expand(str(path)))
 
 
-PathText = Annotated[str, AfterValidator(expand)]
+PathText = Annotated[str, BeforeValidator(plain), AfterValidator(expand)]
 """A file, folder, pattern or URL, or a name that may be one: every key that holds a path has this type, or `Folder`."""
-Folder = Annotated[Path, AfterValidator(_expand_path)]
+Folder = Annotated[Path, BeforeValidator(plain), AfterValidator(_expand_path)]
 """The same as a `Path`."""

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import pytest
+from pydantic import TypeAdapter
 from run_files import complaint, get, load
 
-from moe_dist.config_loading import FIELDS, load_config
+from moe_dist.config_loading import FIELDS, load_config, load_mapping
 from moe_dist.config_paths import expand
+from moe_dist.train.opening import merge_config
 
 ROOT = Path(__file__).parent.parent
 NO_PATHS = {
@@ -82,6 +84,51 @@ def test_lists_and_names_of_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert config.data.path == {"a": "/big/a/*", "b": ["/big/b", "c"]}
     text = "data: {source: text, path: {a: ['${NOT_THERE}/a']}}"
     assert "the environment variable NOT_THERE is not set" in complaint(tmp_path, text)
+
+
+class Place:
+    """A path as Python programs have them that is no `pathlib.Path`."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __fspath__(self) -> str:
+        return self.text
+
+
+@pytest.mark.parametrize("kind", [Path, Place])
+def test_every_key_with_a_path_takes_path_objects(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, in lists and in mappings."""
+    monkeypatch.setenv("OUT", "b")
+    with_paths = [field for field in FIELDS.values() if "expand" in repr((field.annotation, field.metadata))]
+    assert len(with_paths) >= 12
+    for field in with_paths:
+        read = TypeAdapter(Annotated[field.annotation, "", *field.metadata]).validate_python(kind("${OUT}/a"))
+        assert str(read) == "b/a", field
+    pair = load_mapping({"prometheus": {"tls_certificate": kind("c"), "tls_key": kind("k")}}).monitor.prometheus
+    assert (pair.tls_certificate, pair.tls_key) == (Path("c"), Path("k"))
+    assert load_mapping({"signing_key": kind("a")}).checkpoint.signing_key == "a"
+    assert load_mapping({"encryption_key": [kind("a"), "b"]}).checkpoint.encryption_keys == ["a", "b"]
+    mixed = load_mapping({"data": {"source": "text", "path": {"a": kind("x"), "b": [kind("y"), "z"]}}})
+    assert mixed.data.path == {"a": "x", "b": ["y", "z"]}
+
+
+def test_files_that_programs_name_by_path_objects(tmp_path: Path) -> None:
+    """`model.from`, a DeepSpeed file, a run file and the run folder."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "mixtral", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, '
+        '"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, '
+        '"num_experts_per_tok": 2, "rope_theta": 1e4}'
+    )
+    for kind in (Path, Place):
+        found = load_mapping({"model": {"from": kind(str(tmp_path))}}, notice=lambda text: None)
+        assert found.model.vocab_size == 300
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 1}}')
+    section = {"engine": "deepspeed", "zero_stage": 1, "deepspeed_config": Place(str(tmp_path / "zero.json"))}
+    assert isinstance(load_mapping({"parallel": section}).parallel.deepspeed_config, dict)
+    (tmp_path / "run.yaml").write_text("train: {seed: 7}\n")
+    merged = merge_config(Place(str(tmp_path / "run.yaml")), None, None, Place("out"))
+    assert (merged.train.seed, merged.train.output_dir) == (7, Path("out"))
 
 
 def test_files_that_a_configuration_is_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,7 @@ LIGHT = (
     "launcher.agent",
     "launcher.board",
     "launcher.endings",
+    "launcher.output",
     "launcher.mpirun",
     "launcher.starting",
     "launcher.torchrun",

@@ -70,11 +70,15 @@ class Verdict(NamedTuple):
 
 
 def verdict(found: Found, keys: Keys) -> Verdict:
-    """Read a step in full: bytes, seals that these keys open, shapes. Raises CheckpointError for a wrong key."""
+    """Read a step in full: bytes, signature and seals by these keys, shapes. Raises CheckpointError for a wrong key."""
     wrong = whole(found)
     if wrong:
         return Verdict(wrong, None)
     manifest = found.storage.manifest(found.step)
+    try:
+        keys.check_signature(manifest, str(found))
+    except CheckpointError as error:
+        return Verdict([str(error)], None)
     if keys.keys:
         wrong = list(seal_problems(found, manifest, keys, sorted(manifest.files)))
     elif manifest.encryption is not None:

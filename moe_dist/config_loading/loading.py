@@ -16,7 +16,7 @@ from moe_dist.config_loading.huggingface import HuggingFaceModel, read_huggingfa
 from moe_dist.config_loading.names import FIELDS, SECTIONS, place, spellings, takes
 from moe_dist.config_loading.wording import ConfigError, allowed, show
 from moe_dist.config_loading.yaml_text import parse_yaml, read_yaml
-from moe_dist.config_paths import expand
+from moe_dist.config_paths import expand, plain
 
 MAX_FILES = 100
 _KERNEL = "model.attn_implementation"  # how it is computed, not what
@@ -75,7 +75,7 @@ class _Reading:
                     raise ConfigError(f"{both}: both mean {key}; allowed: one value ({origin})")
                 said[key] = (spelling, meant)
         if (source := said.pop("model.from", ("", None))[1]) is not None:
-            if not isinstance(source, str):
+            if not isinstance(source := plain(source), str):
                 raise ConfigError(f"model.from={show(source)}: a config.json, or the folder it is in ({origin})")
             file = folder / _expanded(source, f"model.from={show(source)} ({origin})")
             file = file / "config.json" if file.is_dir() else file

@@ -1,4 +1,4 @@
-"""Findings, how long they last, and those about routing: dead experts, collapse, saturation, imbalance."""
+"""Findings, how long they last, and those about routing: dead experts, collapse, saturation, imbalance, fallback."""
 
 from __future__ import annotations
 
@@ -153,6 +153,7 @@ class Health:
         self._absence: dict[int, Absence] = defaultdict(Absence)
         self._dead: dict[int, set[int]] = defaultdict(set)
         self._step: int | None = None
+        self._without_fallback = 0
 
     def observe(
         self, layers: Sequence[LayerRecord], step: int | None = None, max_steps: int | None = None
@@ -163,9 +164,30 @@ class Health:
         at_least = math.ceil(STEPS / max(1, length))
         routed = [record for record in layers if sum(record.tokens_per_expert)]
         found = [finding for record in routed for finding in self._of(record, step, at_least)]
+        if routed:
+            found += self._fallbacks(routed, step)
         if routed and step is not None:
             found += self._unevenness(routed, step, max_steps)
         return found
+
+    def _fallbacks(self, layers: Sequence[LayerRecord], step: int | None) -> list[Finding]:
+        """Tokens of the fallback expert: one finding about all layers, until there have been none for a while."""
+        shares = {record.layer: fallback_share(record) for record in layers if record.fallback_tokens}
+        self._without_fallback = 0 if shares else self._without_fallback + 1
+        if self._without_fallback >= LONG_PATIENCE:
+            self.conditions.end("fallback", step)
+        if not shares or "fallback" in self.conditions.present:
+            return []
+        worst = max(shares, key=lambda layer: shares[layer])
+        key, z_loss = "optimizer.learning_rate", self.advice.change("balance.router_z_loss_coef", 2.0, 1e-3)
+        words = (
+            f"{100 * shares[worst]:.2g} % of the tokens of layer {worst} were routed by the fallback: the router's "
+            f"outputs are not finite, in {len(shares)} of {len(layers)} layers; "
+            f"{self.advice.learning_rate}, or {z_loss}"
+        )
+        evidence = {"share": shares[worst], "tokens": float(sum(record.fallback_tokens for record in layers))}
+        finding = Finding("fallback_tokens", "warning", words, key, step, worst, evidence=evidence)
+        return [self.conditions.begin("fallback", finding)]
 
     def _of(self, record: LayerRecord, step: int | None, at_least: int) -> list[Finding]:
         layer, load = record.layer, record.tokens_per_expert
@@ -250,6 +272,12 @@ class Health:
             key = ("uneven", severity)
             found += self.conditions.observe(key, settled and so, LONG_PATIENCE, step, uneven)
         return found
+
+
+def fallback_share(record: LayerRecord) -> float:
+    """Tokens that went to the fallback expert / all tokens. Such a token is one pair, of others there are K."""
+    failed = record.fallback_tokens
+    return failed / max(1, failed + (sum(record.tokens_per_expert) - failed) // max(1, record.top_k))
 
 
 def collapse_limit(record: LayerRecord) -> float:

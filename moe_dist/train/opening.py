@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 from collections.abc import Mapping
@@ -29,16 +30,16 @@ from moe_dist.train.describe import layout_lines, sentence
 
 
 def merge_config(
-    config: Config | Mapping[str, Any] | str | Path | None,
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None,
     model_config: Mapping[str, Any] | None,
     training_config: Any,
-    output_dir: str | Path | None,
+    output_dir: str | os.PathLike[str] | None,
 ) -> Config:
     """One validated configuration: `config`, and the others over it. Raises ConfigError as reading a file does."""
     changes = {"model": dict(model_config or {})}
     if training_config is not None:
         changes["training"] = settings_of(training_config)
-    if isinstance(config, (str, Path)):
+    if isinstance(config, (str, os.PathLike)):
         merged = load_config(config, changes=changes)
     elif isinstance(config, Config) and not any(changes.values()):
         merged = config.model_copy(deep=True)
@@ -46,7 +47,7 @@ def merge_config(
         tree = config.model_dump(mode="json") if isinstance(config, Config) else dict(config or {})
         merged = load_mapping(tree, changes=changes, notice=lambda text: None)
     if output_dir is not None:
-        if not str(output_dir).strip():
+        if not os.fspath(output_dir).strip():
             raise ConfigError("output_dir is empty: give a folder; '.' is this one")
         merged.train.output_dir = Path(output_dir)
         if config is None and (training_config is None or isinstance(training_config, Mapping)):

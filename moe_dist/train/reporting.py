@@ -50,12 +50,22 @@ from moe_dist.train.stopping import Stopping
 logger = logging.getLogger("moe_dist")
 
 
+def sinks_of(config: Config, mesh: Mesh) -> Sinks:
+    """Those of rank 0; the others have none. Raises ValueError on every rank for files that they cannot use."""
+    found = Sinks([])
+
+    def build() -> None:
+        found.sinks = build_sinks(config.train.output_dir, config.monitor).sinks
+
+    mesh.ask_rank_zero(build)
+    return found
+
+
 class Reporter:
     """Gathers facts step by step on every rank; rank 0 tells them to the sinks, once per logging interval."""
 
-    def __init__(self, config: Config, mesh: Mesh, clock: Clock, num_domains: int = 0) -> None:
-        self.config, self.mesh, self.clock = config, mesh, clock
-        self.sinks = build_sinks(config.train.output_dir, config.monitor) if mesh.rank == 0 else Sinks([])
+    def __init__(self, config: Config, mesh: Mesh, clock: Clock, sinks: Sinks, num_domains: int = 0) -> None:
+        self.config, self.mesh, self.clock, self.sinks = config, mesh, clock, sinks
         self.unigram: float | None = None
         self.diagnosis = Diagnosis()
         self._present: dict[tuple[str, int | None, int | None], Finding] = {}

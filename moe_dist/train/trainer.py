@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ from moe_dist.train.first_step import FirstStep
 from moe_dist.train.opening import architecture_of, merge_config, one_of, run_info, take_run_folder
 from moe_dist.train.persistence import Counters, Persistence
 from moe_dist.train.place import own_place
-from moe_dist.train.reporting import Reporter
+from moe_dist.train.reporting import Reporter, sinks_of
 from moe_dist.train.result import TrainingResult
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.step import TrainStep
@@ -61,11 +62,11 @@ class MoETrainer:
 
     def __init__(
         self,
-        config: Config | Mapping[str, Any] | str | Path | None = None,
+        config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         *,
         model_config: Mapping[str, Any] | None = None,
         training_config: Any = None,
-        output_dir: str | Path | None = None,
+        output_dir: str | os.PathLike[str] | None = None,
         model: Transformer | ModelConfig | Mapping[str, Any] | None = None,
         args: Any = None,
         mesh: Mesh | None = None,
@@ -125,11 +126,12 @@ class MoETrainer:
     def _build(self, dataset: Any) -> None:
         config, mesh = self.config, self.mesh
         set_deterministic(config.train.deterministic, config.train.torch_compile)
+        sinks = sinks_of(config, mesh)
         self.first_step.at("reading the data")
         self.clock = Clock(mesh.device, self.status)
         self.datasets = build_datasets(config, dataset)
         num_domains = len(self.datasets.domains)
-        self.reporter = Reporter(config, mesh, self.clock, num_domains)
+        self.reporter = Reporter(config, mesh, self.clock, sinks, num_domains)
         self.first_step.say = self.reporter.sinks.message
         self.first_step.at("building the model")
         self.loader = build_loader(config, self.datasets.train, mesh)

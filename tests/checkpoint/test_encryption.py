@@ -316,3 +316,47 @@ def test_the_key_is_in_no_file_and_in_no_log(sealed: Path) -> None:
             assert secret.encode() not in content
             assert bytes.fromhex(secret) not in content
     assert json.loads((sealed / "checkpoint-4" / FILE).read_text())["encryption"]["algorithm"] == "AES-256-GCM"
+
+
+def test_reshard_keeps_the_signature_or_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy that a run with the signing key refuses is written on demand only, and nothing is signed on trust.
+
+    Seen to fail with `sealing` made without the signing key, and with `_check_signature` left out.
+    """
+    from launcher import commands
+
+    def say(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moe-dist", "checkpoint", *map(str, words)])
+        return (commands.run(), *capsys.readouterr())
+
+    for name, text in (("ours", "11"), ("other", "22")):
+        (tmp_path / name).write_text(text * 32)
+    ours, other = ("--signing-key", tmp_path / "ours"), ("--signing-key", tmp_path / "other")
+    train(tmp_path / "run", signing_key=str(tmp_path / "ours"), max_steps=2)
+    source = tmp_path / "run/checkpoint-2"
+    code, out, err = say("reshard", source, tmp_path / "bare", "--shards", 2)
+    assert (code, out) == (2, "")
+    assert "checkpoint-2: signed with key " in err
+    assert "--signing-key" in err
+    assert "--unsigned" in err
+    code, _, err = say("reshard", source, tmp_path / "bare", "--shards", 2, *other)
+    assert (code, "signed with another key" in err) == (2, True)
+    code, _, err = say("reshard", source, tmp_path / "bare", "--shards", 2, "--sign-with", tmp_path / "other")
+    assert (code, "signed with key " in err) == (2, True)
+    assert not (tmp_path / "bare").exists()
+
+    code, out, _ = say("reshard", source, tmp_path / "copy", "--shards", 2, *ours)
+    assert (code, "plain, signed with key " in out) == (0, True)
+    assert train(tmp_path / "copy", signing_key=str(tmp_path / "ours"), max_steps=3).steps == 3
+    replaced = (*ours, "--sign-with", tmp_path / "other")
+    assert say("reshard", source, tmp_path / "new", "--shards", 2, *replaced)[0] == 0
+    assert say("verify", tmp_path / "new", *other)[0] == 0
+    code, out, _ = say("verify", tmp_path / "new", *ours)
+    assert (code, "signed with another key" in out) == (1, True)
+    assert say("reshard", source, tmp_path / "open", "--shards", 2, "--unsigned")[0] == 0
+    assert found_at(tmp_path / "open", 2).storage.manifest(2).signature is None
+    signed_now = ("--shards", 2, "--sign-with", tmp_path / "ours")
+    assert say("reshard", tmp_path / "open/checkpoint-2", tmp_path / "first", *signed_now)[0] == 0
+    assert say("verify", tmp_path / "first", *ours)[0] == 0

@@ -230,12 +230,61 @@ def test_a_taken_port_is_said_at_once(config: Path) -> None:
     assert f"launch.master_port={port}: in use" in line
 
 
+def unread(*arguments: str, with_errors: bool = False) -> tuple[int, str]:
+    """Exit code and standard error of a command whose output nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "launcher", *arguments]
+    done = subprocess.run(
+        words, stdout=writer, stderr=writer if with_errors else subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(writer)
+    return done.returncode, done.stderr or ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", DEMO),
+        ("check", DEMO, "--show-config"),
+        ("--help",),
+        ("launch", "--help"),
+        ("-v",),
+        ("launch", "k8s", DEMO, "--dry-run"),
+        ("init", "FOLDER"),
+    ],
+    ids=" ".join,
+)
+def test_what_prints_ends_quietly_without_a_reader(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """As SIGPIPE would end it. Seen to fail as it was: exit code 1."""
+    words = [str(tmp_path / "new") if word == "FOLDER" else word for word in arguments]
+    code, said = unread(*words)
+    assert code == 141
+    assert all(line.startswith("note: ") for line in said.splitlines())
+
+
+def test_a_mistake_without_a_reader_is_still_exit_code_2() -> None:
+    """Seen to fail with `print` in place of `complain`: 141."""
+    assert unread("check", "nowhere.yaml", with_errors=True) == (2, "")
+
+
+@pytest.mark.dist
+def test_ranks_that_print_end_quietly_without_a_reader(config: Path, tmp_path: Path) -> None:
+    """Training goes on without a reader, a profile does not. Seen to fail as it was: exit code 1."""
+    options = (*ONE_RANK, f"train.output_dir={tmp_path / 'run'}")
+    assert unread("profile", str(config), "--steps=1", *options) == (141, "")
+    code, said = unread("train", str(config), *options)
+    assert code == 0
+    assert "console failed" in said
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("ranks", "option", "named"),
     [
         (1, "data.path=/nowhere/*.txt", "'/nowhere/*.txt' matches no file"),
         (2, "model.vocab_size=200", "model.vocab_size=200"),
+        (2, "prometheus={port: 0, bearer_token: /nowhere}", "monitor.prometheus.bearer_token=/nowhere: cannot be read"),
     ],
 )
 def test_what_only_ranks_see_is_one_line_too(config: Path, tmp_path: Path, ranks: int, option: str, named: str) -> None:

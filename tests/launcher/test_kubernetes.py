@@ -182,6 +182,13 @@ def test_the_check_sees(plant: str) -> None:
     assert any(word in text for text in found), found
 
 
+def test_the_pod_monitor_takes_the_run_from_the_run() -> None:
+    """The dashboard selects by `run`, folder and id, which only the run knows."""
+    (item,) = [item for item in render(FOLDERS["monitoring"]) if item["kind"] == "PodMonitor"]
+    (endpoint,) = item["spec"]["podMetricsEndpoints"]
+    assert (endpoint["params"], endpoint["honorLabels"]) == ({"label": ["run"]}, True)
+
+
 def test_alerts_are_those_of_the_project() -> None:
     """The object is made from the rule file by a tool; whoever changes one runs the tool again."""
     command = [sys.executable, "tools/prometheus_rule.py", "moe_dist/monitor/alerts.yml"]

@@ -53,6 +53,7 @@ time() - moe_dist_run_start_timestamp_seconds > 1800 | time() - moe_dist_run_sta
 up == 0 and on | up == 0 or on
 last_over_time(moe_dist_run_start_timestamp_seconds[1d]) | moe_dist_run_start_timestamp_seconds
 moe_dist_lasting_dead_experts > 0 | moe_dist_lasting_dead_experts > 2
+increase(moe_dist_fallback_tokens_total[10m]) > 0 | increase(moe_dist_fallback_tokens_total[10m]) > 50
 < moe_dist_used_experts_limit_ratio | < 0.2
 > moe_dist_load_imbalance_limit_ratio | > 1
 > moe_dist_load_imbalance_limit_ratio | > 5
@@ -132,6 +133,7 @@ def test_dashboard_shows_what_was_promised() -> None:
         "Load imbalance",
         "Router entropy",
         "Dead experts",
+        "Tokens routed by the fallback",
         "Checkpoint age",
         "Peak memory",
     ):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,10 @@ def fields(count: int, **changes: Any) -> Callable[[Make], list[TrainRecord]]:
     ]
 
 
-def layer(load: list[int], entropy: float = 1.0, confidence: float = 0.45) -> dict[str, Any]:
+def layer(load: list[int], entropy: float = 1.0, confidence: float = 0.45, fallback: int = 0) -> dict[str, Any]:
     tokens = sum(load) // 2
     sums = [tokens, tokens, entropy * tokens, confidence * tokens, 900.0 * tokens]
-    return {"layers": [layer_record(7, load, 0, tokens, sums, 2)]}
+    return {"layers": [layer_record(7, load, 0, tokens, sums, 2, fallback_tokens=fallback)]}
 
 
 def slow_rank(phase: str, rows: int = 100) -> dict[str, Any]:
@@ -112,6 +112,7 @@ CASES: list[tuple[str, Callable[[Make], list[TrainRecord]], range, str, str]] = 
     ("collapse", fields(60, **layer([1000, 1, 1, 1] * 2)), range(42, 43), "has collapsed", "used_share"),
     ("imbalance", fields(60, **layer([450, *[100] * 7])), range(49, 50), "3.1 times its fair", "load_imbalance"),
     ("router_saturated", fields(60, **layer([100] * 4, 1e-3, 0.999)), range(42, 43), "logits of 30", "router_entropy"),
+    ("fallback_tokens", fields(60, **layer([110, 100, 100, 100], fallback=10)), range(40, 41), "4.8 % of the", "share"),
     ("straggler", fields(60, **slow_rank("computing")), range(40, 41), "rank 2 on gamma takes 2.3", "lost_seconds"),
     ("straggler", fields(60, **slow_rank("data")), range(40, 41), "most of it waiting for data", "own_seconds"),
     ("straggler", fields(60, **slow_rank("computing", 300)), range(40, 41), "3.0 times the rows", "rows_ratio"),
@@ -131,6 +132,7 @@ NEARLY: dict[str, Callable[[Make], list[TrainRecord]]] = {
     "collapse": fields(2, **layer([1000, 1, 1, 1] * 2)),
     "imbalance": fields(9, **layer([450, *[100] * 7])),
     "router_saturated": fields(60, **layer([100] * 4, 0.0, 0.0)),  # a router of one's own, without scores
+    "fallback_tokens": fields(60, **layer([110, 100, 100, 100])),
     "straggler": fields(60, slowest_rank_ratio=1.9),
 }
 
@@ -146,7 +148,7 @@ def test_each_is_found_once_with_its_key(
     assert not evidence or math.isfinite(found.evidence[evidence])
     assert not found.key or f"`{found.key}`" in config_reference()
     assert found.key in found.words or found.kind in ("skipped_steps", "straggler")
-    if "layers" in asdict(made(interval)[50]) and kind in ("dead_experts", "collapse", "imbalance", "router_saturated"):
+    if kind in ("dead_experts", "collapse", "imbalance", "router_saturated", "fallback_tokens"):
         assert found.layer == 7
     if kind == "straggler":
         assert found.rank == 2
@@ -180,6 +182,18 @@ def test_a_restart_repeats_nothing_of_the_model_and_forgets_the_machines(interva
         changes = {"skipped_steps": 2 if number < 9 else 3, "data_wait_share": wait} | dead
         told += [(number, finding.kind) for finding in diagnosis.train(interval(number, **changes))]
     assert told == [(0, "skipped_steps"), (8, "dead_experts"), (10, "data_starved")]
+
+
+def test_tokens_of_the_fallback_are_one_finding_until_they_stop(interval: Make) -> None:
+    """Over after 10 intervals without one, and said again when they come back."""
+    diagnosis, told = Diagnosis(), []
+    for number in range(40):
+        load = layer([110, 100, 100, 100], fallback=10 if number in (3, 5, 9, 30) else 0)
+        told += [(number, str(one)) for one in diagnosis.train(interval(number, loss=6.0 - number / 10, **load))]
+        assert bool(diagnosis.present) == (3 <= number < 19 or number >= 30), number
+    assert [number for number, _ in told] == [3, 30]
+    assert "step 31: 4.8 % of the tokens of layer 7 were routed by the fallback" in told[0][1]
+    assert "lower optimizer.learning_rate" in told[0][1]
 
 
 def test_every_kind_is_tried_and_documented() -> None:

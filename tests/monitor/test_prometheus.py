@@ -142,6 +142,27 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
     assert got["moe_dist_load_balancing_loss", "0"] == pytest.approx(1.1)
 
 
+def test_every_sample_says_its_run_when_asked(
+    sink: PrometheusSink, train_record: Make, eval_record: EvalRecord
+) -> None:
+    """As the PodMonitor asks; the same as pushed metrics and targets.json say."""
+    sink.train(train_record())
+    sink.evaluation(eval_record)
+    plain = scrape_text(sink.address)
+    with urllib.request.urlopen(f"http://{sink.address}/metrics?label=run", timeout=10) as reply:
+        labelled = list(text_string_to_metric_families(reply.read().decode()))
+    (target,) = json.loads((sink.output_dir / "targets.json").read_text())
+    assert {sample.labels["run"] for family in labelled for sample in family.samples} == {target["labels"]["run"]}
+    without = [
+        (sample.name, {name: value for name, value in sample.labels.items() if name != "run"}, sample.value)
+        for family in labelled
+        for sample in family.samples
+    ]
+    families = text_string_to_metric_families(plain)
+    assert without == [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]
+    assert scrape_text(sink.address) == plain
+
+
 def test_names_and_labels_follow_the_rules(sink: PrometheusSink, train_record: Make, eval_record: EvalRecord) -> None:
     """`promtool check metrics` has no complaint; labels are layer, expert and stage; none in the global registry."""
     sink.train(train_record())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import ssl
@@ -26,9 +27,13 @@ from moe_dist.monitor.sinks.prometheus import PrometheusSink
 Make = Callable[..., TrainRecord]
 
 
+def build(folder: Path, **keys: Any) -> PrometheusSink:
+    return PrometheusSink(folder, MonitorConfig(prometheus=PrometheusConfig(port=0, **keys)))
+
+
 @contextmanager
 def serving(folder: Path, info: RunInfo, **keys: Any) -> Iterator[PrometheusSink]:
-    sink = PrometheusSink(folder, MonitorConfig(prometheus=PrometheusConfig(port=0, **keys)))
+    sink = build(folder, **keys)
     sink.open(info)
     try:
         yield sink
@@ -134,20 +139,42 @@ def test_a_token(tmp_path: Path, info: RunInfo, kind: str, monkeypatch: pytest.M
         assert status(sink, "/healthz") == 503, "no step yet, said to anybody"
 
 
-@pytest.mark.parametrize("source", ["no/such/file", "env:NO_SUCH_VARIABLE"])
-def test_no_token_where_one_is_said_is_no_server(tmp_path: Path, info: RunInfo, source: str) -> None:
-    with pytest.raises((OSError, ValueError), match=source), serving(tmp_path, info, bearer_token=source):
-        pass
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("no/such/file", "cannot be read: No such file or directory"),
+        ("env:NO_SUCH_VARIABLE", "the environment has no variable NO_SUCH_VARIABLE"),
+        (".", "cannot be read: Is a directory"),
+        ("blank", "there is no token in it"),
+        ("binary", "not a token; allowed: one line of printable ASCII"),
+        ("two lines", "not a token; allowed: one line of printable ASCII"),
+    ],
+)
+def test_a_token_that_cannot_be_used_is_an_error(
+    tmp_path: Path, source: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is opened, where it would cost the sink alone: whoever asked for protection is told."""
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("blank", b" \n"), ("binary", b"\xff\x00"), ("two lines", b"one\ntwo\n")):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(f'monitor.prometheus.bearer_token={source}: {why}')}$"):
+        build(tmp_path, bearer_token=source)
+
+
+def pair(folder: Path, name: str = "server") -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    certificate, key = folder / f"{name}.crt", folder / f"{name}.key"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(["openssl", *words.split(), *names], check=True, capture_output=True, timeout=60)
+    return certificate, key
 
 
 def test_tls(tmp_path: Path, info: RunInfo) -> None:
     """Silent connections do not hold up the hand-shakes of others. Seen to fail with the listener itself wrapped."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x"
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(["openssl", *words.split(), *names], check=True, capture_output=True, timeout=60)
+    certificate, key = pair(tmp_path)
     with serving(tmp_path, info, tls_certificate=certificate, tls_key=key) as sink, connect(sink):
         context = ssl.create_default_context(cafile=str(certificate))
         with urllib.request.urlopen(f"https://{sink.address}/metrics", timeout=30, context=context) as reply:
@@ -155,6 +182,29 @@ def test_tls(tmp_path: Path, info: RunInfo) -> None:
         assert '"__scheme__": "https"' in (tmp_path / "targets.json").read_text()
         with pytest.raises(OSError, match=r"CERTIFICATE_VERIFY_FAILED"):
             urllib.request.urlopen(f"https://{sink.address}/metrics", timeout=30)
+
+
+def test_files_of_tls_that_cannot_be_used_are_an_error(tmp_path: Path) -> None:
+    """One line that names the key and the file."""
+    certificate, key = pair(tmp_path)
+    _, other = pair(tmp_path, "other")
+    junk, locked = tmp_path / "junk", tmp_path / "locked.key"
+    junk.write_text("no PEM")
+    words = ["openssl", "ec", "-in", str(key), "-aes128", "-passout", "pass:word", "-out", str(locked)]
+    subprocess.run(words, check=True, capture_output=True, timeout=60)
+    gone, prometheus = tmp_path / "gone", "monitor.prometheus"
+    for first, second, said in (
+        (gone, key, f"{prometheus}.tls_certificate={gone}: cannot be read: No such file or directory"),
+        (certificate, gone, f"{prometheus}.tls_key={gone}: cannot be read: No such file or directory"),
+        (tmp_path, key, f"{prometheus}.tls_certificate={tmp_path}: cannot be read: Is a directory"),
+        (junk, key, f"{prometheus}.tls_certificate={junk}: holds no certificate; allowed: a PEM file"),
+        (key, key, f"{prometheus}.tls_certificate={key}: holds no certificate; allowed: a PEM file"),
+        (certificate, junk, f"{prometheus}.tls_key={junk}: holds no private key; allowed: a PEM file"),
+        (certificate, other, f"{prometheus}.tls_key={other}: not the key of {certificate}"),
+        (certificate, locked, f"{prometheus}.tls_key={locked}: encrypted with a password; give a key without one"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+            build(tmp_path, tls_certificate=first, tls_key=second)
 
 
 def test_half_of_tls_is_refused() -> None:

@@ -16,7 +16,10 @@ __all__ = ["ConsoleSink", "JsonlSink", "Sink", "Sinks", "TensorBoardSink", "buil
 
 
 def build_sinks(output_dir: Path | str, monitor_config: MonitorConfig, *, stream: TextIO | None = None) -> Sinks:
-    """The sinks of a run, for the one rank that reports. `stream`: the console's, default stdout."""
+    """The sinks of a run, for the one rank that reports. `stream`: the console's, default stdout.
+
+    Raises ValueError for a file of `monitor.prometheus` that cannot be used.
+    """
     folder = Path(output_dir)
     sinks: list[Sink] = [
         ConsoleSink(monitor_config.progress, stream),

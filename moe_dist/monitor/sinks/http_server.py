@@ -140,17 +140,47 @@ def guarded(app: WSGIApplication, token: str) -> WSGIApplication:
 
 
 def read_token(source: str) -> str:
-    """The token in a file, or in the variable NAME of `env:NAME`. Raises OSError or ValueError that names the key."""
+    """The token in a file, or in the variable NAME of `env:NAME`. Raises ValueError that names the key."""
     where = f"monitor.prometheus.bearer_token={source}"
-    text = os.environ.get(source[4:], "") if source.startswith("env:") else Path(source).read_text()
+    try:
+        text = os.environ[source[4:]] if source.startswith("env:") else Path(source).read_text().strip()
+    except KeyError:
+        raise ValueError(f"{where}: the environment has no variable {source[4:]}") from None
+    except OSError as error:
+        raise ValueError(f"{where}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        text = "\0"
     if not text.strip():
         raise ValueError(f"{where}: there is no token in it")
+    if not (text.isascii() and text.isprintable()):
+        raise ValueError(f"{where}: not a token; allowed: one line of printable ASCII")
     return text.strip()
 
 
 def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    """For a server with these PEM files. Raises OSError or ValueError when they cannot be used."""
+    """For a server with these PEM files. Raises ValueError that names the key of the one that cannot be used."""
+    first, second = f"monitor.prometheus.tls_certificate={certificate}", f"monitor.prometheus.tls_key={key}"
+    for where, path in ((first, certificate), (second, key)):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{where}: cannot be read: {error.strerror}") from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate, key)
+
+    def no_password() -> str:  # without it OpenSSL asks for one on the terminal, and the run waits
+        raise ValueError(f"{second}: encrypted with a password; give a key without one")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(certificate)
+    except ssl.SSLError:
+        raise ValueError(f"{first}: holds no certificate; allowed: a PEM file") from None
+    try:
+        context.load_cert_chain(certificate, key, no_password)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise ValueError(f"{second}: not the key of {certificate}") from None
+        if error.reason is None:
+            raise ValueError(f"{second}: holds no private key; allowed: a PEM file") from None
+        raise ValueError(f"{first}, {second}: cannot be used: {error.reason.lower().replace('_', ' ')}") from None
     return context

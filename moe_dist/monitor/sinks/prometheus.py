@@ -10,13 +10,15 @@ import os
 import socket
 import ssl
 import time
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from threading import Lock
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, push_to_gateway
+from prometheus_client import CollectorRegistry, Metric, push_to_gateway
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from moe_dist.config import MonitorConfig
 from moe_dist.monitor.records import RunInfo, RunSummary, TrainRecord
@@ -51,9 +53,22 @@ class _RunSink(SnapshotSink):
         return self.snapshot.info.label if self.snapshot.info else self.output_dir.resolve().name
 
 
+class _Labelled(Collector):
+    """What a registry has, every sample with these labels."""
+
+    def __init__(self, registry: CollectorRegistry, labels: dict[str, str]) -> None:
+        self.registry, self.labels = registry, labels
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self.registry.collect():
+            family.samples = [sample._replace(labels=self.labels | sample.labels) for sample in family.samples]
+            yield family
+
+
 class PrometheusSink(_RunSink):
     """Serves /metrics from `open` to `close`, and tells Prometheus where by `targets.json` in the run folder.
 
+    /metrics?label=run gives every sample the label `run`, for discovery that cannot know it.
     /healthz says how old the last logged step is, with status 503 before the first and when it is too old.
 
     `targets.json` is a target list for `file_sd_configs`. A run that ended as planned leaves it empty; after any
@@ -67,26 +82,26 @@ class PrometheusSink(_RunSink):
         self.folder = self.output_dir  # of targets.json
         self.address = ""
         self._server: BoundedServer | None = None
-        self._pages: dict[tuple[str, bool], bytes] = {}
+        access = self.config
+        self._token = None if access.bearer_token is None else read_token(access.bearer_token)
+        self._tls = None
+        if access.tls_certificate is not None and access.tls_key is not None:
+            self._tls = tls_context(access.tls_certificate, access.tls_key)
+        self._pages: dict[tuple[str, bool, bool], bytes] = {}
         self._shown: object = None
         """The snapshot that `_pages` show."""
         self._lock = Lock()
 
     def open(self, info: RunInfo) -> None:
         super().open(info)
-        wanted, config = self.config.port or 0, self.config
-        metrics: WSGIApplication = self._metrics
-        if config.bearer_token is not None:
-            metrics = guarded(metrics, read_token(config.bearer_token))
-        tls = None
-        if config.tls_certificate is not None and config.tls_key is not None:
-            tls = tls_context(config.tls_certificate, config.tls_key)
+        wanted, tls = self.config.port or 0, self._tls
+        metrics: WSGIApplication = self._metrics if self._token is None else guarded(self._metrics, self._token)
         self._server = self._listen(
             wanted, lambda env, start: (self._health if env["PATH_INFO"] == "/healthz" else metrics)(env, start), tls
         )
         self._server.start()
         port, scheme = self._server.server_port, "https" if tls else "http"
-        self.address = address_of(config.host, port)
+        self.address = address_of(self.config.host, port)
         if wanted not in (0, port):
             logger.warning("port %d is taken; Prometheus metrics are at %s://%s/metrics", wanted, scheme, self.address)
         else:
@@ -109,14 +124,15 @@ class PrometheusSink(_RunSink):
             return [b"GET /metrics or /healthz\n"]
         encode, kind = choose_encoder(asked.get("HTTP_ACCEPT", ""))
         packed = "gzip" in asked.get("HTTP_ACCEPT_ENCODING", "")
+        labelled = "label=run" in asked.get("QUERY_STRING", "").split("&")
         with self._lock:
             if self._shown is not self.snapshot:
                 self._shown = self.snapshot
                 self._pages.clear()
-            if (kind, packed) not in self._pages:
-                text = encode(self.registry)
-                self._pages[kind, packed] = gzip.compress(text, 1) if packed else text
-            page = self._pages[kind, packed]
+            if (kind, packed, labelled) not in self._pages:
+                text = encode(_Labelled(self.registry, {"run": self.run_name}) if labelled else self.registry)
+                self._pages[kind, packed, labelled] = gzip.compress(text, 1) if packed else text
+            page = self._pages[kind, packed, labelled]
         start_response("200 OK", [("Content-Type", kind), *([("Content-Encoding", "gzip")] if packed else [])])
         return [page]
 
