@@ -9,7 +9,7 @@ What differs from torchrun:
 - Ranks that saved because they were asked to, or whose configuration cannot be used, are not started again, and
   `--max-restarts` counts starts that got no further than a checkpoint, not all.
 - It ends when its ranks have failed and the place where the machines meet does not answer; torchrun waits for TCP.
-- Machines meet at a port that only this job's agents can use (`launcher.rendezvous`).
+- Machines meet at a port that only this job's agents can use (`launcher.connect.rendezvous`).
 Everything else, rules of rendezvous, restarts, agents that come and go, is torchrun's. Imports torch in `main` only.
 """
 
@@ -29,7 +29,7 @@ from typing import Any
 
 from launcher.board import Board
 from launcher.endings import Ended, Tries, note, say, say_end, verdict
-from launcher.environment import JOB, named_job
+from launcher.connect.environment import JOB, named_job
 from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_FAILED, EXIT_STOPPED, LAUNCHER
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, load_config
@@ -62,7 +62,7 @@ def _main(arguments: list[str], asked: Asked) -> int:
     )
     from torch.distributed.run import parse_args, run
 
-    from launcher.rendezvous import put_in_place
+    from launcher.connect.rendezvous import put_in_place
 
     if os.environ.get("MOE_DIST_DEBUG") != "1":  # our line says the same, and where
         for name in ("multiprocessing.api", "agent.server.api", "rendezvous.dynamic_rendezvous"):

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from launcher import checkpoint_commands
 from launcher.completion import RunCommand
-from launcher.environment import (
+from launcher.connect.environment import (
     detect,
     join_slurm,
     let_the_first_speak,
@@ -25,7 +25,7 @@ from launcher.environment import (
 )
 from launcher.init_command import init
 from launcher.launch_commands import app as launch_app
-from launcher.mpi import join_mpi
+from launcher.connect.mpi import join_mpi
 from launcher.paths import expanded
 from launcher.starting import for_world
 from launcher.sweep_command import sweep

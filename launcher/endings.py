@@ -49,7 +49,7 @@ class Tries:
     """Starts in a row that got no further than a checkpoint; more than `limit` are enough."""
 
     def __init__(self, config: Config, limit: int, job: str) -> None:
-        """`job`: its name (`launcher.environment.JOB`)."""
+        """`job`: its name (`launcher.connect.environment.JOB`)."""
         self.config, self.limit, self.job = config, limit, job
         self.count, self.furthest = 0, newest_step(config)
 

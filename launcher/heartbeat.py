@@ -14,8 +14,8 @@ import time
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from launcher import handshake
-from launcher.addresses import addresses
+from launcher.connect import handshake
+from launcher.connect.addresses import addresses
 
 Message = dict[str, Any]
 _LONGEST = 65536

@@ -12,7 +12,7 @@ import signal
 import time
 
 from launcher.endings import End, Ended, Tries, note, restore_terminal, say, say_end, verdict
-from launcher.environment import JOB, named_job
+from launcher.connect.environment import JOB, named_job
 from launcher.processes import GRACE, PATIENCE, POLL, Ranks, Signals
 from launcher.worker import EXIT_AGAIN, EXIT_FAILED, EXIT_STOPPED, Proof
 from moe_dist.config import Config

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.mpi import MPI
+from launcher.connect.mpi import MPI
 from launcher.processes import rank_environment
 from launcher.starting import TRAIN, Start, for_world
 from moe_dist.config import Config

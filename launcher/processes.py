@@ -16,7 +16,7 @@ from types import FrameType
 
 from launcher.board import Board
 from launcher.endings import Ended, say
-from launcher.environment import STORE, usable_cores
+from launcher.connect.environment import STORE, usable_cores
 from launcher.heartbeat import state_of
 from launcher.worker import CONFIG, EXIT_AGAIN, LAUNCHER, PROOF, WATCHED, Proof
 from moe_dist.config import Config

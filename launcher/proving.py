@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.environment import detect, started_by_torchrun
+from launcher.connect.environment import detect, started_by_torchrun
 from launcher.worker import EXIT_DIFFERS, EXIT_FAILED, Proof
 from moe_dist.config import Config, ParallelConfig
 from moe_dist.config_loading import ConfigError

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.environment import ray_address
+from launcher.connect.environment import ray_address
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.layout import Layout

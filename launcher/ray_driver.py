@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launcher.environment import JOB
+from launcher.connect.environment import JOB
 from launcher.processes import HEARING, Signals, say
 from launcher.ray import DEFAULTS, RESIZE_INTERVAL, Plan
 from launcher.ray_rank import BEFORE_TRAINING, LEAVING, TICK, Desk, RankFailed, run

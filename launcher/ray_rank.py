@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.board import Board
-from launcher.environment import STORE, TOKEN
-from launcher.handshake import BIND, listen
+from launcher.connect.environment import STORE, TOKEN
+from launcher.connect.handshake import BIND, listen
 from launcher.memory import why_killed
 from launcher.processes import GRACE, LOOPBACK, POLL
-from launcher.secret import SECRET
+from launcher.connect.secret import SECRET
 from launcher.worker import CONFIG, EXIT_AGAIN, EXIT_CONFIG, EXIT_STOPPED, LAUNCHER
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path

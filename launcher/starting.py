@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from launcher.environment import given_batch, this_job
+from launcher.connect.environment import given_batch, this_job
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.layout import Layout

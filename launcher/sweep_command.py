@@ -24,7 +24,7 @@ def sweep(
 
     [dim]Example:[/dim]  moe-dist sweep configs/demo.yaml learning_rate=1e-4,3e-4,1e-3 num_experts=8,16 max_time=60
     """
-    from launcher.environment import ray_address
+    from launcher.connect.environment import ray_address
     from launcher.sweep import plan, write_results
 
     asked = plan(config, context.args, metric, mode, max_concurrent)

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from launcher.addresses import interface_of, outward
-from launcher.environment import BATCH, given_batch
+from launcher.connect.addresses import interface_of, outward
+from launcher.connect.environment import BATCH, given_batch
 from launcher.processes import LOOPBACK, rank_environment
 from launcher.starting import TRAIN, Start
 from moe_dist.config import Config

@@ -20,8 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from launcher.addresses import addresses
-from launcher.environment import Environment
+from launcher.connect.addresses import addresses
+from launcher.connect.environment import Environment
 from launcher.heartbeat import Hub, Message, Offer, Peers, Spoke, state_of
 from launcher.worker import EXIT_FAILED, tell_launcher
 from moe_dist.config import Config

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launcher.environment import Environment, detect, let_the_first_speak, this_job
+from launcher.connect.environment import Environment, detect, let_the_first_speak, this_job
 from launcher.memory import advice
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
@@ -88,7 +88,7 @@ class Profiling(Proof):
 
 def train(config: Config, environment: Environment) -> int:
     """Train on this rank; returns the exit code."""
-    from launcher.process_groups import connected  # torch, only once there is work to do
+    from launcher.connect.process_groups import connected  # torch, only once there is work to do
     from moe_dist.train.agreement import StopRequests
     from moe_dist.train.trainer import MoETrainer
 
@@ -156,7 +156,7 @@ def lost_a_peer(text: str) -> bool:
 
 def verify(config: Config, environment: Environment, proof: Proof) -> int:
     """Prove the arithmetic of every layout; returns the exit code."""
-    from launcher.process_groups import connected
+    from launcher.connect.process_groups import connected
     from moe_dist.verify.run import Verifier
     from moe_dist.verify.verdicts import Report
 
@@ -181,7 +181,7 @@ def _remember(proof: Proven) -> None:
 def profile(config: Config, environment: Environment, wanted: Profiling) -> int:
     """Profile a few steps; returns the exit code."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library tells of every start and stop
-    from launcher.process_groups import connected
+    from launcher.connect.process_groups import connected
     from moe_dist.monitor.profile_page import terminal_lines
     from moe_dist.train.profiling import run_profile
 

@@ -84,10 +84,10 @@ LIGHT = (
     "launcher.commands",
     "launcher.local",
     "launcher.worker",
-    "launcher.environment",
+    "launcher.connect.environment",
     "launcher.heartbeat",
     "launcher.memory",
-    "launcher.mpi",
+    "launcher.connect.mpi",
     "launcher.processes",
     "moe_dist.parallel.hang",
     "moe_dist.parallel.status",
@@ -350,7 +350,7 @@ moe_dist/parallel/mesh.py | dist.all_to_all_single(a, b) | all-to-all outside
 moe_dist/train/step.py | from torch.distributed import all_to_all | all-to-all outside
 moe_dist/train/step.py | group.alltoall_base(a, b) | all-to-all outside
 moe_dist/train/step.py | import tools.train_tokenizer | nothing imports tools
-launcher/process_groups.py | from tools.bench import moe_layer | nothing imports tools
+launcher/connect/process_groups.py | from tools.bench import moe_layer | nothing imports tools
 launcher/cli.py | def f():;    import tests.tiny | nothing imports tests
 tools/train_tokenizer.py | from tiny import tiny_config | nothing imports tests: tests.tiny.tiny_config
 tests/ranks.py | from test_layout import SIZES | a test imports a test

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.environment import (
+from launcher.connect.environment import (
     Environment,
     detect,
     expand_nodes,

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from launcher import handshake
-from launcher.addresses import addresses
+from launcher.connect import handshake
+from launcher.connect.addresses import addresses
 from launcher.heartbeat import Hub, Peers, Spoke
 
 

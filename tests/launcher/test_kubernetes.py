@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from launcher.agent import one_code, ranks
 from launcher.commands import run
-from launcher.environment import Environment, detect
+from launcher.connect.environment import Environment, detect
 from launcher.kubernetes import MANIFESTS, overlays, render
 from launcher.launch_commands import app
 from moe_dist.config_loading import load_config

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import names
-from launcher.environment import Environment, detect, from_slurm, given_batch, refuse_half_a_torchrun, this_job
+from launcher.connect import host_names
+from launcher.connect.environment import Environment, detect, from_slurm, given_batch, refuse_half_a_torchrun, this_job
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 
@@ -36,7 +36,7 @@ TASK = {
 )
 def test_thread_counts_as_openmp_takes_them(monkeypatch: pytest.MonkeyPatch, said: str, threads: int) -> None:
     """Seen red: a ValueError of int() for all but the first, or a thread count that torch cannot have."""
-    from launcher import process_groups
+    from launcher.connect import process_groups
 
     monkeypatch.setenv("OMP_NUM_THREADS", said)
     monkeypatch.setattr(process_groups, "usable_cores", lambda: 4)
@@ -79,11 +79,11 @@ def test_a_name_that_comes_later_is_waited_for(
         return []
 
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
-    monkeypatch.setattr(names, "EVERY", 0.0)
-    monkeypatch.setattr(names, "_POLL", 0.01)
+    monkeypatch.setattr(host_names, "EVERY", 0.0)
+    monkeypatch.setattr(host_names, "_POLL", 0.01)
     threading.Timer(0.1, known.set).start()
     began = time.monotonic()
-    names.wait_for_name("later", 60.0)
+    host_names.wait_for_name("later", 60.0)
     assert time.monotonic() - began < 50
     assert "waiting for a host named MASTER_ADDR=later (Name or service not known)" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from programs import BIN, Program, metrics, write_config
 from ray_cluster import Cluster, missing
 
 from launcher import agent
-from launcher.environment import ray_address
+from launcher.connect.environment import ray_address
 from launcher.ray import Plan, Request, plan
 from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import Found

@@ -137,7 +137,7 @@ def test_every_replica_is_looked_at() -> None:
 
 def test_a_bug_that_is_not_seen_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     """One process has no expert parallelism to go wrong: green with the bug, so exit code 5 and no praise."""
-    from launcher.environment import detect
+    from launcher.connect.environment import detect
     from launcher.worker import EXIT_UNSEEN, Proof, verify
 
     assert (

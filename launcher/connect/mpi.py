@@ -12,10 +12,10 @@ import secrets
 import socket
 from collections.abc import Mapping
 
-from launcher.environment import STORE, TOKEN
-from launcher.gate import LOOPBACK, served_at
-from launcher.handshake import bind_address, is_one, listen
-from launcher.secret import SECRET
+from launcher.connect.environment import STORE, TOKEN
+from launcher.connect.gate import LOOPBACK, served_at
+from launcher.connect.handshake import bind_address, is_one, listen
+from launcher.connect.secret import SECRET
 from moe_dist.config_loading import ConfigError
 
 MPI = "MOE_DIST_MPI"

@@ -2,7 +2,7 @@
 
 torch's c10d rendezvous keeps its state pickled in a store that listens on all interfaces: whoever reaches the port runs
 code in every agent. Here one machine needs no port at all. On several the host's store listens on loopback, the others
-come through a gate (`launcher.gate`), and the state is JSON.
+come through a gate (`launcher.connect.gate`), and the state is JSON.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handl
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from launcher.environment import TOKEN
-from launcher.gate import Gate, Tunnel, is_here, served_at
-from launcher.handshake import listen
-from launcher.process_groups import loopback_store
-from launcher.secret import job_secret
+from launcher.connect.environment import TOKEN
+from launcher.connect.gate import Gate, Tunnel, is_here, served_at
+from launcher.connect.handshake import listen
+from launcher.connect.process_groups import loopback_store
+from launcher.connect.secret import job_secret
 from moe_dist.config_loading import ConfigError
 
 DYNAMIC, STATIC = "c10d", "static"

@@ -18,8 +18,8 @@ import time
 from collections import deque
 from contextlib import suppress
 
-from launcher import handshake
-from launcher.handshake import BIND, Lobby, RefusedError, bind_address, is_ours, listen
+from launcher.connect import handshake
+from launcher.connect.handshake import BIND, Lobby, RefusedError, bind_address, is_ours, listen
 from moe_dist.config_loading import ConfigError
 
 logger = logging.getLogger("moe_dist")

@@ -16,7 +16,7 @@ import socket
 import time
 from contextlib import suppress
 
-from launcher.addresses import addresses, outward
+from launcher.connect.addresses import addresses, outward
 
 logger = logging.getLogger("moe_dist")
 BIND = "MOE_DIST_BIND"

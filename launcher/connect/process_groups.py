@@ -11,11 +11,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from launcher.environment import STORE, TOKEN, Environment, usable_cores
-from launcher.gate import LOOPBACK, Gate, Tunnel, served_at
-from launcher.handshake import listen
-from launcher.names import wait_for_name
-from launcher.secret import job_secret
+from launcher.connect.environment import STORE, TOKEN, Environment, usable_cores
+from launcher.connect.gate import LOOPBACK, Gate, Tunnel, served_at
+from launcher.connect.handshake import listen
+from launcher.connect.host_names import wait_for_name
+from launcher.connect.secret import job_secret
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.models.memory import keep_freed_memory
