@@ -78,32 +78,38 @@ LIGHT = (
     "moe_dist.verify.life",
     "moe_dist.verify.scenarios",
     "moe_dist.verify.verdicts",
-    "launcher.checkpoint_commands",
-    "launcher.checkpoint_report",
-    "launcher.cli",
-    "launcher.commands",
-    "launcher.local",
-    "launcher.worker",
+    "launcher.cli.checkpoint",
+    "launcher.cli.checkpoint_table",
+    "launcher.cli.main",
+    "launcher.cli.commands",
+    "launcher.backends.local",
+    "launcher.rank.worker",
     "launcher.connect.environment",
-    "launcher.heartbeat",
-    "launcher.memory",
+    "launcher.supervise.heartbeat",
+    "launcher.supervise.oom_advice",
     "launcher.connect.mpi",
-    "launcher.processes",
-    "moe_dist.parallel.hang",
+    "launcher.supervise.processes",
+    "launcher.supervise.hang",
     "moe_dist.parallel.status",
-    "launcher.layout_report",
-    "launcher.completion",
-    "launcher.init_command",
-    "launcher.launch_commands",
-    "launcher.kubernetes",
-    "launcher.agent",
-    "launcher.board",
-    "launcher.endings",
-    "launcher.mpirun",
-    "launcher.starting",
-    "launcher.torchrun",
-    "launcher.slurm",
-    *("launcher.ray", "launcher.ray_rank", "launcher.sweep", "launcher.sweep_command", "launcher.sweep_trial"),
+    "launcher.cli.layout_table",
+    "launcher.cli.completion",
+    "launcher.cli.init",
+    "launcher.cli.launch",
+    "launcher.backends.kubernetes",
+    "launcher.supervise.agent",
+    "launcher.supervise.rank_channel",
+    "launcher.supervise.exit_status",
+    "launcher.backends.mpirun",
+    "launcher.backends.command",
+    "launcher.backends.torchrun",
+    "launcher.backends.slurm",
+    *(
+        "launcher.backends.ray",
+        "launcher.backends.ray_rank",
+        "launcher.sweep.plan",
+        "launcher.cli.sweep",
+        "launcher.sweep.trial",
+    ),
 )
 HEAVY = (
     *("torch", "numpy", "transformers", "datasets", "tokenizers", "tensorboard"),
@@ -331,7 +337,7 @@ moe_dist/parallel/mesh.py | def f():;    import moe_dist.monitor.records | floor
 moe_dist/models/moe.py | if TYPE_CHECKING:;    import moe_dist.parallel.mesh | floor 1 imports floor 3
 moe_dist/models/moe.py | importlib.import_module("moe_dist.train") | floor 1 imports floor 5: moe_dist.train
 moe_dist/models/moe.py | from moe_dist.data.batch import Batch | floor 1 imports floor 2
-moe_dist/train/loss.py | import launcher.worker | floor 5 imports floor 7
+moe_dist/train/loss.py | import launcher.rank.worker | floor 5 imports floor 7
 moe_dist/monitor/records.py | from moe_dist.checkpoint import plain | floor 4 imports floor 4
 moe_dist/serve/extra.py | import moe_dist.generate | floor 6 imports floor 6
 moe_dist/config.py | from moe_dist.models import counts | floor 0 imports floor 1
@@ -351,19 +357,19 @@ moe_dist/train/step.py | from torch.distributed import all_to_all | all-to-all o
 moe_dist/train/step.py | group.alltoall_base(a, b) | all-to-all outside
 moe_dist/train/step.py | import tools.train_tokenizer | nothing imports tools
 launcher/connect/process_groups.py | from tools.bench import moe_layer | nothing imports tools
-launcher/cli.py | def f():;    import tests.tiny | nothing imports tests
+launcher/cli/main.py | def f():;    import tests.tiny | nothing imports tests
 tools/train_tokenizer.py | from tiny import tiny_config | nothing imports tests: tests.tiny.tiny_config
 tests/ranks.py | from test_layout import SIZES | a test imports a test
 moe_dist/parallel/mesh.py | if torch.__version__ < "2.12":;    x = 1 | a version asked for outside
-launcher/cli.py | from importlib.metadata import version | a version asked for outside
+launcher/cli/main.py | from importlib.metadata import version | a version asked for outside
 moe_dist/config_checks.py | from importlib import metadata;metadata.version("torch") | a version asked for outside
 moe_dist/train/step.py | import pickle | pickle runs what
 tools/train_tokenizer.py | from pickle import loads | pickle.loads runs what
 moe_dist/checkpoint/shards.py | import shelve, marshal;from dill import loads;import joblib as j | runs what
 moe_dist/checkpoint/manager.py | torch.load("x") | torch.load runs what
 moe_dist/checkpoint/manager.py | from torch import load as read | torch.load runs what
-launcher/local.py | import yaml as y;y.load(text, y.SafeLoader) | yaml.load runs what
-launcher/local.py | subprocess.run("ls", shell=True) | shell= must be False
+launcher/backends/local.py | import yaml as y;y.load(text, y.SafeLoader) | yaml.load runs what
+launcher/backends/local.py | subprocess.run("ls", shell=True) | shell= must be False
 moe_dist/data/tokenizer.py | load("x", trust_remote_code=True) | trust_remote_code= must be False
 moe_dist/data/cache.py | np.load("x", allow_pickle=flag) | allow_pickle= must be False
 """
@@ -383,7 +389,7 @@ moe_dist/parallel/layout.py | def f():;    import torch
 moe_dist/parallel/layout.py | if TYPE_CHECKING:;    import torch
 moe_dist/data/tokenizer.py | load("x", trust_remote_code=False);yaml.safe_load("x")
 tests/test_layout.py | import pickle, tiny
-tools/train_tokenizer.py | import launcher.worker
+tools/train_tokenizer.py | import launcher.rank.worker
 """
 
 

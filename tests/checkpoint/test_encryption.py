@@ -277,7 +277,7 @@ def test_reshard_replaces_the_key_and_verify_opens_the_seals(
 ) -> None:
     import sys
 
-    from launcher import commands
+    from launcher.cli import commands
 
     def say(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["moe-dist", "checkpoint", *map(str, words)])

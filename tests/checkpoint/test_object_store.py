@@ -22,7 +22,7 @@ import pytest
 from ranks import free_port
 from saved import MODEL, TEXTS, TRAINING, found_at, state, train, trained
 
-from launcher import commands
+from launcher.cli import commands
 from moe_dist.checkpoint.encryption import Keys
 from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.lock import RunLock

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 from saved import copy_of, found_at, shard_of, trained
 
-from launcher import commands
+from launcher.cli import commands
 from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.lock import RunLock
 from moe_dist.checkpoint.resharding import cut

@@ -13,7 +13,7 @@ import pytest
 
 from launcher.connect import handshake
 from launcher.connect.addresses import addresses
-from launcher.heartbeat import Hub, Peers, Spoke
+from launcher.supervise.heartbeat import Hub, Peers, Spoke
 
 
 @pytest.fixture

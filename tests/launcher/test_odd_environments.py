@@ -113,7 +113,7 @@ def test_closed_streams(tmp_path: Path, closed: str) -> None:
 
 _STREAMS = """
 import os, sys
-from launcher.cli import _have_streams
+from launcher.cli.main import _have_streams
 _have_streams()
 print("out"); print("err", file=sys.stderr); sys.stdout.flush(); sys.stderr.isatty(); sys.stdin.read(0)
 found = os.open(os.environ["SEEN"], os.O_CREAT | os.O_WRONLY)
@@ -125,17 +125,15 @@ def test_a_trial_of_a_sweep_finds_its_numbers_from_elsewhere(tmp_path: Path, mon
     """Ray's worker has a folder of its own. Seen red: `-` for every number of a sweep with a relative output_dir."""
     import json
 
-    from launcher import sweep_trial
+    from launcher.sweep import trial
 
     (tmp_path / "home" / "out").mkdir(parents=True)
     (tmp_path / "home" / "out" / "metrics.jsonl").write_text('{"kind": "train", "step": 3, "loss": 1.5}\n')
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     popen = subprocess.Popen
-    monkeypatch.setattr(
-        sweep_trial.subprocess, "Popen", lambda words, **kind: popen([sys.executable, "-c", ""], **kind)
-    )
+    monkeypatch.setattr(trial.subprocess, "Popen", lambda words, **kind: popen([sys.executable, "-c", ""], **kind))
     config = Config.model_validate({"train": {"output_dir": "out"}})
     result = tmp_path / "result.json"
-    sweep_trial.run(config, "digest", tmp_path / "log", result, lambda row: None, str(tmp_path / "home"))
+    trial.run(config, "digest", tmp_path / "log", result, lambda row: None, str(tmp_path / "home"))
     assert json.loads(result.read_text())["metrics"]["train"]["loss"] == 1.5

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.connect import gate
-from launcher.connect import handshake
+from launcher.connect import gate, handshake
 from launcher.connect.gate import LOOPBACK, Gate, Tunnel
 from launcher.connect.secret import job_secret
 from moe_dist.config_loading import ConfigError

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from programs import BIN
 
-from launcher import kubernetes, mpirun
-from launcher.slurm import Request, followed, plan
+from launcher.backends import kubernetes, mpirun
+from launcher.backends.slurm import Request, followed, plan
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, load_config
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from programs import FOREVER, ONE_RANK, Program, metrics
 
-from launcher.processes import GRACE
+from launcher.supervise.processes import GRACE
 from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage

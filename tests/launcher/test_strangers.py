@@ -22,7 +22,7 @@ from ranks import free_port
 
 pytestmark = [pytest.mark.dist, pytest.mark.launch, pytest.mark.slow]
 SECRET = "the secret of these machines"
-AGENT = (sys.executable, "-m", "launcher.agent")
+AGENT = (sys.executable, "-m", "launcher.supervise.agent")
 TRAIN = ("-m", "launcher", "train")
 Address = tuple[str, int]
 

@@ -290,7 +290,7 @@ def test_the_command(sick: Path, info: RunInfo, interval: Make, summary: RunSumm
 def test_the_command_is_quick_and_loads_no_torch(sick: Path) -> None:
     """Less than a second of work, and half of that is Python, the command line and the configuration."""
     code = (
-        "import sys, time; from launcher.commands import app\n"
+        "import sys, time; from launcher.cli.commands import app\n"
         "for words in (['doctor', sys.argv[1]], ['doctor', sys.argv[1], '--json']):\n"
         "    app(words, standalone_mode=False)\n"
         "heavy = {'torch', 'plotly', 'tensorboard', 'transformers', 'datasets'} & set(sys.modules)\n"

@@ -138,7 +138,9 @@ def test_every_replica_is_looked_at() -> None:
 def test_a_bug_that_is_not_seen_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     """One process has no expert parallelism to go wrong: green with the bug, so exit code 5 and no praise."""
     from launcher.connect.environment import detect
-    from launcher.worker import EXIT_UNSEEN, Proof, verify
+    from launcher.connect.exit_codes import EXIT_UNSEEN
+    from launcher.connect.rank_job import Proof
+    from launcher.rank.worker import verify
 
     assert (
         verify(run_file("demo.yaml", "parallel.ep_size=1"), detect(), Proof("ep1-zero0", "expert_gradient_times_ep"))

@@ -27,7 +27,7 @@ import torch.multiprocessing as multiprocessing
 
 from launcher.connect.environment import detect
 from launcher.connect.process_groups import connected
-from launcher.watchdog import Watchdog
+from launcher.supervise.watchdog import Watchdog
 from moe_dist.config_loading import load_mapping
 from moe_dist.train import MoETrainer
 

@@ -16,14 +16,35 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launcher.connect.environment import Environment, detect, let_the_first_speak, this_job
-from launcher.memory import advice
+from launcher.connect.exit_codes import (
+    EXIT_AGAIN,
+    EXIT_CONFIG,
+    EXIT_CTRL_C,
+    EXIT_DIFFERS,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_UNSEEN,
+)
+from launcher.connect.rank_job import (
+    CONFIG,
+    LAUNCHER,
+    MAX_REPORT,
+    PROOF,
+    REPORTS,
+    STATUS,
+    WATCHED,
+    Profiling,
+    Proof,
+    channel,
+    tell_launcher,
+)
+from launcher.supervise.exit_status import lost_a_peer
+from launcher.supervise.oom_advice import advice
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.monitor.train_log import write_to_log
@@ -33,57 +54,7 @@ if TYPE_CHECKING:
     from moe_dist.parallel.mesh import Mesh
     from moe_dist.parallel.proven import Proof as Proven
 
-EXIT_CONFIG = 2
-"""The configuration, the data or a checkpoint cannot be used as they are; nothing was changed."""
-EXIT_STOPPED = 3
-"""Training stopped itself: not finite, diverged, the last step not saved, or the run folder has gone."""
-EXIT_FAILED = 1
-"""Anything unexpected."""
-EXIT_AGAIN = 75
-"""Asked to stop by SIGTERM, SIGUSR1 or SIGHUP; the last step is saved, to go on from."""
-EXIT_CTRL_C = 128 + signal.SIGINT
-"""Ctrl-C; saved, if it was training."""
-EXIT_DIFFERS = 4
-"""`verify` has told which layouts differ from one process; the command makes it 1."""
-EXIT_UNSEEN = 5
-"""`verify` with a bug planted, and every layout has passed."""
-
-# What the local launcher leaves in a rank's environment.
-CONFIG, PROOF, LAUNCHER = "MOE_DIST_CONFIG", "MOE_DIST_PROOF", "MOE_DIST_LAUNCHER"
-# ... and an agent too (launcher.board): where a rank says what went wrong, and where it is.
-REPORTS, STATUS = "MOE_DIST_REPORTS", "MOE_DIST_STATUS"
-WATCHED = "MOE_DIST_WATCHED"
-"""Set by a launcher that sees all ranks from outside: they need not watch each other."""
-
 _PR_SET_PDEATHSIG = 1
-_MAX_TEXT = 2000  # a report must go through the pipe in one piece
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What `moe-dist verify` asks of every rank."""
-
-    layouts: str = "all"
-    plant: str | None = None
-    as_json: bool = False
-    seed: int = 0
-    minutes: float | None = None
-    """Go on with cases drawn at random for so long."""
-    file: str | None = None
-    """Where verdicts are kept for a start after a rank has died."""
-    command: str = "moe-dist verify CONFIG"
-    """That repeats one case, up to its name."""
-
-
-@dataclass(frozen=True)
-class Profiling(Proof):
-    """What `moe-dist profile` asks of every rank; it travels as a proof does, and like one is never started again."""
-
-    steps: int = 10
-    compute: bool = True
-    memory: bool = False
-    folder: str | None = None
-    """Where the page goes; None: into the run folder."""
 
 
 def train(config: Config, environment: Environment) -> int:
@@ -125,7 +96,7 @@ class CasualtyError(RuntimeError):
 def _watched(config: Config, environment: Environment, mesh: Mesh, status: Status) -> Iterator[None]:
     """A watchdog for the block, or where a launcher sees all ranks from outside, signs of life for it."""
     if WATCHED in os.environ:
-        from launcher.board import telling
+        from launcher.supervise.rank_channel import telling
 
         with telling(status, mesh):
             yield
@@ -133,7 +104,7 @@ def _watched(config: Config, environment: Environment, mesh: Mesh, status: Statu
     if not environment.is_distributed:
         yield
         return
-    from launcher.watchdog import Watchdog
+    from launcher.supervise.watchdog import Watchdog
 
     watchdog = Watchdog(config, environment, mesh, status)
     goodbye = "failed"
@@ -146,12 +117,6 @@ def _watched(config: Config, environment: Environment, mesh: Mesh, status: Statu
         raise
     finally:
         watchdog.close(goodbye)
-
-
-def lost_a_peer(text: str) -> bool:
-    """Whether a collective has failed because another rank is not there any more, in the words of gloo and NCCL."""
-    words = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "connection refused")
-    return any(word in text.lower() for word in words)
 
 
 def verify(config: Config, environment: Environment, proof: Proof) -> int:
@@ -233,7 +198,7 @@ def _report(error: Exception, environment: Environment, code: int) -> int:
         where = f"rank {environment.rank}: " if environment.is_distributed else ""
         log = write_to_log(details, open_it=True)
         if not isinstance(error, CasualtyError):
-            text = f"{where}{type(error).__name__}: {text}"[: _MAX_TEXT // 2] + advice(error)
+            text = f"{where}{type(error).__name__}: {text}"[: MAX_REPORT // 2] + advice(error)
             text += f"; log: {log}" if log else "; MOE_DIST_DEBUG=1 shows where"
         if os.environ.get("MOE_DIST_DEBUG") == "1":
             print(details, file=sys.stderr, flush=True)
@@ -253,37 +218,16 @@ def _report(error: Exception, environment: Environment, code: int) -> int:
 
 def _status(environment: Environment) -> Status:
     """Where whoever started this rank sees where it is; without a board nobody looks."""
-    board = _channel(STATUS)
+    board = channel(STATUS)
     if board is None:
         return Status()
     return Status(mmap.mmap(board, environment.local_world_size * SLOT), environment.local_rank)
-
-
-@cache
-def _channel(name: str) -> int | None:
-    """The open file that a launcher has left in this variable, by its number, or by a path as from an agent."""
-    text = os.environ.get(name)
-    if text is None or text.isdecimal():
-        return None if text is None else int(text)
-    try:
-        return os.open(text, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return None  # it has gone, and this process soon will
 
 
 def _stacks_on_request(log: Path) -> None:
     """SIGUSR2 writes the Python stack of every thread into the rank's log, whatever it is doing."""
     with suppress(OSError):  # the log has said that it cannot be written
         faulthandler.register(signal.SIGUSR2, file=log.open("a"), all_threads=True)
-
-
-def tell_launcher(rank: int, text: str | None) -> bool:
-    """Words for the launcher or agent, None when a signal has been heard; False when there is none that listens."""
-    reports = _channel(REPORTS)
-    if reports is None:
-        return False
-    os.write(reports, json.dumps([rank, text and text[:_MAX_TEXT]]).encode() + b"\n")
-    return True
 
 
 def leave(code: int) -> NoReturn:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import signal
 import time
 
-from launcher.endings import End, Ended, Tries, note, restore_terminal, say, say_end, verdict
 from launcher.connect.environment import JOB, named_job
-from launcher.processes import GRACE, PATIENCE, POLL, Ranks, Signals
-from launcher.worker import EXIT_AGAIN, EXIT_FAILED, EXIT_STOPPED, Proof
+from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_FAILED, EXIT_STOPPED
+from launcher.connect.rank_job import Proof
+from launcher.supervise.exit_status import End, Ended, Tries, note, restore_terminal, say, say_end, verdict
+from launcher.supervise.hang import Verdict, judge
+from launcher.supervise.processes import GRACE, PATIENCE, POLL, Ranks, Signals
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
-from moe_dist.parallel.hang import Verdict, judge
 
 GAP = 2.0
 """Seconds between two looks that mean that this process was stopped, by Ctrl-Z for example, and its ranks with it."""

@@ -14,8 +14,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from launcher import checkpoint_commands
-from launcher.completion import RunCommand
+from launcher.backends.command import for_world
+from launcher.cli import checkpoint
+from launcher.cli.completion import RunCommand
+from launcher.cli.init import init
+from launcher.cli.launch import app as launch_app
+from launcher.cli.paths import expanded
+from launcher.cli.sweep import sweep
 from launcher.connect.environment import (
     detect,
     join_slurm,
@@ -23,13 +28,8 @@ from launcher.connect.environment import (
     refuse_half_a_torchrun,
     started_by_torchrun,
 )
-from launcher.init_command import init
-from launcher.launch_commands import app as launch_app
+from launcher.connect.exit_codes import EXIT_CONFIG, EXIT_FAILED
 from launcher.connect.mpi import join_mpi
-from launcher.paths import expanded
-from launcher.starting import for_world
-from launcher.sweep_command import sweep
-from launcher.worker import EXIT_CONFIG, EXIT_FAILED
 from moe_dist import __version__
 from moe_dist.config_loading import ConfigError, dump_config, load_config
 from moe_dist.config_loading.vocabulary import vocabulary_needed
@@ -50,7 +50,7 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 failed, 2 the configuration or data cannot be used, 3 training stopped itself, "
     "75 stopped on request and saved, 130 Ctrl-C.",
 )
-app.add_typer(checkpoint_commands.app)
+app.add_typer(checkpoint.app)
 app.add_typer(launch_app)
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/demo.yaml.")]
@@ -116,12 +116,12 @@ def train(context: typer.Context, config: ConfigPath) -> None:
     notice = _notice if os.environ.get("RANK", "0") == "0" else _nothing
     settings = load_config(config, context.args, notice=notice)
     if inside:
-        from launcher.worker import run_under_torchrun
+        from launcher.rank.worker import run_under_torchrun
 
         environment = detect()
         run_under_torchrun(for_world(settings, environment.world_size, notice), environment)
     settings = for_world(settings, settings.launch.nproc_per_node, notice)
-    from launcher.local import launch
+    from launcher.backends.local import launch
 
     raise typer.Exit(launch(settings))
 
@@ -142,7 +142,7 @@ def check(
 
     [dim]Example:[/dim]  moe-dist check configs/demo.yaml --world-size 4
     """
-    from launcher.layout_report import facts, print_report
+    from launcher.cli.layout_table import facts, print_report
 
     settings = load_config(config, context.args, notice=_notice)
     if show_config and as_json:
@@ -192,8 +192,8 @@ def verify(
 
     [dim]Example:[/dim]  moe-dist verify configs/demo.yaml --layouts quick
     """
-    from launcher.proving import prove
-    from launcher.worker import Proof
+    from launcher.cli.verify import prove
+    from launcher.connect.rank_job import Proof
 
     _join()
     settings = load_config(config, context.args, notice=_notice if os.environ.get("RANK", "0") == "0" else _nothing)
@@ -228,18 +228,18 @@ def profile(
 
     [dim]Example:[/dim]  moe-dist profile configs/demo.yaml --compute --memory --steps 10 --report profiles
     """
-    from launcher.worker import Profiling
+    from launcher.connect.rank_job import Profiling
 
     _join()
     settings = load_config(config, context.args, notice=_notice if os.environ.get("RANK", "0") == "0" else _nothing)
     wanted = Profiling(steps=steps, compute=compute or not memory, memory=memory, folder=folder)
     if started_by_torchrun():
-        from launcher.worker import run_under_torchrun
+        from launcher.rank.worker import run_under_torchrun
 
         environment = detect()
         run_under_torchrun(for_world(settings, environment.world_size, _nothing), environment, wanted)
     settings = for_world(settings, settings.launch.nproc_per_node, _notice)
-    from launcher.local import launch
+    from launcher.backends.local import launch
 
     raise typer.Exit(launch(settings, wanted))
 

@@ -1,4 +1,4 @@
-"""`python -m launcher.agent ...`: torchrun, with torchrun's own options, as the parent of a machine's ranks.
+"""`python -m launcher.supervise.agent ...`: torchrun, with torchrun's own options, as the parent of a machine's ranks.
 
 What differs from torchrun:
 - It ends with the exit code of its ranks, where torchrun ends with 1 whatever they say: "saved, start me again" is
@@ -27,10 +27,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.board import Board
-from launcher.endings import Ended, Tries, note, say, say_end, verdict
 from launcher.connect.environment import JOB, named_job
-from launcher.worker import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_FAILED, EXIT_STOPPED, LAUNCHER
+from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_FAILED, EXIT_STOPPED
+from launcher.connect.rank_job import LAUNCHER
+from launcher.supervise.exit_status import Ended, Tries, note, say, say_end, verdict
+from launcher.supervise.rank_channel import Board
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, load_config
 from moe_dist.train.interrupts import Interrupts

@@ -1,7 +1,8 @@
 """What each worker of Ray Train does: start one rank as a process, and stay its parent.
 
-The rank is the process that every launcher of ours starts (`launcher.worker`), with the same variables, exit codes and
-signals; the worker listens to it as the local launcher does, and dies with it, or it with the worker. Imports no torch.
+The rank is the process that every launcher of ours starts (`launcher.rank.worker`), with the same variables, exit codes
+and signals; the worker listens to it as the local launcher does, and dies with it, or it with the worker. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.board import Board
 from launcher.connect.environment import STORE, TOKEN
+from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_STOPPED
 from launcher.connect.handshake import BIND, listen
-from launcher.memory import why_killed
-from launcher.processes import GRACE, LOOPBACK, POLL
+from launcher.connect.rank_job import CONFIG, LAUNCHER
 from launcher.connect.secret import SECRET
-from launcher.worker import CONFIG, EXIT_AGAIN, EXIT_CONFIG, EXIT_STOPPED, LAUNCHER
+from launcher.supervise.oom_advice import why_killed
+from launcher.supervise.processes import GRACE, LOOPBACK, POLL
+from launcher.supervise.rank_channel import Board
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
 from moe_dist.train.elastic import replan
@@ -114,7 +116,7 @@ class Rank:
             STORE: "" if listener is None else str(listener.fileno()),
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "launcher.worker"],
+            [sys.executable, "-u", "-m", "launcher.rank.worker"],
             env={**os.environ, **variables, **own},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -15,11 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launcher.backends.ray import DEFAULTS, RESIZE_INTERVAL, Plan
+from launcher.backends.ray_rank import BEFORE_TRAINING, LEAVING, TICK, Desk, RankFailed, run
 from launcher.connect.environment import JOB
-from launcher.processes import HEARING, Signals, say
-from launcher.ray import DEFAULTS, RESIZE_INTERVAL, Plan
-from launcher.ray_rank import BEFORE_TRAINING, LEAVING, TICK, Desk, RankFailed, run
-from launcher.worker import EXIT_AGAIN, EXIT_FAILED, leave
+from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_FAILED
+from launcher.rank.worker import leave
+from launcher.supervise.processes import HEARING, Signals, say
 from moe_dist.config_loading import ConfigError
 
 os.environ.update({name: value for name, value in DEFAULTS.items() if name not in os.environ})  # read at import

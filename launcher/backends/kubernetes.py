@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from launcher.paths import SHIPPED
-from launcher.starting import for_world
+from launcher.backends.command import for_world
+from launcher.backends.shipped import SHIPPED
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError, dump_config
 

@@ -22,12 +22,13 @@ from typing import NamedTuple, NoReturn
 
 from launcher.connect.addresses import addresses
 from launcher.connect.environment import Environment
-from launcher.heartbeat import Hub, Message, Offer, Peers, Spoke, state_of
-from launcher.worker import EXIT_FAILED, tell_launcher
+from launcher.connect.exit_codes import EXIT_FAILED
+from launcher.connect.rank_job import tell_launcher
+from launcher.supervise.collective_trace import Calls
+from launcher.supervise.hang import Sighting, State, Verdict, judge
+from launcher.supervise.heartbeat import Hub, Message, Offer, Peers, Spoke, state_of
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
-from moe_dist.parallel.calls import Calls
-from moe_dist.parallel.hang import Sighting, State, Verdict, judge
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Place, Status
 

@@ -13,10 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.local import launch
-from launcher.ray_rank import last_step
-from launcher.sweep import write_whole
-from launcher.worker import CONFIG, LAUNCHER, die_with_parent
+from launcher.backends.local import launch
+from launcher.backends.ray_rank import last_step
+from launcher.connect.rank_job import CONFIG, LAUNCHER
+from launcher.rank.worker import die_with_parent
+from launcher.sweep.plan import write_whole
 from moe_dist.config import Config
 
 POLL = 0.5
@@ -37,7 +38,7 @@ def run(
     }
     began, told = time.monotonic(), -1
     with log.open("ab") as console:
-        words = [sys.executable, "-u", "-m", "launcher.sweep_trial"]
+        words = [sys.executable, "-u", "-m", "launcher.sweep.trial"]
         process = subprocess.Popen(words, env=environment, cwd=folder, stdout=console, stderr=console)
         try:
             while process.poll() is None:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.connect.environment import detect, started_by_torchrun
-from launcher.worker import EXIT_DIFFERS, EXIT_FAILED, Proof
+from launcher.connect.exit_codes import EXIT_DIFFERS, EXIT_FAILED
+from launcher.connect.rank_job import Proof
 from moe_dist.config import Config, ParallelConfig
 from moe_dist.config_loading import ConfigError
 from moe_dist.verify.bugs import BUGS
@@ -26,13 +27,13 @@ def prove(config: Config, proof: Proof, world_size: int) -> int:
         raise ConfigError(f"--plant {proof.plant}: not a known bug; allowed: {', '.join(BUGS)}")
     config.parallel = ParallelConfig()  # layouts have their own
     if started_by_torchrun():
-        from launcher.worker import run_under_torchrun
+        from launcher.rank.worker import run_under_torchrun
 
         run_under_torchrun(config, detect(), proof)
     if proof.layouts not in GROUPS:
         choose(Smallness(config, world_size, proof.plant), proof.layouts)
     config.launch.nproc_per_node = world_size
-    from launcher.local import launch
+    from launcher.backends.local import launch
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stacks of its stores, when a case ends ranks
     with tempfile.TemporaryDirectory(prefix="moe-dist-verify-") as folder:

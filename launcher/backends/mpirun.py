@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.backends.command import TRAIN, Start, for_world
 from launcher.connect.mpi import MPI
-from launcher.processes import rank_environment
-from launcher.starting import TRAIN, Start, for_world
+from launcher.supervise.processes import rank_environment
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 

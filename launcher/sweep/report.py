@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from rich.console import Console
 from rich.table import Table
 
-from launcher.sweep import Sweep, is_done, metric_of, state
+from launcher.sweep.plan import Sweep, is_done, metric_of, state
 
 
 def print_table(sweep: Sweep) -> None:

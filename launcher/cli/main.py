@@ -1,4 +1,4 @@
-"""The `moe-dist` command: what must hold before anything is imported, then `launcher.commands`."""
+"""The `moe-dist` command: what must hold before anything is imported, then `launcher.cli.commands`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     try:
-        from launcher.commands import run
+        from launcher.cli.commands import run
 
         code = run()
     except Exception as error:

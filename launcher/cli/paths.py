@@ -1,14 +1,9 @@
-"""Paths on the command line, read as those in a run file are, and where the files are that come with the package."""
+"""Paths on the command line, read as those in a run file are."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from moe_dist.config_loading import ConfigError
 from moe_dist.config_paths import expand
-
-SHIPPED = Path(__file__).parent / "files"
-"""Run files, manifests, batch scripts, alert rules and dashboards: links in a checkout, copies in a wheel."""
 
 
 def expanded(value: str | list[str] | None) -> str | list[str] | None:

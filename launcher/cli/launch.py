@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from launcher.completion import RunCommand
-from launcher.paths import expanded
+from launcher.cli.completion import RunCommand
+from launcher.cli.paths import expanded
 from moe_dist.config_loading import load_config
 
 if TYPE_CHECKING:
-    from launcher.starting import Start
+    from launcher.backends.command import Start
 
 app = typer.Typer(name="launch", help="Train CONFIG, started by something else: check it, start it.")
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -37,8 +37,8 @@ def local(context: typer.Context, config: ConfigPath, dry_run: DryRun = False) -
 
     [dim]Example:[/dim]  moe-dist launch local configs/demo.yaml --dry-run
     """
-    from launcher.processes import rank_environment
-    from launcher.starting import TRAIN, Start, for_world
+    from launcher.backends.command import TRAIN, Start, for_world
+    from launcher.supervise.processes import rank_environment
 
     settings = load_config(config, context.args, notice=_notice)
     for_world(settings, settings.launch.nproc_per_node)
@@ -75,7 +75,7 @@ def torchrun(
 
     [dim]Example:[/dim]  moe-dist launch torchrun configs/demo.yaml --nnodes 2 --rdzv-endpoint host0:29400
     """
-    from launcher.torchrun import Request, plan
+    from launcher.backends.torchrun import Request, plan
 
     settings = load_config(config, context.args, notice=_notice)
     asked = (nnodes, nproc_per_node, node_rank, rdzv_endpoint, rdzv_id, rdzv_conf, local_addr, max_restarts)
@@ -101,7 +101,7 @@ def mpi(
 
     [dim]Example:[/dim]  moe-dist launch mpi configs/demo.yaml --hosts node1:8,node2:8
     """
-    from launcher.mpirun import Request, plan
+    from launcher.backends.mpirun import Request, plan
 
     settings = load_config(config, context.args, notice=_notice)
     asked = Request(ranks, hosts, hostfile, mpirun, tuple(option or ()))
@@ -125,7 +125,7 @@ def k8s(
 
     [dim]Example:[/dim]  moe-dist launch k8s configs/demo.yaml --nodes 2 --dry-run
     """
-    from launcher.kubernetes import apply, for_pods, manifests
+    from launcher.backends.kubernetes import apply, for_pods, manifests
 
     notes: list[str] = []
     settings = for_pods(load_config(config, context.args, notice=notes.append), notes.append)
@@ -166,7 +166,7 @@ def slurm(
     [dim]Example:[/dim]  moe-dist launch slurm configs/demo.yaml --nodes 2 --ntasks-per-node 8 --gpus-per-node 8
     --time 08:00:00
     """
-    from launcher.slurm import Request, followed, plan, submit
+    from launcher.backends.slurm import Request, followed, plan, submit
 
     settings = load_config(config, context.args, notice=_notice)
     request = Request(
@@ -225,7 +225,7 @@ def ray(
 
     [dim]Example:[/dim]  moe-dist launch ray configs/demo.yaml --num-workers 8 --gpus-per-worker 1
     """
-    from launcher.ray import Request, plan
+    from launcher.backends.ray import Request, plan
 
     request = Request(address, num_workers, cpus_per_worker, gpus_per_worker, max_failures)
     asked, notes = plan(load_config(config, context.args, notice=_notice), request)
@@ -234,7 +234,7 @@ def ray(
     if dry_run:
         print(asked)
         return
-    from launcher.ray_driver import launch
+    from launcher.backends.ray_driver import launch
 
     raise typer.Exit(launch(asked))
 

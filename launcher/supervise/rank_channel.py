@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from launcher.worker import REPORTS, STATUS
-from moe_dist.parallel.hang import Sighting
+from launcher.connect.rank_job import REPORTS, STATUS
+from launcher.supervise.hang import Sighting
 from moe_dist.parallel.status import SLOT, Place, Status, read, read_sign
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _STALE = 2.0
 @contextmanager
 def telling(status: Status, mesh: Mesh) -> Iterator[None]:
     """In a rank: a thread that tells the board which collective this one is in, and how many it has called."""
-    from moe_dist.parallel.calls import Calls  # torch, which the other end of the board does not need
+    from launcher.supervise.collective_trace import Calls  # torch, which the other end of the board does not need
 
     over, calls = threading.Event(), Calls(mesh.group("pp"))
 

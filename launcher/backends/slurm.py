@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.paths import SHIPPED
-from launcher.starting import Start, for_world
+from launcher.backends.command import Start, for_world
+from launcher.backends.shipped import SHIPPED
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 

@@ -25,7 +25,7 @@ def sweep(
     [dim]Example:[/dim]  moe-dist sweep configs/demo.yaml learning_rate=1e-4,3e-4,1e-3 num_experts=8,16 max_time=60
     """
     from launcher.connect.environment import ray_address
-    from launcher.sweep import plan, write_results
+    from launcher.sweep.plan import plan, write_results
 
     asked = plan(config, context.args, metric, mode, max_concurrent)
     address = ray_address(address)
@@ -34,10 +34,10 @@ def sweep(
             needs = ", ".join(f"{count:g} {name.upper()}" for name, count in trial.resources.items())
             print(f"{trial.config.train.output_dir}  ({needs})")
         return
-    from launcher.sweep_driver import train
+    from launcher.sweep.driver import train
 
     code = train(asked, address)
-    from launcher.sweep_report import print_table, write_page
+    from launcher.sweep.report import print_table, write_page
 
     print_table(asked)
     print(f"{write_results(asked)}\n{write_page(asked)}")

@@ -14,14 +14,15 @@ from contextlib import suppress
 from dataclasses import asdict
 from types import FrameType
 
-from launcher.board import Board
-from launcher.endings import Ended, say
 from launcher.connect.environment import STORE, usable_cores
-from launcher.heartbeat import state_of
-from launcher.worker import CONFIG, EXIT_AGAIN, LAUNCHER, PROOF, WATCHED, Proof
+from launcher.connect.exit_codes import EXIT_AGAIN
+from launcher.connect.rank_job import CONFIG, LAUNCHER, PROOF, WATCHED, Proof
+from launcher.supervise.exit_status import Ended, say
+from launcher.supervise.hang import Sighting
+from launcher.supervise.heartbeat import state_of
+from launcher.supervise.rank_channel import Board
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
-from moe_dist.parallel.hang import Sighting
 from moe_dist.parallel.status import Place
 from moe_dist.train.interrupts import Interrupts
 
@@ -99,7 +100,7 @@ class Ranks:
                 if rank == 0:
                     own[STORE] = str(listener.fileno())
                     files.append(listener.fileno())
-                command = [sys.executable, "-u", "-m", "launcher.worker"]
+                command = [sys.executable, "-u", "-m", "launcher.rank.worker"]
                 environment = {**os.environ, **shared, **own}
                 self.processes.append(subprocess.Popen(command, env=environment, pass_fds=files))
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from launcher.backends.command import TRAIN, Start
 from launcher.connect.addresses import interface_of, outward
 from launcher.connect.environment import BATCH, given_batch
-from launcher.processes import LOOPBACK, rank_environment
-from launcher.starting import TRAIN, Start
+from launcher.supervise.processes import LOOPBACK, rank_environment
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 from moe_dist.parallel.layout import Layout
@@ -64,7 +64,7 @@ def plan(path: str, overrides: Sequence[str], config: Config, request: Request) 
         # torchrun finds out by itself whether it is the host, but not where names and addresses do not match.
         conf.setdefault("is_host", "1" if request.node_rank == 0 else "0")
     command = [
-        *(sys.executable, "-m", "launcher.agent"),
+        *(sys.executable, "-m", "launcher.supervise.agent"),
         f"--nnodes={request.nnodes}",
         f"--nproc-per-node={ranks}",
         f"--max-restarts={restarts}",

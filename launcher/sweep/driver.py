@@ -10,11 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.processes import Signals, say
-from launcher.ray_driver import abandon, connect  # before Ray: it sets what Ray reads
-from launcher.sweep import TRIALS, Sweep, Trial, is_done, metric_of, state
-from launcher.sweep_trial import run
-from launcher.worker import EXIT_FAILED
+from launcher.backends.ray_driver import abandon, connect  # before Ray: it sets what Ray reads
+from launcher.connect.exit_codes import EXIT_FAILED
+from launcher.supervise.processes import Signals, say
+from launcher.sweep.plan import TRIALS, Sweep, Trial, is_done, metric_of, state
+from launcher.sweep.trial import run
 from moe_dist.config import Config
 from moe_dist.config_loading import ConfigError
 

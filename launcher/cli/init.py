@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from launcher.paths import SHIPPED, expanded
+from launcher.backends.shipped import SHIPPED
+from launcher.cli.paths import expanded
 from moe_dist.config_loading import ConfigError
 
 Template = Literal["demo", "pretrain", "finetune", "slurm", "k8s"]

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.paths import expanded
-from launcher.worker import EXIT_FAILED
+from launcher.cli.paths import expanded
+from launcher.connect.exit_codes import EXIT_FAILED
 from moe_dist.checkpoint.changes import changes
 from moe_dist.checkpoint.encryption import Keys
 from moe_dist.checkpoint.listing import listed, room_taken, verdict
@@ -48,7 +48,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs, on standard 
 @app.command()
 def ls(path: Place, as_json: AsJson = False) -> None:
     """What is there: every step with size, layout, metrics and age. Reads manifests and sizes only."""
-    from launcher.checkpoint_report import print_steps, step_as_json
+    from launcher.cli.checkpoint_table import print_steps, step_as_json
 
     with _plainly():
         storage, steps = _place(path)
@@ -68,7 +68,7 @@ def verify(path: Place, encryption_key: Key = None, as_json: AsJson = False) -> 
     are of the files as stored: an encrypted checkpoint needs no key for them. With one, every seal is opened too, and
     the configuration read.
     """
-    from launcher.checkpoint_report import print_verdicts
+    from launcher.cli.checkpoint_table import print_verdicts
 
     with _plainly():
         keys = Keys(encryption_key or ())
@@ -94,7 +94,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """The tensors of a checkpoint with type, shape, norm and hash; experts summed up by layer."""
-    from launcher.checkpoint_report import print_tensors, tensors_as_json
+    from launcher.cli.checkpoint_table import print_tensors, tensors_as_json
     from moe_dist.checkpoint.inspecting import entries
 
     with _plainly():
@@ -112,7 +112,7 @@ def diff(first: One, second: One, encryption_key: Key = None, as_json: AsJson = 
 
     Exit code 0 whether they differ or not.
     """
-    from launcher.checkpoint_report import difference_as_json, print_differences
+    from launcher.cli.checkpoint_table import difference_as_json, print_differences
     from moe_dist.checkpoint.inspecting import Tensors, differences
 
     with _plainly():
@@ -142,7 +142,7 @@ def prune(
 
     Refuses while a run is writing there. Steps that are damaged are named, not counted and not removed.
     """
-    from launcher.checkpoint_report import size
+    from launcher.cli.checkpoint_table import size
 
     with _plainly():
         storage, steps = _place(path)
@@ -191,7 +191,7 @@ def reshard(
     A run needs no resharding to go on at another size; this is for copies with files of another size, and for keys
     that must be replaced.
     """
-    from launcher.checkpoint_report import size
+    from launcher.cli.checkpoint_table import size
     from moe_dist.checkpoint.inspecting import digests
     from moe_dist.checkpoint.resharding import reshard as write
 

@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.memory import why_killed
-from launcher.worker import (
+from launcher.connect.exit_codes import (
     EXIT_AGAIN,
     EXIT_CONFIG,
     EXIT_CTRL_C,
@@ -18,8 +17,8 @@ from launcher.worker import (
     EXIT_FAILED,
     EXIT_STOPPED,
     EXIT_UNSEEN,
-    lost_a_peer,
 )
+from launcher.supervise.oom_advice import why_killed
 from moe_dist.checkpoint.lock import begun
 from moe_dist.checkpoint.storage import open_storage, step_folder
 from moe_dist.config import Config
@@ -147,3 +146,9 @@ def say(text: str) -> None:
     """One line for people; nothing happens when their terminal has gone."""
     with suppress(OSError):
         print(f"moe-dist: {text}", file=sys.stderr, flush=True)
+
+
+def lost_a_peer(text: str) -> bool:
+    """Whether a collective has failed because another rank is not there any more, in the words of gloo and NCCL."""
+    words = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "connection refused")
+    return any(word in text.lower() for word in words)
