@@ -40,11 +40,11 @@ ROOMS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (
         0,
         (
+            "moe_dist.config.tree",
+            "moe_dist.config.checks",
+            "moe_dist.config.deepspeed",
             "moe_dist.config",
-            "moe_dist.config_checks",
-            "moe_dist.config_deepspeed",
-            "moe_dist.config_loading",
-            "moe_dist.config_paths",
+            "moe_dist.config.paths",
         ),
     ),
     (-1, ("moe_dist.versions",)),
@@ -52,11 +52,11 @@ ROOMS: tuple[tuple[int, tuple[str, ...]], ...] = (
 )
 # `moe-dist --help` and `moe-dist check` answer at once because these load nothing heavy, however indirectly.
 LIGHT = (
+    "moe_dist.config.tree",
+    "moe_dist.config.checks",
+    "moe_dist.config.deepspeed",
     "moe_dist.config",
-    "moe_dist.config_checks",
-    "moe_dist.config_deepspeed",
-    "moe_dist.config_loading",
-    "moe_dist.config_paths",
+    "moe_dist.config.paths",
     "moe_dist.versions",
     *(f"moe_dist.checkpoint.{name}" for name in ("changes", "encryption", "hashing", "listing", "lock")),
     *(f"moe_dist.checkpoint.{name}" for name in ("ownership", "run_folder")),
@@ -340,7 +340,7 @@ moe_dist/models/moe.py | from moe_dist.data.batch import Batch | floor 1 imports
 moe_dist/train/loss.py | import launcher.rank.worker | floor 5 imports floor 7
 moe_dist/monitor/records.py | from moe_dist.checkpoint import plain | floor 4 imports floor 4
 moe_dist/serve/extra.py | import moe_dist.generate | floor 6 imports floor 6
-moe_dist/config.py | from moe_dist.models import counts | floor 0 imports floor 1
+moe_dist/config/tree.py | from moe_dist.models import counts | floor 0 imports floor 1
 moe_dist/__init__.py | from moe_dist.config import Config | floor -1 imports floor 0
 moe_dist/extras.py | import os | on no floor
 moe_dist/data/order.py | from moe_dist.config import Config | data stands alone, yet imports
@@ -350,7 +350,7 @@ moe_dist/models/moe.py | import torch as t;t.distributed.get_rank() | moe_dist.m
 moe_dist/monitor/sinks/text.py | def f():;    import torch.distributed.nn | moe_dist.monitor is to
 moe_dist/models/counts.py | import torch | torch on the way of a module that is to load fast
 moe_dist/parallel/__init__.py | from numpy import array | numpy.array on the way
-moe_dist/config_loading/extra.py | try:;    import ray;except ImportError:;    pass | ray on the way
+moe_dist/config/extra.py | try:;    import ray;except ImportError:;    pass | ray on the way
 moe_dist/train/describe.py | import moe_dist.models.precision | precision.py
 moe_dist/parallel/mesh.py | dist.all_to_all_single(a, b) | all-to-all outside
 moe_dist/train/step.py | from torch.distributed import all_to_all | all-to-all outside
@@ -362,7 +362,7 @@ tools/train_tokenizer.py | from tiny import tiny_config | nothing imports tests:
 tests/ranks.py | from test_layout import SIZES | a test imports a test
 moe_dist/parallel/mesh.py | if torch.__version__ < "2.12":;    x = 1 | a version asked for outside
 launcher/cli/main.py | from importlib.metadata import version | a version asked for outside
-moe_dist/config_checks.py | from importlib import metadata;metadata.version("torch") | a version asked for outside
+moe_dist/config/checks.py | from importlib import metadata;metadata.version("torch") | a version asked for outside
 moe_dist/train/step.py | import pickle | pickle runs what
 tools/train_tokenizer.py | from pickle import loads | pickle.loads runs what
 moe_dist/checkpoint/shards.py | import shelve, marshal;from dill import loads;import joblib as j | runs what

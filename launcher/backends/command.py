@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from launcher.connect.environment import given_batch, this_job
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.layout import Layout
 from moe_dist.train.elastic import replan
 

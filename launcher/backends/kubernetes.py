@@ -19,8 +19,7 @@ import yaml
 
 from launcher.backends.command import for_world
 from launcher.backends.shipped import SHIPPED
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError, dump_config
+from moe_dist.config import Config, ConfigError, dump_config
 
 MANIFESTS = (SHIPPED / "k8s").resolve()
 RUNS = PurePosixPath("/runs")

@@ -14,8 +14,7 @@ from pathlib import Path
 from launcher.backends.command import TRAIN, Start, for_world
 from launcher.connect.mpi import MPI
 from launcher.supervise.processes import rank_environment
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
 
 OPEN_MPI, MPICH = "Open MPI", "MPICH"
 _PASSED = ("PYTHONPATH", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "OMP_NUM_THREADS")

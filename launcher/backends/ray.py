@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.connect.environment import ray_address
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.layout import Layout
 from moe_dist.train.elastic import fitting, global_batch, replan
 

@@ -21,7 +21,7 @@ from launcher.connect.environment import JOB
 from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_FAILED
 from launcher.rank.worker import leave
 from launcher.supervise.processes import HEARING, Signals, say
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 
 os.environ.update({name: value for name, value in DEFAULTS.items() if name not in os.environ})  # read at import
 try:

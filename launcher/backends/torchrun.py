@@ -16,8 +16,7 @@ from launcher.backends.command import TRAIN, Start
 from launcher.connect.addresses import interface_of, outward
 from launcher.connect.environment import BATCH, given_batch
 from launcher.supervise.processes import LOOPBACK, rank_environment
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.layout import Layout
 from moe_dist.train.elastic import first_batch, replan
 

@@ -25,7 +25,7 @@ from moe_dist.checkpoint.manifest import CheckpointError, Manifest
 from moe_dist.checkpoint.reading import Found, read_trainer_state, whole
 from moe_dist.checkpoint.retention import to_remove
 from moe_dist.checkpoint.storage import Storage, open_storage, step_folder
-from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.config import ConfigError, load_config
 
 app = typer.Typer(
     name="checkpoint",

@@ -31,8 +31,8 @@ from launcher.connect.environment import (
 from launcher.connect.exit_codes import EXIT_CONFIG, EXIT_FAILED
 from launcher.connect.mpi import join_mpi
 from moe_dist import __version__
-from moe_dist.config_loading import ConfigError, dump_config, load_config
-from moe_dist.config_loading.vocabulary import vocabulary_needed
+from moe_dist.config import ConfigError, dump_config, load_config
+from moe_dist.config.vocabulary import vocabulary_needed
 
 app = typer.Typer(
     name="moe-dist",

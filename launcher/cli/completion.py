@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from moe_dist.config_loading import FIELDS, HOMES
+from moe_dist.config import FIELDS, HOMES
 
 
 class RunCommand(TyperCommand):
@@ -17,7 +17,7 @@ class RunCommand(TyperCommand):
         found = super().shell_complete(ctx, incomplete)
         if incomplete.startswith("-") or "=" in incomplete or not ctx.params.get("config"):
             return found
-        from moe_dist.config_loading.names import meaning
+        from moe_dist.config.names import meaning
 
         names = {key: key for key in FIELDS} | (HOMES if incomplete else {})
         item = _item_class()

@@ -10,7 +10,7 @@ import typer
 
 from launcher.backends.shipped import SHIPPED
 from launcher.cli.paths import expanded
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 
 Template = Literal["demo", "pretrain", "finetune", "slurm", "k8s"]
 # What each lays down: run files by name, whole folders by name, and the command that comes next.

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from launcher.cli.completion import RunCommand
 from launcher.cli.paths import expanded
-from moe_dist.config_loading import load_config
+from moe_dist.config import load_config
 
 if TYPE_CHECKING:
     from launcher.backends.command import Start

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moe_dist.config_loading import ConfigError
-from moe_dist.config_paths import expand
+from moe_dist.config import ConfigError
+from moe_dist.config.paths import expand
 
 
 def expanded(value: str | list[str] | None) -> str | list[str] | None:

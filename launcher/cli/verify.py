@@ -11,8 +11,7 @@ from pathlib import Path
 from launcher.connect.environment import detect, started_by_torchrun
 from launcher.connect.exit_codes import EXIT_DIFFERS, EXIT_FAILED
 from launcher.connect.rank_job import Proof
-from moe_dist.config import Config, ParallelConfig
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError, ParallelConfig
 from moe_dist.verify.bugs import BUGS
 from moe_dist.verify.cases import GROUPS, choose
 from moe_dist.verify.scenarios import Smallness

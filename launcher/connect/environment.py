@@ -11,7 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from moe_dist.checkpoint.lock import Job
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 
 JOB = "MOE_DIST_JOB"
 """A name that all starts of one job have, and no other job: a launcher that starts ranks again gives it, or whoever

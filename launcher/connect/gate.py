@@ -20,7 +20,7 @@ from contextlib import suppress
 
 from launcher.connect import handshake
 from launcher.connect.handshake import BIND, Lobby, RefusedError, bind_address, is_ours, listen
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 
 logger = logging.getLogger("moe_dist")
 LOOPBACK = "127.0.0.1"

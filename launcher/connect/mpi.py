@@ -16,7 +16,7 @@ from launcher.connect.environment import STORE, TOKEN
 from launcher.connect.gate import LOOPBACK, served_at
 from launcher.connect.handshake import bind_address, is_one, listen
 from launcher.connect.secret import SECRET
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 
 MPI = "MOE_DIST_MPI"
 """1: a process of mpirun is a rank even when it is the only one. 0: leave MPI alone."""

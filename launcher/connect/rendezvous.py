@@ -33,7 +33,7 @@ from launcher.connect.gate import Gate, Tunnel, is_here, served_at
 from launcher.connect.handshake import listen
 from launcher.connect.process_groups import loopback_store
 from launcher.connect.secret import job_secret
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 
 DYNAMIC, STATIC = "c10d", "static"
 """torchrun's names, of the rendezvous that stand here in the place of its own."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 
 SECRET, SECRET_FILE = "MOE_DIST_SECRET", "MOE_DIST_SECRET_FILE"
 """The secret itself, or a file that holds it: made when it is missing, for machines that share a folder."""

@@ -45,8 +45,7 @@ from launcher.connect.rank_job import (
 )
 from launcher.supervise.exit_status import lost_a_peer
 from launcher.supervise.oom_advice import advice
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
 from moe_dist.monitor.train_log import write_to_log
 from moe_dist.parallel.status import SLOT, Status
 

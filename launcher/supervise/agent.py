@@ -32,8 +32,7 @@ from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EX
 from launcher.connect.rank_job import LAUNCHER
 from launcher.supervise.exit_status import Ended, Tries, note, say, say_end, verdict
 from launcher.supervise.rank_channel import Board
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.config import Config, ConfigError, load_config
 from moe_dist.train.interrupts import Interrupts
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)

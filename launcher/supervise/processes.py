@@ -21,8 +21,7 @@ from launcher.supervise.exit_status import Ended, say
 from launcher.supervise.hang import Sighting
 from launcher.supervise.heartbeat import state_of
 from launcher.supervise.rank_channel import Board
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.status import Place
 from moe_dist.train.interrupts import Interrupts
 

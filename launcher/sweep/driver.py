@@ -15,8 +15,7 @@ from launcher.connect.exit_codes import EXIT_FAILED
 from launcher.supervise.processes import Signals, say
 from launcher.sweep.plan import TRIALS, Sweep, Trial, is_done, metric_of, state
 from launcher.sweep.trial import run
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # of which not even verbose=0 is silent

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.config import Config, ConfigError, load_config
 from moe_dist.parallel.layout import Layout
 from moe_dist.train.elastic import replan
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 from moe_dist.monitor.records import FailureRecord, LayerRecord, known
 
 Row = dict[str, Any]

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_dist.config import Config
-from moe_dist.config_deepspeed import deepspeed_settings
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
+from moe_dist.config.deepspeed import deepspeed_settings
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.optimizer_state import at_rest

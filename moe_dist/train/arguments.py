@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from moe_dist.config_loading import ALIASES, HOMES, ConfigError, show
+from moe_dist.config import ALIASES, HOMES, ConfigError, show
 
 logger = logging.getLogger("moe_dist")
 NOT_FOR_US = {"do_train", "do_eval", "do_predict"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_dist.config import Config
-from moe_dist.config_checks import EXPERT_CHOICE
+from moe_dist.config.sections.model import EXPERT_CHOICE
 from moe_dist.models.counts import parameter_counts
 from moe_dist.parallel.layout import Layout, describe
 

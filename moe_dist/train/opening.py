@@ -15,8 +15,7 @@ from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.ownership import read_claim
 from moe_dist.checkpoint.run_folder import CONFIG, refuse_foreign, with_header
 from moe_dist.checkpoint.storage import open_storage
-from moe_dist.config import Config, ModelConfig
-from moe_dist.config_loading import ConfigError, dump_config, load_config, load_mapping
+from moe_dist.config import Config, ConfigError, ModelConfig, dump_config, load_config, load_mapping
 from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.records import RunInfo

@@ -8,8 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.device import choose_backend, choose_device
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh

@@ -16,7 +16,7 @@ from launcher.connect.environment import (
     this_job,
 )
 from moe_dist.checkpoint.lock import Job
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 
 TORCHRUN = {
     "RANK": "5",

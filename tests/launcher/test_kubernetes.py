@@ -28,7 +28,7 @@ from launcher.cli.commands import run
 from launcher.cli.launch import app
 from launcher.connect.environment import Environment, detect
 from launcher.supervise.agent import one_code, ranks
-from moe_dist.config_loading import load_config
+from moe_dist.config import load_config
 
 kube_check = pytest.importorskip("kube_check", reason="kubernetes-validate is not installed: pip install -e '.[dev]'")
 

@@ -14,8 +14,7 @@ import pytest
 
 from launcher.connect import host_names
 from launcher.connect.environment import Environment, detect, from_slurm, given_batch, refuse_half_a_torchrun, this_job
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 RANK = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

@@ -25,7 +25,7 @@ from launcher.supervise import agent
 from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
-from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.config import ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")

@@ -13,7 +13,7 @@ import pytest
 from launcher.connect import gate, handshake
 from launcher.connect.gate import LOOPBACK, Gate, Tunnel
 from launcher.connect.secret import job_secret
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 
 SECRET = "a secret of some length"
 

@@ -18,7 +18,7 @@ from programs import Program, metrics, write_config
 from ray_cluster import missing
 
 from launcher.sweep.plan import TRIALS, Sweep, metric_of, plan, split_values, write_results, write_whole
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")

@@ -15,8 +15,7 @@ from tiny import mesh_of
 from torch import Tensor
 
 from moe_dist.checkpoint.changes import changes
-from moe_dist.config import BalanceConfig
-from moe_dist.config_loading import load_mapping
+from moe_dist.config import BalanceConfig, load_mapping
 from moe_dist.models.router import Router
 from moe_dist.monitor.actions import Policy, levers
 from moe_dist.monitor.doctor import findings

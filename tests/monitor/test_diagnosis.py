@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from moe_dist.config_loading import config_reference
+from moe_dist.config import config_reference
 from moe_dist.monitor.diagnosis import Diagnosis
 from moe_dist.monitor.doctor import findings, start_of
 from moe_dist.monitor.expert_stats import layer_record

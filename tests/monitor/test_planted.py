@@ -19,7 +19,7 @@ import pytest
 import yaml
 from promql import evaluate, series
 
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.health import Finding
 from moe_dist.monitor.report import write_report

@@ -19,7 +19,7 @@ import pytest
 from browser import browser
 from services import need
 
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 from moe_dist.monitor import figures
 from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import layer_record, load_ratios

@@ -11,7 +11,7 @@ import pytest
 from run_files import get
 from test_python_api import MODEL, real_arguments
 
-from moe_dist.config_loading import FIELDS, ConfigError
+from moe_dist.config import FIELDS, ConfigError
 from moe_dist.train import MoETrainer
 from moe_dist.train.arguments import NOT_FOR_US
 

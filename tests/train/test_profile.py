@@ -17,7 +17,7 @@ from tiny import mesh_of, micro_batches, tiny_config
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from moe_dist.config_loading import load_mapping
+from moe_dist.config import load_mapping
 from moe_dist.models.experts import Expert
 from moe_dist.models.moe import LocalDispatcher
 from moe_dist.monitor.profile_page import terminal_lines

@@ -12,7 +12,7 @@ from saved import MODEL, TEXTS, TRAINING
 
 from launcher.cli.layout_table import print_report
 from moe_dist.checkpoint.changes import micro_batch_change
-from moe_dist.config_loading import load_mapping
+from moe_dist.config import load_mapping
 from moe_dist.train import MoETrainer
 
 

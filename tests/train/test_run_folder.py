@@ -12,7 +12,7 @@ import pytest
 from test_saving import TEXTS, TREE, run, steps
 
 from moe_dist.checkpoint import run_folder
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 from moe_dist.monitor.sinks.fan_out import Sinks
 from moe_dist.train import MoETrainer
 from moe_dist.train import trainer as trainer_module

@@ -14,7 +14,7 @@ from ranks import GROUP_TIMEOUT, _sets, run_ranks
 from tiny import mesh_of
 from torch.distributed import distributed_c10d
 
-from moe_dist.config_loading import load_config
+from moe_dist.config import load_config
 from moe_dist.verify.bugs import BUGS
 from moe_dist.verify.cases import choose, named_case
 from moe_dist.verify.features import LOW_PRECISION, ONCE

@@ -16,9 +16,7 @@ import torch
 from ranks import run_ranks
 from tiny import mesh_of
 
-from moe_dist import config_checks
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.config import Config, ConfigError, checks, load_config
 from moe_dist.models.experts import Expert
 from moe_dist.models.recompute import is_recomputing
 from moe_dist.verify.cases import choose
@@ -233,7 +231,7 @@ def test_what_fails_is_made_small() -> None:
 
 
 def without_the_refusal(layouts: str) -> tuple[bool, Any]:
-    with patch.object(config_checks, "check_pipeline", lambda config: None):
+    with patch.object(checks, "check_pipeline", lambda config: None):
         return outcomes(run_file("demo.yaml"), [(layouts, None)])[0]
 
 

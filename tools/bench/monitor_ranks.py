@@ -28,7 +28,7 @@ import torch.multiprocessing as multiprocessing
 from launcher.connect.environment import detect
 from launcher.connect.process_groups import connected
 from launcher.supervise.watchdog import Watchdog
-from moe_dist.config_loading import load_mapping
+from moe_dist.config import load_mapping
 from moe_dist.train import MoETrainer
 
 NUM_RANKS = 2

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from moe_dist.config_loading.text_files import read_text
-from moe_dist.config_loading.wording import ConfigError, show
+from moe_dist.config.text_files import read_text
+from moe_dist.config.wording import ConfigError, show
 
 MAX_NODES = 10_000
 

@@ -2,20 +2,16 @@
 
 A person's own DeepSpeed file may tune buckets and logging (`FREE`), may repeat what our keys say, and may hold what
 changes nothing (of ZeRO 3, of loss scaling, of sections that are switched off). The rest is refused at once,
-by key. Called by `config_checks`; imports no torch.
+by key. Called by `checks`; imports no torch.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moe_dist.config_paths import expand
-
-if TYPE_CHECKING:
-    from moe_dist.config import Config
+from moe_dist.config.sections.all import Sections
 
 BUCKET_ELEMENTS = 8 * 2**20
 """Default of DeepSpeed's buckets here: 32 MB. Its own, 2 GB, is allocated whole, whatever the model."""
@@ -139,26 +135,7 @@ _SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineL
 _OPTIMIZERS = {"adamw_torch_fused": ("AdamW", "Adam"), "adamw_torch": ("AdamW", "Adam"), "sgd": ("SGD",)}
 
 
-def read_deepspeed_config(raw: Any) -> Any:
-    """`parallel` as written, with the path of a DeepSpeed file replaced by what the file holds."""
-    path = raw.get("deepspeed_config") if isinstance(raw, Mapping) else None
-    if not isinstance(path, (str, Path)):
-        return raw
-    try:
-        file = Path(expand(str(path)))
-        content = json.loads(file.read_text("utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"deepspeed_config={path}: cannot be read ({error.strerror})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"deepspeed_config={path}: not a JSON file ({error})") from None
-    except ValueError as error:
-        raise ValueError(f"deepspeed_config={path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"deepspeed_config={path}: a JSON object, as DeepSpeed takes it")
-    return {**raw, "deepspeed_config": content}
-
-
-def check_deepspeed(config: Config) -> None:
+def check_deepspeed(config: Sections) -> None:
     """What DeepSpeed cannot do, or could not be shown to do exactly; and a DeepSpeed file that says otherwise."""
     parallel = config.parallel
     if parallel.engine != "deepspeed":
@@ -191,7 +168,7 @@ def check_deepspeed(config: Config) -> None:
     _check_file(parallel.deepspeed_config, config)
 
 
-def deepspeed_settings(config: Config) -> dict[str, Any]:
+def deepspeed_settings(config: Sections) -> dict[str, Any]:
     """The configuration DeepSpeed is started with: `FREE` keys of the person's file under the keys we decide."""
     settings: dict[str, Any] = {}
     stage_keys = {"reduce_bucket_size": BUCKET_ELEMENTS, "allgather_bucket_size": BUCKET_ELEMENTS}
@@ -211,7 +188,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     return settings
 
 
-def _decided(config: Config) -> dict[str, tuple[Any, str]]:
+def _decided(config: Sections) -> dict[str, tuple[Any, str]]:
     """DeepSpeed's keys that keys of ours decide: the value, and why."""
     train, parallel = config.train, config.parallel
     summed = "every reduction of gradients is a sum"
@@ -240,7 +217,7 @@ def _decides(key: str) -> str:
     return f"train.{key} decides"
 
 
-def _optimizer_keys(config: Config) -> dict[str, tuple[Any, str]]:
+def _optimizer_keys(config: Sections) -> dict[str, tuple[Any, str]]:
     """The part of DeepSpeed's `optimizer` that may be repeated; our optimizer is handed to DeepSpeed as an object."""
     optimizer = config.optimizer
     keys: dict[str, tuple[Any, str]] = {
@@ -255,7 +232,7 @@ def _optimizer_keys(config: Config) -> dict[str, tuple[Any, str]]:
     return {f"optimizer.params.{key}": value for key, value in keys.items()}
 
 
-def _scheduler_keys(config: Config) -> dict[str, tuple[Any, str]]:
+def _scheduler_keys(config: Sections) -> dict[str, tuple[Any, str]]:
     """The part of DeepSpeed's `scheduler` that may be repeated; the learning rate is set by ours."""
     optimizer = config.optimizer
     keys = {
@@ -267,7 +244,7 @@ def _scheduler_keys(config: Config) -> dict[str, tuple[Any, str]]:
     return {f"scheduler.params.{key}": value for key, value in keys.items()}
 
 
-def _check_file(content: Any, config: Config) -> None:
+def _check_file(content: Any, config: Sections) -> None:
     """Raises ValueError with everything in a DeepSpeed file that says otherwise than our keys, or asks for more."""
     decided = _decided(config) | _optimizer_keys(config) | _scheduler_keys(config)
     unknown, wrong = [], []

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from moe_dist.config import Config
-from moe_dist.config_loading.loading import load_mapping
-from moe_dist.config_loading.names import ALIASES, HOMES, place, spellings
+from moe_dist.config.names import ALIASES, HOMES, place, spellings
+from moe_dist.config.reading import Reading, validated
+from moe_dist.config.sections.all import Sections
 
 
-def read(config: Config, name: str) -> Any:
+def read(config: Sections, name: str) -> Any:
     """The value of key `name`. Raises AttributeError for what is no key."""
     if name == "mixed_precision":
         return "bf16" if config.train.bf16 else "no"
@@ -20,9 +21,12 @@ def read(config: Config, name: str) -> Any:
     return getattr(getattr(config, section), leaf)
 
 
-def write(config: Config, name: str, value: Any) -> None:
+def write(config: Sections, name: str, value: Any) -> None:
     """Set what key `name` means. Raises ConfigError as a file would, and changes nothing then."""
-    changed = load_mapping(config.model_dump(mode="json"), changes={name: value}, notice=lambda text: None)
+    reading = Reading(lambda text: None)
+    reading.layer(config.model_dump(mode="json"), "Python", Path())
+    reading.changes({name: value})
+    changed = validated(type(config), reading, (), "Python")
     for spelling, meant in spellings({name: value}, "Python"):
         for key, _ in place(spelling, meant, "Python", lambda text: None):
             section, _, leaf = key.partition(".")

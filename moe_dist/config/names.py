@@ -8,12 +8,13 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from moe_dist.config import Config, Section
-from moe_dist.config_loading.not_offered import instead_of
-from moe_dist.config_loading.wording import ConfigError, allowed, show
+from moe_dist.config.not_offered import instead_of
+from moe_dist.config.sections.all import Sections
+from moe_dist.config.sections.base import Section
+from moe_dist.config.wording import ConfigError, allowed, show
 
 SECTIONS: dict[str, type[Section]] = {}
-for _name, _field in Config.model_fields.items():
+for _name, _field in Sections.model_fields.items():
     assert isinstance(_field.annotation, type)
     assert issubclass(_field.annotation, Section)
     SECTIONS[_name] = _field.annotation

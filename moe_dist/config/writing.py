@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from moe_dist.config import Config, Section
-from moe_dist.config_loading.names import FIELDS, GROUPS, SECTIONS, meaning
-from moe_dist.config_loading.wording import allowed, show
-from moe_dist.config_loading.yaml_text import Dumper
+from moe_dist.config.names import FIELDS, GROUPS, SECTIONS, meaning
+from moe_dist.config.sections.base import Section
+from moe_dist.config.tree import Config
+from moe_dist.config.wording import allowed, show
+from moe_dist.config.yaml_text import Dumper
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_dist.config_loading.text_files import read_text
-from moe_dist.config_loading.wording import ConfigError, show
+from moe_dist.config.text_files import read_text
+from moe_dist.config.wording import ConfigError, show
 
 
 def _words(text: str) -> list[str]:

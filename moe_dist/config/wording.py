@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from moe_dist.config_paths import expand
+from moe_dist.config.paths import expand
 
 
 class ConfigError(ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from moe_dist.config_loading.wording import ConfigError
+from moe_dist.config.wording import ConfigError
 
 MAX_BYTES = 1_000_000
 

@@ -1,28 +1,28 @@
-"""From a file, the files it is based on and a few overrides to one validated `Config`."""
+"""Layers of a run file, one over the other: base files, a `config.json`, Python, the command line; and their errors."""
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from moe_dist.config import Config
-from moe_dist.config_loading.huggingface import HuggingFaceModel, read_huggingface
-from moe_dist.config_loading.names import FIELDS, SECTIONS, place, spellings, takes
-from moe_dist.config_loading.wording import ConfigError, allowed, show
-from moe_dist.config_loading.yaml_text import parse_yaml, read_yaml
-from moe_dist.config_paths import expand
+from moe_dist.config.huggingface import HuggingFaceModel, read_huggingface
+from moe_dist.config.names import FIELDS, SECTIONS, place, spellings, takes
+from moe_dist.config.paths import expand
+from moe_dist.config.sections.all import Sections
+from moe_dist.config.wording import ConfigError, allowed, show
+from moe_dist.config.yaml_text import parse_yaml, read_yaml
+
+Tree = TypeVar("Tree", bound=Sections)
 
 MAX_FILES = 100
 _KERNEL = "model.attn_implementation"  # how it is computed, not what
 
 
-class _Reading:
+class Reading:
     """One call of `load_config`: values by full key, and who said each."""
 
     def __init__(self, notice: Callable[[str], None]) -> None:
@@ -61,7 +61,7 @@ class _Reading:
             if not isinstance(name, str):
                 raise ConfigError(f"base={show(base)}: the path of a YAML file, or a list of them ({path})")
             said = f"base={show(name)} ({path})"
-            self.file(path.parent / _expanded(name, said), said, (*stack, place))
+            self.file(path.parent / expanded(name, said), said, (*stack, place))
         self.layer(raw, str(path), path.parent)
 
     def layer(self, raw: Mapping[Any, Any], origin: str, folder: Path) -> None:
@@ -77,7 +77,7 @@ class _Reading:
         if (source := said.pop("model.from", ("", None))[1]) is not None:
             if not isinstance(source, str):
                 raise ConfigError(f"model.from={show(source)}: a config.json, or the folder it is in ({origin})")
-            file = folder / _expanded(source, f"model.from={show(source)} ({origin})")
+            file = folder / expanded(source, f"model.from={show(source)} ({origin})")
             file = file / "config.json" if file.is_dir() else file
             self._replace_model(read_huggingface(file, f"model.from={show(source)}"), file)
         self.values |= {key: value for key, (_, value) in said.items()}
@@ -132,7 +132,7 @@ class _Reading:
                     raise ConfigError(f"{key}={show(value)}: {takes(key)} ({self.origins[key]})")
 
 
-def _expanded(path: str, said: str) -> str:
+def expanded(path: str, said: str) -> str:
     try:
         return expand(path)
     except ValueError as error:
@@ -170,7 +170,7 @@ def _override_tree(overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
         yield value
 
 
-def _reworded(error: ValidationError, reading: _Reading, origin: str) -> ConfigError:
+def _reworded(error: ValidationError, reading: Reading, origin: str) -> ConfigError:
     """pydantic's findings in one line: the first, and how many more keys are wrong."""
     found = error.errors()
     first, location = found[0], found[0]["loc"]
@@ -193,44 +193,8 @@ def _reworded(error: ValidationError, reading: _Reading, origin: str) -> ConfigE
     return ConfigError(f"{text} ({origin}){f' (and {more} more)' if more else ''}")
 
 
-def _print_notice(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
-
-
-def load_config(
-    path: str | os.PathLike[str],
-    overrides: Sequence[str] = (),
-    *,
-    changes: Mapping[str, Any] | None = None,
-    notice: Callable[[str], None] = _print_notice,
-) -> Config:
-    """Read a run file, after the files it is based on, then `changes` from Python, then the overrides.
-
-    `notice` gets one line for each key that was understood under another name than its own.
-    Raises ConfigError, one line, for anything wrong.
-    """
-    file = Path(_expanded(os.fspath(path), os.fspath(path)))
-    reading = _Reading(notice)
-    reading.file(file)
-    reading.changes(changes or {})
-    return _validated(reading, overrides, str(file))
-
-
-def load_mapping(
-    tree: Mapping[str, Any],
-    overrides: Sequence[str] = (),
-    *,
-    changes: Mapping[str, Any] | None = None,
-    notice: Callable[[str], None] = _print_notice,
-) -> Config:
-    """A configuration from Python: what a run file would hold, as a mapping. Errors as `load_config`."""
-    reading = _Reading(notice)
-    reading.layer(tree, "Python", Path())
-    reading.changes(changes or {})
-    return _validated(reading, overrides, "Python")
-
-
-def _validated(reading: _Reading, overrides: Sequence[str], origin: str) -> Config:
+def validated(kind: type[Tree], reading: Reading, overrides: Sequence[str], origin: str) -> Tree:
+    """A `kind` of what was read and the overrides. Raises ConfigError for anything wrong."""
     # A model.from replaces what came before; keys beside it, in whatever order, are meant to change it.
     for tree in sorted(_override_tree(overrides), key=lambda tree: "model.from" not in dict(spellings(tree, ""))):
         reading.layer(tree, "command line", Path())
@@ -246,6 +210,6 @@ def _validated(reading: _Reading, overrides: Sequence[str], origin: str) -> Conf
             inner = inner.setdefault(section, {})
         inner[leaf] = value
     try:
-        return Config.model_validate(nested)
+        return kind.model_validate(nested)
     except ValidationError as error:
         raise _reworded(error, reading, origin) from None
