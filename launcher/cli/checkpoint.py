@@ -17,14 +17,14 @@ import typer
 
 from launcher.cli.paths import expanded
 from launcher.connect.exit_codes import EXIT_FAILED
-from moe_dist.checkpoint.changes import changes
-from moe_dist.checkpoint.encryption import Keys
-from moe_dist.checkpoint.listing import listed, room_taken, verdict
+from moe_dist.checkpoint.config_diff import changes
 from moe_dist.checkpoint.lock import quiet
-from moe_dist.checkpoint.manifest import CheckpointError, Manifest
 from moe_dist.checkpoint.reading import Found, read_trainer_state, whole
 from moe_dist.checkpoint.retention import to_remove
 from moe_dist.checkpoint.storage import Storage, open_storage, step_folder
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
+from moe_dist.checkpoint.tools.listing import listed, room_taken, verdict
 from moe_dist.config import ConfigError, load_config
 
 app = typer.Typer(
@@ -95,7 +95,7 @@ def inspect(
 ) -> None:
     """The tensors of a checkpoint with type, shape, norm and hash; experts summed up by layer."""
     from launcher.cli.checkpoint_table import print_tensors, tensors_as_json
-    from moe_dist.checkpoint.inspecting import entries
+    from moe_dist.checkpoint.tools.inspecting import entries
 
     with _plainly():
         found, manifest, keys = _good(checkpoint, encryption_key)
@@ -113,7 +113,7 @@ def diff(first: One, second: One, encryption_key: Key = None, as_json: AsJson = 
     Exit code 0 whether they differ or not.
     """
     from launcher.cli.checkpoint_table import difference_as_json, print_differences
-    from moe_dist.checkpoint.inspecting import Tensors, differences
+    from moe_dist.checkpoint.tools.inspecting import Tensors, differences
 
     with _plainly():
         sides = [_good(path, encryption_key) for path in (first, second)]
@@ -192,8 +192,8 @@ def reshard(
     that must be replaced.
     """
     from launcher.cli.checkpoint_table import size
-    from moe_dist.checkpoint.inspecting import digests
-    from moe_dist.checkpoint.resharding import reshard as write
+    from moe_dist.checkpoint.tools.inspecting import digests
+    from moe_dist.checkpoint.tools.resharding import reshard as write
 
     with _plainly():
         found, manifest, keys = _good(source, encryption_key)

@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moe_dist.checkpoint.changes import Change
-from moe_dist.checkpoint.listing import Listed, Verdict
-from moe_dist.checkpoint.manifest import Manifest
+from moe_dist.checkpoint.config_diff import Change
 from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.storage.manifest import Manifest
+from moe_dist.checkpoint.tools.listing import Listed, Verdict
 
 if TYPE_CHECKING:
-    from moe_dist.checkpoint.inspecting import Difference, Entry, Tensors
+    from moe_dist.checkpoint.tools.inspecting import Difference, Entry, Tensors
 
 _SHORT = 12
 """Hexadecimal digits of a hash that people are shown."""

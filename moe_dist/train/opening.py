@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_dist.checkpoint.lock import Job, RunLock
-from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.ownership import read_claim
 from moe_dist.checkpoint.run_folder import CONFIG, refuse_foreign, with_header
 from moe_dist.checkpoint.storage import open_storage
+from moe_dist.checkpoint.storage.manifest import CheckpointError
 from moe_dist.config import Config, ConfigError, ModelConfig, dump_config, load_config, load_mapping
 from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer

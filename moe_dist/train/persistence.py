@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_dist.checkpoint.changes import GLOBAL_BATCH, changes, global_batch, micro_batch_change
+from moe_dist.checkpoint.config_diff import GLOBAL_BATCH, changes, global_batch, micro_batch_change
 from moe_dist.checkpoint.manager import Checkpoints, Loaded, Outcome, check_room
-from moe_dist.checkpoint.manifest import STATE_FILE, CheckpointError
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.run_folder import move_earlier_run
 from moe_dist.checkpoint.state import LogicalState
 from moe_dist.checkpoint.storage import open_storage, same_place, step_folder
+from moe_dist.checkpoint.storage.manifest import STATE_FILE, CheckpointError
 from moe_dist.config import Config
 from moe_dist.data.identity import difference
 from moe_dist.data.loader import GlobalLoader

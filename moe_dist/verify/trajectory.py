@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.checkpoint.encryption import Keys
-from moe_dist.checkpoint.inspecting import Tensors
 from moe_dist.checkpoint.reading import Found, read_trainer_state, whole
 from moe_dist.checkpoint.storage import open_storage
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.tools.inspecting import Tensors
 from moe_dist.config import Config
 from moe_dist.models.precision import in_dtype
 from moe_dist.monitor.train_log import close_logging

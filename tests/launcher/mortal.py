@@ -8,9 +8,9 @@ from pathlib import Path
 
 from programs import Program, metrics
 
-from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.tools.inspecting import digests
 
 MODULE = '''
 import json

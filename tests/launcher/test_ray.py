@@ -22,9 +22,9 @@ from ray_cluster import Cluster, missing
 from launcher.backends.ray import Plan, Request, plan
 from launcher.connect.environment import ray_address
 from launcher.supervise import agent
-from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.tools.inspecting import digests
 from moe_dist.config import ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,9 @@ import pytest
 from programs import FOREVER, ONE_RANK, Program, metrics
 
 from launcher.supervise.processes import GRACE
-from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.tools.inspecting import digests
 from moe_dist.train.interrupts import APART
 
 pytestmark = pytest.mark.dist

@@ -14,7 +14,7 @@ from run_files import complaint, load
 from tiny import mesh_of
 from torch import Tensor
 
-from moe_dist.checkpoint.changes import changes
+from moe_dist.checkpoint.config_diff import changes
 from moe_dist.config import BalanceConfig, load_mapping
 from moe_dist.models.router import Router
 from moe_dist.monitor.actions import Policy, levers

@@ -11,7 +11,7 @@ import pytest
 from saved import MODEL, TEXTS, TRAINING
 
 from launcher.cli.layout_table import print_report
-from moe_dist.checkpoint.changes import micro_batch_change
+from moe_dist.checkpoint.config_diff import micro_batch_change
 from moe_dist.config import load_mapping
 from moe_dist.train import MoETrainer
 

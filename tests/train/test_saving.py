@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.tools.inspecting import digests
 from moe_dist.checkpoint.writing import Writer
 from moe_dist.config import Config
 from moe_dist.monitor.sinks.fan_out import Sinks

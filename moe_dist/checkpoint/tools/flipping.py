@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from moe_dist.checkpoint.manager import Checkpoints
-from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.shards import TORCH_DTYPES
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.storage.manifest import CheckpointError
 from moe_dist.config import CheckpointConfig
 from moe_dist.parallel.mesh import Mesh
 

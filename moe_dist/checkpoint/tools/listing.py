@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_dist.checkpoint.encryption import Keys
-from moe_dist.checkpoint.manifest import CheckpointError, Manifest
 from moe_dist.checkpoint.reading import Found, read_trainer_state, whole
 from moe_dist.checkpoint.shapes import configuration_problems
 from moe_dist.checkpoint.storage import Storage
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
 
 
 class Listed(NamedTuple):

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_dist.checkpoint.encryption import Keys
-from moe_dist.checkpoint.manifest import Manifest, TensorEntry
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.shards import TORCH_DTYPES, ShardReader
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.storage.manifest import Manifest, TensorEntry
 
 
 class Entry(NamedTuple):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
-from moe_dist.checkpoint.encryption import Keys
-from moe_dist.checkpoint.hashing import write_hashed
-from moe_dist.checkpoint.inspecting import Tensors
-from moe_dist.checkpoint.manifest import Box, CheckpointError, TensorEntry
 from moe_dist.checkpoint.reading import Found, read_trainer_state, whole
 from moe_dist.checkpoint.shards import Piece, Shard
 from moe_dist.checkpoint.storage import Storage
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.storage.hashing import write_hashed
+from moe_dist.checkpoint.storage.manifest import Box, CheckpointError, TensorEntry
+from moe_dist.checkpoint.tools.inspecting import Tensors
 from moe_dist.checkpoint.writing import Commit, Receipt, Saving
 
 

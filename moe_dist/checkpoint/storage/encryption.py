@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_dist.checkpoint.manifest import CheckpointError, Manifest, Sealed, Signature, signed_text
+from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest, Sealed, Signature, signed_text
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

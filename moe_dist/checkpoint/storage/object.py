@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from moe_dist.checkpoint.manifest import FILE, CheckpointError
-from moe_dist.checkpoint.storage import CHUNK, OURS, STEP, Buffer, Storage, generation_of, step_folder
+from moe_dist.checkpoint.storage.base import CHUNK, OURS, STEP, Buffer, Storage, generation_of, step_folder
+from moe_dist.checkpoint.storage.manifest import FILE, CheckpointError
 
 _BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "oss"})
 """Stores of objects in buckets: no folder is ever made there, and no bucket that a typing error asks for."""

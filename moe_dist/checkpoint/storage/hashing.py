@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from blake3 import blake3
 
-from moe_dist.checkpoint.manifest import FileEntry
-from moe_dist.checkpoint.storage import Buffer, Storage
+from moe_dist.checkpoint.storage.base import Buffer, Storage
+from moe_dist.checkpoint.storage.manifest import FileEntry
 
 _AHEAD = 4
 """Chunks that may be written before they are hashed."""
