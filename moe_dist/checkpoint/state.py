@@ -21,9 +21,9 @@ from moe_dist.checkpoint.shapes import MODEL, OPTIMIZER, SAVE_WEIGHTS, wrong_mom
 from moe_dist.checkpoint.shards import NAMES, TORCH_DTYPES, Piece, ShardReader
 from moe_dist.checkpoint.storage.manifest import Box, CheckpointError, Manifest, TensorEntry
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.logical import like_parameter
+from moe_dist.parallel.dtensor_layout import like_parameter
+from moe_dist.parallel.engines.fsdp import held_parameters
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.sharding import held_parameters
 
 NamedState = Iterable[tuple[str, str, list[Tensor], bool]]
 """(parameter name, key, tensors, whether they are one per expert) as `Optimizer.named_state` yields them."""

@@ -22,7 +22,7 @@ from moe_dist.data.loader import GlobalLoader
 from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.train_log import open_log
-from moe_dist.parallel.deepspeed import DeepSpeedEngine
+from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.state_bytes import moments
 from moe_dist.train.acting import Acting

@@ -23,7 +23,7 @@ from moe_dist.models.layers import SwiGLU
 from moe_dist.models.moe import Dispatcher, MoE
 from moe_dist.models.router import Router
 from moe_dist.models.transformer import Block, Transformer
-from moe_dist.parallel.clock import Clock, Way
+from moe_dist.parallel.comm_timer import Clock, Way
 
 PREFIX = "moe_dist/"
 BACKWARD = "autograd::engine::evaluate_function: "

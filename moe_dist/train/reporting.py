@@ -40,7 +40,7 @@ from moe_dist.monitor.records import (
 )
 from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.monitor.stragglers import Stragglers
-from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.evaluation import Evaluation
 from moe_dist.train.persistence import Counters

@@ -22,7 +22,7 @@ from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.sinks import ConsoleSink
 from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel import proven
-from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.device import set_deterministic
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status

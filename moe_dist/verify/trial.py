@@ -13,10 +13,10 @@ from torch import Tensor
 from moe_dist.config import Config
 from moe_dist.data.batch import Batch
 from moe_dist.models.precision import in_dtype
-from moe_dist.parallel.gradients import Gradients
-from moe_dist.parallel.logical import like_parameter, local_offset
+from moe_dist.parallel.dtensor_layout import like_parameter, local_offset
+from moe_dist.parallel.engines.fsdp import held_parameters, local
+from moe_dist.parallel.engines.replicated import Gradients
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.sharding import held_parameters, local
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_gradients, build_model, build_optimizer
 from moe_dist.train.evaluation import evaluate

@@ -22,7 +22,7 @@ from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.models.attention import Attention
 from moe_dist.models.experts import Experts
 from moe_dist.parallel import dispatch
-from moe_dist.parallel.gradients import Gradients
+from moe_dist.parallel.engines.replicated import Gradients
 from moe_dist.train.optimizer import Optimizer
 
 happened = os.environ["DEATHS_HAPPENED"]  # a file with a byte for each

@@ -38,7 +38,7 @@ from moe_dist.monitor.rank_facts import (
 )
 from moe_dist.monitor.records import RanksRecord
 from moe_dist.monitor.run_log import read_run
-from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.status import PHASES, Status
 from moe_dist.train import MoETrainer

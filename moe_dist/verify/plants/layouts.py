@@ -16,9 +16,9 @@ from moe_dist.models import auxiliary, moe, transformer
 from moe_dist.models.auxiliary import LoadBalance
 from moe_dist.models.experts import ExpertList, Experts
 from moe_dist.models.router import Router
-from moe_dist.parallel import deepspeed
-from moe_dist.parallel.deepspeed import DeepSpeedEngine
-from moe_dist.parallel.gradients import GradientBuffer, Gradients
+from moe_dist.parallel.engines import deepspeed
+from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
+from moe_dist.parallel.engines.replicated import GradientBuffer, Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import step
 from moe_dist.train.balance import Balancer

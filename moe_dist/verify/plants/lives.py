@@ -15,7 +15,7 @@ from moe_dist.checkpoint.state import LogicalState
 from moe_dist.checkpoint.writing import Writer
 from moe_dist.data.loader import GlobalLoader
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel import sharding
+from moe_dist.parallel.engines import fsdp
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import evaluation, trainer
 from moe_dist.train.optimizer import Optimizer
@@ -105,7 +105,7 @@ def gate_and_up_swapped_in_a_moment(replace: Replace) -> None:
         read(found, *arguments)
         for name, tensor in found.tensors.items():
             if name.endswith("w_gate_up.exp_avg_sq"):
-                part = sharding.local(tensor)
+                part = fsdp.local(tensor)
                 part.copy_(torch.cat(part.chunk(2, dim=-1)[::-1], dim=-1))
 
     replace(manager, "read_into", wrong)
@@ -113,7 +113,7 @@ def gate_and_up_swapped_in_a_moment(replace: Replace) -> None:
 
 def weights_left_whole_by_an_evaluation(replace: Replace) -> None:
     """FSDP has gathered them for a forward pass without a backward one; the save after it takes one rank's moments."""
-    replace(sharding, "reshard", lambda model: None)
+    replace(fsdp, "reshard", lambda model: None)
     replace(evaluation, "reshard", lambda model: None)
 
     def wrong(model: Transformer, every_name: bool = False) -> dict[str, Any]:
@@ -132,9 +132,9 @@ def stacks_cut_twice_over_experts(replace: Replace) -> None:
         if not (stacked and isinstance(parameter, DTensor) and parameter.placements[0] == Shard(0)):
             return like(tensor, parameter, stacked, mesh)
         assert mesh.sparse is not None
-        return DTensor.from_local(sharding.local(tensor), mesh.sparse["edp", "ep"], [Shard(0), Shard(0)])
+        return DTensor.from_local(fsdp.local(tensor), mesh.sparse["edp", "ep"], [Shard(0), Shard(0)])
 
-    replace(sharding, "stack_placement", lambda parameter, size: Shard(1) if parameter.ndim == 3 else None)
+    replace(fsdp, "stack_placement", lambda parameter, size: Shard(1) if parameter.ndim == 3 else None)
     replace(state, "like_parameter", wrong)
 
 

@@ -12,9 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel import dispatch
-from moe_dist.parallel.deepspeed import DeepSpeedEngine
-from moe_dist.parallel.gradients import GradientBuffer, Gradients
-from moe_dist.parallel.sharding import ShardedGradients
+from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
+from moe_dist.parallel.engines.fsdp import ShardedGradients
+from moe_dist.parallel.engines.replicated import GradientBuffer, Gradients
 from moe_dist.train import step
 from moe_dist.train.balance import Balancer
 from moe_dist.train.optimizer import Optimizer

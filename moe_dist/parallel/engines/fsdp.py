@@ -27,7 +27,7 @@ from moe_dist.config import Config
 from moe_dist.models.experts import Experts
 from moe_dist.models.precision import full_dtype
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.logical import stack_placement
+from moe_dist.parallel.dtensor_layout import stack_placement
 from moe_dist.parallel.mesh import Mesh
 
 
