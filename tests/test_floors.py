@@ -68,7 +68,7 @@ LIGHT = (
     "moe_dist.models.shapes",
     "moe_dist.parallel.layout",
     "moe_dist.parallel.state_bytes",
-    "moe_dist.train.describe",
+    "moe_dist.train.run_summary",
     "moe_dist.train.elastic",
     "moe_dist.train.interrupts",
     "moe_dist.verify.cases",
@@ -351,7 +351,7 @@ moe_dist/monitor/sinks/text.py | def f():;    import torch.distributed.nn | moe_
 moe_dist/models/counts.py | import torch | torch on the way of a module that is to load fast
 moe_dist/parallel/__init__.py | from numpy import array | numpy.array on the way
 moe_dist/config/extra.py | try:;    import ray;except ImportError:;    pass | ray on the way
-moe_dist/train/describe.py | import moe_dist.models.precision | precision.py
+moe_dist/train/run_summary.py | import moe_dist.models.precision | precision.py
 moe_dist/parallel/mesh.py | dist.all_to_all_single(a, b) | all-to-all outside
 moe_dist/train/step.py | from torch.distributed import all_to_all | all-to-all outside
 moe_dist/train/step.py | group.alltoall_base(a, b) | all-to-all outside

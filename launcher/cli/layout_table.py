@@ -16,7 +16,7 @@ from moe_dist.models.counts import flops_per_token, parameter_counts, per_rank
 from moe_dist.models.shapes import STACKED, decays, logical_shapes
 from moe_dist.parallel.layout import Axis, Layout, layers_by_place
 from moe_dist.parallel.state_bytes import state_bytes
-from moe_dist.train.describe import amount, byte_size, causality_warning, layout_lines, sentence
+from moe_dist.train.run_summary import amount, byte_size, causality_warning, layout_lines, sentence
 
 _MEANING: dict[Axis, str] = {
     "ep": "share out the experts of every layer",

@@ -17,7 +17,7 @@ from launcher.connect.handshake import listen
 from launcher.connect.host_names import wait_for_name
 from launcher.connect.secret import job_secret
 from moe_dist.config import Config, ConfigError
-from moe_dist.models.memory import keep_freed_memory
+from moe_dist.models.malloc_tuning import keep_freed_memory
 from moe_dist.parallel.device import choose_backend, choose_device
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh

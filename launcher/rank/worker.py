@@ -59,7 +59,7 @@ _PR_SET_PDEATHSIG = 1
 def train(config: Config, environment: Environment) -> int:
     """Train on this rank; returns the exit code."""
     from launcher.connect.process_groups import connected  # torch, only once there is work to do
-    from moe_dist.train.agreement import StopRequests
+    from moe_dist.train.rank_sync import StopRequests
     from moe_dist.train.trainer import MoETrainer
 
     # When a rank dies torchrun ends the others, which may have something to say about it.

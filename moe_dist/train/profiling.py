@@ -23,8 +23,8 @@ from moe_dist.parallel.state_bytes import StateBytes, state_bytes
 from moe_dist.parallel.status import Status
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer
-from moe_dist.train.describe import layout_lines, sentence
-from moe_dist.train.ranges import REST, Part, Ranges, entered, saved_for_backward
+from moe_dist.train.profiler_ranges import REST, Part, Ranges, entered, saved_for_backward
+from moe_dist.train.run_summary import layout_lines, sentence
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.step import TrainStep
 

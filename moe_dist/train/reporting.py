@@ -42,8 +42,8 @@ from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.monitor.stragglers import Stragglers
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.checkpointing import Counters
 from moe_dist.train.evaluation import Evaluation
-from moe_dist.train.persistence import Counters
 from moe_dist.train.step import StepResult
 from moe_dist.train.stopping import Stopping
 

@@ -30,9 +30,9 @@ from moe_dist.monitor.train_log import close_logging
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import step as step_module
 from moe_dist.train.trainer import MoETrainer
+from moe_dist.verify.injected_bugs import planted
 from moe_dist.verify.layouts import Case
 from moe_dist.verify.life import COLUMNS, STEPS, Life
-from moe_dist.verify.plants import planted
 from moe_dist.verify.scenarios import Smallness
 from moe_dist.verify.trial import DTYPES, difference
 

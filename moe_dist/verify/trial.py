@@ -23,7 +23,7 @@ from moe_dist.train.evaluation import evaluate
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.features import Batches
-from moe_dist.verify.plants import planted
+from moe_dist.verify.injected_bugs import planted
 from moe_dist.verify.scenarios import COMPARED, NUM_STEPS, Precision
 
 ROWS = 2

@@ -19,7 +19,7 @@ from moe_dist.checkpoint.storage.manifest import CheckpointError
 from moe_dist.checkpoint.writing import Writer
 from moe_dist.config import CheckpointConfig
 from moe_dist.train import MoETrainer
-from moe_dist.train.persistence import Persistence
+from moe_dist.train.checkpointing import Persistence
 
 pytestmark = pytest.mark.dist
 

@@ -20,7 +20,7 @@ from moe_dist.monitor.sinks.fan_out import Sinks
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import MoETrainer
 from moe_dist.train import trainer as trainer_module
-from moe_dist.train.persistence import Persistence
+from moe_dist.train.checkpointing import Persistence
 from moe_dist.train.trainer import TrainingResult
 from moe_dist.verify.trajectory import ScriptedTrainer
 

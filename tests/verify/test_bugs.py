@@ -18,8 +18,8 @@ from moe_dist.config import load_config
 from moe_dist.verify.bugs import BUGS
 from moe_dist.verify.cases import choose, named_case
 from moe_dist.verify.features import LOW_PRECISION, ONCE
+from moe_dist.verify.injected_bugs import PLANTS, REACHED
 from moe_dist.verify.life import Life
-from moe_dist.verify.plants import PLANTS, REACHED
 from moe_dist.verify.run import Verifier
 from moe_dist.verify.scenarios import Scenario, Smallness
 from moe_dist.verify.verdicts import Verdict

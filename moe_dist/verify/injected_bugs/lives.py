@@ -18,11 +18,11 @@ from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.engines import fsdp
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import evaluation, trainer
+from moe_dist.train.checkpointing import Persistence
 from moe_dist.train.optimizer import Optimizer
-from moe_dist.train.persistence import Persistence
 from moe_dist.train.step import StepResult, TrainStep
 from moe_dist.train.stopping import Stopping
-from moe_dist.verify.plants.planting import Replace
+from moe_dist.verify.injected_bugs.planting import Replace
 
 
 def rate_late_after_a_resume(replace: Replace) -> None:

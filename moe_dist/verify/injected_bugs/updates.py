@@ -19,7 +19,7 @@ from moe_dist.train import step
 from moe_dist.train.balance import Balancer
 from moe_dist.train.optimizer import Optimizer
 from moe_dist.train.step import TrainStep
-from moe_dist.verify.plants.planting import Replace, rank
+from moe_dist.verify.injected_bugs.planting import Replace, rank
 
 
 def label_smoothing_ignored_by_fsdp(replace: Replace) -> None:

@@ -22,7 +22,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import build, evaluation
 from moe_dist.train.balance import Balancer
 from moe_dist.train.step import TrainStep
-from moe_dist.verify.plants.planting import Replace, rank
+from moe_dist.verify.injected_bugs.planting import Replace, rank
 
 
 def _by_rank() -> None:

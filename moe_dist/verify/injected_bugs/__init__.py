@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from moe_dist.verify.bugs import BUGS
-from moe_dist.verify.plants import layers, layouts, lives, updates
-from moe_dist.verify.plants.planting import REACHED as REACHED
-from moe_dist.verify.plants.planting import Replace, replacing
+from moe_dist.verify.injected_bugs import layers, layouts, lives, updates
+from moe_dist.verify.injected_bugs.planting import REACHED as REACHED
+from moe_dist.verify.injected_bugs.planting import Replace, replacing
 
 Plant = Callable[[Replace], Any]
 PLANTS: dict[str, Plant] = {

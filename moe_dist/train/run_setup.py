@@ -22,9 +22,9 @@ from moe_dist.monitor.records import RunInfo
 from moe_dist.monitor.train_log import setup_logging
 from moe_dist.parallel.layout import layers_by_place
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.arguments import settings_of
 from moe_dist.train.build import Datasets
-from moe_dist.train.describe import layout_lines, sentence
+from moe_dist.train.hf_arguments import settings_of
+from moe_dist.train.run_summary import layout_lines, sentence
 
 
 def merge_config(

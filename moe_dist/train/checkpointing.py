@@ -25,10 +25,10 @@ from moe_dist.monitor.train_log import open_log
 from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.state_bytes import moments
-from moe_dist.train.acting import Acting
+from moe_dist.train.auto_balance import Acting
 from moe_dist.train.build import Datasets
-from moe_dist.train.opening import RunPlace, write_config
 from moe_dist.train.optimizer import Optimizer
+from moe_dist.train.run_setup import RunPlace, write_config
 from moe_dist.train.step import StepResult
 from moe_dist.train.stopping import Pace, Stopping
 
