@@ -268,7 +268,7 @@ def report(
 
     [dim]Example:[/dim]  moe-dist report outputs/demo
     """
-    from moe_dist.monitor.report import write_report  # a plotting library, only when there is something to plot
+    from moe_dist.monitor.report.page import write_report  # a plotting library, only when there is something to plot
 
     print(write_report(runs, output))
 
@@ -285,7 +285,7 @@ def doctor(
 
     [dim]Example:[/dim]  moe-dist doctor outputs/demo
     """
-    from moe_dist.monitor.doctor import findings
+    from moe_dist.monitor.health.doctor import findings
     from moe_dist.monitor.run_log import read_run
 
     found = findings(read_run(run))

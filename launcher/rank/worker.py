@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import moe_dist
 from launcher.connect.environment import Environment, detect, let_the_first_speak, this_job
 from launcher.connect.exit_codes import (
     EXIT_AGAIN,
@@ -146,7 +147,7 @@ def profile(config: Config, environment: Environment, wanted: Profiling) -> int:
     """Profile a few steps; returns the exit code."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library tells of every start and stop
     from launcher.connect.process_groups import connected
-    from moe_dist.monitor.profile_page import terminal_lines
+    from moe_dist.monitor.report.profile_page import terminal_lines
     from moe_dist.train.profiling import run_profile
 
     folder = config.train.output_dir if wanted.folder is None else Path(wanted.folder)
@@ -185,7 +186,7 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 def _is_ours(error: BaseException) -> bool:
     """Whether this package raised the error: then it is written for people."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    roots = [Path(__file__).parent, Path(sys.modules[Config.__module__].__file__ or "").parent]
+    roots = [Path(__file__).parents[1], Path(moe_dist.__file__).parent]
     return any(Path(last.filename).is_relative_to(root) for root in roots)
 
 

@@ -22,7 +22,6 @@ from launcher.supervise.oom_advice import why_killed
 from moe_dist.checkpoint.lock import begun
 from moe_dist.checkpoint.storage import open_storage, step_folder
 from moe_dist.config import Config
-from moe_dist.monitor.run_log import note_failure
 from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel.status import Place
 
@@ -90,6 +89,8 @@ def say_end(end: End, more: str = "") -> None:
 def note(end: End, folder: Path) -> None:
     """Write a failure into the log of the run too, for `doctor` and the report."""
     if end.code == EXIT_FAILED and end.line is not None:
+        from moe_dist.monitor.sinks.jsonl import note_failure  # numpy and more, for the few runs that fail
+
         note_failure(folder, end.line.removeprefix("error: "))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_dist.config import Config
-from moe_dist.monitor.actions import Policy, levers
+from moe_dist.monitor.health.actions import Policy, levers
 from moe_dist.monitor.records import ActionRecord, LayerRecord
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.balance import Balancer

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from moe_dist.config import Config
 from moe_dist.models.counts import flops_per_token
-from moe_dist.monitor.profile_page import Operator, PartTime, Profile, RankProfile, write_page
 from moe_dist.monitor.rank_facts import PHASE_KEYS
+from moe_dist.monitor.report.profile_page import Operator, PartTime, Profile, RankProfile, write_page
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.engines.fsdp import local
 from moe_dist.parallel.layout import layers_by_place

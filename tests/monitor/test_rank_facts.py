@@ -26,8 +26,8 @@ from moe_dist.models.router import Routing
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.devices import peak_flops
-from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import imbalance_seconds, layer_record
+from moe_dist.monitor.health.doctor import findings
 from moe_dist.monitor.rank_facts import (
     PHASE_KEYS,
     all_to_all_seconds,

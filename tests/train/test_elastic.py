@@ -13,7 +13,7 @@ from tiny import mesh_of
 
 from moe_dist.checkpoint.lock import Job
 from moe_dist.config import Config, ConfigError, load_mapping
-from moe_dist.monitor.sinks.fan_out import Sinks
+from moe_dist.monitor.sinks.multi_sink import Sinks
 from moe_dist.parallel.layout import Layout
 from moe_dist.train import MoETrainer
 from moe_dist.train.elastic import replan

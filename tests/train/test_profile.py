@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from moe_dist.config import load_mapping
 from moe_dist.models.experts import Expert
 from moe_dist.models.moe import LocalDispatcher
-from moe_dist.monitor.profile_page import terminal_lines
+from moe_dist.monitor.report.profile_page import terminal_lines
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.train.build import build_model

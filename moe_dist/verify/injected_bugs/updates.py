@@ -195,13 +195,12 @@ def bias_from_one_replica(replace: Replace) -> None:
 
 def rate_by_rank(replace: Replace) -> None:
     """The schedule counts what ranks before this one have done, too."""
-    from moe_dist.train import trainer
-    from moe_dist.verify import trial
+    from moe_dist.train import schedule, trainer
 
-    rate = trial.learning_rate
+    rate = schedule.learning_rate
 
     def wrong(config: Any, number: float, *more: Any) -> float:
         return rate(config, number + rank(), *more)
 
-    replace(trial, "learning_rate", wrong)
+    replace(schedule, "learning_rate", wrong)
     replace(trainer, "learning_rate", wrong)

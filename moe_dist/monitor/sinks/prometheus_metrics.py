@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import Metric
 
 from moe_dist import __version__
 from moe_dist.monitor.expert_stats import load_ratios, used_share
-from moe_dist.monitor.health import PATIENCE, Absence, collapse_limit, imbalance_limit
+from moe_dist.monitor.health.rules import PATIENCE, Absence, collapse_limit, imbalance_limit
 from moe_dist.monitor.records import (
     ActionRecord,
     CheckpointRecord,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from moe_dist.monitor.advice import Advice
 from moe_dist.monitor.expert_stats import used_share
+from moe_dist.monitor.health.advice import Advice
 from moe_dist.monitor.records import LayerRecord
 
 PATIENCE = 3

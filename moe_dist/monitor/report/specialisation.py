@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from moe_dist.monitor.figures import figure, load_scale
+from moe_dist.monitor.report.figures import figure, load_scale
 from moe_dist.monitor.run_log import Row, RunLog
 
 INTERVALS = 10

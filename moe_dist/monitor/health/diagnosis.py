@@ -11,9 +11,9 @@ import math
 import statistics
 from collections import deque
 
-from moe_dist.monitor.advice import Advice
-from moe_dist.monitor.health import LONG_PATIENCE, PATIENCE, Conditions, Finding, Health
-from moe_dist.monitor.pace import Pace
+from moe_dist.monitor.health.advice import Advice
+from moe_dist.monitor.health.pace import Pace
+from moe_dist.monitor.health.rules import LONG_PATIENCE, PATIENCE, Conditions, Finding, Health
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, TrainRecord
 
 WINDOW = 20

@@ -17,11 +17,11 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from moe_dist.monitor import figures, specialisation
-from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import overall, used_share
+from moe_dist.monitor.health.doctor import findings
+from moe_dist.monitor.report import figures, specialisation
+from moe_dist.monitor.report.starts import TITLES, starts_table
 from moe_dist.monitor.run_log import Row, RunLog, read_run
-from moe_dist.monitor.starts import TITLES, starts_table
 
 PAGE = Path(__file__).with_name("report_page.html")
 

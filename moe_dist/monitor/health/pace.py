@@ -6,8 +6,8 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
-from moe_dist.monitor.advice import Advice
-from moe_dist.monitor.health import LONG_PATIENCE, PATIENCE, Conditions, Finding
+from moe_dist.monitor.health.advice import Advice
+from moe_dist.monitor.health.rules import LONG_PATIENCE, PATIENCE, Conditions, Finding
 from moe_dist.monitor.rank_facts import PHASE_KEYS
 from moe_dist.monitor.records import RanksRecord, RunInfo, TrainRecord
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from moe_dist.monitor.diagnosis import Diagnosis
-from moe_dist.monitor.health import Finding
+from moe_dist.monitor.health.diagnosis import Diagnosis
+from moe_dist.monitor.health.rules import Finding
 from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, RunInfo, TrainRecord
 from moe_dist.monitor.run_log import Row, RunLog
 
