@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.config import Config, ConfigError, load_config
 
 
 def load(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> tuple[Config, list[str]]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from moe_dist.checkpoint.manifest import FILE
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage, open_storage
+from moe_dist.checkpoint.storage.manifest import FILE
 from moe_dist.train import MoETrainer
 from moe_dist.train.trainer import TrainingResult
 

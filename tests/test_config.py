@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import complaint, get, load
 
-from moe_dist.config import Config
-from moe_dist.config_loading import (
+from moe_dist.config import (
     ALIASES,
     FIELDS,
     HOMES,
+    Config,
     config_difference,
     config_reference,
     dump_config,

@@ -9,7 +9,7 @@ import pytest
 from run_files import complaint, load
 
 from moe_dist.config import Config
-from moe_dist.config_deepspeed import deepspeed_settings
+from moe_dist.config.deepspeed import deepspeed_settings
 
 ON = "parallel.engine=deepspeed"
 STAGE = "parallel.zero_stage=2"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from run_files import complaint
 
-from moe_dist.config_loading import ALIASES, FIELDS, HOMES, SECTIONS, ConfigError, load_config
-from moe_dist.config_loading.not_offered import instead_of
+from moe_dist.config import ALIASES, FIELDS, HOMES, SECTIONS, ConfigError, load_config
+from moe_dist.config.not_offered import instead_of
 
 # A bad file a line (⏎ new line, → tab), and pieces its error must hold: key, value, what is allowed.
 BAD = """

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from run_files import complaint, load
 
-from moe_dist.config_loading import ConfigError, load_config
-from moe_dist.config_loading.huggingface import _BOOKKEEPING
+from moe_dist.config import ConfigError, load_config
+from moe_dist.config.huggingface import _BOOKKEEPING
 
 QWEN3: dict[str, object] = json.loads("""{
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "torch_dtype": "bfloat16",

@@ -12,9 +12,9 @@ import pytest
 from pydantic import TypeAdapter
 from run_files import complaint, get, load
 
-from moe_dist.config_loading import FIELDS, load_config, load_mapping
-from moe_dist.config_paths import expand
-from moe_dist.train.opening import merge_config
+from moe_dist.config import FIELDS, load_config, load_mapping
+from moe_dist.config.paths import expand
+from moe_dist.train.run_setup import merge_config
 
 ROOT = Path(__file__).parent.parent
 NO_PATHS = {
@@ -169,7 +169,7 @@ def test_names_beyond_ascii_under_the_locale_c(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "läuf.yaml").write_text("train: {output_dir: exécuter}\ndata: {source: text, path: 数据}\n", "utf-8")
     code = (
-        "import sys; from moe_dist.config_loading import load_config\n"
+        "import sys; from moe_dist.config import load_config\n"
         "config = load_config(sys.argv[1]); sys.stdout.buffer.write(repr(config.train.output_dir).encode('utf-8'))"
     )
     for mode in ("1", "0"):

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.config import ModelConfig
-from moe_dist.config_loading import load_config
+from moe_dist.config import ModelConfig, load_config
 from moe_dist.models.counts import (
     fairest_split,
     flops_per_token,

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.layout import Axis, GridRow, Layout, describe
 
 SIZES = st.integers(1, 6)
@@ -129,7 +128,7 @@ def test_impossible_questions_name_what_is_allowed(layout: object, message: str)
 
 
 def test_commands_built_on_this_answer_without_torch() -> None:
-    modules = "moe_dist.config_loading, moe_dist.parallel.layout, moe_dist.models.counts"
+    modules = "moe_dist.config, moe_dist.parallel.layout, moe_dist.models.counts"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60).returncode == 0

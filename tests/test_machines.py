@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.config_loading import load_config
+from moe_dist.config import load_config
 from moe_dist.models.counts import flops_per_token
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.state_bytes import state_bytes

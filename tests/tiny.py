@@ -7,8 +7,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-from moe_dist.config import Config
-from moe_dist.config_loading import load_mapping
+from moe_dist.config import Config, load_mapping
 from moe_dist.data.batch import Batch
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from moe_dist.checkpoint.flipping import flip
+from moe_dist.checkpoint.tools.flipping import flip
 
 
 def main() -> int:

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moe_dist.config import Config
-from moe_dist.config_loading import load_config, load_mapping
+from moe_dist.config import Config, load_config, load_mapping
 from moe_dist.parallel.layout import Layout, place_of_stage
 from moe_dist.parallel.pipeline import _SCHEDULES
 from moe_dist.parallel.state_bytes import state_bytes

@@ -30,9 +30,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import Found, whole
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.tools.inspecting import digests
 
 CONFIG = """\
 model: {{vocab_size: 272, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, moe_intermediate_size: 32,

@@ -32,9 +32,9 @@ from pathlib import Path
 from flip import tiny
 from soak import Soak, compare, last_step, losses, wait
 
-from moe_dist.checkpoint.flipping import Weights, load
 from moe_dist.checkpoint.manager import Checkpoints
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.tools.flipping import Weights, load
 from moe_dist.config import CheckpointConfig
 from moe_dist.parallel.mesh import Mesh
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_dist.checkpoint.manifest import CheckpointError
+from moe_dist.checkpoint.storage.manifest import CheckpointError
 
 FILE = ".run.lock"
 LAST_STEP = ".last-step"

@@ -12,15 +12,15 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from moe_dist.checkpoint.encryption import Keys
 from moe_dist.checkpoint.lock import RunLock
-from moe_dist.checkpoint.manifest import CheckpointError, Manifest
 from moe_dist.checkpoint.ownership import Ownership
 from moe_dist.checkpoint.reading import Found, choose, locate, problems, read_trainer_state
 from moe_dist.checkpoint.shapes import missing_weights, moment_problems
 from moe_dist.checkpoint.shards import Shard, ShardReader, split
 from moe_dist.checkpoint.state import LogicalState, SavePlan, read_into
 from moe_dist.checkpoint.storage import Storage, step_folder
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
 from moe_dist.checkpoint.writing import GAVE_UP, Commit, Saving, Writer, describe
 from moe_dist.config import CheckpointConfig
 from moe_dist.parallel.mesh import Mesh

@@ -8,9 +8,9 @@ from contextlib import suppress
 from typing import Any
 
 from moe_dist.checkpoint.lock import RunLock
-from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.retention import to_remove
 from moe_dist.checkpoint.storage import LocalStorage, Storage, same_place, step_folder
+from moe_dist.checkpoint.storage.manifest import CheckpointError
 from moe_dist.config import CheckpointConfig
 
 CLAIM = ".writer.json"

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_dist.checkpoint.encryption import Keys
-from moe_dist.checkpoint.hashing import hash_file
-from moe_dist.checkpoint.manifest import STATE_FILE, CheckpointError, Manifest
 from moe_dist.checkpoint.shapes import moment_problems
 from moe_dist.checkpoint.storage import Storage, open_storage, step_folder
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.storage.hashing import hash_file
+from moe_dist.checkpoint.storage.manifest import STATE_FILE, CheckpointError, Manifest
 from moe_dist.checkpoint.trainer_state import check_trainer_state
 
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from moe_dist.checkpoint.lock import FILE, LAST_STEP
-from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.storage import LocalStorage, set_aside_name, step_folder
+from moe_dist.checkpoint.storage.manifest import CheckpointError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"

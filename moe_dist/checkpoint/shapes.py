@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_dist.checkpoint.manifest import Manifest
+from moe_dist.checkpoint.storage.manifest import Manifest
 from moe_dist.config import ModelConfig
 from moe_dist.models.shapes import logical_shapes
 

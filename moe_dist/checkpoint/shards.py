@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes
 from torch import Tensor
 
-from moe_dist.checkpoint.manifest import DTYPES, Box, CheckpointError, TensorEntry, box_key
 from moe_dist.checkpoint.storage import CHUNK, Buffer, Storage
+from moe_dist.checkpoint.storage.manifest import DTYPES, Box, CheckpointError, TensorEntry, box_key
 
 TORCH_DTYPES = {
     "F64": torch.float64,

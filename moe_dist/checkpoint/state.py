@@ -17,13 +17,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan as DistributedSavePlan
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from moe_dist.checkpoint.manifest import Box, CheckpointError, Manifest, TensorEntry
 from moe_dist.checkpoint.shapes import MODEL, OPTIMIZER, SAVE_WEIGHTS, wrong_moments, wrong_weights
 from moe_dist.checkpoint.shards import NAMES, TORCH_DTYPES, Piece, ShardReader
+from moe_dist.checkpoint.storage.manifest import Box, CheckpointError, Manifest, TensorEntry
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.logical import like_parameter
+from moe_dist.parallel.dtensor_layout import like_parameter
+from moe_dist.parallel.engines.fsdp import held_parameters
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.sharding import held_parameters
 
 NamedState = Iterable[tuple[str, str, list[Tensor], bool]]
 """(parameter name, key, tensors, whether they are one per expert) as `Optimizer.named_state` yields them."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moe_dist.checkpoint.manifest import CheckpointError, Manifest
+from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
 from moe_dist.config import Config
 
 Count = Annotated[int, Field(ge=0, le=2**53)]

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_dist.checkpoint.encryption import Keys, Seal
-from moe_dist.checkpoint.hashing import write_hashed
-from moe_dist.checkpoint.manifest import (
+from moe_dist.checkpoint.shards import Shard
+from moe_dist.checkpoint.storage import Buffer, Storage
+from moe_dist.checkpoint.storage.encryption import Keys, Seal
+from moe_dist.checkpoint.storage.hashing import write_hashed
+from moe_dist.checkpoint.storage.manifest import (
     STATE_FILE,
     Box,
     CheckpointError,
@@ -25,8 +27,6 @@ from moe_dist.checkpoint.manifest import (
     Strict,
     TensorEntry,
 )
-from moe_dist.checkpoint.shards import Shard
-from moe_dist.checkpoint.storage import Buffer, Storage
 from moe_dist.checkpoint.trainer_state import config_sha256
 
 logger = logging.getLogger("moe_dist")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, ModelConfig
-from moe_dist.config_checks import EXPERT_CHOICE
+from moe_dist.config.sections.model import EXPERT_CHOICE
 from moe_dist.models.permute import count_ids
 from moe_dist.models.precision import full, full_dtype
 from moe_dist.models.recompute import once

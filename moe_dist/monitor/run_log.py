@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config_loading import ConfigError
-from moe_dist.monitor.records import FailureRecord, LayerRecord, known
+from moe_dist.config import ConfigError
+from moe_dist.monitor.records import LayerRecord, known
 
 Row = dict[str, Any]
 MOST_ROWS = 2000
@@ -99,20 +99,6 @@ def read_run(folder: Path | str) -> RunLog:
     if not run.train:
         raise ConfigError(f"{path}: no step has been logged yet")
     return run
-
-
-def note_failure(folder: Path | str, reason: str) -> None:
-    """Write into the log of a run whose ranks are gone how they ended; nothing when there is no log to write to."""
-    path = Path(folder) / "metrics.jsonl"
-    if not path.is_file():
-        return
-    from moe_dist.monitor.sinks.jsonl import JsonlSink  # numpy and more, for the few runs that fail
-
-    sink = JsonlSink(path)
-    with suppress(OSError):  # a full disk may be why it failed
-        sink.failure(FailureRecord(reason))
-    with suppress(OSError):
-        sink.close()
 
 
 def _lines(path: Path, size: int) -> Iterator[bytes]:

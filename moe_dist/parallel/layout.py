@@ -14,8 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
 from moe_dist.models.counts import split_layers
 
 Axis = Literal["pp", "dp", "edp", "ep"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_dist.config import Config
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.mesh import Mesh
 

@@ -20,12 +20,12 @@ from moe_dist.data.split import split_corpus
 from moe_dist.data.streaming import StreamingPackedDataset
 from moe_dist.data.tokenizer import Tokenizer, load_tokenizer
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.clock import Clock
-from moe_dist.parallel.deepspeed import DeepSpeedEngine
-from moe_dist.parallel.gradients import Gradients
+from moe_dist.parallel.comm_timer import Clock
+from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
+from moe_dist.parallel.engines.fsdp import ShardedGradients, shard_parameters
+from moe_dist.parallel.engines.replicated import Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import parallelize
-from moe_dist.parallel.sharding import ShardedGradients, shard_parameters
 from moe_dist.train.optimizer import Optimizer, torch_optimizer
 
 logger = logging.getLogger("moe_dist")

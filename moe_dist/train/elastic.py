@@ -10,13 +10,12 @@ from collections.abc import Iterable, Iterator
 
 from pydantic import ValidationError
 
-from moe_dist.checkpoint.encryption import Keys
 from moe_dist.checkpoint.lock import Job, begun
-from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.reading import Found, locate, read_trainer_state
 from moe_dist.checkpoint.storage import open_storage
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.storage.manifest import CheckpointError
+from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.layout import Layout
 
 

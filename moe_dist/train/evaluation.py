@@ -13,8 +13,8 @@ import torch
 from moe_dist.data.batch import Batch
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.models.transformer import Transformer
+from moe_dist.parallel.engines.fsdp import reshard
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.sharding import reshard
 from moe_dist.train.loss import cross_entropy_sum
 from moe_dist.train.step import model_inputs
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from moe_dist.config import OptimizerConfig
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.gradients import Gradients
+from moe_dist.parallel.engines.fsdp import ShardedGradients, held_parameters, local
+from moe_dist.parallel.engines.replicated import Gradients
 from moe_dist.parallel.optimizer_state import at_rest
-from moe_dist.parallel.sharding import ShardedGradients, held_parameters, local
 
 
 class Optimizer:

@@ -13,18 +13,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from moe_dist.config import Config
 from moe_dist.models.counts import flops_per_token
-from moe_dist.monitor.profile_page import Operator, PartTime, Profile, RankProfile, write_page
 from moe_dist.monitor.rank_facts import PHASE_KEYS
-from moe_dist.parallel.clock import Clock
+from moe_dist.monitor.report.profile_page import Operator, PartTime, Profile, RankProfile, write_page
+from moe_dist.parallel.comm_timer import Clock
+from moe_dist.parallel.engines.fsdp import local
 from moe_dist.parallel.layout import layers_by_place
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.sharding import local
 from moe_dist.parallel.state_bytes import StateBytes, state_bytes
 from moe_dist.parallel.status import Status
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer
-from moe_dist.train.describe import layout_lines, sentence
-from moe_dist.train.ranges import REST, Part, Ranges, entered, saved_for_backward
+from moe_dist.train.profiler_ranges import REST, Part, Ranges, entered, saved_for_backward
+from moe_dist.train.run_summary import layout_lines, sentence
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.step import TrainStep
 

@@ -19,9 +19,10 @@ from moe_dist.models.auxiliary import LoadFacts
 from moe_dist.models.counts import expert_share, flops_per_token
 from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.devices import peak_flops
-from moe_dist.monitor.diagnosis import Diagnosis
 from moe_dist.monitor.expert_stats import imbalance_seconds
-from moe_dist.monitor.health import Finding
+from moe_dist.monitor.health.diagnosis import Diagnosis
+from moe_dist.monitor.health.rules import Finding
+from moe_dist.monitor.health.stragglers import Stragglers
 from moe_dist.monitor.rank_facts import (
     PHASE_KEYS,
     all_to_all_seconds,
@@ -39,11 +40,10 @@ from moe_dist.monitor.records import (
     TrainRecord,
 )
 from moe_dist.monitor.sinks import Sinks, build_sinks
-from moe_dist.monitor.stragglers import Stragglers
-from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.checkpointing import Counters
 from moe_dist.train.evaluation import Evaluation
-from moe_dist.train.persistence import Counters
 from moe_dist.train.step import StepResult
 from moe_dist.train.stopping import Stopping
 

@@ -13,10 +13,10 @@ from moe_dist.config import Config
 from moe_dist.data.batch import Batch
 from moe_dist.models.precision import full
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.deepspeed import DeepSpeedEngine
-from moe_dist.parallel.gradients import Gradients
+from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
+from moe_dist.parallel.engines.fsdp import ShardedGradients
+from moe_dist.parallel.engines.replicated import Gradients
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.sharding import ShardedGradients
 from moe_dist.parallel.status import Status
 from moe_dist.train.balance import Balancer
 from moe_dist.train.loss import cross_entropy_sum

@@ -23,22 +23,22 @@ from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.sinks import ConsoleSink
 from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel import proven
-from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.device import set_deterministic
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
-from moe_dist.train.acting import Acting
-from moe_dist.train.agreement import StopRequests, agree
+from moe_dist.train.auto_balance import Acting
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer, given
-from moe_dist.train.describe import causality_warning
+from moe_dist.train.checkpointing import Counters, Persistence
 from moe_dist.train.evaluation import evaluate, sample_text
 from moe_dist.train.first_step import FirstStep
-from moe_dist.train.opening import architecture_of, merge_config, one_of, run_info, take_run_folder
-from moe_dist.train.persistence import Counters, Persistence
-from moe_dist.train.place import own_place
+from moe_dist.train.init_distributed import own_place
+from moe_dist.train.rank_sync import StopRequests, agree
 from moe_dist.train.reporting import Reporter, sinks_of
 from moe_dist.train.result import TrainingResult
+from moe_dist.train.run_setup import architecture_of, merge_config, one_of, run_info, take_run_folder
+from moe_dist.train.run_summary import causality_warning
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.step import TrainStep
 from moe_dist.train.stopping import Pace, Stopping

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 
 Settings = Mapping[str, Any]
 """Values by `section.key`; `batch.` keys are of the micro-batches themselves (`Batches`)."""

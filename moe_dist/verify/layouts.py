@@ -12,8 +12,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from moe_dist.config import Config, ModelConfig, ParallelConfig
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError, ModelConfig, ParallelConfig
 
 SCHEDULES = get_args(ParallelConfig.model_fields["schedule"].annotation)
 RECOMPUTE = ("none", "full", "selective")

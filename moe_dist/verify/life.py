@@ -17,8 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
 from moe_dist.verify.features import LOW_PRECISION, Choice, choice, words_in_order
 from moe_dist.verify.layouts import Case, reason
 from moe_dist.verify.scenarios import Precision, Scenario, Smallness

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.proven import Proof

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from moe_dist import config_checks
-from moe_dist.config import Config, ParallelConfig
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import Config, ConfigError, ParallelConfig, checks
+from moe_dist.config.sections.model import check_model
+from moe_dist.config.sections.training import check_balance, check_optimizer, check_train
 from moe_dist.parallel.layout import Layout
 from moe_dist.verify.bugs import BUGS
 from moe_dist.verify.features import (
@@ -143,11 +143,11 @@ class Smallness:
         """Why the configuration's own rules do not allow it, or None. Quick: thousands are asked about."""
         try:
             config = self._put_together(scenario)
-            config_checks.check_model(config.model)
-            config_checks.check_train(config.train)
-            config_checks.check_balance(config.balance)
-            config_checks.check_optimizer(config.optimizer)
-            config_checks.check_sections(config)
+            check_model(config.model)
+            check_train(config.train)
+            check_balance(config.balance)
+            check_optimizer(config.optimizer)
+            checks.check_sections(config)
             Layout.of(config, self.world_size)
         except ValueError as error:  # a ConfigError is one
             return reason(error)

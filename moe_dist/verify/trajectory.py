@@ -20,19 +20,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.checkpoint.encryption import Keys
-from moe_dist.checkpoint.inspecting import Tensors
 from moe_dist.checkpoint.reading import Found, read_trainer_state, whole
 from moe_dist.checkpoint.storage import open_storage
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.tools.inspecting import Tensors
 from moe_dist.config import Config
 from moe_dist.models.precision import in_dtype
 from moe_dist.monitor.train_log import close_logging
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import step as step_module
 from moe_dist.train.trainer import MoETrainer
+from moe_dist.verify.injected_bugs import planted
 from moe_dist.verify.layouts import Case
 from moe_dist.verify.life import COLUMNS, STEPS, Life
-from moe_dist.verify.plants import planted
 from moe_dist.verify.scenarios import Smallness
 from moe_dist.verify.trial import DTYPES, difference, whole_tensors
 

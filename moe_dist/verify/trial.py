@@ -13,17 +13,17 @@ from torch import Tensor
 from moe_dist.config import Config
 from moe_dist.data.batch import Batch
 from moe_dist.models.precision import in_dtype
-from moe_dist.parallel.gradients import Gradients
-from moe_dist.parallel.logical import like_parameter, local_offset
+from moe_dist.parallel.dtensor_layout import like_parameter, local_offset
+from moe_dist.parallel.engines.fsdp import held_parameters, local
+from moe_dist.parallel.engines.replicated import Gradients
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.sharding import held_parameters, local
+from moe_dist.train import schedule
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_gradients, build_model, build_optimizer
 from moe_dist.train.evaluation import evaluate
-from moe_dist.train.schedule import learning_rate
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.features import Batches
-from moe_dist.verify.plants import planted
+from moe_dist.verify.injected_bugs import planted
 from moe_dist.verify.scenarios import COMPARED, NUM_STEPS, Precision
 
 ROWS = 2
@@ -177,7 +177,7 @@ def run_trial(
 ) -> Told:
     """Train on this rank's share of fixed global batches; every rank is told the same if replicas agree."""
     kind, rate = kind or Batches(), RATES[precision]
-    schedule = config.optimizer.model_copy(update={"learning_rate": rate, "min_learning_rate": rate / 10})
+    settings = config.optimizer.model_copy(update={"learning_rate": rate, "min_learning_rate": rate / 10})
     with planted(plant) if plant else nullcontext(), in_dtype(DTYPES[precision]):
         trial = Trial(config, mesh, kind.num_domains)
         told = Told(initial=trial.weights)
@@ -191,7 +191,7 @@ def run_trial(
                 told.evaluation.append(found.loss)
             with trial.unclipped() if step == 0 else nullcontext(told.gradients) as told.gradients:
                 batches = trial.share(micro_batches(config, num_micro_batches, step, kind))
-                result = trial.step(batches, step, learning_rate(schedule, step, NUM_STEPS))
+                result = trial.step(batches, step, schedule.learning_rate(settings, step, NUM_STEPS))
             told.losses.append(result.loss)
             told.norms.append(result.grad_norm)
             told.loads |= {f"{step}.{name}": facts for name, facts in trial.loads().items()}

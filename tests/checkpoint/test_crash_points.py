@@ -21,14 +21,14 @@ from typing import Any
 import pytest
 from saved import state
 
-from moe_dist.checkpoint.encryption import Keys
-from moe_dist.checkpoint.inspecting import tensors
 from moe_dist.checkpoint.lock import RunLock
 from moe_dist.checkpoint.manager import Checkpoints, Outcome
-from moe_dist.checkpoint.manifest import FILE, STATE_FILE
 from moe_dist.checkpoint.reading import Found, whole
 from moe_dist.checkpoint.shards import Piece, split
 from moe_dist.checkpoint.storage import Buffer, LocalStorage
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.storage.manifest import FILE, STATE_FILE
+from moe_dist.checkpoint.tools.inspecting import tensors
 from moe_dist.checkpoint.writing import Commit, Saving, Writer
 from moe_dist.config import CheckpointConfig
 from moe_dist.parallel.mesh import Mesh

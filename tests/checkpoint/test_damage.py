@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 from saved import canonical, copy_of, found_at, rewrite_manifest, shard_of, train, trained
 
-from moe_dist.checkpoint import manifest as manifests
-from moe_dist.checkpoint.flipping import Weights, flip, load
-from moe_dist.checkpoint.inspecting import digests
-from moe_dist.checkpoint.listing import listed
-from moe_dist.checkpoint.manifest import FILE, STATE_FILE, CheckpointError, from_text, to_text
 from moe_dist.checkpoint.reading import Found, whole
-from moe_dist.checkpoint.resharding import Keys, reshard
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.storage import manifest as manifests
+from moe_dist.checkpoint.storage.manifest import FILE, STATE_FILE, CheckpointError, from_text, to_text
+from moe_dist.checkpoint.tools.flipping import Weights, flip, load
+from moe_dist.checkpoint.tools.inspecting import digests
+from moe_dist.checkpoint.tools.listing import listed
+from moe_dist.checkpoint.tools.resharding import Keys, reshard
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from saved import SECRET, found_at, rewrite_manifest, shard_of, train, trained
 
-from moe_dist.checkpoint.encryption import CHUNK, Key, Keys, Seal, read_key
-from moe_dist.checkpoint.hashing import hash_file
-from moe_dist.checkpoint.inspecting import digests, tensors
-from moe_dist.checkpoint.manifest import FILE, STATE_FILE, CheckpointError
 from moe_dist.checkpoint.reading import read_trainer_state, whole
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.storage.encryption import CHUNK, Key, Keys, Seal, read_key
+from moe_dist.checkpoint.storage.hashing import hash_file
+from moe_dist.checkpoint.storage.manifest import FILE, STATE_FILE, CheckpointError
+from moe_dist.checkpoint.tools.inspecting import digests, tensors
 
 pytest.importorskip("cryptography", reason="encryption needs the package cryptography")
 
@@ -277,7 +277,7 @@ def test_reshard_replaces_the_key_and_verify_opens_the_seals(
 ) -> None:
     import sys
 
-    from launcher import commands
+    from launcher.cli import commands
 
     def say(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["moe-dist", "checkpoint", *map(str, words)])

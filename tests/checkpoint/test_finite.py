@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.shards import NAMES, Piece, Shard
+from moe_dist.checkpoint.storage.manifest import CheckpointError
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

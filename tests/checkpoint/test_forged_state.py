@@ -13,7 +13,7 @@ from blake3 import blake3
 from safetensors.torch import load_file, save_file
 from saved import rewrite_manifest, train, trained
 
-from moe_dist.checkpoint.manifest import CheckpointError
+from moe_dist.checkpoint.storage.manifest import CheckpointError
 from moe_dist.checkpoint.trainer_state import config_sha256
 
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.checkpoint.manifest import (
+from moe_dist.checkpoint.retention import to_remove
+from moe_dist.checkpoint.storage.manifest import (
     Box,
     CheckpointError,
     FileEntry,
@@ -23,7 +24,6 @@ from moe_dist.checkpoint.manifest import (
     from_text,
     to_text,
 )
-from moe_dist.checkpoint.retention import to_remove
 
 
 def tree(**changed: Any) -> dict[str, Any]:

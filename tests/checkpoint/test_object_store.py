@@ -22,15 +22,15 @@ import pytest
 from ranks import free_port
 from saved import MODEL, TEXTS, TRAINING, found_at, state, train, trained
 
-from launcher import commands
-from moe_dist.checkpoint.encryption import Keys
-from moe_dist.checkpoint.inspecting import digests
+from launcher.cli import commands
 from moe_dist.checkpoint.lock import RunLock
 from moe_dist.checkpoint.manager import Checkpoints
-from moe_dist.checkpoint.manifest import FILE, CheckpointError
-from moe_dist.checkpoint.object_storage import ObjectStorage
 from moe_dist.checkpoint.reading import whole
 from moe_dist.checkpoint.storage import CHUNK, open_storage
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.storage.manifest import FILE, CheckpointError
+from moe_dist.checkpoint.storage.object import ObjectStorage
+from moe_dist.checkpoint.tools.inspecting import digests
 from moe_dist.config import CheckpointConfig
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import MoETrainer

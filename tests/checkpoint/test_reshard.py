@@ -13,12 +13,12 @@ from ranks import run_ranks
 from saved import trainer_state
 from tiny import mesh_of, tiny_config
 
-from moe_dist.checkpoint.encryption import Keys
-from moe_dist.checkpoint.inspecting import digests, tensors
 from moe_dist.checkpoint.manager import Checkpoints
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.state import LogicalState
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.tools.inspecting import digests, tensors
 from moe_dist.config import Config
 from moe_dist.data.tokenizer import ByteTokenizer
 from moe_dist.train.evaluation import evaluate, sample_text

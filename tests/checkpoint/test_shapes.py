@@ -12,12 +12,12 @@ import torch
 from saved import MODEL, TEXTS, copy_of, found_at, rewrite_manifest, trained
 from tiny import micro_batches, tiny_config
 
-from moe_dist.checkpoint.encryption import Keys
-from moe_dist.checkpoint.listing import verdict
 from moe_dist.checkpoint.lock import Job
 from moe_dist.checkpoint.manager import Checkpoints, Outcome
 from moe_dist.checkpoint.state import LogicalState
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.tools.listing import verdict
 from moe_dist.checkpoint.trainer_state import config_sha256
 from moe_dist.config import CheckpointConfig
 from moe_dist.models.shapes import logical_shapes

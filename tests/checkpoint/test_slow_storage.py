@@ -13,10 +13,10 @@ import torch
 from saved import found_at, train, trained
 
 from moe_dist.checkpoint import manager, shards
-from moe_dist.checkpoint.encryption import Keys
-from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import read_trainer_state
 from moe_dist.checkpoint.storage import Buffer, LocalStorage
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.tools.inspecting import digests
 from moe_dist.config import CheckpointConfig
 from moe_dist.parallel.mesh import Mesh
 

@@ -13,13 +13,13 @@ from tiny import mesh_of
 
 from moe_dist.checkpoint import manager as manager_module
 from moe_dist.checkpoint.manager import Checkpoints, Outcome
-from moe_dist.checkpoint.manifest import CheckpointError
 from moe_dist.checkpoint.reading import whole
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.storage.manifest import CheckpointError
 from moe_dist.checkpoint.writing import Writer
 from moe_dist.config import CheckpointConfig
 from moe_dist.train import MoETrainer
-from moe_dist.train.persistence import Persistence
+from moe_dist.train.checkpointing import Persistence
 
 pytestmark = pytest.mark.dist
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.config_loading.vocabulary import vocabulary_needed
+from moe_dist.config.vocabulary import vocabulary_needed
 from moe_dist.data import ByteTokenizer, documents_from, load_tokenizer, pack
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from programs import Program, metrics
 
-from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.tools.inspecting import digests
 
 MODULE = '''
 import json
@@ -22,7 +22,7 @@ from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.models.attention import Attention
 from moe_dist.models.experts import Experts
 from moe_dist.parallel import dispatch
-from moe_dist.parallel.gradients import Gradients
+from moe_dist.parallel.engines.replicated import Gradients
 from moe_dist.train.optimizer import Optimizer
 
 happened = os.environ["DEATHS_HAPPENED"]  # a file with a byte for each

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.agent import Asked, Watch, _set_to_watch
+from launcher.supervise.agent import Asked, Watch, _set_to_watch
 
 
 def test_ranks_have_their_grace_when_a_machine_joins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import pytest
 from saved import copy_of, found_at, shard_of, trained
 
-from launcher import commands
-from moe_dist.checkpoint.inspecting import digests
+from launcher.cli import commands
 from moe_dist.checkpoint.lock import RunLock
-from moe_dist.checkpoint.resharding import cut
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.tools.inspecting import digests
+from moe_dist.checkpoint.tools.resharding import cut
 
 
 class Said(NamedTuple):
@@ -133,7 +133,7 @@ def test_one_changed_expert_is_the_only_difference(run: Path, tmp_path: Path, sa
     from safetensors.torch import load_file, save_file
     from saved import rewrite_manifest
 
-    from moe_dist.checkpoint.hashing import hash_file
+    from moe_dist.checkpoint.storage.hashing import hash_file
 
     other = copy_of(run, tmp_path / "other")
     shard = shard_of(other / "checkpoint-6")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 from programs import BIN, ONE_RANK, Program
 
-from moe_dist.config_loading import load_config
+from moe_dist.config import load_config
 
 DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "datasets", "numpy")

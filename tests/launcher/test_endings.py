@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from launcher.endings import Ended, verdict
+from launcher.supervise.exit_status import Ended, verdict
 
 LOST = "rank {}: RuntimeError: [pair.cc:537] Read error [127.0.0.1]:749: Connection reset by peer"
 BROKEN = "rank {}: ZeroDivisionError: the fuse was short"

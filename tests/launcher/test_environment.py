@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.environment import (
+from launcher.connect.environment import (
     Environment,
     detect,
     expand_nodes,
@@ -16,7 +16,7 @@ from launcher.environment import (
     this_job,
 )
 from moe_dist.checkpoint.lock import Job
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 
 TORCHRUN = {
     "RANK": "5",

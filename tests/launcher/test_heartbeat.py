@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from launcher import handshake
-from launcher.addresses import addresses
-from launcher.heartbeat import Hub, Peers, Spoke
+from launcher.connect import handshake
+from launcher.connect.addresses import addresses
+from launcher.supervise.heartbeat import Hub, Peers, Spoke
 
 
 @pytest.fixture

@@ -23,12 +23,12 @@ from programs import BIN, HARD_LIMIT, Program, write_config
 from ranks import free_port
 from typer.testing import CliRunner
 
-from launcher.agent import one_code, ranks
-from launcher.commands import run
-from launcher.environment import Environment, detect
-from launcher.kubernetes import MANIFESTS, overlays, render
-from launcher.launch_commands import app
-from moe_dist.config_loading import load_config
+from launcher.backends.kubernetes import MANIFESTS, overlays, render
+from launcher.cli.commands import run
+from launcher.cli.launch import app
+from launcher.connect.environment import Environment, detect
+from launcher.supervise.agent import one_code, ranks
+from moe_dist.config import load_config
 
 kube_check = pytest.importorskip("kube_check", reason="kubernetes-validate is not installed: pip install -e '.[dev]'")
 
@@ -306,7 +306,7 @@ def test_torchrun_and_the_ranks_understand_what_pods_are_told(name: str, monkeyp
     worlds, masters = set(), set()
     for node in range(2):
         words, env = words_of(objects, node, {})
-        assert words[:3] == ["python", "-m", "launcher.agent"]
+        assert words[:3] == ["python", "-m", "launcher.supervise.agent"]
         with monkeypatch.context() as pod:
             for key, value in env.items():
                 pod.setenv(key, value)

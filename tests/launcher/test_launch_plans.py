@@ -12,7 +12,7 @@ import pytest
 from conftest import Run
 from programs import Program, losses, write_config
 
-from launcher.torchrun import address_towards, interface_of
+from launcher.backends.torchrun import address_towards, interface_of
 
 DEMO = Path(__file__).parents[2] / "configs/demo.yaml"
 QUIET = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")}
@@ -41,7 +41,7 @@ def test_torchrun_on_one_machine() -> None:
     assert int(variables["OMP_NUM_THREADS"]) >= 1
     assert variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert words[:6] == [
-        *(sys.executable, "-m", "launcher.agent", "--nnodes=1", "--nproc-per-node=2"),
+        *(sys.executable, "-m", "launcher.supervise.agent", "--nnodes=1", "--nproc-per-node=2"),
         "--max-restarts=0",  # the demo saves at its end only
     ]
     assert words[-5:] == ["-m", "launcher", "train", str(DEMO), "train.max_steps=5"]

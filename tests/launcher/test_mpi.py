@@ -14,8 +14,8 @@ import pytest
 from conftest import Run
 from programs import BIN, FOREVER, Program, losses
 
-from launcher.mpi import started_by_mpi
-from moe_dist.config_loading import ConfigError
+from launcher.connect.mpi import started_by_mpi
+from moe_dist.config import ConfigError
 
 MPIRUN = BIN / "mpiexec"
 real = [

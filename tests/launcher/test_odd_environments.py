@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import names
-from launcher.environment import Environment, detect, from_slurm, given_batch, refuse_half_a_torchrun, this_job
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError
+from launcher.connect import host_names
+from launcher.connect.environment import Environment, detect, from_slurm, given_batch, refuse_half_a_torchrun, this_job
+from moe_dist.config import Config, ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 RANK = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -36,7 +35,7 @@ TASK = {
 )
 def test_thread_counts_as_openmp_takes_them(monkeypatch: pytest.MonkeyPatch, said: str, threads: int) -> None:
     """Seen red: a ValueError of int() for all but the first, or a thread count that torch cannot have."""
-    from launcher import process_groups
+    from launcher.connect import process_groups
 
     monkeypatch.setenv("OMP_NUM_THREADS", said)
     monkeypatch.setattr(process_groups, "usable_cores", lambda: 4)
@@ -79,11 +78,11 @@ def test_a_name_that_comes_later_is_waited_for(
         return []
 
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
-    monkeypatch.setattr(names, "EVERY", 0.0)
-    monkeypatch.setattr(names, "_POLL", 0.01)
+    monkeypatch.setattr(host_names, "EVERY", 0.0)
+    monkeypatch.setattr(host_names, "_POLL", 0.01)
     threading.Timer(0.1, known.set).start()
     began = time.monotonic()
-    names.wait_for_name("later", 60.0)
+    host_names.wait_for_name("later", 60.0)
     assert time.monotonic() - began < 50
     assert "waiting for a host named MASTER_ADDR=later (Name or service not known)" in capsys.readouterr().err
 
@@ -113,7 +112,7 @@ def test_closed_streams(tmp_path: Path, closed: str) -> None:
 
 _STREAMS = """
 import os, sys
-from launcher.cli import _have_streams
+from launcher.cli.main import _have_streams
 _have_streams()
 print("out"); print("err", file=sys.stderr); sys.stdout.flush(); sys.stderr.isatty(); sys.stdin.read(0)
 found = os.open(os.environ["SEEN"], os.O_CREAT | os.O_WRONLY)
@@ -125,17 +124,15 @@ def test_a_trial_of_a_sweep_finds_its_numbers_from_elsewhere(tmp_path: Path, mon
     """Ray's worker has a folder of its own. Seen red: `-` for every number of a sweep with a relative output_dir."""
     import json
 
-    from launcher import sweep_trial
+    from launcher.sweep import trial
 
     (tmp_path / "home" / "out").mkdir(parents=True)
     (tmp_path / "home" / "out" / "metrics.jsonl").write_text('{"kind": "train", "step": 3, "loss": 1.5}\n')
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     popen = subprocess.Popen
-    monkeypatch.setattr(
-        sweep_trial.subprocess, "Popen", lambda words, **kind: popen([sys.executable, "-c", ""], **kind)
-    )
+    monkeypatch.setattr(trial.subprocess, "Popen", lambda words, **kind: popen([sys.executable, "-c", ""], **kind))
     config = Config.model_validate({"train": {"output_dir": "out"}})
     result = tmp_path / "result.json"
-    sweep_trial.run(config, "digest", tmp_path / "log", result, lambda row: None, str(tmp_path / "home"))
+    trial.run(config, "digest", tmp_path / "log", result, lambda row: None, str(tmp_path / "home"))
     assert json.loads(result.read_text())["metrics"]["train"]["loss"] == 1.5

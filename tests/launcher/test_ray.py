@@ -19,13 +19,13 @@ import pytest
 from programs import BIN, Program, metrics, write_config
 from ray_cluster import Cluster, missing
 
-from launcher import agent
-from launcher.environment import ray_address
-from launcher.ray import Plan, Request, plan
-from moe_dist.checkpoint.inspecting import digests
+from launcher.backends.ray import Plan, Request, plan
+from launcher.connect.environment import ray_address
+from launcher.supervise import agent
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
-from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.checkpoint.tools.inspecting import digests
+from moe_dist.config import ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
@@ -137,7 +137,7 @@ def test_a_dry_run_says_it_all_and_does_not_load_ray() -> None:
     assert "ScalingConfig(num_workers=4, use_gpu=False, resources_per_worker={'CPU': 1})" in done.stdout
     assert "FailureConfig(max_failures=3)" in done.stdout
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "launcher.ray" in loaded
+    assert "launcher.backends.ray" in loaded
     assert not {"ray", "torch"} & loaded
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import Run
 from programs import losses
 
-from moe_dist.config_loading import load_config
+from moe_dist.config import load_config
 
 pytestmark = pytest.mark.dist
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import gate, handshake
-from launcher.gate import LOOPBACK, Gate, Tunnel
-from launcher.secret import job_secret
-from moe_dist.config_loading import ConfigError
+from launcher.connect import gate, handshake
+from launcher.connect.gate import LOOPBACK, Gate, Tunnel
+from launcher.connect.secret import job_secret
+from moe_dist.config import ConfigError
 
 SECRET = "a secret of some length"
 

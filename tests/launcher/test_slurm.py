@@ -17,9 +17,9 @@ import pytest
 from programs import BIN, losses, metrics, write_config
 from slurm_cluster import Cluster, missing
 
-from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.tools.inspecting import digests
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from programs import BIN
 
-from launcher import kubernetes, mpirun
-from launcher.slurm import Request, followed, plan
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError, load_config
+from launcher.backends import kubernetes, mpirun
+from launcher.backends.slurm import Request, followed, plan
+from moe_dist.config import Config, ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")

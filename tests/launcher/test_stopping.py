@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from programs import FOREVER, ONE_RANK, Program, metrics
 
-from launcher.processes import GRACE
-from moe_dist.checkpoint.inspecting import digests
+from launcher.supervise.processes import GRACE
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.tools.inspecting import digests
 from moe_dist.train.interrupts import APART
 
 pytestmark = pytest.mark.dist

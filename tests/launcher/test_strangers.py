@@ -22,7 +22,7 @@ from ranks import free_port
 
 pytestmark = [pytest.mark.dist, pytest.mark.launch, pytest.mark.slow]
 SECRET = "the secret of these machines"
-AGENT = (sys.executable, "-m", "launcher.agent")
+AGENT = (sys.executable, "-m", "launcher.supervise.agent")
 TRAIN = ("-m", "launcher", "train")
 Address = tuple[str, int]
 
@@ -77,7 +77,7 @@ def write_as_torch(address: Address, bomb: bytes) -> bool:
 def outside() -> str:
     """An address of this machine that others could reach."""
     for _, name in socket.if_nameindex():
-        from launcher.addresses import _of_interface
+        from launcher.connect.addresses import _of_interface
 
         address = _of_interface(name)
         if address and not address.startswith("127."):
@@ -118,7 +118,7 @@ def by_hand(config: Path, options: tuple[str, ...]) -> list[Program]:
 
 
 def _interface() -> str:
-    from launcher.addresses import interface_of
+    from launcher.connect.addresses import interface_of
 
     return interface_of(outside()) or ""
 

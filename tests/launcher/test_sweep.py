@@ -17,8 +17,8 @@ import pytest
 from programs import Program, metrics, write_config
 from ray_cluster import missing
 
-from launcher.sweep import TRIALS, Sweep, metric_of, plan, split_values, write_results, write_whole
-from moe_dist.config_loading import ConfigError
+from launcher.sweep.plan import TRIALS, Sweep, metric_of, plan, split_values, write_results, write_whole
+from moe_dist.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
@@ -111,7 +111,7 @@ def test_a_dry_run_names_the_trials_and_does_not_load_ray() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1] == "outputs/demo/learning_rate=1e-3_ep_size=2  (2 CPU)"
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "launcher.sweep" in loaded
+    assert "launcher.sweep.plan" in loaded
     assert not {"ray", "torch", "plotly"} & loaded
 
 

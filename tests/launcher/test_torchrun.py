@@ -16,7 +16,7 @@ from mortal import TORCHRUN, errors
 from programs import FOREVER, Program, metrics
 from ranks import free_port
 
-from launcher.agent import ranks
+from launcher.supervise.agent import ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.launch, pytest.mark.slow]
 LOCAL = ("moe-dist", "train")

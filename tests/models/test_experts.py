@@ -22,7 +22,7 @@ from moe_dist.models.experts import (
     grouped_swiglu,
     register_expert,
 )
-from moe_dist.models.memory import keep_freed_memory
+from moe_dist.models.malloc_tuning import keep_freed_memory
 from moe_dist.models.moe import MoE
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.config import ModelConfig
-from moe_dist.config_loading import load_config
+from moe_dist.config import ModelConfig, load_config
 from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer
 

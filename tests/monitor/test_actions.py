@@ -14,16 +14,15 @@ from run_files import complaint, load
 from tiny import mesh_of
 from torch import Tensor
 
-from moe_dist.checkpoint.changes import changes
-from moe_dist.config import BalanceConfig
-from moe_dist.config_loading import load_mapping
+from moe_dist.checkpoint.config_diff import changes
+from moe_dist.config import BalanceConfig, load_mapping
 from moe_dist.models.router import Router
-from moe_dist.monitor.actions import Policy, levers
-from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import layer_record, used_share
-from moe_dist.monitor.health import Health
+from moe_dist.monitor.health.actions import Policy, levers
+from moe_dist.monitor.health.doctor import findings
+from moe_dist.monitor.health.rules import Health
 from moe_dist.monitor.records import ActionRecord
-from moe_dist.monitor.report import write_report
+from moe_dist.monitor.report.page import write_report
 from moe_dist.monitor.run_log import read_run
 from moe_dist.train import MoETrainer
 

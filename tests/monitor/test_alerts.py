@@ -17,9 +17,9 @@ from promql import ALERTS, METRIC, dashboard, faults, panel_queries, rules
 from services import need
 
 from moe_dist.monitor.expert_stats import layer_record
-from moe_dist.monitor.health import collapse_limit, imbalance_limit
+from moe_dist.monitor.health.rules import collapse_limit, imbalance_limit
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, TrainRecord
-from moe_dist.monitor.sinks.snapshot import SnapshotSink
+from moe_dist.monitor.sinks.prometheus_metrics import SnapshotSink
 
 TESTS = Path(__file__).parent / "alerts_test.yml"
 

@@ -10,7 +10,7 @@ from moe_dist.models.auxiliary import LoadFacts
 from moe_dist.models.moe import MoE
 from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.expert_stats import layer_record, overall, used_share
-from moe_dist.monitor.health import Health, collapse_limit
+from moe_dist.monitor.health.rules import Health, collapse_limit
 
 LAYERS, EXPERTS, TOP_K, TOKENS, STEPS = 8, 16, 2, 128, 3
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from moe_dist.config_loading import config_reference
-from moe_dist.monitor.diagnosis import Diagnosis
-from moe_dist.monitor.doctor import findings, start_of
+from moe_dist.config import config_reference
 from moe_dist.monitor.expert_stats import layer_record
-from moe_dist.monitor.health import Finding
-from moe_dist.monitor.pace import straggler
+from moe_dist.monitor.health.diagnosis import Diagnosis
+from moe_dist.monitor.health.doctor import findings, start_of
+from moe_dist.monitor.health.pace import straggler
+from moe_dist.monitor.health.rules import Finding
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RanksRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.run_log import read_run
 from moe_dist.monitor.sinks import JsonlSink
@@ -304,7 +304,7 @@ def test_the_command(sick: Path, info: RunInfo, interval: Make, summary: RunSumm
 def test_the_command_is_quick_and_loads_no_torch(sick: Path) -> None:
     """Less than a second of work, and half of that is Python, the command line and the configuration."""
     code = (
-        "import sys, time; from launcher.commands import app\n"
+        "import sys, time; from launcher.cli.commands import app\n"
         "for words in (['doctor', sys.argv[1]], ['doctor', sys.argv[1], '--json']):\n"
         "    app(words, standalone_mode=False)\n"
         "heavy = {'torch', 'plotly', 'tensorboard', 'transformers', 'datasets'} & set(sys.modules)\n"
@@ -330,7 +330,7 @@ def test_a_run_that_fell_silent_is_no_running_run(sick: Path) -> None:
 
 
 def test_the_report_shows_the_same(sick: Path) -> None:
-    from moe_dist.monitor.report import write_report
+    from moe_dist.monitor.report.page import write_report
 
     page = write_report([sick]).read_text()
     for finding in findings(read_run(sick)):

@@ -14,11 +14,11 @@ from ranks import run_ranks
 from run_files import complaint, load
 from tiny import mesh_of
 
-from moe_dist.config_loading import load_mapping
+from moe_dist.config import load_mapping
 from moe_dist.data import ByteTokenizer, GlobalLoader, load_documents, pack, split_corpus
-from moe_dist.monitor.report import write_report
+from moe_dist.monitor.report.page import write_report
+from moe_dist.monitor.report.specialisation import specialisation
 from moe_dist.monitor.run_log import read_run
-from moe_dist.monitor.specialisation import specialisation
 from moe_dist.train import MoETrainer
 
 EXPERTS = 8

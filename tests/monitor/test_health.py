@@ -7,9 +7,9 @@ import statistics
 import numpy as np
 
 from moe_dist.config import BalanceConfig
-from moe_dist.monitor.actions import Policy, levers
 from moe_dist.monitor.expert_stats import layer_record
-from moe_dist.monitor.health import Health
+from moe_dist.monitor.health.actions import Policy, levers
+from moe_dist.monitor.health.rules import Health
 from moe_dist.monitor.records import LayerRecord
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from moe_dist.monitor import run_log
-from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import layer_record
+from moe_dist.monitor.health.doctor import findings
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, TrainRecord
 from moe_dist.monitor.run_log import read_run
 from moe_dist.monitor.sinks import JsonlSink

@@ -19,10 +19,10 @@ import pytest
 import yaml
 from promql import evaluate, series
 
-from moe_dist.config_loading import ConfigError
-from moe_dist.monitor.doctor import findings
-from moe_dist.monitor.health import Finding
-from moe_dist.monitor.report import write_report
+from moe_dist.config import ConfigError
+from moe_dist.monitor.health.doctor import findings
+from moe_dist.monitor.health.rules import Finding
+from moe_dist.monitor.report.page import write_report
 from moe_dist.monitor.run_log import read_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]

@@ -26,11 +26,11 @@ from services import need, serving
 
 from moe_dist.config import MonitorConfig, PrometheusConfig
 from moe_dist.monitor.expert_stats import layer_record, load_ratios, used_share
-from moe_dist.monitor.health import collapse_limit, imbalance_limit
+from moe_dist.monitor.health.rules import collapse_limit, imbalance_limit
 from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import JsonlSink, Sinks, build_sinks, prometheus
 from moe_dist.monitor.sinks.prometheus import PrometheusSink, PushgatewaySink
-from moe_dist.monitor.sinks.snapshot import (
+from moe_dist.monitor.sinks.prometheus_metrics import (
     CHECKPOINT_GAUGES,
     EVAL_GAUGES,
     LAYER_GAUGES,

@@ -26,8 +26,8 @@ from moe_dist.models.router import Routing
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.devices import peak_flops
-from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import imbalance_seconds, layer_record
+from moe_dist.monitor.health.doctor import findings
 from moe_dist.monitor.rank_facts import (
     PHASE_KEYS,
     all_to_all_seconds,
@@ -38,7 +38,7 @@ from moe_dist.monitor.rank_facts import (
 )
 from moe_dist.monitor.records import RanksRecord
 from moe_dist.monitor.run_log import read_run
-from moe_dist.parallel.clock import Clock
+from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.status import PHASES, Status
 from moe_dist.train import MoETrainer

@@ -19,15 +19,16 @@ import pytest
 from browser import browser
 from services import need
 
-from moe_dist.config_loading import ConfigError
-from moe_dist.monitor import figures
-from moe_dist.monitor.doctor import findings
+from moe_dist.config import ConfigError
 from moe_dist.monitor.expert_stats import layer_record, load_ratios
+from moe_dist.monitor.health.doctor import findings
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
-from moe_dist.monitor.report import write_report
-from moe_dist.monitor.run_log import note_failure, read_run
+from moe_dist.monitor.report import figures
+from moe_dist.monitor.report.page import write_report
+from moe_dist.monitor.report.starts import starts_table
+from moe_dist.monitor.run_log import read_run
 from moe_dist.monitor.sinks import JsonlSink
-from moe_dist.monitor.starts import starts_table
+from moe_dist.monitor.sinks.jsonl import note_failure
 
 Make = Callable[..., TrainRecord]
 EXPERTS = 8

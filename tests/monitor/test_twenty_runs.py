@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_dist.monitor.doctor import findings
 from moe_dist.monitor.expert_stats import layer_record
-from moe_dist.monitor.health import Finding
+from moe_dist.monitor.health.doctor import findings
+from moe_dist.monitor.health.rules import Finding
 from moe_dist.monitor.records import EvalRecord, LayerRecord, RunInfo, TrainRecord
 from moe_dist.monitor.run_log import read_run
 from moe_dist.monitor.sinks import JsonlSink

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from tiny import micro_batches
 
-from moe_dist.parallel.sharding import ShardedGradients
+from moe_dist.parallel.engines.fsdp import ShardedGradients
 from moe_dist.verify.trial import Trial
 
 pytestmark = pytest.mark.dist

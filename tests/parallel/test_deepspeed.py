@@ -17,7 +17,7 @@ from parity import TOLERANCE
 from ranks import run_ranks
 from tiny import mesh_of, micro_batches, tiny_config
 
-from moe_dist.config_loading import ConfigError
+from moe_dist.config import ConfigError
 from moe_dist.models.experts import Expert
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.verify.trial import Trial, difference

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dist.checkpoint.lock import Job
-from moe_dist.checkpoint.manifest import CheckpointError
-from moe_dist.config_loading import ConfigError
+from moe_dist.checkpoint.storage.manifest import CheckpointError
+from moe_dist.config import ConfigError
 from moe_dist.monitor.records import ActionRecord
 from moe_dist.parallel.exchange import as_error, as_failure, decode, encode
 from moe_dist.verify.layouts import Case

@@ -17,7 +17,7 @@ from ranks import run_ranks
 
 from moe_dist.models.experts import Expert
 from moe_dist.models.precision import in_dtype
-from moe_dist.parallel.gradients import Gradients
+from moe_dist.parallel.engines.replicated import Gradients
 from moe_dist.verify.trial import Told, deviations
 
 COUNT = 8

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moe_dist.parallel.hang import MOURNING, Sighting, judge
+from launcher.supervise.hang import MOURNING, Sighting, judge
 from moe_dist.parallel.status import SLOT, Place, Status, read, read_sign
 
 LIMIT = 60.0

@@ -17,7 +17,7 @@ from ranks import run_ranks
 from tiny import mesh_of, micro_batches
 from torch import Tensor
 
-from moe_dist.config_loading import load_mapping
+from moe_dist.config import load_mapping
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import MoETrainer
 from moe_dist.verify.trial import Trial, difference

@@ -11,9 +11,9 @@ from tiny import mesh_of, micro_batches, tiny_config
 from torch import Tensor
 
 from moe_dist.config import Config
-from moe_dist.parallel.deepspeed import DeepSpeedEngine
+from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
+from moe_dist.parallel.engines.fsdp import local
 from moe_dist.parallel.layout import Layout
-from moe_dist.parallel.sharding import local
 from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.verify.trial import Trial
 

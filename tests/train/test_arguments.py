@@ -11,9 +11,9 @@ import pytest
 from run_files import get
 from test_python_api import MODEL, real_arguments
 
-from moe_dist.config_loading import FIELDS, ConfigError
+from moe_dist.config import FIELDS, ConfigError
 from moe_dist.train import MoETrainer
-from moe_dist.train.arguments import NOT_FOR_US
+from moe_dist.train.hf_arguments import NOT_FOR_US
 
 NOT_GENERIC: dict[str, Any] = {
     "output_dir": "elsewhere",

@@ -12,9 +12,8 @@ from saved import rewrite_manifest
 from tiny import mesh_of
 
 from moe_dist.checkpoint.lock import Job
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError, load_mapping
-from moe_dist.monitor.sinks.fan_out import Sinks
+from moe_dist.config import Config, ConfigError, load_mapping
+from moe_dist.monitor.sinks.multi_sink import Sinks
 from moe_dist.parallel.layout import Layout
 from moe_dist.train import MoETrainer
 from moe_dist.train.elastic import replan

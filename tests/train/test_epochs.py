@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe_dist.config import OptimizerConfig, TrainConfig
-from moe_dist.monitor.sinks.fan_out import Sinks
+from moe_dist.monitor.sinks.multi_sink import Sinks
 from moe_dist.train import MoETrainer
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.stopping import Pace, Stopping

@@ -9,7 +9,7 @@ import pytest
 from ranks import run_ranks
 from tiny import mesh_of
 
-from moe_dist.config_loading import load_mapping
+from moe_dist.config import load_mapping
 from moe_dist.train import MoETrainer
 
 pytestmark = pytest.mark.dist

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from launcher.layout_report import decay_groups
+from launcher.cli.layout_table import decay_groups
 from moe_dist.config import Config
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh

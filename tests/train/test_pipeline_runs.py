@@ -13,8 +13,8 @@ from ranks import run_ranks
 from tiny import mesh_of
 from torch import Tensor, nn
 
-from moe_dist.config_loading import load_mapping
-from moe_dist.parallel.sharding import local
+from moe_dist.config import load_mapping
+from moe_dist.parallel.engines.fsdp import local
 from moe_dist.train import MoETrainer
 from moe_dist.train.step import StepResult, TrainStep
 

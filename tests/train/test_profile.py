@@ -17,15 +17,15 @@ from tiny import mesh_of, micro_batches, tiny_config
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from moe_dist.config_loading import load_mapping
+from moe_dist.config import load_mapping
 from moe_dist.models.experts import Expert
 from moe_dist.models.moe import LocalDispatcher
-from moe_dist.monitor.profile_page import terminal_lines
-from moe_dist.parallel.clock import Clock
+from moe_dist.monitor.report.profile_page import terminal_lines
+from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.train.build import build_model
+from moe_dist.train.profiler_ranges import Part, Ranges, entered, saved_for_backward
 from moe_dist.train.profiling import run_profile
-from moe_dist.train.ranges import Part, Ranges, entered, saved_for_backward
 from moe_dist.train.step import model_inputs
 
 SLEEP = 0.02

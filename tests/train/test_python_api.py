@@ -16,8 +16,7 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from moe_dist.config import LaunchConfig, ModelConfig
-from moe_dist.config_loading import ConfigError, load_config, load_mapping
+from moe_dist.config import ConfigError, LaunchConfig, ModelConfig, load_config, load_mapping
 from moe_dist.data.packing import PackedDataset
 from moe_dist.models.experts import Expert
 from moe_dist.models.transformer import Transformer

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from saved import MODEL, TEXTS, TRAINING
 
-from launcher.layout_report import print_report
-from moe_dist.checkpoint.changes import micro_batch_change
-from moe_dist.config_loading import load_mapping
+from launcher.cli.layout_table import print_report
+from moe_dist.checkpoint.config_diff import micro_batch_change
+from moe_dist.config import load_mapping
 from moe_dist.train import MoETrainer
 
 

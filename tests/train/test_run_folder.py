@@ -12,8 +12,8 @@ import pytest
 from test_saving import TEXTS, TREE, run, steps
 
 from moe_dist.checkpoint import run_folder
-from moe_dist.config_loading import ConfigError
-from moe_dist.monitor.sinks.fan_out import Sinks
+from moe_dist.config import ConfigError
+from moe_dist.monitor.sinks.multi_sink import Sinks
 from moe_dist.train import MoETrainer
 from moe_dist.train import trainer as trainer_module
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
+from moe_dist.checkpoint.tools.inspecting import digests
 from moe_dist.checkpoint.writing import Writer
 from moe_dist.config import Config
-from moe_dist.monitor.sinks.fan_out import Sinks
+from moe_dist.monitor.sinks.multi_sink import Sinks
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import MoETrainer
 from moe_dist.train import trainer as trainer_module
-from moe_dist.train.persistence import Persistence
+from moe_dist.train.checkpointing import Persistence
 from moe_dist.train.trainer import TrainingResult
 from moe_dist.verify.trajectory import ScriptedTrainer
 

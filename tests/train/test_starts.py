@@ -10,7 +10,7 @@ from test_saving import TEXTS, TREE, run, steps
 
 from moe_dist.checkpoint.lock import Job
 from moe_dist.train import MoETrainer
-from moe_dist.train.persistence import Persistence
+from moe_dist.train.checkpointing import Persistence
 
 FIRST = Job(("job=1",))
 LATER = Job(("job=1",), ("job=1",))

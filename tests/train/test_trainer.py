@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from moe_dist.checkpoint.inspecting import digests
 from moe_dist.checkpoint.reading import locate
 from moe_dist.checkpoint.storage import LocalStorage
-from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.checkpoint.tools.inspecting import digests
+from moe_dist.config import ConfigError, load_config
 from moe_dist.train import MoETrainer
 from moe_dist.train.trainer import TrainingResult
 

@@ -14,12 +14,12 @@ from ranks import GROUP_TIMEOUT, _sets, run_ranks
 from tiny import mesh_of
 from torch.distributed import distributed_c10d
 
-from moe_dist.config_loading import load_config
+from moe_dist.config import load_config
 from moe_dist.verify.bugs import _OF_FEATURES, _OF_LAYOUTS, _OF_LIVES, BUGS
 from moe_dist.verify.cases import choose, named_case
 from moe_dist.verify.features import LOW_PRECISION, ONCE
+from moe_dist.verify.injected_bugs import PLANTS, REACHED
 from moe_dist.verify.life import Life
-from moe_dist.verify.plants import PLANTS, REACHED
 from moe_dist.verify.run import Verifier
 from moe_dist.verify.scenarios import Scenario, Smallness
 from moe_dist.verify.verdicts import Verdict

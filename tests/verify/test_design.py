@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 
-from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.config import ConfigError, load_config
 from moe_dist.verify import features
 from moe_dist.verify.cases import choose, named_case
 from moe_dist.verify.design import Designer, values_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.config_loading import load_config
+from moe_dist.config import load_config
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.verify.run import Verifier
 from moe_dist.verify.verdicts import Report

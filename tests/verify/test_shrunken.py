@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from moe_dist.config import Config
-from moe_dist.config_loading import load_config
+from moe_dist.config import Config, load_config
 from moe_dist.verify.bugs import BUGS
 from moe_dist.verify.layouts import Case, shrunken
 from moe_dist.verify.scenarios import Scenario, Smallness

@@ -16,9 +16,7 @@ import torch
 from ranks import run_ranks
 from tiny import mesh_of
 
-from moe_dist import config_checks
-from moe_dist.config import Config
-from moe_dist.config_loading import ConfigError, load_config
+from moe_dist.config import Config, ConfigError, checks, load_config
 from moe_dist.models.experts import Expert
 from moe_dist.models.recompute import is_recomputing
 from moe_dist.verify.cases import choose
@@ -139,8 +137,10 @@ def test_every_replica_is_looked_at() -> None:
 
 def test_a_bug_that_is_not_seen_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     """One process has no expert parallelism to go wrong: green with the bug, so exit code 5 and no praise."""
-    from launcher.environment import detect
-    from launcher.worker import EXIT_UNSEEN, Proof, verify
+    from launcher.connect.environment import detect
+    from launcher.connect.exit_codes import EXIT_UNSEEN
+    from launcher.connect.rank_job import Proof
+    from launcher.rank.worker import verify
 
     assert (
         verify(run_file("demo.yaml", "parallel.ep_size=1"), detect(), Proof("ep1-zero0", "expert_gradient_times_ep"))
@@ -233,7 +233,7 @@ def test_what_fails_is_made_small() -> None:
 
 
 def without_the_refusal(layouts: str) -> tuple[bool, Any]:
-    with patch.object(config_checks, "check_pipeline", lambda config: None):
+    with patch.object(checks, "check_pipeline", lambda config: None):
         return outcomes(run_file("demo.yaml"), [(layouts, None)])[0]
 
 

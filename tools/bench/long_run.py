@@ -25,12 +25,12 @@ from moe_dist.monitor.sinks.jsonl import JsonlSink
 READ = """
 import json, re, sys, time
 started = time.perf_counter()
-from moe_dist.monitor.doctor import findings
+from moe_dist.monitor.health.doctor import findings
 from moe_dist.monitor.run_log import read_run
 if sys.argv[2] == "doctor":
     told = len(findings(read_run(sys.argv[1])))
 else:
-    from moe_dist.monitor.report import write_report
+    from moe_dist.monitor.report.page import write_report
     told = write_report([sys.argv[1]]).stat().st_size
 # Not ru_maxrss, which begins with what the process that started this one had.
 peak = int(re.search("VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024

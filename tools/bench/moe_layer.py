@@ -29,7 +29,7 @@ from torch import Tensor
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.auxiliary import LoadFacts
-from moe_dist.models.memory import keep_freed_memory
+from moe_dist.models.malloc_tuning import keep_freed_memory
 from moe_dist.models.moe import MoE
 
 PEERS = ("hf_eager", "hf_grouped_mm", "our_loop")

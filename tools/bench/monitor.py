@@ -31,7 +31,7 @@ from moe_dist.models.auxiliary import LoadBalance, LoadFacts
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import Routing
 from moe_dist.monitor.collector import Collector
-from moe_dist.monitor.health import Health
+from moe_dist.monitor.health.rules import Health
 from moe_dist.monitor.records import RunInfo, TrainRecord
 from moe_dist.monitor.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from moe_dist.monitor.sinks.prometheus import PrometheusSink

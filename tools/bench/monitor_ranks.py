@@ -25,10 +25,10 @@ from typing import Any
 
 import torch.multiprocessing as multiprocessing
 
-from launcher.environment import detect
-from launcher.process_groups import connected
-from launcher.watchdog import Watchdog
-from moe_dist.config_loading import load_mapping
+from launcher.connect.environment import detect
+from launcher.connect.process_groups import connected
+from launcher.supervise.watchdog import Watchdog
+from moe_dist.config import load_mapping
 from moe_dist.train import MoETrainer
 
 NUM_RANKS = 2

@@ -8,8 +8,8 @@ from typing import TextIO
 from moe_dist.config import MonitorConfig
 from moe_dist.monitor.sinks.base import Sink
 from moe_dist.monitor.sinks.console import ConsoleSink
-from moe_dist.monitor.sinks.fan_out import Sinks
 from moe_dist.monitor.sinks.jsonl import JsonlSink
+from moe_dist.monitor.sinks.multi_sink import Sinks
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
 
 __all__ = ["ConsoleSink", "JsonlSink", "Sink", "Sinks", "TensorBoardSink", "build_sinks"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe_dist.monitor.health import conditions, is_saturated
+from moe_dist.monitor.health.rules import conditions, is_saturated
 from moe_dist.monitor.records import TrainRecord
 
 CELLS = 1_200_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,15 @@ def _cut_torn_line(path: Path) -> None:
         keep = start + tail.rfind(b"\n") + 1
         if keep < end:
             file.truncate(keep)
+
+
+def note_failure(folder: Path | str, reason: str) -> None:
+    """Write into the log of a run whose ranks are gone how they ended; nothing when there is no log to write to."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        return
+    sink = JsonlSink(path)
+    with suppress(OSError):  # a full disk may be why it failed
+        sink.failure(FailureRecord(reason))
+    with suppress(OSError):
+        sink.close()

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 from moe_dist.config import MonitorConfig
 from moe_dist.monitor.records import RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks.http_server import BoundedServer, guarded, read_token, tls_context
-from moe_dist.monitor.sinks.snapshot import SnapshotSink
+from moe_dist.monitor.sinks.prometheus_metrics import SnapshotSink
 
 logger = logging.getLogger(__name__)
 

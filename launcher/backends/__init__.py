@@ -1,0 +1,1 @@
+"""One file for each way to start: here, torchrun, Slurm, Kubernetes, Ray, MPI."""

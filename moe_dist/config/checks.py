@@ -1,0 +1,161 @@
+"""What no field can say alone: combinations of keys that cannot work, each refused in one line.
+
+`tree` calls these once every section is valid. A message begins with the key to change, as
+`key=value: ` or `key: `: by it `reading` finds the file or override where that key was written.
+"""
+
+from __future__ import annotations
+
+from moe_dist.config.deepspeed import check_deepspeed
+from moe_dist.config.sections.all import Sections
+from moe_dist.config.sections.model import EXPERT_CHOICE, divisors
+from moe_dist.versions import too_old_to_split_backward
+
+
+def check_sections(config: Sections) -> Sections:
+    """Sections that contradict each other."""
+    model, parallel, checkpoint = config.model, config.parallel, config.checkpoint
+    if checkpoint.metric_for_best_model is not None:
+        save, evaluate = checkpoint.save_steps, config.train.eval_steps
+        if not save or not evaluate or save % evaluate:
+            raise ValueError(
+                f"checkpoint.metric_for_best_model={checkpoint.metric_for_best_model}: needs train.eval_steps="
+                f"{evaluate} above 0 and checkpoint.save_steps={save} to be a multiple of it"
+            )
+    check_routing(config)
+    if parallel.ep_size > 1 and model.num_experts % parallel.ep_size:
+        raise ValueError(
+            f"parallel.ep_size={parallel.ep_size}: must divide model.num_experts={model.num_experts} "
+            f"(allowed: {divisors(model.num_experts)})"
+        )
+    if parallel.ep_size > 1 and not model.moe_layers:
+        raise ValueError(f"parallel.ep_size={parallel.ep_size}: the model has no expert layer; allowed: 1")
+    check_deepspeed(config)
+    if parallel.shard_size is not None:
+        size, ep_size = parallel.shard_size, parallel.ep_size
+        if not parallel.zero_stage:
+            raise ValueError(
+                f"parallel.shard_size={size}: nothing is sharded with parallel.zero_stage=0; allowed: 1, 2, 3"
+            )
+        if size % ep_size and ep_size % size:
+            raise ValueError(f"parallel.shard_size={size}: a multiple or a divisor of parallel.ep_size={ep_size}")
+    if parallel.cpu_offload and (parallel.zero_stage != 3 or config.launch.device == "cpu"):
+        raise ValueError("parallel.cpu_offload=true: needs parallel.zero_stage=3 and a CUDA device")
+    if parallel.zero_stage and config.optimizer.optim == "adafactor":
+        raise ValueError(
+            f"optimizer.optim=adafactor: its row and column means need whole matrices, which parallel.zero_stage="
+            f"{parallel.zero_stage} cuts; allowed: adamw_torch_fused, adamw_torch, sgd, or parallel.zero_stage=0"
+        )
+    check_pipeline(config)
+    if config.data.max_seq_length > model.max_position_embeddings:
+        raise ValueError(
+            f"data.max_seq_length={config.data.max_seq_length}: at most "
+            f"model.max_position_embeddings={model.max_position_embeddings}"
+        )
+    if config.launch.backend == "nccl" and config.launch.device == "cpu":
+        raise ValueError("launch.backend=nccl: NCCL needs launch.device=cuda; use gloo on CPU")
+    if config.train.early_stopping_patience and not config.train.eval_steps:
+        raise ValueError("train.early_stopping_patience: needs train.eval_steps > 0")
+    check_held_out(config)
+    return config
+
+
+def check_routing(config: Sections) -> None:
+    """Options of routing that the router and the experts can have."""
+    model, balance = config.model, config.balance
+    if balance.fallback_expert is not None and balance.fallback_expert >= max(1, model.num_experts):
+        raise ValueError(
+            f"balance.fallback_expert={balance.fallback_expert}: below model.num_experts={model.num_experts} "
+            "(experts count from 0)"
+        )
+    if model.router == EXPERT_CHOICE:
+        for key in ("bias_update_rate", "capacity_factor", "fallback_expert"):
+            if getattr(balance, key) not in (None, 0.0):
+                raise ValueError(
+                    f"balance.{key}={getattr(balance, key)}: with model.router={EXPERT_CHOICE} every expert takes as "
+                    "many tokens as it has places, the best first; leave it out, or take model.router=topk"
+                )
+
+
+def check_held_out(config: Sections) -> None:
+    """Something to evaluate on where evaluations are asked for, and an end of a stream, whose length nobody knows."""
+    data, train = config.data, config.train
+    if train.eval_steps and data.validation_path is None:
+        key = f"train.eval_steps={train.eval_steps}: "
+        if data.streaming:
+            raise ValueError(f"{key}nothing is held out of a stream (data.streaming=true); set data.validation_path")
+        if not data.validation_split:
+            raise ValueError(
+                f"{key}nothing is held out; set data.validation_path or data.validation_split=0.05, or eval_steps=0"
+            )
+    if data.streaming and train.max_steps < 0 and train.max_time is None:
+        raise ValueError(
+            f"train.max_steps={train.max_steps}: data.streaming=true has no length for num_train_epochs="
+            f"{train.num_train_epochs} to end the run or shape the schedule by; set train.max_steps or train.max_time"
+        )
+
+
+def check_pipeline(config: Sections) -> None:
+    """Stages that the layers fill, micro-batches that the schedule can run, and options it computes rightly."""
+    model, parallel, train = config.model, config.parallel, config.train
+    pp_size, schedule, stages = parallel.pp_size, parallel.schedule, parallel.stages
+    if pp_size == 1:
+        if stages is not None:
+            raise ValueError(f"parallel.stages={stages}: needs parallel.pp_size above 1")
+        return
+    num_layers, num_stages = model.num_hidden_layers, parallel.num_stages
+    if stages is not None and len(stages) != num_stages:
+        several = "; or 3, 4, ... times pp_size" if schedule == "interleaved_1f1b" else ""
+        raise ValueError(
+            f"parallel.stages={stages}: {len(stages)} stages, parallel.schedule={schedule} on parallel.pp_size="
+            f"{pp_size} ranks has {num_stages}{several}"
+        )
+    if stages is not None and sum(stages) != num_layers:
+        raise ValueError(f"parallel.stages={stages}: {sum(stages)} layers, model.num_hidden_layers={num_layers}")
+    if num_stages > num_layers:
+        raise ValueError(
+            f"parallel.pp_size={pp_size}: parallel.schedule={schedule} has {num_stages} stages of at least one layer, "
+            f"model.num_hidden_layers={num_layers}"
+        )
+    if model.tie_word_embeddings:
+        raise ValueError(
+            f"model.tie_word_embeddings=true: with parallel.pp_size={pp_size} the embedding is on the first stage and "
+            "the head on the last; set it to false"
+        )
+    _check_micro_batches(pp_size, schedule, num_stages, train.gradient_accumulation_steps)
+    splits_backward = schedule in ("zero_bubble", "dualpipe_v")
+    if splits_backward and (torch := too_old_to_split_backward()):
+        raise ValueError(
+            f"parallel.schedule={schedule}: PyTorch {torch} cannot run it; allowed: gpipe, 1f1b, interleaved_1f1b, or "
+            "PyTorch 2.13 or newer"
+        )
+    if splits_backward and train.pure_bf16:
+        raise ValueError(
+            f"train.pure_bf16=true: parallel.schedule={schedule} computes weight gradients apart, where they are not "
+            "summed in float32; use train.bf16, or gpipe, 1f1b, interleaved_1f1b"
+        )
+    if train.torch_compile:
+        raise ValueError(f"train.torch_compile=true: not with parallel.pp_size={pp_size}")
+    if parallel.shard_size is not None:
+        raise ValueError(f"parallel.shard_size={parallel.shard_size}: not with parallel.pp_size={pp_size}")
+    if parallel.cpu_offload:
+        raise ValueError(f"parallel.cpu_offload=true: not with parallel.pp_size={pp_size}")
+    if parallel.zero_stage == 2:
+        raise ValueError(
+            f"parallel.zero_stage=2: with parallel.pp_size={pp_size} gradients are reduced after the last micro-batch, "
+            "which is stage 1; allowed: 0, 1, 3"
+        )
+    if parallel.zero_stage == 3 and splits_backward:
+        raise ValueError(
+            f"parallel.zero_stage=3: parallel.schedule={schedule} needs whole parameters between a stage's forward and "
+            "backward; allowed: 0, 1, or gpipe, 1f1b, interleaved_1f1b"
+        )
+
+
+def _check_micro_batches(pp_size: int, schedule: str, num_stages: int, count: int) -> None:
+    key = f"train.gradient_accumulation_steps={count}: parallel.schedule={schedule} on parallel.pp_size={pp_size} ranks"
+    least = {"gpipe": 1, "zero_bubble": 2 * pp_size - 1, "dualpipe_v": num_stages}.get(schedule, pp_size)
+    if count < least:
+        raise ValueError(f"{key} needs at least {least} micro-batches")
+    if schedule == "interleaved_1f1b" and count % pp_size:
+        raise ValueError(f"{key} needs a multiple of {pp_size} micro-batches")

@@ -1,0 +1,1 @@
+"""The sections of a run file, each with what its keys must agree on."""

@@ -1,0 +1,212 @@
+"""Where and how it runs: layout, checkpoints, what is watched, ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from moe_dist.config.paths import Folder, PathText, expand
+from moe_dist.config.sections.base import (
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+)
+
+
+def read_deepspeed_config(raw: Any) -> Any:
+    """`parallel` as written, with the path of a DeepSpeed file replaced by what the file holds."""
+    path = raw.get("deepspeed_config") if isinstance(raw, Mapping) else None
+    if not isinstance(path, (str, os.PathLike)):
+        return raw
+    try:
+        file = Path(expand(os.fspath(path)))
+        content = json.loads(file.read_text("utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"deepspeed_config={path}: cannot be read ({error.strerror})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"deepspeed_config={path}: not a JSON file ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"deepspeed_config={path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"deepspeed_config={path}: a JSON object, as DeepSpeed takes it")
+    return {**raw, "deepspeed_config": content}
+
+
+def check_checkpoint(checkpoint: CheckpointConfig) -> CheckpointConfig:
+    """The best of what."""
+    if checkpoint.load_best_model_at_end and checkpoint.metric_for_best_model is None:
+        raise ValueError("load_best_model_at_end=true: say by what, metric_for_best_model=eval_loss")
+    return checkpoint
+
+
+def check_prometheus(prometheus: PrometheusConfig) -> PrometheusConfig:
+    """A certificate and its key."""
+    if (prometheus.tls_certificate is None) != (prometheus.tls_key is None):
+        there, missing = ("tls_key", "tls_certificate") if prometheus.tls_key else ("tls_certificate", "tls_key")
+        raise ValueError(f"{there}={getattr(prometheus, there)}: https needs {missing} beside it")
+    return prometheus
+
+
+class ParallelConfig(Section):
+    """How ranks share the work: world = pp_size x edp x ep_size, and dp = edp x ep_size."""
+
+    ep_size: Positive = 1
+    """Expert parallelism: ranks over which the experts of a layer are spread."""
+    pp_size: Positive = 1
+    """Pipeline parallelism: ranks over which the layers are spread, in stages of consecutive layers."""
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "dualpipe_v"] = "1f1b"
+    """Order in which a pipeline's ranks run micro-batches forward and backward (pp_size above 1)."""
+    stages: list[Positive] | None = None
+    """Number of layers of each stage, from the first to the last; default: balanced by arithmetic, then by size."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """0: every replica holds everything; 1: optimizer state is sharded over replicas; 2: gradients; 3: parameters."""
+    shard_size: Positive | None = None
+    """Shard inside groups of this many replicas and replicate across them (hybrid sharding); default: all replicas."""
+    cpu_offload: bool = False
+    """Keep sharded parameters, gradients and optimizer state in host memory (CUDA, zero_stage 3)."""
+    elastic: bool = False
+    """On another number of ranks than before, or than the layout fits: choose one that keeps the global batch."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """What shards: PyTorch's FSDP2, or the DeepSpeed package (zero_stage 1 or 2); see docs/deepspeed.md."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """DeepSpeed: keep float32 weights and optimizer state in host memory."""
+    deepspeed_config: PathText | dict[str, Any] | None = None
+    """DeepSpeed: a JSON file of your own, or its content; what contradicts our keys is refused."""
+
+    _read_deepspeed_file = model_validator(mode="before")(read_deepspeed_config)
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Stages on each rank: one, or two or more where the schedule wants several short ones."""
+        if self.pp_size == 1 or self.schedule in ("gpipe", "1f1b"):
+            return 1
+        if self.schedule == "interleaved_1f1b" and self.stages is not None:
+            return max(2, len(self.stages) // self.pp_size)
+        return 2
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole pipeline."""
+        return self.pp_size * self.stages_per_rank
+
+
+class CheckpointConfig(Section):
+    """State to disk."""
+
+    save_steps: NonNegative = 0
+    """Save every this many steps; 0: only at the end."""
+    save_at_end: bool = True
+    """Save the last step."""
+    save_total_limit: Positive | None = None
+    """Keep at most this many checkpoints: the newest, or with metric_for_best_model the best (and the newest)."""
+    keep_every: NonNegative = 0
+    """Besides, keep steps that are multiples of this; 0: none."""
+    metric_for_best_model: Literal["eval_loss"] | None = None
+    """What makes a checkpoint good; default: its age."""
+    greater_is_better: bool = False
+    """Whether more of that metric is better."""
+    load_best_model_at_end: bool = False
+    """End with the weights of the best checkpoint."""
+    folder: PathText | None = None
+    """Where checkpoints go: a folder or a URL such as s3://bucket/run; default: output_dir."""
+    background: bool = True
+    """Write while training goes on; false: training waits until a checkpoint is committed."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """A save is due and the one before is still being written: wait for it, or leave this one out."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """A save that fails: warn and try again at the next one, or stop. The last one must succeed either way."""
+    encryption_key: PathText | list[PathText] | None = None
+    """Seal checkpoints (AES-256-GCM) with 32 bytes from a file or `env:NAME`; of a list the first seals, all open."""
+    signing_key: PathText | None = None
+    """Sign manifests (Ed25519) with 32 bytes from a file or `env:NAME`; go on from checkpoints alone that it signed."""
+    resume: PathText = "auto"
+    """`auto`: the newest checkpoint that verifies, if any; `never`: start afresh; a step, or a checkpoint's path."""
+    load_optimizer: bool = True
+    """Take the optimizer's moments from the checkpoint, too; false: go on from its weights, router bias, counters and
+    place in the data, with moments that start afresh. For the first start of a job, as `resume`."""
+    allow_config_change: bool = False
+    """Go on although keys differ from the checkpoint's that change what is computed."""
+
+    _best_has_a_metric = model_validator(mode="after")(check_checkpoint)
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _a_step_is_a_number(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
+    @property
+    def encryption_keys(self) -> list[str]:
+        """Sources of keys, the sealing one first."""
+        keys = self.encryption_key
+        return [] if keys is None else [keys] if isinstance(keys, str) else keys
+
+
+class PrometheusConfig(Section):
+    """Metrics for a Prometheus server."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Serve /metrics on this port, or the next free one; 0: any free port; null: no server."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: every network of the machine."""
+    bearer_token: PathText | None = None
+    """Who asks for /metrics must send this token: a file that holds it, or `env:NAME`; null: anybody may ask."""
+    tls_certificate: Folder | None = None
+    """Serve by https: PEM file of the certificate, with those above it; needs tls_key."""
+    tls_key: Folder | None = None
+    """PEM file of its private key."""
+    per_expert: Literal["full", "layer", "top"] = "full"
+    """Series per expert: every expert, none (layers only), or the hottest and coldest four of each layer."""
+    pushgateway: str | None = None
+    """URL of a Pushgateway that gets the metrics at every logging interval and at the end."""
+
+    _tls_is_whole = model_validator(mode="after")(check_prometheus)
+
+
+class MonitorConfig(Section):
+    """Facts to people."""
+
+    logging_steps: Positive = 10
+    """Steps between logged lines; facts cost one reduction per interval."""
+    detail_steps: Positive | None = None
+    """Steps between two lines with every expert and every rank; null: every line at first, ever fewer as a run with
+    many experts goes on (docs/metrics.md)."""
+    tensorboard: bool = True
+    """Write TensorBoard events to tb/."""
+    progress: Literal["auto", "live", "plain", "none"] = "auto"
+    """Console: a live line on a terminal, plain lines elsewhere, or nothing."""
+    peak_flops: PositiveFloat | None = None
+    """Floating-point operations per second of one device, for the MFU: 989e12 for an H100 in bfloat16; null: that
+    of the device where it is known, else no MFU."""
+    stall_timeout: PositiveFloat = 60.0
+    """Seconds in which no rank has moved after which a run counts as hung: it is said whom the others wait for, and all
+    ranks end; from the first step on. What may be slow is given longer, a cut link less (docs/running.md)."""
+    prometheus: PrometheusConfig = Field(default_factory=PrometheusConfig)
+    """Metrics for a Prometheus server."""
+
+
+class LaunchConfig(Section):
+    """How ranks are started."""
+
+    nproc_per_node: Positive = 1
+    """Ranks started on this machine by `moe-dist train`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device; auto takes CUDA where there is one."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Collective library; auto: gloo for CPU, NCCL for CUDA."""
+    timeout: PositiveFloat = 120.0
+    """Seconds after which a collective that does not finish is an error."""
+    max_restarts: NonNegative = 3
+    """A rank is lost: start again from the newest checkpoint, this often in a row without getting further (if
+    checkpoint.save_steps is set)."""
+    grace_period: PositiveFloat = 30.0
+    """Seconds the ranks have, once asked to stop, to finish their step and save it."""
+    num_threads: NonNegative = 0
+    """CPU threads per rank; 0: cores divided by ranks."""
+    master_port: NonNegative = 0
+    """Port of the rendezvous on this machine; 0: a free one."""

@@ -1,0 +1,231 @@
+"""How it is trained: steps, optimizer, balance of the experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from moe_dist.config.paths import Folder
+from moe_dist.config.sections.base import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+)
+
+
+def check_train(train: TrainConfig) -> TrainConfig:
+    """One precision, and something that ends the run."""
+    if train.bf16 and train.pure_bf16:
+        raise ValueError("pure_bf16=true: choose one of bf16 (autocast) and pure_bf16")
+    if train.torch_compile and train.gradient_checkpointing != "none":
+        raise ValueError(
+            "torch_compile=true: nothing is compiled where activations are recomputed; set "
+            f"gradient_checkpointing=none (it is {train.gradient_checkpointing}), or torch_compile=false"
+        )
+    if train.max_steps == 0:
+        raise ValueError("max_steps=0: a positive number, or -1 for num_train_epochs")
+    if train.max_steps < 0 and train.num_train_epochs is None and train.max_time is None:
+        raise ValueError("num_train_epochs=null: nothing ends the run; set it, max_steps or max_time")
+    return train
+
+
+def check_optimizer(optimizer: OptimizerConfig) -> OptimizerConfig:
+    """A schedule that goes down."""
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        raise ValueError(
+            f"min_learning_rate={optimizer.min_learning_rate}: at most learning_rate={optimizer.learning_rate}"
+        )
+    return optimizer
+
+
+def check_balance(balance: BalanceConfig) -> BalanceConfig:
+    """A bias that is used where it moves; automatic actions that have something to raise, and room to."""
+    if balance.bias_update_rate and balance.use_selection_bias is False:
+        raise ValueError(
+            f"use_selection_bias=false: bias_update_rate={balance.bias_update_rate:g} would move a bias that nothing "
+            "uses; set it to 0, or use_selection_bias=auto"
+        )
+    if balance.act == "off":
+        return balance
+    if not balance.bias_update_rate and (not balance.aux_loss_coef or balance.freeze_router):
+        raise ValueError(
+            f"act={balance.act}: nothing to raise; set bias_update_rate (1e-3)"
+            + ("" if balance.freeze_router else ", or router_aux_loss_coef (0.01)")
+        )
+    for key, bound, value in (
+        ("act_max_bias_update_rate", balance.act_max_bias_update_rate, balance.bias_update_rate),
+        ("act_max_aux_loss_coef", balance.act_max_aux_loss_coef, balance.aux_loss_coef),
+    ):
+        if value > bound:
+            start = key.replace("act_max_", "").replace("aux", "router_aux")
+            raise ValueError(f"{key}={bound:g}: at least {start}={value:g}, from which it is raised")
+    return balance
+
+
+class TrainConfig(Section):
+    """The loop. Names are those of `TrainingArguments`."""
+
+    output_dir: Folder = Path("outputs/run")
+    """Run folder: config.yaml, metrics.jsonl, train.log, logs/, tb/, checkpoint-<step>/."""
+    seed: NonNegative = 42
+    """Seed of weights, data order, dropout and sampling."""
+    per_device_train_batch_size: Positive = 8
+    """Sequences in one micro-batch of one rank."""
+    per_device_eval_batch_size: Positive | None = None
+    """Sequences in one evaluation batch of one rank; default: as in training."""
+    gradient_accumulation_steps: Positive = 1
+    """Micro-batches per rank in one optimizer step."""
+    max_steps: int = Field(default=-1, ge=-1)
+    """Optimizer steps; -1: as num_train_epochs says."""
+    num_train_epochs: PositiveFloat | None = 1.0
+    """Passes over the data when max_steps is -1; null: max_time alone ends the run."""
+    max_time: PositiveFloat | None = None
+    """Seconds of training after which the run ends cleanly, whatever the steps; the schedule follows."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the global gradient norm to this; 0: measure only."""
+    bf16: bool = False
+    """Compute in bfloat16 (autocast), weights in float32; the router always computes in float32."""
+    pure_bf16: bool = False
+    """Weights and gradients in bfloat16, float32 master weights in the optimizer."""
+    fp16: Literal[False] = False
+    """Not offered: half precision needs loss scaling; use bf16."""
+    label_smoothing_factor: Fraction = 0.0
+    """Mass spread over the vocabulary in the loss."""
+    gradient_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in backward: whole blocks, or attention only. Routing is never recomputed."""
+    torch_compile: bool = False
+    """Compile the dense part of every block."""
+    deterministic: bool = False
+    """Only deterministic kernels: two runs are bitwise equal."""
+    eval_steps: NonNegative = 0
+    """Evaluate every this many steps; 0: only at the end."""
+    eval_batches: Positive | None = None
+    """Evaluate on at most this many batches, all ranks together; default: the whole validation set."""
+    early_stopping_patience: NonNegative = 0
+    """Stop after this many evaluations without improvement; 0: never."""
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    """Improvement smaller than this does not count."""
+    divergence_loss: PositiveFloat | None = None
+    """Stop when the training loss is above this ..."""
+    divergence_epochs: NonNegativeFloat = 0.0
+    """... after this many epochs."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A NaN or infinite loss or gradient: stop before the optimizer step, or skip the step and count it."""
+    max_nonfinite_steps: Positive = 10
+    """With `skip`, stop after this many skipped steps in a row."""
+    sample_tokens: NonNegative = 0
+    """Generate this many tokens before and after training, for the eye."""
+    sample_prompt: str = "def "
+    """Start of the generated text; empty: the start of a document."""
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _a_folder_has_a_name(cls, value: Any) -> Any:
+        if isinstance(value, (str, Path)) and not str(value).strip():
+            raise ValueError("a folder; '.' is this one")
+        return value
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _accept_true_and_false(cls, value: Any) -> Any:
+        return {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+    _one_precision_and_an_end = model_validator(mode="after")(check_train)
+
+
+class OptimizerConfig(Section):
+    """Optimizer and learning-rate schedule."""
+
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"] = "adamw_torch_fused"
+    """Optimizer, by its `TrainingArguments` name: the same algorithm with the same defaults."""
+    learning_rate: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    min_learning_rate: NonNegativeFloat = 0.0
+    """Floor the schedule decays to."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = "cosine"
+    """Shape after warm-up."""
+    num_cycles: Positive = 1
+    """Restarts of cosine_with_restarts."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up, however long they take."""
+    warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Warm-up as a share of the run, of its steps or of max_time, whichever is further; warmup_steps wins when both are
+    set."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decay of matrices, decoupled from the gradient (with sgd: added to it); norms and biases are never decayed."""
+    adam_beta1: Probability = 0.9
+    """AdamW: decay of the first moment."""
+    adam_beta2: Probability = 0.999
+    """AdamW: decay of the second moment."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """AdamW: epsilon."""
+    momentum: Probability = 0.0
+    """SGD: momentum; 0 as `TrainingArguments` has it."""
+
+    _floor_below_peak = model_validator(mode="after")(check_optimizer)
+
+
+class BalanceConfig(Section):
+    """Keeping every expert busy."""
+
+    use_auxiliary_loss: bool = True
+    """Switch for the load-balancing loss."""
+    router_aux_loss_coef: NonNegativeFloat = 0.01
+    """Weight of the load-balancing loss of each layer (1.0 = balanced), summed over layers."""
+    aux_loss_scope: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
+    """Tokens over which load is counted: each micro-batch, each sequence, or the whole global batch."""
+    router_z_loss_coef: NonNegativeFloat = 0.0
+    """Weight of the squared log-sum-exp of router logits, mean over tokens, summed over layers."""
+    bias_update_rate: NonNegativeFloat = 0.0
+    """Auxiliary-loss-free balancing: step of the selection bias per optimizer step; 0: the bias stays as it is."""
+    use_selection_bias: Literal["auto", True, False] = "auto"
+    """Choose experts by score plus selection bias; `auto`: where it moves or is not zero; false: by score alone."""
+    capacity_factor: PositiveFloat | None = None
+    """Places per expert and micro-batch = factor x fair share, in order; null: drop no token."""
+    freeze_router: bool = False
+    """Router weights are not trained."""
+    expert_dropout: Probability = 0.0
+    """Probability that a token's contribution from one expert is dropped in training."""
+    router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Multiply router inputs by uniform noise in [1 - jitter, 1 + jitter] in training."""
+
+    router_temperature: PositiveFloat = 1.0
+    """Divide router logits by this: above 1 the choice is softer, below 1 sharper; not in training alone."""
+    router_temperature_steps: NonNegative = 0
+    """Optimizer steps in which router_temperature moves to 1, linearly; 0: it stays as it is."""
+    fallback_expert: NonNegative | None = None
+    """A token whose router logits are NaN or infinite goes to this expert alone, and is counted; null: its output is
+    NaN, and train.on_nonfinite decides."""
+    act: Literal["off", "log", "on"] = "off"
+    """Experts stay dead, a layer collapsed or unbalanced: double its bias_update_rate, then its router_aux_loss_coef,
+    step by step, and take it back when it is well; `log`: only say so."""
+    act_max_bias_update_rate: PositiveFloat = 1e-2
+    """`act` raises bias_update_rate to this at most."""
+    act_max_aux_loss_coef: PositiveFloat = 0.1
+    """`act` raises router_aux_loss_coef to this at most."""
+    act_cooldown: Positive = 5
+    """Logging intervals between two changes of a layer, and without trouble before one is taken back."""
+
+    @field_validator("act", mode="before")
+    @classmethod
+    def _accept_true_and_false(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML's on and off
+
+    _something_to_act_with = model_validator(mode="after")(check_balance)
+
+    @property
+    def aux_loss_coef(self) -> float:
+        return self.router_aux_loss_coef if self.use_auxiliary_loss else 0.0
+
+    @property
+    def use_bias(self) -> bool | None:
+        """Whether the selection bias is used; None: if it is not zero."""
+        if self.use_selection_bias == "auto":
+            return True if self.bias_update_rate else None
+        return self.use_selection_bias

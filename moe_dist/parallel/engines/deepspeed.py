@@ -1,0 +1,260 @@
+"""The DeepSpeed package as engine: ZeRO 1 and 2 shard gradients and optimizer state of our model over our groups.
+
+DeepSpeed (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054) reduces gradients, holds one flat partition of
+them and of the optimizer's state on each rank, updates it and gathers the weights. Routing, dispatch, the loss, the
+global norm and clipping stay ours. Dense parameters are partitioned over dp, experts over edp.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.config import Config, ConfigError
+from moe_dist.config.deepspeed import deepspeed_settings
+from moe_dist.models.transformer import Transformer
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.optimizer_state import at_rest
+
+BuildOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+class DeepSpeedEngine:
+    """`Gradients` and `Optimizer` in one, both done by DeepSpeed.
+
+    `build_optimizer` gets parameter groups and makes the torch optimizer that DeepSpeed then gives its partitions to.
+    Raises ConfigError where the package is missing, or with one process.
+    """
+
+    def __init__(self, model: Transformer, config: Config, mesh: Mesh, build_optimizer: BuildOptimizer) -> None:
+        if mesh.sparse is None:
+            raise ConfigError("parallel.engine=deepspeed: needs two ranks or more; allowed for one process: torch")
+        deepspeed = import_deepspeed(mesh.device)
+        self.mesh, self.stage = mesh, config.parallel.zero_stage
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.expert_names = model.expert_parameter_names() & self.parameters.keys()
+        self.held: list[tuple[str, str, Tensor]] = []
+        self.section = ExitStack()
+        self._register_groups()
+        groups = self._parameter_groups(model.decayed_names(), config.optimizer.weight_decay)
+        self.engine, self.zero_optimizer, *_ = deepspeed.initialize(
+            model=_Shell(model, has_experts=bool(self.expert_names)),
+            optimizer=build_optimizer(groups),
+            config=deepspeed_settings(config),
+        )
+        self._create_state()
+
+    def _register_groups(self) -> None:
+        """Our process groups under the names DeepSpeed looks for, so that it makes none of its own."""
+        from deepspeed.utils import groups
+
+        assert self.mesh.sparse is not None
+        assert self.mesh.dense is not None
+        self.group_name = f"ep_size_{self.mesh.layout.ep_size}"
+        groups._WORLD_GROUP = self.mesh.dense.get_group("dp")  # one pipeline stage: the world is dp
+        for axis, registered, ranks in (
+            ("ep", groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS),
+            ("edp", groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS),
+        ):
+            group = self.mesh.sparse.get_group(axis)
+            registered.clear()
+            ranks.clear()
+            registered[self.group_name] = group
+            ranks[self.group_name] = torch.distributed.get_process_group_ranks(group)
+
+    def _parameter_groups(self, names: set[str], weight_decay: float) -> list[dict[str, Any]]:
+        """Those with these names decay, the rest does not; experts in groups of their own, partitioned over edp."""
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+        for name in self.expert_names:
+            marked: Any = self.parameters[name]
+            marked.allreduce, marked.group_name = False, self.group_name
+        decayed = [p for name, p in self.parameters.items() if name in names]
+        others = [p for name, p in self.parameters.items() if name not in names]
+        groups = [
+            {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
+            {"params": others, "weight_decay": 0.0, "name": "not decayed"},
+        ]
+        return [group for group in split(groups) if group["params"]]
+
+    # --- as Gradients ---
+
+    def zero(self) -> None:
+        """Forget gradients, also those of a step that was skipped."""
+        zero = self.zero_optimizer
+        zero.zero_grad(set_to_none=True)
+        for index in range(len(zero.bit16_groups)):
+            zero.averaged_gradients[index] = zero.all_grad_tensors[index] = None
+        zero.micro_step_id = -1
+        if zero.cpu_offload:
+            zero.reset_cpu_buffers()
+            zero._offload_accumulated_param_ids.clear()
+
+    def before_backward(self, is_last: bool) -> None:
+        """Stage 1 reduces once, after the last micro-batch, in the order of parameters; stage 2 as gradients come."""
+        if self.stage == 2:
+            self.engine.set_gradient_accumulation_boundary(is_last)
+        elif not self.engine.inside_no_sync_ctxt:
+            self.section.enter_context(self.engine.coalesce_grad_reduction())
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch. The loss is already divided by the tokens of the global batch."""
+        self.engine.backward(self.engine(loss), scale_wrt_gas=False)
+
+    def reduce(self) -> None:
+        """Sum over replicas into this rank's partitions."""
+        if self.stage == 1:
+            for parameter in self.parameters.values():  # all ranks must reduce the same
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.section.close()
+
+    @property
+    def partitions(self) -> list[Tensor]:
+        """This rank's parts of the reduced gradients; padding is zero."""
+        zero = self.zero_optimizer
+        if zero.cpu_offload:
+            return [partition.grad for partition in zero.single_partition_of_fp32_groups]
+        return [part for index in range(len(zero.bit16_groups)) for part in zero.averaged_gradients[index]]
+
+    def norm(self) -> Tensor:
+        """L2 norm over every logical parameter once, 0-dim float64, the same number on every rank.
+
+        Partitions of dp and of edp x ep ranks hold every element exactly once.
+        """
+        squares = torch.stack(torch._foreach_norm(self.partitions)).double().square().sum()
+        return self.mesh.sum_over("dp", squares.to(self.mesh.device)).sqrt()
+
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        """Scale all gradients so that their global norm is at most `max_norm`."""
+        parts = self.partitions
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
+        torch._foreach_mul_(parts, factor.to(parts[0].device))
+
+    @property
+    def logical(self) -> dict[str, Tensor]:
+        """Whole gradients by name, gathered (collective); for looking at, not for training."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: safe_get_full_grad(parameter) for name, parameter in self.parameters.items()}
+
+    views = logical
+
+    # --- as Optimizer ---
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.zero_optimizer.param_groups:
+            group["lr"] = rate
+
+    def step(self) -> None:
+        """Update this rank's partitions, then gather the weights."""
+        # Called once an optimizer step; DeepSpeed counts calls, and would update at every second one with two
+        # accumulation steps.
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.step()
+
+    @torch.no_grad()
+    def _create_state(self) -> None:
+        """The state of no step yet, as `Optimizer` has it."""
+        zero = self.zero_optimizer
+        kept = [partition.grad for partition in zero.single_partition_of_fp32_groups]
+        for partition in zero.single_partition_of_fp32_groups:
+            partition.grad = torch.zeros_like(partition)
+        with at_rest(zero.optimizer):
+            zero.optimizer.step()
+        for partition, gradient in zip(zero.single_partition_of_fp32_groups, kept, strict=True):
+            partition.grad = gradient
+
+    def named_state(self) -> Iterator[tuple[str, str, list[Tensor], bool]]:
+        """As `Optimizer.named_state`, but copies, whole on every rank (collective); `follow_masters` puts them back."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        self.held = []
+        self._link_state()
+        for name, parameter in self.parameters.items():
+            flat, state = self._state_of(parameter)
+            for key, value in state.items():
+                whole = value.shape == flat.shape
+                copy = safe_get_full_optimizer_state(parameter, key) if whole else value.clone()
+                self.held.append((name, key, copy))
+                yield name, key, [copy], False
+
+    @torch.no_grad()
+    def follow_masters(self) -> None:
+        """After a checkpoint was read into the model's weights and `named_state`: take over both."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self.zero_optimizer.refresh_fp32_params()
+        for name, key, value in self.held:
+            flat, state = self._state_of(self.parameters[name])
+            if state[key].shape == flat.shape:
+                safe_set_full_optimizer_state(self.parameters[name], value, key)
+            else:
+                state[key].copy_(value)
+        self.held = []
+
+    def _link_state(self) -> None:
+        """Let DeepSpeed find each parameter's part of the state. It does so itself when only the first of several
+        groups of parameters has been updated, and never again."""
+        self.zero_optimizer._hp_optimizer_states_linked = False
+        self.zero_optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _state_of(self, parameter: nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
+        """The flat partition a parameter's group has on this rank, and its state."""
+        zero = self.zero_optimizer
+        index = zero._get_param_group_idx(parameter)
+        flat = zero.single_partition_of_fp32_groups[index]
+        return flat, zero.optimizer.state[flat]
+
+
+class _Shell(nn.Module):
+    """What DeepSpeed takes for the model: it holds the parameters, and "forward" hands the loss through.
+
+    DeepSpeed needs its engine's forward pass only to see a backward pass coming. Experts are known to it by a module
+    of its class `MoE` somewhere in the model; ours is an empty one.
+    """
+
+    def __init__(self, model: Transformer, has_experts: bool) -> None:
+        from deepspeed.moe.layer import MoE
+
+        class Marker(MoE):
+            def __init__(self) -> None:
+                nn.Module.__init__(self)
+                self.num_experts = 1
+
+            def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+                """The groups are registered already."""
+
+        super().__init__()
+        self.model = model
+        if has_experts:
+            self.marker = Marker()
+
+    def forward(self, loss: Tensor) -> Tensor:
+        return loss
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The package, quiet, on our device, without operators that it would compile and we would not use."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists, but the device is chosen already
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        import deepspeed
+    except ModuleNotFoundError as error:
+        if error.name != "deepspeed":
+            raise
+        raise ConfigError(
+            "parallel.engine=deepspeed: the package is missing; pip install 'moe-dist[deepspeed]', or set torch"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})  # probing them would run the compiler
+    return deepspeed

@@ -1,0 +1,359 @@
+"""The run's state on disk: what is saved and when, what a run goes on from, and what may differ."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_dist.checkpoint.config_diff import GLOBAL_BATCH, changes, global_batch, micro_batch_change
+from moe_dist.checkpoint.manager import Checkpoints, Loaded, Outcome, check_room
+from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.run_folder import move_earlier_run
+from moe_dist.checkpoint.state import LogicalState
+from moe_dist.checkpoint.storage import open_storage, same_place, step_folder
+from moe_dist.checkpoint.storage.manifest import STATE_FILE, CheckpointError
+from moe_dist.config import Config
+from moe_dist.data.identity import difference
+from moe_dist.data.loader import GlobalLoader
+from moe_dist.models.counts import parameter_counts
+from moe_dist.models.transformer import Transformer
+from moe_dist.monitor.train_log import open_log
+from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.state_bytes import moments
+from moe_dist.train.auto_balance import Acting
+from moe_dist.train.build import Datasets
+from moe_dist.train.optimizer import Optimizer
+from moe_dist.train.run_setup import RunPlace, write_config
+from moe_dist.train.step import StepResult
+from moe_dist.train.stopping import Pace, Stopping
+
+logger = logging.getLogger("moe_dist")
+
+
+@dataclass
+class Counters:
+    """What a run has done so far, over all its starts."""
+
+    step: int = 0
+    """Optimizer steps finished."""
+    tokens: int = 0
+    """Tokens consumed, all ranks."""
+    skipped: int = 0
+    """Steps skipped for a non-finite loss or gradient."""
+    elapsed: float = 0.0
+    """Seconds of training."""
+    initial_loss: float | None = None
+    """Loss of the first step ever."""
+    final_loss: float | None = None
+    """Loss of the last step that had one."""
+    saves_failed: int = 0
+    """Checkpoints that could not be committed."""
+
+    def add(self, result: StepResult) -> None:
+        """One more step."""
+        self.step += 1
+        self.tokens += result.num_tokens
+        self.skipped += result.skipped
+        if self.initial_loss is None and result.num_labels:
+            self.initial_loss = result.loss
+        if result.num_labels and math.isfinite(result.loss):
+            self.final_loss = result.loss
+
+
+class Persistence:
+    """Saves and restores model, optimizer, data position, schedules and counters; the same calls on every rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        model: Transformer,
+        optimizer: Optimizer | DeepSpeedEngine,
+        loader: GlobalLoader,
+        stopping: Stopping,
+        acting: Acting,
+        place: RunPlace,
+        datasets: Datasets,
+        alive: Callable[[], None],
+    ) -> None:
+        """`alive` is called while a save that training waits for makes progress."""
+        self.config, self.mesh, self.model, self.optimizer = config, mesh, model, optimizer
+        self.loader, self.stopping, self.acting, self._alive = loader, stopping, acting, alive
+        checkpoint = config.checkpoint
+        storage = open_storage(checkpoint.folder or config.train.output_dir)
+        self.place = place
+        self._corpus: dict[str, Any] = mesh.ask_rank_zero(lambda: datasets.identities(config.num_evaluated))
+        self.checkpoints = Checkpoints(
+            storage,
+            mesh,
+            checkpoint,
+            place.run,
+            place.generation,
+            place.lock,
+            config.parallel.zero_stage,
+            place.load_optimizer,
+            place.earlier,
+        )
+        self.saved_step = -1
+        """Step of the last save begun, or of the checkpoint the run goes on from."""
+        self.goes_on_from: str | None = None
+        """The checkpoint that this start goes on from, for people."""
+        self._goes_on_after = -1
+        """Step of the checkpoint in the run's own place that it goes on from; -1: from none of those."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether this run saves at all."""
+        return bool(self.config.checkpoint.save_steps or self.config.checkpoint.save_at_end)
+
+    def _state(self) -> LogicalState:
+        return LogicalState(self.model, self.optimizer.named_state(), self.mesh)
+
+    # ---- going on
+
+    def restore(self, counters: Counters, message: Callable[[str], None]) -> None:
+        """Go on from what `checkpoint.resume` names, or leave everything as it is when there is nothing.
+
+        On disk nothing is changed before `begin`. `message` tells people on rank 0. Raises CheckpointError on every
+        rank, before any weight has changed.
+        """
+        resume = self.place.resume
+        found = None if resume == "never" else self.checkpoints.find(resume, self._warn)
+        owner = self.checkpoints.owner
+        if found is not None:
+            loaded = self._go_on_from(found, counters, message)
+            self.goes_on_from = str(found)
+            if same_place(found.storage, owner.storage):
+                owner.run, self._goes_on_after = loaded.manifest.run, found.step
+        self.mesh.ask_rank_zero(lambda: owner.later(self._goes_on_after))  # what `begin` would refuse, it refuses now
+
+    def begin(self, message: Callable[[str], None]) -> None:
+        """The first change on disk: what is not of this run's past is set aside, and the job has begun (collective).
+
+        From then on its next starts go on from what it saves itself. Raises CheckpointError on every rank.
+        """
+
+        def settle() -> tuple[list[str], str | None, list[tuple[int, str | None]]]:
+            try:
+                return self._settle()
+            except OSError as error:
+                folder = self.config.train.output_dir
+                raise CheckpointError(f"train.output_dir={folder}: cannot be written to: {error.strerror}") from error
+
+        removed, moved, aside = self.mesh.ask_rank_zero(settle)
+        open_log()
+        for name in removed:
+            self._warn(f"{name}: a save that was cut short; removed")
+        if moved is not None:
+            message(f"the run that was here is kept in {moved}")
+        if aside:
+            names = ", ".join(step_folder(step) for step, _ in aside)
+            kept = ", ".join(now for _, now in aside if now)
+            what = "later than where the run goes on" if self._goes_on_after >= 0 else "not of this run"
+            done = f"kept as {kept}" if kept else "in the way of new ones; remove them"
+            self._warn(f"{names} in {self.folder}: {what}, and {done}")
+
+    def _settle(self) -> tuple[list[str], str | None, list[tuple[int, str | None]]]:
+        owner, lock, folder = self.checkpoints.owner, self.place.lock, self.config.train.output_dir
+        later = owner.later(self._goes_on_after)
+        removed = owner.clean_up()
+        moved = move_earlier_run(folder) if self.place.resume == "never" else None
+        aside = owner.set_aside(later)
+        if lock is not None:
+            lock.begin(owner.run, self.place.names)
+            owner.claim()
+            if self.place.resume == "never":
+                lock.note(None)
+        write_config(self.config, owner.run)
+        return removed, None if moved is None else str(moved), aside
+
+    def _go_on_from(self, found: Found, counters: Counters, message: Callable[[str], None]) -> Loaded:
+        loaded = self.checkpoints.read_state(found)
+        try:
+            self._go_on_with(loaded, counters, message)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:  # of the right form, and nonsense
+            text = f"{loaded.found}/{STATE_FILE}: this run cannot go on from it: {type(error).__name__}: {error}"
+            raise CheckpointError(text) from error
+        self._read(loaded, self.place.load_optimizer)
+        if not self.place.load_optimizer:
+            message("the optimizer's moments start afresh (checkpoint.load_optimizer=false)")
+        self.saved_step = counters.step
+        message(f"resumed from {found} at step {counters.step}")
+        return loaded
+
+    def _go_on_with(self, loaded: Loaded, counters: Counters, message: Callable[[str], None]) -> None:
+        """All but the tensors."""
+        self._compare(loaded, message)
+        self._go_on_with_data(loaded, message)
+        state = loaded.trainer_state
+        for name in vars(counters).keys() & state["counters"].keys():
+            setattr(counters, name, state["counters"][name])
+        self._go_on_to_the_end(loaded, counters.step, message)
+        self.acting.load_state_dict(state.get("acting"))
+
+    def _read(self, loaded: Loaded, moments: bool = True) -> None:
+        self.checkpoints.read_tensors(loaded, self._state() if moments else LogicalState(self.model, (), self.mesh))
+        self.optimizer.follow_masters()
+
+    def _compare(self, loaded: Loaded, message: Callable[[str], None]) -> None:
+        """Show what is configured otherwise than in the checkpoint; refuse what changes the arithmetic."""
+        layout = loaded.manifest.layout
+        saved_dp = layout["edp"] * layout["ep"]
+        before, now, dp = loaded.trainer_state["config"], self.config.model_dump(mode="json"), self.mesh.layout.dp_size
+        found = changes(before, now, saved_dp, dp)
+        serious = [change for change in found if not change.free]
+        if serious and not self.config.checkpoint.allow_config_change:
+            keeps = ""
+            if saved_dp != dp and any(change.key == GLOBAL_BATCH for change in serious):
+                keeps = f" (on {dp} replicas instead of {saved_dp} parallel.elastic=true keeps the global batch)"
+            raise CheckpointError(
+                f"{'; '.join(map(str, serious))}: {loaded.found} was trained otherwise; set it back{keeps}, or go on "
+                "with checkpoint.allow_config_change=true, or start afresh with checkpoint.resume=never"
+            )
+        if (text := micro_batch_change(before, now)) is not None:
+            message(text)
+        told = [change for change in found if not change.key.startswith(("monitor.", "launch.", "checkpoint."))]
+        if told:
+            message(f"configured otherwise than {loaded.found.folder}: {'; '.join(map(str, told))}")
+
+    def _go_on_with_data(self, loaded: Loaded, message: Callable[[str], None]) -> None:
+        """Raises CheckpointError when the data is not what it was, or in another order, unless that is allowed."""
+        saved, allowed = loaded.trainer_state["data"], self.config.checkpoint.allow_config_change
+        order, data = self.loader.order_change(saved), self._difference(loaded, "train")
+        if data is not None:
+            data = f"the training data is not what it was: {data}" + (f" ({order})" if order else "")
+            if self.config.data.on_change == "stop" and not allowed:
+                raise CheckpointError(
+                    f"{data}; {loaded.found} was trained on it: bring it back, or go on with data.on_change=warn"
+                )
+            allowed = True
+            self._warn(data)
+        if order is not None and not allowed:
+            raise CheckpointError(
+                f"{order}: some samples would be repeated and others left out; set it back, or go on in the new order "
+                "with checkpoint.allow_config_change=true"
+            )
+        self.loader.load_state_dict(saved if order is None else self.loader.recounted(saved))
+        if order is not None:
+            message(f"{order}: goes on after {self.loader.samples_consumed} samples of the new order")
+
+    def _difference(self, loaded: Loaded, kind: str) -> str | None:
+        """In what the training or validation data is not what the checkpoint was made with."""
+        saved, now = loaded.trainer_state.get("corpus", {}).get(kind), self._corpus.get(kind)
+        return None if saved is None or now is None else difference(saved, now)
+
+    def _go_on_to_the_end(self, loaded: Loaded, step: int, message: Callable[[str], None]) -> None:
+        """The end of the run and its schedule, in today's steps; a change of it by the batch or the data is said."""
+        layout, state = loaded.manifest.layout, loaded.trainer_state
+        batch = global_batch(state["config"], layout["edp"] * layout["ep"])
+        saved = Pace(batch, state["data"].get("num_samples"))
+        self.stopping.load_state_dict(state["stopping"], saved)
+        if (other := self._difference(loaded, "validation")) is not None:
+            self.stopping.forget_evaluations()
+            message(f"the validation data is not what it was: {other}; the best loss is counted anew")
+        before = Stopping(self.config.train, saved)
+        before.go_on(step, state["data"]["samples_consumed"])
+        self.stopping.go_on(step, self.loader.samples_consumed)
+        if before.max_steps != self.stopping.max_steps:
+            words = [
+                f"{name}={now} (saved with {then})"
+                for name, now, then in zip(
+                    ("global batch size", "samples in an epoch"), self.stopping.pace, saved, strict=True
+                )
+                if now != then
+            ]
+            message(
+                f"{', '.join(words)}: epochs are counted in samples, the run ends at step {self.stopping.max_steps}, "
+                f"not {before.max_steps}; the learning rate goes on where it was"
+            )
+
+    def _warn(self, text: str) -> None:
+        if self.mesh.rank == 0:
+            logger.warning("%s", text)
+
+    def load_best(self) -> Found | None:
+        """Take the weights of the best checkpoint (and its optimizer's state); None when there is none."""
+        name = self.config.checkpoint.metric_for_best_model
+        assert name is not None
+        metrics = self.mesh.ask_rank_zero(lambda: self.checkpoints.owner.metrics(name))
+        if not metrics:
+            return None
+        sign = -1.0 if self.config.checkpoint.greater_is_better else 1.0
+        for step in sorted(metrics, key=lambda step: (sign * metrics[step], -step)):
+            found = Found(self.checkpoints.storage, step)
+            wrong = self.checkpoints.verify(found)
+            if not wrong:
+                self._read(self.checkpoints.read_state(found))
+                return found
+            self._warn(f"{found} is not used: {wrong[0]}")
+        return None
+
+    # ---- saving
+
+    def check_room(self) -> None:
+        """Raises CheckpointError on every rank when one checkpoint would not fit where checkpoints go."""
+        if not self.is_on:
+            return
+        weights = parameter_counts(self.config.model).total
+        num_bytes = weights * 4 * (1 + moments(self.config.optimizer))
+        storage = self.checkpoints.storage
+        self.mesh.ask_rank_zero(lambda: check_room(storage, num_bytes))
+
+    def is_due(self, step: int) -> bool:
+        """Whether a save belongs after this step. One that fails is tried again at the next such step."""
+        every = self.config.checkpoint.save_steps
+        return bool(every) and step % every == 0 and step != self.saved_step
+
+    def save(self, counters: Counters, metrics: dict[str, float]) -> Outcome | None:
+        """Begin to save (collective). Returns how the save before it ended, when that was still being written.
+
+        With `checkpoint.when_busy=skip` nothing is begun then.
+        """
+        before = None
+        if self.checkpoints.in_flight:
+            if self.config.checkpoint.when_busy == "skip":
+                self._warn(f"step {counters.step}: not saved, the checkpoint before is still being written")
+                return None
+            before = self.settle()
+        self.saved_step = counters.step
+        trainer_state: dict[str, Any] = {
+            "counters": vars(counters),
+            "stopping": self.stopping.state_dict(),
+            "data": self.loader.state_dict(),
+            "acting": self.acting.state_dict(),
+            "corpus": self._corpus,
+            "config": self.config.model_dump(mode="json"),
+        }
+        self.checkpoints.begin(counters.step, self._state(), trainer_state, metrics)
+        return before
+
+    def settle(self) -> Outcome:
+        """Wait for the save in flight (collective)."""
+        outcome = self.checkpoints.settle(self._alive)
+        if outcome.error is not None:
+            if self.saved_step == outcome.step:
+                self.saved_step = -1
+            logger.warning("checkpoint of step %d failed: %s", outcome.step, outcome.error)
+        return outcome
+
+    def lost(self) -> str | None:
+        """Why this start must not write any more (collective): its folder has gone, or is another writer's."""
+
+        def look() -> str | None:
+            try:
+                self.checkpoints.owner.check()
+            except (CheckpointError, OSError) as error:
+                return str(error)
+            return None
+
+        return self.mesh.ask_rank_zero(look)
+
+    @property
+    def folder(self) -> Path | str:
+        """Where checkpoints go."""
+        return self.checkpoints.storage.where

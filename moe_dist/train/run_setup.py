@@ -1,0 +1,203 @@
+"""Before the first step: one configuration out of what was given, a run folder, and words about what will run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_dist.checkpoint.lock import Job, RunLock
+from moe_dist.checkpoint.ownership import read_claim
+from moe_dist.checkpoint.run_folder import CONFIG, refuse_foreign, with_header
+from moe_dist.checkpoint.storage import open_storage
+from moe_dist.checkpoint.storage.manifest import CheckpointError
+from moe_dist.config import Config, ConfigError, ModelConfig, dump_config, load_config, load_mapping
+from moe_dist.models.counts import parameter_counts
+from moe_dist.models.transformer import Transformer
+from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.train_log import setup_logging
+from moe_dist.parallel.layout import layers_by_place
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.build import Datasets
+from moe_dist.train.hf_arguments import settings_of
+from moe_dist.train.run_summary import layout_lines, sentence
+
+
+def merge_config(
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None,
+    model_config: Mapping[str, Any] | None,
+    training_config: Any,
+    output_dir: str | os.PathLike[str] | None,
+) -> Config:
+    """One validated configuration: `config`, and the others over it. Raises ConfigError as reading a file does."""
+    changes = {"model": dict(model_config or {})}
+    if training_config is not None:
+        changes["training"] = settings_of(training_config)
+    if isinstance(config, (str, os.PathLike)):
+        merged = load_config(config, changes=changes)
+    elif isinstance(config, Config) and not any(changes.values()):
+        merged = config.model_copy(deep=True)
+    else:
+        tree = config.model_dump(mode="json") if isinstance(config, Config) else dict(config or {})
+        merged = load_mapping(tree, changes=changes, notice=lambda text: None)
+    if output_dir is not None:
+        if not os.fspath(output_dir).strip():
+            raise ConfigError("output_dir is empty: give a folder; '.' is this one")
+        merged.train.output_dir = Path(output_dir)
+        if config is None and (training_config is None or isinstance(training_config, Mapping)):
+            _checkpoints_apart(merged)
+    return merged
+
+
+def _checkpoints_apart(config: Config) -> None:
+    """Checkpoints of a run that is told in Python alone go to output_dir/checkpoints, if it has none beside it yet."""
+    folder = config.train.output_dir
+    if config.checkpoint.folder is None and not any(folder.glob("checkpoint-*")):
+        config.checkpoint.folder = str(folder / "checkpoints")
+
+
+def architecture_of(model: Any) -> Mapping[str, Any] | None:
+    """The section `model` of what a program gives as its model. Raises ConfigError for what is none."""
+    if model is None or isinstance(model, Mapping):
+        return model
+    config = model.config if isinstance(model, Transformer) else model
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(
+            f"model={type(model).__name__}: a moe_dist Transformer, a ModelConfig or a mapping of its keys; of another "
+            "library's model give the config.json, as model={'from': FOLDER}"
+        )
+    return config.model_dump(mode="json")
+
+
+def one_of(name: str, value: Any, other: str, other_value: Any) -> Any:
+    """The one that is given of two names for the same thing. Raises ConfigError for both."""
+    if value is not None and other_value is not None:
+        raise ConfigError(f"{name} and {other} are two names of one thing: give one of them")
+    return other_value if value is None else value
+
+
+class RunPlace(NamedTuple):
+    """Who writes: the run's id and which start of it this is, the same on every rank; the lock on rank 0."""
+
+    run: str
+    """A new one when this start begins afresh."""
+    earlier: str
+    """The run that the folder has been of so far."""
+    generation: int
+    resume: str
+    """What this start goes on from: `checkpoint.resume`, or `auto` when an earlier start of the job has begun."""
+    load_optimizer: bool
+    """Whether with its moments: `checkpoint.load_optimizer`, or true when an earlier start of the job has begun."""
+    names: tuple[str, ...]
+    """Of the job, to be noted when it has begun."""
+    lock: RunLock | None
+
+
+def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunPlace:
+    """Keep others out of the run folder, and log from now on, in memory until `begin`; every rank calls it.
+
+    Nothing that lies there is changed. Raises CheckpointError on every rank when somebody is in there, or when the
+    folder holds a file that is not of a run, and that a run would write over.
+    """
+    held: list[RunLock] = []
+    # Every machine may know the job by another name. And told otherwise it is another job.
+    jobs, told = mesh.from_all(job), config.checkpoint.resume
+    if not config.checkpoint.load_optimizer:
+        told += " without moments"
+    names = sorted({f"{name}: {told}" for one in jobs for name in one.names})
+    earlier = {f"{name}: {told}" for one in jobs for name in one.earlier}
+
+    def take() -> tuple[str, str, int, str, bool]:
+        lock, resume, load_optimizer = _lock_run_folder(config, earlier)
+        held.append(lock)
+        run = secrets.token_hex(8) if resume == "never" else lock.run
+        return run, lock.run, lock.generation, resume, load_optimizer
+
+    mine = mesh.ask_rank_zero(take)
+    setup_logging(config.train.output_dir, mesh.rank)
+    return RunPlace(*mine, tuple(names), held[0] if held else None)
+
+
+def _lock_run_folder(config: Config, earlier: set[str]) -> tuple[RunLock, str, bool]:
+    """The lock, what to go on from, and whether with the optimizer's moments; `earlier` as in `Job`."""
+    folder, resume, load_optimizer = config.train.output_dir, config.checkpoint.resume, config.checkpoint.load_optimizer
+    storage = open_storage(config.checkpoint.folder or folder)
+    seen = max(storage.newest_generation(), int(read_claim(storage).get("generation", 0)))
+    try:
+        lock = RunLock.acquire(folder, seen)
+    except OSError as error:
+        raise CheckpointError(f"train.output_dir={folder}: cannot be written to: {error.strerror}") from error
+    try:
+        refuse_foreign(folder, None if lock.is_first else lock.run)
+        steps = storage.candidates()
+        if earlier.intersection(lock.begun) and (resume == "never" or steps):
+            resume, load_optimizer = "auto", True
+        if resume == "never" and steps and not storage.renames:
+            raise CheckpointError(
+                f"checkpoint.resume=never: {storage.where} holds checkpoints of an earlier start (the newest of step "
+                f"{steps[-1]}), and nothing can be renamed there: give another checkpoint.folder, or remove them"
+            )
+    except BaseException:
+        lock.leave()
+        raise
+    return lock, resume, load_optimizer
+
+
+def write_config(config: Config, run: str) -> None:
+    """config.yaml of the run folder, as this start of the run has it (rank 0)."""
+    path = config.train.output_dir / CONFIG
+    whole = path.with_suffix(".yaml.part")
+    whole.write_bytes(with_header(dump_config(config), run).encode())
+    whole.replace(path)
+
+
+def run_info(config: Config, mesh: Mesh, datasets: Datasets, run_id: str) -> RunInfo:
+    """What is about to run, for people (collective: every rank tells its host)."""
+    trainable, total, active = model_sizes(config)
+    return RunInfo(
+        sentence=sentence(config, mesh.layout, mesh.device.type, _num_tokens(datasets), (total, active)),
+        layout=layout_lines(mesh.layout, config.model.num_experts),
+        trainable_params=trainable,
+        total_params=total,
+        active_params=active,
+        config_text=dump_config(config),
+        output_dir=str(config.train.output_dir),
+        world_size=mesh.layout.world_size,
+        device=mesh.device.type,
+        hosts=mesh.from_all(socket.gethostname()),
+        stage_of_rank=[mesh.layout.coordinates(rank)[0] for rank in range(mesh.layout.world_size)],
+        stage_of_layer=_stage_of_layer(config),
+        domains=list(datasets.domains),
+        run_id=run_id,
+    )
+
+
+def model_sizes(config: Config) -> tuple[int, int, int]:
+    """Parameters of the whole model: trainable, all, active for a token. Own classes are counted as built."""
+    model = config.model
+    if (model.router, model.expert) == ("topk", "swiglu"):
+        counts = parameter_counts(model)
+        return counts.total - (counts.router if config.balance.freeze_router else 0), counts.total, counts.active
+    with torch.device("meta"):
+        built = Transformer(model, config.balance)
+    sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
+    trainable = sum(sizes[name] for name, parameter in built.named_parameters() if parameter.requires_grad)
+    experts = sum(sizes[name] for name in built.expert_parameter_names())
+    idle = experts * (model.num_experts - model.num_experts_per_tok) // max(1, model.num_experts)
+    return trainable, sum(sizes.values()), sum(sizes.values()) - idle
+
+
+def _stage_of_layer(config: Config) -> list[int]:
+    if config.parallel.pp_size == 1:
+        return [0] * config.model.num_hidden_layers
+    places = [(layer, place) for place, ranges in enumerate(layers_by_place(config)) for r in ranges for layer in r]
+    return [place for _, place in sorted(places)]
+
+
+def _num_tokens(datasets: Datasets) -> int | None:
+    return getattr(datasets.train, "num_tokens", None)

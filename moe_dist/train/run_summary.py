@@ -1,0 +1,92 @@
+"""A run in words: one sentence, and its layout as a small grid. Imports no torch: `moe-dist check` is instant."""
+
+from __future__ import annotations
+
+from moe_dist.config import Config
+from moe_dist.config.sections.model import EXPERT_CHOICE
+from moe_dist.models.counts import parameter_counts
+from moe_dist.parallel.layout import Layout, describe
+
+
+def amount(count: float) -> str:
+    """A number as people say it: 5.1M, 30.5B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:g}"
+
+
+def byte_size(count: int) -> str:
+    """Bytes as people say them: 61.9 MB, 3.2 GB; units of 1000."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} B"
+
+
+def sentence(
+    config: Config,
+    layout: Layout,
+    device: str,
+    num_tokens: int | None = None,
+    sizes: tuple[int, int] | None = None,
+) -> str:
+    """What will run, in one plain sentence. `sizes`: all and active parameters, where they have been counted."""
+    model, train, counts = config.model, config.train, parameter_counts(config.model)
+    total, active = sizes or (counts.total, counts.active)
+    batch = config.global_batch_size(layout.world_size)
+    experts = (
+        f"{model.num_experts} experts top-{model.num_experts_per_tok} in {len(model.moe_layers)} of "
+        f"{model.num_hidden_layers} layers"
+        if model.moe_layers
+        else f"{model.num_hidden_layers} dense layers"
+    )
+    texts = {"stdlib": "the source of Python's standard library", "memory": "data given by the program"}
+    text = texts.get(config.data.source, f"{config.data.source} data")
+    size = f" ({amount(num_tokens)} tokens)" if num_tokens else ""
+    limits = [f"{train.max_steps} steps"] if train.max_steps > 0 else []
+    if train.max_steps < 0 and train.num_train_epochs is not None:
+        limits = [f"{train.num_train_epochs:g} epochs"]
+    if train.max_time is not None:
+        limits.append(f"{train.max_time:g} s")
+    ranks = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
+    return (
+        f"Training a {amount(total)}-parameter language model ({experts}; {amount(active)} active per "
+        f"token) on {text}{size} with {ranks} on {device}, batches of {train.per_device_train_batch_size} x "
+        f"{train.gradient_accumulation_steps} x {layout.dp_size} = {batch} sequences of {config.data.max_seq_length} "
+        f"tokens, for {' or '.join(limits)}."
+    )
+
+
+def causality_warning(config: Config) -> str | None:
+    """What a person must know about a router that looks at later tokens; None of any other."""
+    if config.model.router != EXPERT_CHOICE:
+        return None
+    return (
+        f"model.router={EXPERT_CHOICE} is not causal: whether a token gets an expert depends on later tokens, so "
+        "losses are too good and the model cannot generate as it was trained (docs/routing.md)"
+    )
+
+
+def layout_lines(layout: Layout, num_experts: int) -> list[str]:
+    """Which rank is where and which experts it holds, as lines of text."""
+    if not num_experts or layout.world_size == 1:
+        experts = f", all {num_experts} experts of every layer" if num_experts else ""
+        return [f"rank 0: the whole model{experts}"] if layout.world_size == 1 else [f"dp {layout.dp_size}: no experts"]
+    grid = describe(layout, num_experts)
+    heads = [f"{block.start}-{block.stop - 1}" if len(block) > 1 else f"{block.start}" for block in grid.experts]
+    width = max(len(f"rank {layout.world_size - 1}"), *map(len, heads)) + 2
+    stages = layout.pp_size > 1
+    left = max(len(_row_name(row.pp, row.edp, stages)) for row in grid.rows) + 2
+    lines = ["experts".ljust(left) + "".join(head.ljust(width) for head in heads)]
+    for row in grid.rows:
+        cells = "".join(f"rank {rank}".ljust(width) for rank in row.ranks)
+        lines.append(_row_name(row.pp, row.edp, stages).ljust(left) + cells)
+    sizes = f"pp {layout.pp_size} x edp {layout.edp_size} x ep {layout.ep_size}"
+    return [line.rstrip() for line in lines] + [
+        f"{sizes} = {layout.world_size} ranks; dense parameters on every rank of dp {layout.dp_size}"
+    ]
+
+
+def _row_name(pp: int, edp: int, stages: bool) -> str:
+    return f"stage {pp}, replica {edp}" if stages else f"replica {edp}"

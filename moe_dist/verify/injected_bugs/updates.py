@@ -1,0 +1,261 @@
+"""Bugs between the loss and the new weights: scales, reductions of gradients, norms, optimizers, balancing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from moe_dist.models.transformer import Transformer
+from moe_dist.parallel import dispatch
+from moe_dist.parallel.engines import fsdp, replicated
+from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
+from moe_dist.parallel.engines.fsdp import ShardedGradients, held_parameters, local
+from moe_dist.parallel.engines.replicated import GradientBuffer, Gradients
+from moe_dist.train import step
+from moe_dist.train.balance import Balancer
+from moe_dist.train.optimizer import Optimizer
+from moe_dist.train.step import TrainStep
+from moe_dist.verify.injected_bugs.planting import Replace, rank
+
+
+def label_smoothing_ignored_by_fsdp(replace: Replace) -> None:
+    """The loss of a sharded model is the plain one."""
+    accumulate, plain = TrainStep.accumulate, step.cross_entropy_sum
+
+    def wrong(self: TrainStep, *arguments: Any) -> Tensor:
+        if not isinstance(self.gradients, ShardedGradients):
+            return accumulate(self, *arguments)
+        with patch.object(step, "cross_entropy_sum", lambda logits, labels, smoothing: plain(logits, labels)):
+            return accumulate(self, *arguments)
+
+    replace(TrainStep, "accumulate", wrong)
+
+
+def ignored_labels_in_the_scale(replace: Replace) -> None:
+    """The sum over valid tokens is divided by all there are."""
+    count = TrainStep._count_tokens
+
+    def wrong(self: TrainStep, batches: list) -> Tensor:
+        counts = count(self, batches)
+        labels = torch.tensor(sum(batch.labels.numel() for batch in batches), device=counts.device)
+        counts[0] = self.mesh.sum_over("dp", labels)
+        return counts
+
+    replace(TrainStep, "_count_tokens", wrong)
+
+
+def micro_batches_weigh_alike(replace: Replace) -> None:
+    """A mean of means: a micro-batch with few labels counts as much as one with many."""
+    accumulate, loss_sum = TrainStep.accumulate, step.cross_entropy_sum
+
+    def wrong(self: TrainStep, batches: list, counts: Tensor, number: int) -> Tensor:
+        fair = counts[0] / (len(batches) * self.mesh.layout.dp_size)
+
+        def alike(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+            return loss_sum(logits, labels, smoothing) * fair / (labels >= 0).sum().clamp(min=1)
+
+        with patch.object(step, "cross_entropy_sum", alike):
+            return accumulate(self, batches, counts, number)
+
+    replace(TrainStep, "accumulate", wrong)
+
+
+def tied_weight_counted_twice(replace: Replace) -> None:
+    """Once as the embedding and once as the head, in the norm of sharded gradients."""
+    norm = ShardedGradients.norm
+
+    def wrong(self: ShardedGradients) -> Tensor:
+        tied = [self.views["embed_tokens.weight"]] if self.model.config.tie_word_embeddings else []
+        return (norm(self).square() + self.mesh.sum_over("dp_shard", self._squared_norm(tied))).sqrt()
+
+    replace(ShardedGradients, "norm", wrong)
+
+
+def clipped_by_a_local_norm(replace: Replace) -> None:
+    """The norm that is told is the global one; gradients are scaled by that of this rank's own part."""
+    clip = Gradients.clip
+
+    def wrong(self: Gradients, norm: Tensor, max_norm: float) -> None:
+        clip(self, (self.dense.squared_norm() + self.experts.squared_norm()).sqrt(), max_norm)
+
+    replace(Gradients, "clip", wrong)
+
+
+def deepspeed_does_not_clip(replace: Replace) -> None:
+    """Our norm, and nobody who uses it."""
+    replace(DeepSpeedEngine, "clip", lambda self, norm, max_norm: None)
+
+
+def _reduced_as_experts(replace: Replace, part: str) -> None:
+    """Gradients of parameters with `part` in their names summed over edp, as if each `ep` rank had its own."""
+    make, names = Gradients.__init__, Transformer.expert_parameter_names
+
+    def wrong(self: Gradients, model: Transformer, *more: Any) -> None:
+        alike = {name for name, _ in model.named_parameters() if part in name}
+        with patch.object(Transformer, "expert_parameter_names", lambda model: names(model) | alike):
+            make(self, model, *more)
+
+    replace(Gradients, "__init__", wrong)
+
+
+def shared_expert_reduced_as_an_expert(replace: Replace) -> None:
+    """It has `expert` in its name."""
+    _reduced_as_experts(replace, ".shared_expert.")
+
+
+def dense_layer_reduced_as_an_expert(replace: Replace) -> None:
+    """It is where other layers have their experts."""
+    _reduced_as_experts(replace, ".mlp.")
+
+
+def expert_gradients_of_the_last_micro_batch(replace: Replace) -> None:
+    """Shards of experts' gradients are overwritten, not added to, where parameters are freed in between."""
+    backward = ShardedGradients.backward
+
+    def wrong(self: ShardedGradients, loss: Tensor) -> None:
+        for name in self.expert_names if self.zero_stage == 3 else ():
+            self.parameters[name].grad = None
+        backward(self, loss)
+
+    replace(ShardedGradients, "backward", wrong)
+
+
+def half_gradients_of_experts_doubled(replace: Replace) -> None:
+    """Two hooks each add a bfloat16 gradient to the buffer."""
+    make = GradientBuffer.__init__
+
+    def double(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            parameter.grad.mul_(2)
+
+    def wrong(self: GradientBuffer, named: Any, device: torch.device) -> None:
+        parameters: dict[str, nn.Parameter] = dict(named)
+        for name, parameter in parameters.items():
+            if ".experts." in name and parameter.dtype == torch.bfloat16:
+                parameter.register_post_accumulate_grad_hook(double)
+        make(self, parameters.items(), device)
+
+    replace(GradientBuffer, "__init__", wrong)
+
+
+def half_rows_doubled_on_the_way_back(replace: Replace) -> None:
+    """Gradients of rows in bfloat16 come back twice as large."""
+    backward = dispatch._AllToAll.backward
+
+    def wrong(ctx: Any, *gradients: Tensor) -> Any:
+        return backward(ctx, *(g * 2 if g.dtype == torch.bfloat16 else g for g in gradients))
+
+    replace(dispatch._AllToAll, "backward", wrong)
+
+
+def half_gradients_added_up_in_half(replace: Replace) -> None:
+    """Micro-batches add up in `.grad`, which has the dtype of the parameter; the buffer gets what is there."""
+    zero = GradientBuffer.zero
+
+    def begin(self: GradientBuffer) -> None:
+        zero(self)
+        for parameter in self.parameters.values():
+            if parameter.dtype == torch.bfloat16:
+                parameter.grad = None
+
+    def wrong(view: Tensor) -> Callable[[Tensor], None]:
+        def copy(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                view.copy_(parameter.grad)
+
+        return copy
+
+    replace(GradientBuffer, "zero", begin)
+    replace(replicated, "_move_gradient_to", wrong)
+
+
+def half_gradients_reduced_in_half(replace: Replace) -> None:
+    """FSDP reduces in the dtype of the parameters unless it is told not to."""
+    policy = fsdp.MixedPrecisionPolicy
+    replace(fsdp, "MixedPrecisionPolicy", lambda **options: policy(**options | {"reduce_dtype": None}))
+
+
+def weights_of_shards_in_half(replace: Replace) -> None:
+    """A sharded model has been cast before it was cut, so that what an update moves is rounded each time."""
+    update = Optimizer.step
+
+    def wrong(self: Optimizer) -> None:
+        update(self)
+        for parameter in held_parameters(self.model).values() if isinstance(self.gradients, ShardedGradients) else ():
+            local(parameter.detach()).copy_(local(parameter.detach()).bfloat16())
+
+    replace(Optimizer, "step", wrong)
+
+
+def frozen_router_decayed_by_fsdp(replace: Replace) -> None:
+    """Sharding makes parameters anew, and they have forgotten that they are frozen: no gradient, but weight decay."""
+    update = Optimizer.step
+
+    def wrong(self: Optimizer) -> None:
+        update(self)
+        group, decayed = self.optimizer.param_groups[0], self.model.decayed_names()
+        for name, parameter in held_parameters(self.model).items():
+            if isinstance(parameter, DTensor) and not parameter.requires_grad and name in decayed:
+                local(parameter.detach()).mul_(1 - group["lr"] * group["weight_decay"])
+
+    replace(Optimizer, "step", wrong)
+
+
+def _decayed_too(replace: Replace, more: Callable[[Transformer], set[str]]) -> None:
+    names = Transformer.decayed_names
+    replace(Transformer, "decayed_names", lambda self: names(self) | more(self))
+
+
+def attention_biases_decayed_by_fsdp(replace: Replace) -> None:
+    """Weight decay where parameters are sharded: a shard has lost what it was."""
+
+    def biases(model: Transformer) -> set[str]:
+        sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+        return {name for name, _ in model.named_parameters() if sharded and name.endswith("_proj.bias")}
+
+    _decayed_too(replace, biases)
+
+
+def stacked_biases_decayed(replace: Replace) -> None:
+    """A stack of biases has two dimensions, as a matrix."""
+    _decayed_too(replace, lambda model: {name for name in model.stacked_names() if name.endswith(".bias")})
+
+
+def adafactor_across_experts(replace: Replace) -> None:
+    """Stacked experts are one tensor to it: its factors and its scale are of all that a rank holds."""
+    make = Optimizer.__init__
+
+    def wrong(self: Optimizer, *arguments: Any) -> None:
+        with patch.object(Transformer, "stacked_names", lambda model: set()):
+            make(self, *arguments)
+
+    replace(Optimizer, "__init__", wrong)
+
+
+def bias_from_one_replica(replace: Replace) -> None:
+    """The selection bias moves by what the first replica has seen."""
+
+    def wrong(self: Balancer) -> Tensor:
+        pairs = torch.stack([facts.pairs_E for facts in self.facts.values()])
+        return self.mesh.sum_over("dp", torch.zeros_like(pairs) if self.mesh.dp_rank else pairs)
+
+    replace(Balancer, "global_pairs", wrong)
+
+
+def rate_by_rank(replace: Replace) -> None:
+    """The schedule counts what ranks before this one have done, too."""
+    from moe_dist.train import schedule, trainer
+
+    rate = schedule.learning_rate
+
+    def wrong(config: Any, number: float, *more: Any) -> float:
+        return rate(config, number + rank(), *more)
+
+    replace(schedule, "learning_rate", wrong)
+    replace(trainer, "learning_rate", wrong)
