@@ -6,10 +6,11 @@ import os
 import pickle
 import re
 import socket
+import ssl
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,71 @@ def listening(pids: list[int]) -> set[Address]:
     return found
 
 
-def attack(address: Address, bomb: bytes, connections: ExitStack) -> None:
-    """As a web browser, with random bytes, in silence, with the bomb as it is, and as torch's own client of a store."""
-    for said in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096), b"", bomb):
-        with suppress(OSError):
-            stranger = connections.enter_context(socket.create_connection(address, timeout=5))
-            stranger.sendall(said)
+STRANGERS = 50
+"""Connections to every port, in each of two rounds: as soon as it listens, and again while the run trains."""
+MORE_THREADS, MORE_MEMORY = 24, 64 * 2**20
+"""By which a process may grow in the second round: the metrics server serves 16 at a time, a thread each."""
+
+
+def half_a_hello() -> bytes:
+    """The first half of what a client of TLS says first."""
+    outgoing = ssl.MemoryBIO()
+    client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
+    with suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello = outgoing.read()
+    return hello[: len(hello) // 2]
+
+
+class Strangers:
+    """Connections that stay as long as they are let, and say what the other end takes of it."""
+
+    def __init__(self, bomb: bytes) -> None:
+        self.unsaid: dict[socket.socket, memoryview] = {}
+        self.words = (
+            b"GET / HTTP/1.1\r\n\r\n",
+            os.urandom(4096),
+            b"",
+            bomb,
+            half_a_hello(),
+            b"GET /metrics HTTP/1.1\r\n" + b"X-More: of it\r\n" * 200,
+            b"x" * 2**20,
+        )
+
+    def attack(self, address: Address) -> None:
+        """As a web browser, with random bytes, in silence, with the bomb, with half of a TLS hello, with a head that
+        never ends, with a line that never does; the eighth has gone before anybody has looked."""
+        for number in range(STRANGERS):
+            kind = number % (len(self.words) + 1)
+            with suppress(OSError):
+                stranger = socket.create_connection(address, timeout=5)
+                if kind == len(self.words):
+                    stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    stranger.close()
+                else:
+                    stranger.setblocking(False)
+                    self.unsaid[stranger] = memoryview(self.words[kind])
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Nobody is waited for."""
+        for stranger, words in self.unsaid.items():
+            with suppress(OSError):
+                self.unsaid[stranger] = words[stranger.send(words) :] if words else words
+
+    def close(self) -> None:
+        for stranger in self.unsaid:
+            stranger.close()
+
+
+def size_of(pids: list[int]) -> dict[int, tuple[int, int]]:
+    """Threads and resident bytes of each process."""
+    found = {}
+    for pid in pids:
+        with suppress(OSError, KeyError):
+            rows = dict(row.split(":", 1) for row in Path(f"/proc/{pid}/status").read_text().splitlines())
+            found[pid] = (int(rows["Threads"]), int(rows["VmRSS"].split()[0]) * 1024)
+    return found
 
 
 def write_as_torch(address: Address, bomb: bytes) -> bool:
@@ -72,6 +132,11 @@ def write_as_torch(address: Address, bomb: bytes) -> bool:
         return bool(store.get("torch.rendezvous.run"))
     except (RuntimeError, ValueError):
         return False
+
+
+def trains(folder: Path) -> bool:
+    """Whether some steps are done, so that a process has what it needs."""
+    return (folder / "metrics.jsonl").is_file() and len(metrics(folder, "train")) >= 5
 
 
 def outside() -> str:
@@ -146,28 +211,44 @@ def test_a_stranger(
     start: Callable[..., list[Program]], is_alone: bool, config: Path, tmp_path: Path, programs: list[Program]
 ) -> None:
     """No port on all interfaces; on one machine none that others reach at all. Where machines meet torch's client of a
-    store gets no word in, the run ends as if nothing had happened, and whoever listens has warned once at most.
+    store gets no word in, the run ends as if nothing had happened, and whoever listens has warned once at most. No
+    process has a thread or memory for each that comes.
 
     torchrun's own stores listen on all interfaces and take what anybody writes.
     """
     bomb = pickle.dumps(Bomb(tmp_path / "bomb"))
-    options = ("train.max_steps=25", f"train.output_dir={tmp_path / 'run'}", "monitor.prometheus.port=0")
+    options = ("train.max_steps=80", f"train.output_dir={tmp_path / 'run'}", "monitor.prometheus.port=0")
     programs += start(config, options)
     tried: set[Address] = set()
-    with ExitStack() as connections:
+    before: dict[int, tuple[int, int]] = {}
+    after: dict[int, tuple[int, int]] = {}
+    with closing(Strangers(bomb)) as strangers:
         while any(program.process.poll() is None for program in programs):
             pids = [pid for program in programs for pid in program.processes()]
-            for address in listening(pids) - tried:
+            there = listening(pids)
+            for address in there - tried:
                 tried.add(address)
-                attack(address, bomb, connections)
+                strangers.attack(address)
                 if not address[0].startswith("127."):
                     assert not write_as_torch(address, bomb), address
+            strangers.go_on()
+            if not before and trains(tmp_path / "run"):
+                before = size_of(pids)
+                for address in there:
+                    strangers.attack(address)
+            elif before:
+                now = size_of([pid for pid in pids if pid in before])
+                after |= {pid: tuple(map(max, size, after.get(pid, size))) for pid, size in now.items()}
         for program in programs:
             assert program.end() == 0, program.err
+    grown = {pid: (threads - before[pid][0], memory - before[pid][1]) for pid, (threads, memory) in after.items()}
+    assert len(grown) >= 2, "nobody was looked at"
+    print(f"threads and bytes by which processes grew: {sorted(grown.values())}, {len(tried)} ports")
+    assert all(threads <= MORE_THREADS and memory < MORE_MEMORY for threads, memory in grown.values()), grown
     assert not [address for address in tried if address[0] in ("0.0.0.0", "::")], tried
     assert not is_alone or all(address[0] in ("127.0.0.1", "::1") for address in tried), tried
     assert not (tmp_path / "bomb").exists()
-    assert metrics(tmp_path / "run", "train")[-1]["step"] == 25
+    assert metrics(tmp_path / "run", "train")[-1]["step"] == 80
     assert not [line for program in programs for line in errors(program)]
     said = [(tmp_path / "run/train.log").read_text(), *(program.err for program in programs)]
     refused = r"port (\d+): a connection from \S+ did not prove that it belongs to this run"
