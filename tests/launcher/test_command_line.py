@@ -256,7 +256,7 @@ def unread(*arguments: str, with_errors: bool = False) -> tuple[int, str]:
     ids=" ".join,
 )
 def test_what_prints_ends_quietly_without_a_reader(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    """As SIGPIPE would end it. Seen to fail as it was: exit code 1."""
+    """As SIGPIPE would end it. Without care it was 1."""
     words = [str(tmp_path / "new") if word == "FOLDER" else word for word in arguments]
     code, said = unread(*words)
     assert code == 141
@@ -270,7 +270,7 @@ def test_a_mistake_without_a_reader_is_still_exit_code_2() -> None:
 
 @pytest.mark.dist
 def test_ranks_that_print_end_quietly_without_a_reader(config: Path, tmp_path: Path) -> None:
-    """Training goes on without a reader, a profile does not. Seen to fail as it was: exit code 1."""
+    """Training goes on without a reader, a profile does not."""
     options = (*ONE_RANK, f"train.output_dir={tmp_path / 'run'}")
     assert unread("profile", str(config), "--steps=1", *options) == (141, "")
     code, said = unread("train", str(config), *options)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from mortal import TORCHRUN, errors
-from programs import Program, metrics
+from programs import FOREVER, Program, metrics
 from ranks import free_port
 
 pytestmark = [pytest.mark.dist, pytest.mark.launch, pytest.mark.slow]
@@ -211,17 +211,18 @@ def test_a_stranger(
     start: Callable[..., list[Program]], is_alone: bool, config: Path, tmp_path: Path, programs: list[Program]
 ) -> None:
     """No port on all interfaces; on one machine none that others reach at all. Where machines meet torch's client of a
-    store gets no word in, the run ends as if nothing had happened, and whoever listens has warned once at most. No
+    store gets no word in, the run goes on until it is told to stop, and whoever listens has warned once at most. No
     process has a thread or memory for each that comes.
 
     torchrun's own stores listen on all interfaces and take what anybody writes.
     """
     bomb = pickle.dumps(Bomb(tmp_path / "bomb"))
-    options = ("train.max_steps=80", f"train.output_dir={tmp_path / 'run'}", "monitor.prometheus.port=0")
+    options = (*FOREVER, f"train.output_dir={tmp_path / 'run'}", "monitor.prometheus.port=0")
     programs += start(config, options)
     tried: set[Address] = set()
     before: dict[int, tuple[int, int]] = {}
     after: dict[int, tuple[int, int]] = {}
+    is_told, enough = False, 0
     with closing(Strangers(bomb)) as strangers:
         while any(program.process.poll() is None for program in programs):
             pids = [pid for program in programs for pid in program.processes()]
@@ -236,11 +237,14 @@ def test_a_stranger(
                 before = size_of(pids)
                 for address in there:
                     strangers.attack(address)
+                enough = metrics(tmp_path / "run", "train")[-1]["step"] + 50
             elif before:
                 now = size_of([pid for pid in pids if pid in before])
                 after |= {pid: tuple(map(max, size, after.get(pid, size))) for pid, size in now.items()}
-        for program in programs:
-            assert program.end() == 0, program.err
+                if not is_told and metrics(tmp_path / "run", "train")[-1]["step"] >= enough:
+                    programs[0].process.terminate()
+                    is_told = True
+        assert [program.end() for program in programs] == [75] * len(programs), [program.err for program in programs]
     grown = {pid: (threads - before[pid][0], memory - before[pid][1]) for pid, (threads, memory) in after.items()}
     assert len(grown) >= 2, "nobody was looked at"
     print(f"threads and bytes by which processes grew: {sorted(grown.values())}, {len(tried)} ports")
@@ -248,7 +252,6 @@ def test_a_stranger(
     assert not [address for address in tried if address[0] in ("0.0.0.0", "::")], tried
     assert not is_alone or all(address[0] in ("127.0.0.1", "::1") for address in tried), tried
     assert not (tmp_path / "bomb").exists()
-    assert metrics(tmp_path / "run", "train")[-1]["step"] == 80
     assert not [line for program in programs for line in errors(program)]
     said = [(tmp_path / "run/train.log").read_text(), *(program.err for program in programs)]
     refused = r"port (\d+): a connection from \S+ did not prove that it belongs to this run"
