@@ -325,7 +325,7 @@ def test_reshard_keeps_the_signature_or_says_so(
 
     Seen to fail with `sealing` made without the signing key, and with `_check_signature` left out.
     """
-    from launcher import commands
+    from launcher.cli import commands
 
     def say(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["moe-dist", "checkpoint", *map(str, words)])

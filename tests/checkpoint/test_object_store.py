@@ -155,7 +155,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from moe_dist.checkpoint import object_storage
+from moe_dist.checkpoint.storage import object as object_storage
 from saved import train
 def die(self, staging, step, manifest):
     if step == 4:

@@ -263,7 +263,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, say: Say, words: list[
 def test_listing_verifying_and_pruning_load_no_torch(run: Path) -> None:
     """Seen to fail with an import of `inspecting` at the top of the commands."""
     code = (
-        "import sys; from launcher import commands\n"
+        "import sys; from launcher.cli import commands\n"
         "for words in (['ls'], ['verify'], ['prune', '--keep', '1']):\n"
         f"    sys.argv = ['moe-dist', 'checkpoint', words[0], {str(run)!r}, *words[1:]]\n"
         "    assert commands.run() == 0\n"
