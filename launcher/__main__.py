@@ -1,4 +1,4 @@
-"""`python -m launcher`, and `torchrun -m launcher train CONFIG`."""
+"""`python -m launcher`, and `torchrun -m moe_dist train CONFIG`."""
 
 from launcher.cli.main import main
 

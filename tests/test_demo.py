@@ -17,7 +17,7 @@ def test_demo_beats_the_unigram_baseline(tmp_path: Path) -> None:
     """`make demo` for 60 half-sized steps instead of two minutes: the result does not depend on the machine's speed."""
     limits = ["max_time=null", "max_steps=60", "eval_steps=30", "sample_tokens=20"]
     limits += ["per_device_train_batch_size=4", "data.limit=1000", "eval_batches=8"]
-    command = [sys.executable, "-m", "launcher", "train", "configs/demo.yaml", f"output_dir={tmp_path}/run", *limits]
+    command = [sys.executable, "-m", "moe_dist", "train", "configs/demo.yaml", f"output_dir={tmp_path}/run", *limits]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

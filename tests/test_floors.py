@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS: tuple[tuple[float, tuple[str, ...]], ...] = (
     (9, ("tests",)),
     (8, ("tools",)),
+    (7.7, ("moe_dist.__main__", "moe_dist.train.__main__")),  # `python -m moe_dist`
     (7.5, ("launcher.cli",)),
     (7.4, ("launcher.sweep",)),
     (7.3, ("launcher.backends",)),
@@ -216,7 +217,7 @@ def room_of(name: str) -> tuple[int, tuple[str, ...]] | None:
 
 
 def _wing(name: str) -> str:
-    return ".".join(name.split(".")[: 1 if within(name, "launcher") else 2])
+    return "launcher" if int((room_of(name) or (0, ()))[0]) == 7 else ".".join(name.split(".")[:2])
 
 
 def violations(modules: Modules) -> list[str]:

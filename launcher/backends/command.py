@@ -14,7 +14,7 @@ from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.layout import Layout
 from moe_dist.train.elastic import replan
 
-TRAIN = ("-m", "launcher", "train")
+TRAIN = ("-m", "moe_dist", "train")
 """What `moe-dist train` is to a Python."""
 
 

@@ -93,7 +93,7 @@ class Plan:
             f"ranks        {_worlds_text(self)}",
             f"Ray's own    {_assignments(defaults)}",
             f"ranks' own   {_assignments(self.environment) or 'as on the nodes'}",
-            "each worker  python -m launcher.rank.worker, with RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, "
+            "each worker  python -m moe_dist rank, with RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, "
             "MASTER_ADDR, MASTER_PORT",
         ]
         return "\n".join(lines)

@@ -116,7 +116,7 @@ class Rank:
             STORE: "" if listener is None else str(listener.fileno()),
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "launcher.rank.worker"],
+            [sys.executable, "-u", "-m", "moe_dist", "rank"],
             env={**os.environ, **variables, **own},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -63,7 +63,7 @@ def plan(path: str, overrides: Sequence[str], config: Config, request: Request) 
         # torchrun finds out by itself whether it is the host, but not where names and addresses do not match.
         conf.setdefault("is_host", "1" if request.node_rank == 0 else "0")
     command = [
-        *(sys.executable, "-m", "launcher.supervise.agent"),
+        *(sys.executable, "-m", "moe_dist", "agent"),
         f"--nnodes={request.nnodes}",
         f"--nproc-per-node={ranks}",
         f"--max-restarts={restarts}",

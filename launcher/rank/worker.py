@@ -279,7 +279,3 @@ def run_rank() -> NoReturn:
     config = Config.model_validate_json(os.environ.pop(CONFIG))
     kind = Profiling if proof and "steps" in proof else Proof
     leave(main(config, detect(), proof and kind(**proof)))
-
-
-if __name__ == "__main__":
-    run_rank()

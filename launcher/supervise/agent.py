@@ -1,4 +1,4 @@
-"""`python -m launcher.supervise.agent ...`: torchrun, with torchrun's own options, as the parent of a machine's ranks.
+"""`python -m moe_dist agent ...`: torchrun, with torchrun's own options, as the parent of a machine's ranks.
 
 What differs from torchrun:
 - It ends with the exit code of its ranks, where torchrun ends with 1 whatever they say: "saved, start me again" is
@@ -19,7 +19,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -300,15 +299,11 @@ def _set_to_watch(watch: Watch) -> None:
 
 
 def _config(options: Any) -> Config | None:
-    """What `-m launcher train CONFIG ...` at the end of the command line will train; None when it is something else."""
+    """What `-m moe_dist train CONFIG ...` at the end of the command line will train; None when it is something else."""
     words = options.training_script_args
-    if options.training_script != "launcher" or len(words) < 2 or words[0] != "train":
+    if options.training_script not in ("moe_dist", "launcher") or len(words) < 2 or words[0] != "train":
         return None
     try:
         return load_config(words[1], words[2:])
     except ConfigError:
         return None  # the ranks say what is wrong with it
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

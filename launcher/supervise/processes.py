@@ -99,7 +99,7 @@ class Ranks:
                 if rank == 0:
                     own[STORE] = str(listener.fileno())
                     files.append(listener.fileno())
-                command = [sys.executable, "-u", "-m", "launcher.rank.worker"]
+                command = [sys.executable, "-u", "-m", "moe_dist", "rank"]
                 environment = {**os.environ, **shared, **own}
                 self.processes.append(subprocess.Popen(command, env=environment, pass_fds=files))
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

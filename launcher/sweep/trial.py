@@ -38,7 +38,7 @@ def run(
     }
     began, told = time.monotonic(), -1
     with log.open("ab") as console:
-        words = [sys.executable, "-u", "-m", "launcher.sweep.trial"]
+        words = [sys.executable, "-u", "-m", "moe_dist", "trial"]
         process = subprocess.Popen(words, env=environment, cwd=folder, stdout=console, stderr=console)
         try:
             while process.poll() is None:
@@ -78,6 +78,7 @@ def _last_error(log: Path) -> str:
     return lines[-1].removeprefix("moe-dist: ").removeprefix("error: ") if lines else f"see {log}"
 
 
-if __name__ == "__main__":
+def run_trial() -> int:
+    """The process of one trial; returns its exit code."""
     die_with_parent(int(os.environ.pop(LAUNCHER)))
-    sys.exit(launch(Config.model_validate_json(os.environ.pop(CONFIG))))
+    return launch(Config.model_validate_json(os.environ.pop(CONFIG)))

@@ -62,9 +62,9 @@ def twin(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def torchrun_module(config: Path) -> Run:
-    """`torchrun -m launcher train` with two ranks."""
+    """`torchrun -m moe_dist train` with two ranks."""
     folder = config.parent / "torchrun"
-    command = ("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "launcher", "train", config)
+    command = ("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "moe_dist", "train", config)
     return _run(folder, Program(*command, f"train.output_dir={folder}", GLOO_SOCKET_IFNAME="lo"))
 
 

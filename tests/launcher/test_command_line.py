@@ -300,7 +300,7 @@ def test_what_only_ranks_see_is_one_line_too(config: Path, tmp_path: Path, ranks
 
 @pytest.mark.dist
 def test_under_torchrun_one_rank_speaks_for_all(config: Path, tmp_path: Path) -> None:
-    ours = ("-m", "launcher", "train", config, "model.vocab_size=200", f"train.output_dir={tmp_path / 'run'}")
+    ours = ("-m", "moe_dist", "train", config, "model.vocab_size=200", f"train.output_dir={tmp_path / 'run'}")
     program = Program("torchrun", "--standalone", "--nproc-per-node=2", *ours, GLOO_SOCKET_IFNAME="lo")
     assert program.end() == 1
     assert program.err.count("moe-dist: error: model.vocab_size=200") == 1

@@ -306,15 +306,15 @@ def test_torchrun_and_the_ranks_understand_what_pods_are_told(name: str, monkeyp
     worlds, masters = set(), set()
     for node in range(2):
         words, env = words_of(objects, node, {})
-        assert words[:3] == ["python", "-m", "launcher.supervise.agent"]
+        assert words[:4] == ["python", "-m", "moe_dist", "agent"]
         with monkeypatch.context() as pod:
             for key, value in env.items():
                 pod.setenv(key, value)
-            said = parse_args(words[3:])
+            said = parse_args(words[4:])
         assert (int(said.nnodes), int(said.node_rank)) == (2, node)
         ours = [said.training_script, *said.training_script_args]
         assert said.module
-        assert ours[:3] == ["launcher", "train", "/config/run.yaml"]
+        assert ours[:3] == ["moe_dist", "train", "/config/run.yaml"]
         each, port = int(said.nproc_per_node), str(said.master_port)
         masters.add((said.master_addr, port))
         for local in range(each):

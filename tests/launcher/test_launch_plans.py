@@ -40,11 +40,11 @@ def test_torchrun_on_one_machine() -> None:
     assert variables["GLOO_SOCKET_IFNAME"] == "lo"
     assert int(variables["OMP_NUM_THREADS"]) >= 1
     assert variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
-    assert words[:6] == [
-        *(sys.executable, "-m", "launcher.supervise.agent", "--nnodes=1", "--nproc-per-node=2"),
+    assert words[:7] == [
+        *(sys.executable, "-m", "moe_dist", "agent", "--nnodes=1", "--nproc-per-node=2"),
         "--max-restarts=0",  # the demo saves at its end only
     ]
-    assert words[-5:] == ["-m", "launcher", "train", str(DEMO), "train.max_steps=5"]
+    assert words[-5:] == ["-m", "moe_dist", "train", str(DEMO), "train.max_steps=5"]
 
 
 def test_torchrun_on_several_machines() -> None:
@@ -60,7 +60,7 @@ def test_torchrun_on_several_machines() -> None:
     assert "GLOO_SOCKET_IFNAME" not in variables
     from torch.distributed.run import parse_args
 
-    read = parse_args(words[3:])
+    read = parse_args(words[4:])
     assert (read.nnodes, read.nproc_per_node, read.max_restarts) == ("2", "4", 3)
     assert (read.rdzv_backend, read.rdzv_endpoint, read.local_addr) == ("c10d", "127.0.0.1:29400", "127.0.0.1")
     conf = dict(pair.split("=") for pair in read.rdzv_conf.split(","))
@@ -129,7 +129,7 @@ def test_interfaces_and_addresses() -> None:
 
 def test_local_is_train() -> None:
     variables, words = planned("local", DEMO, "train.max_steps=5")
-    assert words == [sys.executable, "-m", "launcher", "train", str(DEMO), "train.max_steps=5"]
+    assert words == [sys.executable, "-m", "moe_dist", "train", str(DEMO), "train.max_steps=5"]
     assert variables["GLOO_SOCKET_IFNAME"] == "lo"
 
 
@@ -158,7 +158,7 @@ def mpirun_that_says(folder: Path, name: str) -> Path:
 
 
 def test_open_mpi_and_mpich_are_told_in_their_own_ways(tmp_path: Path) -> None:
-    train = [sys.executable, "-m", "launcher", "train", str(DEMO)]
+    train = [sys.executable, "-m", "moe_dist", "train", str(DEMO)]
     program = mpirun_that_says(tmp_path, "Open MPI")
     hosts = ("--hosts=a:2,b:2", f"--mpirun={program}", "--option=--oversubscribe")
     variables, words = planned("mpi", DEMO, *hosts, OMP_NUM_THREADS="3")

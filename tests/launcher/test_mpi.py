@@ -129,7 +129,7 @@ class TestReal:
 
     def test_without_mpi4py_it_says_what_is_missing(self, config: Path, tmp_path: Path) -> None:
         (tmp_path / "mpi4py.py").write_text("raise ImportError('no libmpi.so.12')\n")
-        command = [sys.executable, "-m", "launcher", "train", str(config)]
+        command = [sys.executable, "-m", "moe_dist", "train", str(config)]
         environ = {**os.environ, "PYTHONPATH": str(tmp_path), "PMI_SIZE": "2", "PMI_RANK": "0"}
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2

@@ -91,7 +91,7 @@ def test_a_name_that_never_comes_is_one_line_with_the_variable() -> None:
     """Seen red: 44 lines of torch's after 33 s, none with the variable's name."""
     env = {**os.environ, **RANK, "RANK": "1", "LOCAL_RANK": "1", "PYTHONPATH": str(ROOT)}
     env["MASTER_ADDR"] = "no-such-host.invalid"
-    words = [sys.executable, "-m", "launcher", "train", str(ROOT / "configs" / "demo.yaml"), "launch.timeout=1"]
+    words = [sys.executable, "-m", "moe_dist", "train", str(ROOT / "configs" / "demo.yaml"), "launch.timeout=1"]
     env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = "0", "1"
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1

@@ -23,8 +23,8 @@ from ranks import free_port
 
 pytestmark = [pytest.mark.dist, pytest.mark.launch, pytest.mark.slow]
 SECRET = "the secret of these machines"
-AGENT = (sys.executable, "-m", "launcher.supervise.agent")
-TRAIN = ("-m", "launcher", "train")
+AGENT = (sys.executable, "-m", "moe_dist", "agent")
+TRAIN = ("-m", "moe_dist", "train")
 Address = tuple[str, int]
 
 

@@ -49,7 +49,7 @@ def start(
 ) -> Program:
     folder.mkdir(exist_ok=True)
     (folder / "planted.py").write_text(PLANTED)
-    torchrun = ("torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "launcher", "train")
+    torchrun = ("torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "moe_dist", "train")
     own = ("model.expert=planted:Planted", "parallel.ep_size=2", f"train.output_dir={folder / 'run'}")
     surroundings = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(folder), "PLANTED": planted}
     return Program(*(starter or torchrun), config, *own, *options, **surroundings)

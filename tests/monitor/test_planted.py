@@ -93,7 +93,7 @@ def training(folder: Path) -> Iterator[subprocess.Popen[str]]:
     (folder / "planted.py").write_text(PLANTS)
     (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
     paths = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "launcher", "train", str(folder / "run.yaml")]
+    command = [sys.executable, "-m", "moe_dist", "train", str(folder / "run.yaml")]
     with (folder / "out").open("wb") as out:
         process = subprocess.Popen(
             *(command,), env={**os.environ, "PYTHONPATH": paths}, stdout=out, stderr=subprocess.PIPE, text=True,

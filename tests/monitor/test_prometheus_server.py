@@ -68,7 +68,7 @@ def training(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         words = " ".join(f"word{(number + 1) * place % 97}" for place in range(200))
         (folder / "text" / f"{number}.txt").write_text(words)
     (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
-    command = [sys.executable, "-m", "launcher", "train", str(folder / "run.yaml")]
+    command = [sys.executable, "-m", "moe_dist", "train", str(folder / "run.yaml")]
     with (folder / "out").open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -182,7 +182,7 @@ def test_a_planned_end_takes_its_target_back(tmp_path: Path) -> None:
     (tmp_path / "text" / "1.txt").write_text("word " * 2000)
     (tmp_path / "text" / "2.txt").write_text("other " * 2000)
     (tmp_path / "run.yaml").write_text(CONFIG.format(folder=tmp_path))
-    command = [sys.executable, "-m", "launcher", "train", str(tmp_path / "run.yaml"), "train.max_steps=4"]
+    command = [sys.executable, "-m", "moe_dist", "train", str(tmp_path / "run.yaml"), "train.max_steps=4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "checkpoint step: 4" in done.stdout
