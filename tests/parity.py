@@ -11,7 +11,7 @@ from tiny import mesh_of, tiny_config
 from moe_dist.config import Config
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.verify.scenarios import Precision
-from moe_dist.verify.trial import Told, deviations, run_trial
+from moe_dist.verify.trial import TrialResult, deviations, run_trial
 
 TOLERANCE = 1e-5
 """Relative, of the tensor that differs most. In float64 rounding is eight digits below."""
@@ -23,7 +23,7 @@ def passes(worst: dict[str, float]) -> bool:
 
 
 @cache
-def reference(overrides: tuple[str, ...], num_micro_batches: int, precision: Precision) -> Told:
+def reference(overrides: tuple[str, ...], num_micro_batches: int, precision: Precision) -> TrialResult:
     """One process."""
     return told(overrides, 1, num_micro_batches, precision=precision)
 
@@ -34,7 +34,7 @@ def told(
     num_micro_batches: int,
     pp_size: int = 1,
     precision: Precision = "float64",
-) -> Told:
+) -> TrialResult:
     """What this rank is told of three steps of the tiny model."""
     config, mesh = on_layout(overrides, ep_size, num_micro_batches, pp_size)
     return run_trial(config, mesh, num_micro_batches, precision=precision)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from run_files import complaint, load
 
-from moe_dist.parallel.layout import layers_by_place, place_of_stage
+from moe_dist.parallel.layout import layers_by_pp_rank, pp_rank_of_stage
 
 # The parallel section | the rest  =>  pieces of the message.
 REFUSED = """
@@ -54,7 +54,7 @@ def test_stages_and_where_they_run(tmp_path: Path) -> None:
     def places(parallel: str) -> tuple[list[list[range]], list[int]]:
         text = f"parallel: {{{parallel}}}\ntrain: {{gradient_accumulation_steps: 8}}"
         config = load(tmp_path, text)[0]
-        return layers_by_place(config), place_of_stage(config)
+        return layers_by_pp_rank(config), pp_rank_of_stage(config)
 
     assert places("pp_size: 1") == ([[range(8)]], [0])
     assert places("pp_size: 2, stages: [3, 5]") == ([[range(3)], [range(3, 8)]], [0, 1])

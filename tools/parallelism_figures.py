@@ -19,7 +19,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe_dist.config import Config, load_config, load_mapping
-from moe_dist.parallel.layout import Layout, place_of_stage
+from moe_dist.parallel.layout import Layout, pp_rank_of_stage
 from moe_dist.parallel.pipeline import _SCHEDULES
 from moe_dist.parallel.state_bytes import state_bytes
 
@@ -33,7 +33,7 @@ Order = list[tuple[str, int, int]]
 
 def order_of_every_rank(config: Config) -> list[Order]:
     """As PyTorch runs them; needs a process group of `pp_size`, real or not."""
-    places, count = place_of_stage(config), config.train.gradient_accumulation_steps
+    places, count = pp_rank_of_stage(config), config.train.gradient_accumulation_steps
     if config.parallel.schedule == "1f1b":  # what PyTorch tells of this one leaves the first forward pass out
         return [list(_one_forward_one_backward(rank, len(places), count)) for rank in places]
     hidden = torch.empty(1, device="meta")

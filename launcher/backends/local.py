@@ -15,7 +15,7 @@ from launcher.connect.environment import JOB, named_job
 from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_FAILED, EXIT_STOPPED
 from launcher.connect.rank_job import Proof
 from launcher.supervise.exit_status import End, Ended, Tries, note, restore_terminal, say, say_end, verdict
-from launcher.supervise.hang import Verdict, judge
+from launcher.supervise.hang import HangDiagnosis, diagnose_hang
 from launcher.supervise.processes import GRACE, PATIENCE, POLL, Ranks, Signals
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
@@ -79,7 +79,7 @@ def _run(config: Config, proof: Proof | None, signals: Signals, job: dict[str, s
         return verdict(failed, ranks.told, ranks.places, config.train.output_dir, len(ranks.processes) == 1)
 
 
-def _standing_still(ranks: Ranks, config: Config, longest: float) -> Verdict | None:
+def _standing_still(ranks: Ranks, config: Config, longest: float) -> HangDiagnosis | None:
     """Whom all ranks wait for, when in the last `longest` seconds none has moved for `monitor.stall_timeout`."""
     seen = {
         rank: one._replace(place=one.place._replace(seconds=min(one.place.seconds, longest)))
@@ -87,10 +87,12 @@ def _standing_still(ranks: Ranks, config: Config, longest: float) -> Verdict | N
     }
     if len(seen) < len(ranks.processes):
         return None
-    return judge(seen, config.monitor.stall_timeout, lambda rank: f"rank {rank} (pid {ranks.processes[rank].pid})")
+    return diagnose_hang(
+        seen, config.monitor.stall_timeout, lambda rank: f"rank {rank} (pid {ranks.processes[rank].pid})"
+    )
 
 
-def _hung(still: Verdict, ranks: Ranks, config: Config) -> End:
+def _hung(still: HangDiagnosis, ranks: Ranks, config: Config) -> End:
     """Say whom the others wait for, and have every rank write down its Python stack."""
     restore_terminal()
     ranks.end_with_stacks()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.backends.ray import DEFAULTS, RESIZE_INTERVAL, Plan
-from launcher.backends.ray_rank import BEFORE_TRAINING, LEAVING, TICK, Desk, RankFailed, run
+from launcher.backends.ray_rank import BEFORE_TRAINING, LEAVING, TICK, Mailbox, RankFailed, run
 from launcher.connect.environment import JOB
 from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_FAILED
 from launcher.connect.output import mute
@@ -122,7 +122,7 @@ def launch(plan: Plan) -> int:
         try:
             # The desk stands where this command runs, so that no other node's end takes it away.
             here = ray.get_runtime_context().get_node_id()
-            desk = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(Desk).remote()
+            desk = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(Mailbox).remote()
             while True:
                 code, line = _fit(plan, desk, signals)
                 if code not in (EXIT_AGAIN, *BEFORE_TRAINING) or not ray.get(desk.goes_on.remote()):

@@ -27,7 +27,7 @@ from launcher.connect.rank_job import CONFIG, LAUNCHER
 from launcher.connect.secret import SECRET
 from launcher.supervise.oom_advice import why_killed
 from launcher.supervise.processes import GRACE, LOOPBACK, POLL
-from launcher.supervise.rank_channel import Board
+from launcher.supervise.rank_channel import RankChannel
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
 from moe_dist.train.elastic import replan
@@ -49,7 +49,7 @@ class RankFailed(Exception):
         self.text, self.cause = text, cause
 
 
-class Desk:
+class Mailbox:
     """Where the command and the ranks leave word for each other: an actor on the command's node."""
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class Rank:
     def __init__(self, number: int, config: Config, variables: dict[str, str], listener: Any, job: dict) -> None:
         self.number, self._config = number, config
         self._local = int(variables["LOCAL_RANK"])
-        self._board = Board(int(variables["LOCAL_WORLD_SIZE"]))
+        self._board = RankChannel(int(variables["LOCAL_WORLD_SIZE"]))
         own = {
             CONFIG: config.model_dump_json(),
             LAUNCHER: str(os.getpid()),

@@ -14,7 +14,7 @@ from rich.table import Table
 from moe_dist.config import Config
 from moe_dist.models.counts import flops_per_token, parameter_counts, per_rank
 from moe_dist.models.shapes import STACKED, decays, logical_shapes
-from moe_dist.parallel.layout import Axis, Layout, layers_by_place
+from moe_dist.parallel.layout import Axis, Layout, layers_by_pp_rank
 from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.train.run_summary import amount, byte_size, causality_warning, layout_lines, sentence
 
@@ -56,7 +56,7 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         f"{counts.active:,}",
         f"{amount(counts.active)}, {100 * counts.active / counts.total:.1f} %",
     )
-    places = layers_by_place(config)
+    places = layers_by_pp_rank(config)
     held = state_bytes(config, layout)
     for stage, ranges, state in zip(per_rank(config.model, layout, places), places, held, strict=True):
         name = "on each rank" if layout.pp_size == 1 else f"on each rank of stage {stage.stage}"
@@ -91,7 +91,7 @@ def facts(config: Config, world_size: int) -> dict[str, Any]:
     """
     layout = Layout.of(config, world_size)
     counts = parameter_counts(config.model)
-    places = layers_by_place(config)
+    places = layers_by_pp_rank(config)
     held = zip(per_rank(config.model, layout, places), places, state_bytes(config, layout), strict=True)
     batch = config.global_batch_size(world_size)
     return {

@@ -89,7 +89,7 @@ def train(config: Config, environment: Environment) -> int:
     return EXIT_CTRL_C if result.signal == signal.SIGINT else EXIT_AGAIN
 
 
-class CasualtyError(RuntimeError):
+class PeerFailedError(RuntimeError):
     """This rank cannot go on because another one has gone or failed: the text says who, and somebody has said it."""
 
 
@@ -114,7 +114,7 @@ def _watched(config: Config, environment: Environment, mesh: Mesh, status: Statu
         goodbye = "done"
     except Exception as error:
         if lost_a_peer(str(error)) and (text := watchdog.loss()):
-            raise CasualtyError(text) from error
+            raise PeerFailedError(text) from error
         raise
     finally:
         watchdog.close(goodbye)
@@ -205,7 +205,7 @@ def _report(error: Exception, environment: Environment, code: int) -> int:
     if code == EXIT_FAILED:
         where = f"rank {environment.rank}: " if environment.is_distributed else ""
         log = write_to_log(details, open_it=True)
-        if not isinstance(error, CasualtyError):
+        if not isinstance(error, PeerFailedError):
             text = f"{where}{type(error).__name__}: {text}"[: MAX_REPORT // 2] + advice(error)
             text += f"; log: {log}" if log else "; MOE_DIST_DEBUG=1 shows where"
         if os.environ.get("MOE_DIST_DEBUG") == "1":
@@ -214,7 +214,7 @@ def _report(error: Exception, environment: Environment, code: int) -> int:
         write_to_log(f"moe-dist: error: {text}", open_it=False)  # a start that has not begun leaves nothing
     if tell_launcher(environment.rank, text):  # it says the first one
         return code
-    if isinstance(error, CasualtyError):  # it has been said
+    if isinstance(error, PeerFailedError):  # it has been said
         return code
     if code == EXIT_CONFIG:
         let_the_first_speak()

@@ -30,7 +30,7 @@ from launcher.connect.environment import JOB, named_job
 from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_FAILED, EXIT_STOPPED
 from launcher.connect.rank_job import LAUNCHER
 from launcher.supervise.exit_status import Ended, Tries, note, say, say_end, verdict
-from launcher.supervise.rank_channel import Board
+from launcher.supervise.rank_channel import RankChannel
 from moe_dist.config import Config, ConfigError, load_config
 from moe_dist.train.interrupts import Interrupts
 
@@ -39,7 +39,7 @@ _FINAL = (EXIT_CONFIG, EXIT_STOPPED, EXIT_AGAIN, EXIT_CTRL_C)
 """Exit codes of ranks after which the same start again would not help, or is not wanted."""
 _LAST_WAIT = 10.0
 """Seconds for which an agent whose ranks are done waits for the others."""
-_DEAF = 10.0
+_BLOCKED_LIMIT = 10.0
 """Seconds without a look at ranks that have failed: torch asks the meeting place something, and its link is cut."""
 
 
@@ -192,7 +192,7 @@ class Watch:
 
     def __init__(self, config: Config | None, asked: Asked, elastic: bool) -> None:
         self.config, self.asked, self.elastic = config, asked, elastic
-        self.board: Board | None = None
+        self.board: RankChannel | None = None
         self.tries: Tries | None = None
         self.looked: float | None = None
         """When torch last saw all ranks of this machine running; None while it starts or ends them."""
@@ -203,7 +203,7 @@ class Watch:
             self.board.clear()
             return
         spec = agent.get_worker_group().spec
-        self.board = Board(spec.local_world_size)
+        self.board = RankChannel(spec.local_world_size)
         os.environ.update(self.board.for_strangers() | named_job())
         if self.config is not None:
             os.environ[LAUNCHER] = str(os.getpid())  # of ranks that are its children: with no script in between
@@ -213,10 +213,10 @@ class Watch:
         # Ranks end together; an agent that has died does not come to the last meeting.
         agent._exit_barrier_timeout = min(agent._exit_barrier_timeout, _LAST_WAIT)
 
-    def _end_when_deaf(self, board: Board) -> None:
+    def _end_when_deaf(self, board: RankChannel) -> None:
         """Say what a rank has said, and end this process, when nobody else will: torch may wait for an answer of a
         host that is cut off until TCP gives up, a quarter of an hour."""
-        while self.looked is None or time.monotonic() - self.looked < _DEAF or not board.told:
+        while self.looked is None or time.monotonic() - self.looked < _BLOCKED_LIMIT or not board.told:
             time.sleep(0.5)
         say(f"error: {next(iter(board.told.values()))}")
         say("error: the place where the machines meet does not answer any more: this machine ends")

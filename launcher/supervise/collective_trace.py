@@ -26,7 +26,7 @@ class Calls:
 
     @property
     def sign(self) -> dict[str, Any]:
-        """Fields of a `Sighting`, for another thread that looks now and then: `inside`, `calls`, and `waited`, the
+        """Fields of a `RankState`, for another thread that looks now and then: `inside`, `calls`, and `waited`, the
         seconds for which both have been seen the same."""
         now, found = time.monotonic(), (inside(self._thread), counted(self._leave_out))
         if found != self._last:

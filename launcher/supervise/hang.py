@@ -10,7 +10,7 @@ from moe_dist.parallel.status import Place
 
 WAITING = ("the all-to-all", "reducing gradients", "agreeing on the next step")
 """Phases in which a rank may be held up by others."""
-MOURNING = 8.0
+TIMEOUT_AFTER_LOSS = 8.0
 """Seconds without progress after which a run ends that has lost a rank; most notice by themselves, and sooner."""
 _LONG = ("starting", "evaluating", "saving", "ending")
 """Phases in which a rank may be busy with one thing for a long time: a disk flushes, an evaluation is compiled, the
@@ -24,7 +24,7 @@ State = Literal["", "stopped", "cut", "gone"]
 """Stopped: by SIGSTOP. Cut: nothing reaches its host. Gone: it has left without a word, or has failed."""
 
 
-class Sighting(NamedTuple):
+class RankState(NamedTuple):
     """What is known of a rank. `place` is where it was when it was last heard of, `silent` seconds ago."""
 
     place: Place
@@ -50,16 +50,16 @@ class Sighting(NamedTuple):
         return f"{self.place}{f', in {self.inside}' if self.inside else ''}{last}"
 
 
-class Verdict(NamedTuple):
+class HangDiagnosis(NamedTuple):
     """Whom everybody waits for, and a sentence about it."""
 
     ranks: list[int]
     text: str
 
 
-def judge(
-    seen: Mapping[int, Sighting], timeout: float, name: Callable[[int], str] = "rank {}".format
-) -> Verdict | None:
+def diagnose_hang(
+    seen: Mapping[int, RankState], timeout: float, name: Callable[[int], str] = "rank {}".format
+) -> HangDiagnosis | None:
     """None while anyone has moved within `timeout` seconds, or more where that may be work. `seen`: all ranks, or
     those this rank can hear of.
 
@@ -76,17 +76,17 @@ def judge(
     if not here or starting or min(one.still for one in here) < limit:
         return None
 
-    def those(which: Callable[[Sighting], bool]) -> list[int]:
+    def those(which: Callable[[RankState], bool]) -> list[int]:
         return [rank for rank, sighting in sorted(seen.items()) if which(sighting)]
 
-    def told(ranks: list[int], how: str) -> Verdict:
+    def told(ranks: list[int], how: str) -> HangDiagnosis:
         names = [f"{name(rank)} has not moved for {seen[rank].still:.0f} s, {seen[rank].where}" for rank in ranks]
         more = f"; and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
-        return Verdict(ranks, "; ".join(names[:_NAMED]) + more + f": {how}")
+        return HangDiagnosis(ranks, "; ".join(names[:_NAMED]) + more + f": {how}")
 
     if gone := those(lambda one: one.state == "gone"):
         names = [f"{name(rank)} has gone, last seen {seen[rank].where}" for rank in gone[:_NAMED]]
-        return Verdict(gone, "; ".join(names))
+        return HangDiagnosis(gone, "; ".join(names))
     if stopped := those(lambda one: one.state == "stopped"):
         return told(stopped, "it is stopped (SIGSTOP)")
     if cut := those(lambda one: one.state == "cut"):
@@ -103,7 +103,7 @@ def judge(
     if len(places) == 1:
         return told([max(seen, key=lambda rank: seen[rank].still)], "its Python stack is in its log")
     groups = [f"{', '.join(map(name, ranks))} {where}" for where, ranks in places.items()]
-    return Verdict(
+    return HangDiagnosis(
         those(lambda one: True),
         f"the ranks wait for each other in different collectives since {min(one.still for one in here):.0f} s: "
         + "; ".join(groups[:_NAMED])
@@ -111,11 +111,11 @@ def judge(
     )
 
 
-def _limit(seen: Mapping[int, Sighting], timeout: float) -> float:
+def _limit(seen: Mapping[int, RankState], timeout: float) -> float:
     """Seconds without progress that are too many: more than `timeout` only while somebody may be at work."""
     ones = list(seen.values())
     if any(one.state in ("gone", "cut") for one in ones):
-        return min(timeout, MOURNING)
+        return min(timeout, TIMEOUT_AFTER_LOSS)
     if any(one.state == "stopped" or one.silent > timeout / 2 for one in ones):
         return timeout
     if all(one.waited + one.silent >= timeout for one in ones):
@@ -125,7 +125,7 @@ def _limit(seen: Mapping[int, Sighting], timeout: float) -> float:
     return max(timeout, _SLOWER * max(one.place.longest for one in ones))
 
 
-def _late(seen: Mapping[int, Sighting]) -> list[int]:
+def _late(seen: Mapping[int, RankState]) -> list[int]:
     """Ranks that have called fewer collectives than others of a group, and in no group more than others."""
     groups: dict[str, dict[int, int]] = defaultdict(dict)
     for rank, sighting in seen.items():

@@ -18,9 +18,9 @@ from launcher.connect.environment import STORE, usable_cores
 from launcher.connect.exit_codes import EXIT_AGAIN
 from launcher.connect.rank_job import CONFIG, LAUNCHER, PROOF, WATCHED, Proof
 from launcher.supervise.exit_status import Ended, say
-from launcher.supervise.hang import Sighting
+from launcher.supervise.hang import RankState
 from launcher.supervise.heartbeat import state_of
-from launcher.supervise.rank_channel import Board
+from launcher.supervise.rank_channel import RankChannel
 from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.status import Place
 from moe_dist.train.interrupts import Interrupts
@@ -77,7 +77,7 @@ class Ranks:
         self.processes: list[subprocess.Popen[bytes]] = []
         self._counted: set[int] = set()
         with _listen(config.launch.master_port) as listener:
-            self.board = Board(count)
+            self.board = RankChannel(count)
             shared = rank_environment(config) | {
                 **job,
                 CONFIG: config.model_dump_json(),
@@ -134,7 +134,7 @@ class Ranks:
         return self.board.places
 
     @property
-    def seen(self) -> dict[int, Sighting]:
+    def seen(self) -> dict[int, RankState]:
         """All that is known of each rank; those that have said nothing yet are missing."""
         found = {rank: self.board.seen(rank, self.is_stopped) for rank in range(len(self.processes))}
         return {rank: one for rank, one in found.items() if one is not None}

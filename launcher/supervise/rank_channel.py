@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from launcher.connect.rank_job import REPORTS, STATUS
-from launcher.supervise.hang import Sighting
+from launcher.supervise.hang import RankState
 from moe_dist.parallel.status import SLOT, Place, Status, read, read_sign
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def telling(status: Status, mesh: Mesh) -> Iterator[None]:
         thread.join(_STALE)
 
 
-class Board:
+class RankChannel:
     """A place for the ranks of one machine; nothing of it is left when the last process that has it ends."""
 
     def __init__(self, count: int) -> None:
@@ -96,17 +96,17 @@ class Board:
         found = {rank: read(self._slots, rank) for rank in range(self.count)}
         return {rank: place for rank, place in found.items() if place is not None}
 
-    def seen(self, rank: int, is_stopped: Callable[[int], bool]) -> Sighting | None:
+    def seen(self, rank: int, is_stopped: Callable[[int], bool]) -> RankState | None:
         """All that is known of a rank; None when it has said nothing yet."""
         place, sign = read(self._slots, rank), read_sign(self._slots, rank)
         if place is None:
             return None
         age, told = sign or (place.seconds, {})
         if age > _STALE and is_stopped(rank):
-            return Sighting(place, 0.0, "stopped", **told)
+            return RankState(place, 0.0, "stopped", **told)
         if age > max(_STALE, place.seconds / 2):  # something holds Python's lock: in a collective it would not
             told |= {"inside": None, "waited": 0.0}
-        return Sighting(place, **told)
+        return RankState(place, **told)
 
     def clear(self) -> None:
         """Other ranks will use it."""

@@ -25,7 +25,7 @@ from launcher.connect.environment import Environment
 from launcher.connect.exit_codes import EXIT_FAILED
 from launcher.connect.rank_job import tell_launcher
 from launcher.supervise.collective_trace import Calls
-from launcher.supervise.hang import Sighting, State, Verdict, judge
+from launcher.supervise.hang import HangDiagnosis, RankState, State, diagnose_hang
 from launcher.supervise.heartbeat import Hub, Message, Offer, Peers, Spoke, state_of
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
@@ -35,14 +35,14 @@ from moe_dist.parallel.status import Place, Status
 logger = logging.getLogger("moe_dist")
 INTERVAL = 0.5
 """Seconds between two signs of life; more with very many ranks, so that rank 0 hears at most a thousand a second."""
-HEARSAY = 2.0
+LOSS_WAIT = 2.0
 """Seconds in which a rank that has lost a connection learns who it was that has gone."""
-_BREATH = 0.05
-_DOUBT = 0.2
+_POLL_INTERVAL = 0.05
+_GONE_GRACE = 0.2
 """Seconds before a rank is said to have gone: when a scheduler ends all of them, this one is gone by then too."""
 _GAP = 2.0
 """Seconds between two looks that mean that not the others were silent: this process was stopped."""
-_LAST_WORDS = 0.5
+_STOP_NOTICE = 0.5
 """Seconds in which the others hear that they are to stop, before their connections break."""
 
 
@@ -82,11 +82,11 @@ class Watchdog:
         self._goodbye = goodbye
         if self._peers is not None:
             self._peers.wake()
-        self._thread.join(HEARSAY)
+        self._thread.join(LOSS_WAIT)
 
     def loss(self) -> str:
         """Who has gone or failed first, as somebody says it aloud; waits a moment for the news, "" without any."""
-        self._known.wait(HEARSAY)
+        self._known.wait(LOSS_WAIT)
         return self._lost
 
     def _run(self) -> None:
@@ -109,18 +109,18 @@ class Watchdog:
                 due = began + self._interval
                 peers.send(self._sign_of_life(), must=False)
             peers.poll(max(0.0, due - time.monotonic()))
-            time.sleep(_BREATH)  # rank 0 must not wake for each of a thousand messages
+            time.sleep(_POLL_INTERVAL)  # rank 0 must not wake for each of a thousand messages
             self._listen(peers)
             if self._goodbye:
                 self._say_who_has_gone(peers)
                 peers.send({"bye": self._goodbye, "rank": self.rank})
                 peers.close()
                 return
-            self._say_who_has_gone(peers, after=_DOUBT)
+            self._say_who_has_gone(peers, after=_GONE_GRACE)
             verdict = None
             lost_zero = 0 in peers.gone or peers.is_cut_off(0) or self._silence(peers, 0) >= self._timeout
             if look and (self.rank == 0 or lost_zero):
-                verdict = judge(self._seen(peers), self._timeout, self.name)
+                verdict = diagnose_hang(self._seen(peers), self._timeout, self.name)
             before, now = now, time.monotonic()
             if now - before > 2 * self._interval + _GAP:
                 self._went_on = now
@@ -138,7 +138,10 @@ class Watchdog:
                 if not warned:
                     logger.warning("rank %d cannot reach rank 0's watchdog, and tries again: %s", self.rank, error)
                 warned = True
-            if self._is_stopped(0) and (verdict := judge(self._seen(nobody), self._timeout, self.name)) is not None:
+            if (
+                self._is_stopped(0)
+                and (verdict := diagnose_hang(self._seen(nobody), self._timeout, self.name)) is not None
+            ):
                 self._end(nobody, verdict)
             time.sleep(self._interval)
         return None
@@ -152,7 +155,7 @@ class Watchdog:
         moment = peers.heard[rank][0] if rank in peers.heard else self._went_on
         return time.monotonic() - max(moment, self._went_on)
 
-    def _seen(self, peers: Peers) -> dict[int, Sighting]:
+    def _seen(self, peers: Peers) -> dict[int, RankState]:
         """What is known of everybody who trains; nothing as long as somebody may be about to be heard of first."""
         seen = {self.rank: _sighting(self._sign_of_life(), 0.0, "")}
         unheard = {"place": self.status.place._replace(seconds=0.0, phase="starting", layer=None, longest=0.0)}
@@ -213,7 +216,7 @@ class Watchdog:
         if [rank for rank in (self.rank, *about) if not tell_launcher(rank, text)]:
             os.write(2, f"moe-dist: error: {text}\n".encode())
 
-    def _end(self, peers: Peers, verdict: Verdict) -> NoReturn:
+    def _end(self, peers: Peers, verdict: HangDiagnosis) -> NoReturn:
         whose = "all ranks stop" if self.rank == 0 else "the ranks that cannot hear it stop"
         log = log_path(self._folder, verdict.ranks[0])
         text = f"{verdict.text}; {whose}; log: {log}"
@@ -229,7 +232,7 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         stopped = [self.everybody[rank].pid for rank in ranks if rank != self.rank and self._is_stopped(rank)]
-        for number, seconds in ((signal.SIGUSR2, 0.0), (signal.SIGCONT, _LAST_WORDS), (signal.SIGKILL, 0.0)):
+        for number, seconds in ((signal.SIGUSR2, 0.0), (signal.SIGCONT, _STOP_NOTICE), (signal.SIGKILL, 0.0)):
             for pid in stopped:
                 with suppress(OSError):
                     os.kill(pid, number)
@@ -246,8 +249,8 @@ class Watchdog:
         return f"rank {rank} (pid {who.pid} on {who.host}{', ' if who.address else ''}{who.address})"
 
 
-def _sighting(message: Message, silence: float, state: State) -> Sighting:
-    return Sighting(Place(*message["place"]), silence, state, **message.get("calls", {}))
+def _sighting(message: Message, silence: float, state: State) -> RankState:
+    return RankState(Place(*message["place"]), silence, state, **message.get("calls", {}))
 
 
 def _spaces() -> tuple[str, str]:

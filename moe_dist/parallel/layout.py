@@ -127,7 +127,7 @@ def stages_of(config: Config) -> list[range]:
     return [range(end - size, end) for size, end in zip(config.parallel.stages, ends, strict=True)]
 
 
-def place_of_stage(config: Config) -> list[int]:
+def pp_rank_of_stage(config: Config) -> list[int]:
     """The `pp` coordinate that runs each stage: round and round, or down and up again for schedules in V shape."""
     parallel = config.parallel
     numbers = list(range(parallel.pp_size))
@@ -136,9 +136,9 @@ def place_of_stage(config: Config) -> list[int]:
     return numbers * parallel.stages_per_rank
 
 
-def layers_by_place(config: Config) -> list[list[range]]:
+def layers_by_pp_rank(config: Config) -> list[list[range]]:
     """For each `pp` coordinate the layers of its stages."""
-    pairs = list(zip(place_of_stage(config), stages_of(config), strict=True))
+    pairs = list(zip(pp_rank_of_stage(config), stages_of(config), strict=True))
     return [[layers for at, layers in pairs if at == place] for place in range(config.parallel.pp_size)]
 
 

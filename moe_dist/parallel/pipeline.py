@@ -25,7 +25,7 @@ from torch.distributed.pipelining import (
 from moe_dist.config import Config
 from moe_dist.models.precision import full_dtype
 from moe_dist.models.transformer import Stage, Transformer
-from moe_dist.parallel.layout import layers_by_place, place_of_stage
+from moe_dist.parallel.layout import layers_by_pp_rank, pp_rank_of_stage
 from moe_dist.parallel.mesh import Mesh
 
 Inputs = dict[str, Any]
@@ -77,9 +77,9 @@ class PipelinedTransformer(Transformer):
     def __init__(self, config: Config, mesh: Mesh) -> None:
         group = mesh.group("pp")
         assert group is not None
-        ranges = layers_by_place(config)[mesh.pp_rank]
+        ranges = layers_by_pp_rank(config)[mesh.pp_rank]
         super().__init__(config.model, config.balance, [layer for layers in ranges for layer in layers])
-        self.group, self.place, self.places = group, mesh.pp_rank, place_of_stage(config)
+        self.group, self.place, self.places = group, mesh.pp_rank, pp_rank_of_stage(config)
         self.numbers = [stage for stage, place in enumerate(self.places) if place == self.place]
         self.dtype = torch.bfloat16 if config.train.pure_bf16 else full_dtype()
         self.logits_dtype = torch.bfloat16 if config.train.bf16 else self.dtype  # autocast leaves them so

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from moe_dist.config import Config, OptimizerConfig
 from moe_dist.models.counts import per_rank
-from moe_dist.parallel.layout import Layout, layers_by_place
+from moe_dist.parallel.layout import Layout, layers_by_pp_rank
 
 _MOMENTS = {"adamw_torch_fused": 2, "adamw_torch": 2, "sgd": 1, "adafactor": 0}
 
@@ -45,7 +45,7 @@ def state_bytes(config: Config, layout: Layout) -> list[StateBytes]:
     over_experts = max(1, over // layout.ep_size)
     kept = moments(config.optimizer)
     found = []
-    for place in per_rank(config.model, layout, layers_by_place(config)):
+    for place in per_rank(config.model, layout, layers_by_pp_rank(config)):
         whole, part = place.total, place.dense // over + place.experts // over_experts
         if parallel.engine == "deepspeed":
             found.append(StateBytes(4 * whole, 4 * part, 4 * part * (1 + kept)))

@@ -12,7 +12,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.balance import Balancer
 
 
-class Acting:
+class AutoBalance:
     """Raises balancing where a layer is in trouble and takes it back when it is well (`balance.act`).
 
     Rank 0 decides and all ranks do it before the next step, so they cannot differ; nothing is asked when it is off.

@@ -25,7 +25,7 @@ from moe_dist.monitor.train_log import open_log
 from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.state_bytes import moments
-from moe_dist.train.auto_balance import Acting
+from moe_dist.train.auto_balance import AutoBalance
 from moe_dist.train.build import Datasets
 from moe_dist.train.optimizer import Optimizer
 from moe_dist.train.run_setup import RunPlace, write_config
@@ -76,7 +76,7 @@ class Persistence:
         optimizer: Optimizer | DeepSpeedEngine,
         loader: GlobalLoader,
         stopping: Stopping,
-        acting: Acting,
+        acting: AutoBalance,
         place: RunPlace,
         datasets: Datasets,
         alive: Callable[[], None],

@@ -17,7 +17,7 @@ from moe_dist.monitor.rank_facts import PHASE_KEYS
 from moe_dist.monitor.report.profile_page import Operator, PartTime, Profile, RankProfile, write_page
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.engines.fsdp import local
-from moe_dist.parallel.layout import layers_by_place
+from moe_dist.parallel.layout import layers_by_pp_rank
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.state_bytes import StateBytes, state_bytes
 from moe_dist.parallel.status import Status
@@ -116,7 +116,7 @@ def run_profile(
         predicted=state_bytes(config, mesh.layout)[place],
         saved=[(part.layer, part.name, size) for part, size in saved.items()],
         peak_bytes=peak,
-        layers=[layer for stage in layers_by_place(config)[place] for layer in stage],
+        layers=[layer for stage in layers_by_pp_rank(config)[place] for layer in stage],
     )
     ranks = mesh.from_all(mine)
     if mesh.rank != 0:

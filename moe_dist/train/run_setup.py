@@ -21,7 +21,7 @@ from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.records import RunInfo
 from moe_dist.monitor.train_log import setup_logging
-from moe_dist.parallel.layout import layers_by_place
+from moe_dist.parallel.layout import layers_by_pp_rank
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.build import Datasets
 from moe_dist.train.hf_arguments import settings_of
@@ -195,7 +195,7 @@ def model_sizes(config: Config) -> tuple[int, int, int]:
 def _stage_of_layer(config: Config) -> list[int]:
     if config.parallel.pp_size == 1:
         return [0] * config.model.num_hidden_layers
-    places = [(layer, place) for place, ranges in enumerate(layers_by_place(config)) for r in ranges for layer in r]
+    places = [(layer, place) for place, ranges in enumerate(layers_by_pp_rank(config)) for r in ranges for layer in r]
     return [place for _, place in sorted(places)]
 
 

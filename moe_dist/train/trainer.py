@@ -27,7 +27,7 @@ from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.device import set_deterministic
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
-from moe_dist.train.auto_balance import Acting
+from moe_dist.train.auto_balance import AutoBalance
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer, given
 from moe_dist.train.checkpointing import Counters, Persistence
@@ -141,7 +141,7 @@ class MoETrainer:
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
         self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config, self.status)
         self.stopping = Stopping(config.train, Pace(self.loader.global_batch_size, self.loader.samples_per_epoch))
-        self.acting = Acting(config, mesh, self.balancer, self.reporter.collector.pending)
+        self.acting = AutoBalance(config, mesh, self.balancer, self.reporter.collector.pending)
         self.counters = Counters()
         parts = (self.model, self.optimizer, self.loader, self.stopping, self.acting)
         self.persistence = Persistence(config, mesh, *parts, self.place, self.datasets, self.status.alive)

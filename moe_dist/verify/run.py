@@ -23,7 +23,7 @@ from moe_dist.verify.layouts import Case
 from moe_dist.verify.life import Life
 from moe_dist.verify.scenarios import Scenario, Smallness, Training
 from moe_dist.verify.trajectory import Alone, run_life
-from moe_dist.verify.trial import Told, deviations, run_trial
+from moe_dist.verify.trial import TrialResult, deviations, run_trial
 from moe_dist.verify.verdicts import Report, Verdict
 
 _PATIENCE = timedelta(seconds=25)
@@ -49,7 +49,7 @@ class Verifier:
     def __init__(self, world: Mesh) -> None:
         self.world = world
         self._meshes: dict[tuple[int, int, int | None], Mesh] = {}
-        self._references: dict[str, Told] = {}
+        self._references: dict[str, TrialResult] = {}
         self.alone = Alone()
 
     def verify(
@@ -196,7 +196,7 @@ class Verifier:
             key = self._key(case, training, count)
             if key not in self._references:
                 missing[key] = (case, training, count)
-        mine: dict[str, Told | None] = {}
+        mine: dict[str, TrialResult | None] = {}
         for number, (key, (case, training, count)) in enumerate(missing.items()):
             if number % self.world.layout.world_size == self.world.rank:
                 try:
@@ -206,14 +206,14 @@ class Verifier:
         for part in self.world.from_all(mine):
             self._references |= {key: told for key, told in part.items() if told is not None}
 
-    def _reference(self, case: Scenario, training: Training, count: int) -> Told:
+    def _reference(self, case: Scenario, training: Training, count: int) -> TrialResult:
         """What one process computes, on every rank."""
         key = self._key(case, training, count)
         if key not in self._references:
             self._references[key] = self.world.ask_rank_zero(lambda: self._alone(case, training, count))
         return self._references[key]
 
-    def _alone(self, case: Scenario, training: Training, count: int) -> Told:
+    def _alone(self, case: Scenario, training: Training, count: int) -> TrialResult:
         # Ranks are held against one of their kind; a single process, on a GPU perhaps, against the CPU.
         device: Any = self.world.device if self.world.layout.world_size > 1 else "cpu"
         return run_trial(training.alone, Mesh.single(device), count, None, training.batches, case.precision)

@@ -154,7 +154,7 @@ def whole_tensors(placed: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
 
 
 @dataclass
-class Told:
+class TrialResult:
     """What a trial tells. `gradients` are those of the first step, before clipping; `loads` by step, layer and fact."""
 
     initial: dict[str, Tensor]
@@ -174,13 +174,13 @@ def run_trial(
     plant: str | None = None,
     kind: Batches | None = None,
     precision: Precision = "float32",
-) -> Told:
+) -> TrialResult:
     """Train on this rank's share of fixed global batches; every rank is told the same if replicas agree."""
     kind, rate = kind or Batches(), RATES[precision]
     settings = config.optimizer.model_copy(update={"learning_rate": rate, "min_learning_rate": rate / 10})
     with planted(plant) if plant else nullcontext(), in_dtype(DTYPES[precision]):
         trial = Trial(config, mesh, kind.num_domains)
-        told = Told(initial=trial.weights)
+        told = TrialResult(initial=trial.weights)
         for step in range(NUM_STEPS):
             if step == NUM_STEPS - 1:  # and then train on: an evaluation must leave no trace
                 held_out = trial.share(micro_batches(config, num_micro_batches, 99, kind))
@@ -213,7 +213,7 @@ def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return worst
 
 
-def deviations(found: Told, wanted: Told) -> dict[str, float]:
+def deviations(found: TrialResult, wanted: TrialResult) -> dict[str, float]:
     """Largest relative differences by what was compared."""
     worst = {
         name: difference(getattr(found, name), getattr(wanted, name))

@@ -18,7 +18,7 @@ from ranks import run_ranks
 from moe_dist.models.experts import Expert
 from moe_dist.models.precision import in_dtype
 from moe_dist.parallel.engines.replicated import Gradients
-from moe_dist.verify.trial import Told, deviations
+from moe_dist.verify.trial import TrialResult, deviations
 
 COUNT = 8
 
@@ -35,7 +35,7 @@ class Own(Expert):
         return self.down(self.up(x_RD).relu()) if len(x_RD) else x_RD
 
 
-def told_in_float64(overrides: tuple[str, ...], ep_size: int, factor: float = 1.0) -> Told:
+def told_in_float64(overrides: tuple[str, ...], ep_size: int, factor: float = 1.0) -> TrialResult:
     """`factor`: a bug so small that float32 would not show it, in the gradients of the experts."""
     norm = Gradients.norm
 
@@ -48,7 +48,7 @@ def told_in_float64(overrides: tuple[str, ...], ep_size: int, factor: float = 1.
 
 
 @cache
-def in_one_process(overrides: tuple[str, ...]) -> Told:
+def in_one_process(overrides: tuple[str, ...]) -> TrialResult:
     return told_in_float64(overrides, 1)
 
 
