@@ -175,7 +175,10 @@ def verify(
             metavar="all|quick|life|NAMES", help="Names such as ep2-zero3-acc2, pp2-1f1b-ep1-zero1+tied+bias."
         ),
     ] = "all",
-    plant: Annotated[str | None, typer.Option(metavar="BUG", help="Plant a known bug: the proof must fail.")] = None,
+    plant: Annotated[
+        str | None,
+        typer.Option("--inject-bug", "--plant", metavar="BUG", help="Put a known bug in: the proof must fail."),
+    ] = None,
     life: Annotated[bool, typer.Option("--life", help="Lives of runs only, as --layouts life.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Chooses other cases with the same coverage.")] = 0,
     minutes: Annotated[

@@ -23,7 +23,7 @@ _STARTS = 20
 def prove(config: Config, proof: Proof, world_size: int) -> int:
     """Returns the exit code. Raises ConfigError for what cannot be asked."""
     if proof.plant is not None and proof.plant not in BUGS:
-        raise ConfigError(f"--plant {proof.plant}: not a known bug; allowed: {', '.join(BUGS)}")
+        raise ConfigError(f"--inject-bug {proof.plant}: not a known bug; allowed: {', '.join(BUGS)}")
     config.parallel = ParallelConfig()  # layouts have their own
     if started_by_torchrun():
         from launcher.rank.worker import run_under_torchrun

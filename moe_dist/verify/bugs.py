@@ -218,4 +218,4 @@ _OF_LIVES: dict[str, Bug] = {
 """In what comes after an event of a run's life."""
 
 BUGS: dict[str, Bug] = _OF_LAYOUTS | _OF_FEATURES | _OF_LIVES
-"""What `moe-dist verify --plant` can plant."""
+"""What `moe-dist verify --inject-bug` can put in."""

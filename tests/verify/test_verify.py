@@ -266,7 +266,7 @@ def test_the_command_says_what_differs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plant", "gremlin"], "--plant gremlin: not a known bug; allowed: expert_gradient_times_ep, "),
+        (["--plant", "gremlin"], "--inject-bug gremlin: not a known bug; allowed: expert_gradient_times_ep, "),
         (["--layouts", "pp2-1f1b-ep1-zero2-acc2"], "--layouts pp2-1f1b-ep1-zero2-acc2: parallel.zero_stage=2: with "),
     ],
 )
