@@ -26,7 +26,7 @@ from moe_dist.monitor.records import ActionRecord
 from moe_dist.parallel.exchange import as_error, as_failure, decode, encode
 from moe_dist.verify.layouts import Case
 from moe_dist.verify.life import EVENTS, Life
-from moe_dist.verify.trial import Told
+from moe_dist.verify.trial import TrialResult
 
 DTYPES = [
     torch.float64,
@@ -80,7 +80,7 @@ def test_tensors_and_records_come_back() -> None:
     tensors |= {"none": torch.empty(0, 3), "one": torch.tensor(-0.0), "strided": torch.arange(12).reshape(3, 4).t()}
     tensors["special"] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-45])
     life = Life((Case(pp_size=2), Case()), frozenset({"a"}), EVENTS, 3)
-    told = Told(initial=tensors, losses=[0.1, float("nan")])
+    told = TrialResult(initial=tensors, losses=[0.1, float("nan")])
     action = ActionRecord(1, 2, "k", 1.0, 2.0, "why")
     sent = [tensors, ((2, 3), (0, 0), tensors["strided"]), life, Job(("a",), ()), {7: told}, action]
     back = decode(encode(sent))
