@@ -146,7 +146,7 @@ class Verifier:
         training = small.training(case)
         mesh, count = self.mesh(case.layout), self._count(case)
         found = run_trial(training.config, mesh, count, plant, training.batches, case.precision)
-        return deviations(found, self._reference(case, training, count))
+        return deviations(found, self._reference(case, training, count), case.precision)
 
     def _together(self, compare: Callable[[], dict[str, float]]) -> tuple[list[dict[str, float]], str | None]:
         """What every rank has found, or the error that one of them has met, the same on every rank. An error that all

@@ -213,8 +213,8 @@ def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return worst
 
 
-def deviations(found: TrialResult, wanted: TrialResult) -> dict[str, float]:
-    """Largest relative differences by what was compared."""
+def deviations(found: TrialResult, wanted: TrialResult, precision: Precision = "float64") -> dict[str, float]:
+    """Largest relative differences by what was compared; `digits` in bfloat16 only."""
     worst = {
         name: difference(getattr(found, name), getattr(wanted, name))
         for name in ("initial", "gradients", "weights", "biases", "loads")
@@ -222,9 +222,11 @@ def deviations(found: TrialResult, wanted: TrialResult) -> dict[str, float]:
     for name in ("losses", "norms", "evaluation"):
         pairs = zip(getattr(found, name), getattr(wanted, name), strict=True)
         worst[name] = max(abs(a - b) / max(abs(b), 1e-12) if a == a else float("inf") for a, b in pairs)
-    shares = [(_share_in_half(_dense(told.gradients)), _share_in_half(told.weights)) for told in (found, wanted)]
-    worst["digits"] = max(abs(one - other) for one, other in zip(*shares, strict=True))
-    return {name: worst[name] for name in COMPARED}
+    worst = {name: worst[name] for name in COMPARED}
+    if precision == "bfloat16":
+        shares = [(_share_in_half(_dense(one.gradients)), _share_in_half(one.weights)) for one in (found, wanted)]
+        worst["digits"] = max(abs(one - other) for one, other in zip(*shares, strict=True))
+    return worst
 
 
 def _dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
