@@ -211,12 +211,12 @@ DAMAGES: dict[str, Callable[[Path, Path, random.Random], object]] = {
 }
 
 
-def on_a_disk(folder: Path, count: int, seed: int) -> list[str]:
+def on_a_disk(folder: Path, count: int, seed: int, ranks: int) -> list[str]:
     """`disk`, and the comparison with a run that had room."""
     (folder / "disk").mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder / "disk")], check=True)
     try:
-        soak = Soak(folder, 2, 10, seed, "local")
+        soak = Soak(folder, ranks, 10, seed, "local")
         soak.run = folder / "disk" / "run"
         soak.storage = LocalStorage(soak.run)
         return disk(soak, count) + against_a_twin(soak, gaps=True)
@@ -241,14 +241,15 @@ def main() -> int:
     parser.add_argument("what", choices=("signals", "disk", "damage"))
     parser.add_argument("--count", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=2, choices=(1, 2, 4))
     options = parser.parse_args()
     folder, began = Path(tempfile.mkdtemp(prefix="soak-")), time.monotonic()
     try:
         if options.what == "signals":
-            soak = Soak(folder, 2, 3, options.seed, "local")
+            soak = Soak(folder, options.ranks, 3, options.seed, "local")
             wrong = signals(soak, options.count) + against_a_twin(soak, gaps=False)
         elif options.what == "disk":
-            wrong = on_a_disk(folder, options.count, options.seed)
+            wrong = on_a_disk(folder, options.count, options.seed, options.ranks)
         else:
             wrong = damage(tiny(folder).parent, options.count, random.Random(options.seed))
     finally:
