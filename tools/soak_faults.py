@@ -33,6 +33,7 @@ from flip import tiny
 from soak import Soak, compare, last_step, losses, wait
 
 from moe_dist.checkpoint.manager import Checkpoints
+from moe_dist.checkpoint.reading import Found, whole
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.tools.flipping import Weights, load
 from moe_dist.config import CheckpointConfig
@@ -115,7 +116,7 @@ def disk(soak: Soak, count: int) -> list[str]:
             during = soak.newest()
             filler.unlink()
             wait(process, lambda during=during: (soak.newest() or 0) > (during or 0), soak)  # type: ignore[misc]
-            problems = soak.look(before)
+            problems = look_at_newest(soak, before)
             wrong += problems
             if problems or number % 10 == 0:
                 print(f"{number:4}  saved before {before}, in it {during}: {'; '.join(problems) or 'ok'}", flush=True)
@@ -127,6 +128,14 @@ def disk(soak: Soak, count: int) -> list[str]:
     said = soak.console()
     print(f"{count} times full, {last_step(soak.run)} steps, {said.count('warning')} warnings on the console")
     return wrong + ["a stack trace"] * ("Traceback" in said)
+
+
+def look_at_newest(soak: Soak, before: int | None) -> list[str]:
+    """As `Soak.look`, while the run goes on and deletes older steps."""
+    newest = soak.newest() or 0
+    wrong = [f"step {before} had been committed, now there is {newest}"] if newest < (before or 0) else []
+    damage = whole(Found(soak.storage, newest))
+    return wrong + (damage if newest in soak.storage.steps() else [])
 
 
 def fill(file: Path) -> None:
