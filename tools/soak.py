@@ -51,7 +51,7 @@ STARTERS = {"local": ("train",), "torchrun": ("launch", "torchrun")}
 MARK = "MOE_DIST_SOAK"
 """Variable by which every process of a run is found: torchrun gives each rank a session of its own."""
 WHEN = ("training", "training", "saving", "saving", "starting")
-PATIENCE = 120.0
+PATIENCE = 600.0
 
 
 @dataclass
