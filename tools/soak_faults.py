@@ -44,12 +44,15 @@ WHEN = ("training", "training", "training", "saving", "saving", "starting")
 DISK = 256 * 2**20
 
 
-def signals(soak: Soak, count: int) -> list[str]:
-    """Told to stop `count` times; returns what was wrong."""
+def signals(soak: Soak, count: int, seconds: float) -> list[str]:
+    """Told to stop `count` times, or for so long; returns what was wrong."""
+    until = time.monotonic() + seconds
     draw, wrong = soak.draw, list[str]()
     codes: Counter[int] = Counter()
     kinds: Counter[str] = Counter()
     for number in range(1, count + 1):
+        if time.monotonic() > until:
+            break
         when, before, rows, mark = draw.choice(WHEN), soak.newest(), len(losses(soak.run)), len(soak.console())
         process = soak.start(soak.run, 10**6)
         try:
@@ -86,7 +89,7 @@ def signals(soak: Soak, count: int) -> list[str]:
         if problems or number % 10 == 0:
             names = "+".join(each.name for each in sent)
             print(f"{number:4}  {names}  while {when}: {'; '.join(problems) or 'ok'}", flush=True)
-    print(f"{count} stops while {dict(kinds)}, exit codes {dict(codes)}")
+    print(f"{codes.total()} stops while {dict(kinds)}, exit codes {dict(codes)}")
     again = len(losses(soak.run)) - len(dict(losses(soak.run)))
     return wrong + [f"{again} steps were computed twice"] * bool(again)
 
@@ -251,12 +254,13 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=2, choices=(1, 2, 4))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no more signals after this long")
     options = parser.parse_args()
     folder, began = Path(tempfile.mkdtemp(prefix="soak-")), time.monotonic()
     try:
         if options.what == "signals":
             soak = Soak(folder, options.ranks, 3, options.seed, "local")
-            wrong = signals(soak, options.count) + against_a_twin(soak, gaps=False)
+            wrong = signals(soak, options.count, options.seconds) + against_a_twin(soak, gaps=False)
         elif options.what == "disk":
             wrong = on_a_disk(folder, options.count, options.seed, options.ranks)
         else:
