@@ -256,6 +256,9 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2, choices=(1, 2, 4))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no more signals after this long")
     options = parser.parse_args()
+    # In the background of a script, or under nohup, these are ignored, and would be by whatever is started from here.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, began = Path(tempfile.mkdtemp(prefix="soak-")), time.monotonic()
     try:
         if options.what == "signals":
