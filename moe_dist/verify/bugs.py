@@ -1,4 +1,4 @@
-"""Known bugs of parallel trainers, by name: what each needs in order to act. Planted by `plants/`. Imports no torch."""
+"""Known bugs of parallel trainers, by name: what each needs to act. Planted by `injected_bugs/`. Imports no torch."""
 
 from __future__ import annotations
 

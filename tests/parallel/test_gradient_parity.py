@@ -4,8 +4,8 @@ Reference: one process, fp32, all micro-batches of the global batch accumulated.
 labels, padding, packed documents and a micro-batch without a single token. Compared: every gradient before clipping,
 the global norm, weights after three AdamW steps, the selection bias, initial weights. Tolerance 1e-5 relative (L2).
 
-Every test of a trap was seen to fail: `tests/verify` plants the bugs of `moe_dist/verify/plants/` one by one in the
-very function that is compared here and demands that the comparison goes red.
+Every test of a trap was seen to fail: `tests/verify` plants the bugs of `moe_dist/verify/injected_bugs/` one by one in
+the very function that is compared here and demands that the comparison goes red.
 """
 
 from __future__ import annotations
