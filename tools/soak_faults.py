@@ -124,7 +124,7 @@ def disk(soak: Soak, count: int) -> list[str]:
             if problems or number % 10 == 0:
                 print(f"{number:4}  saved before {before}, in it {during}: {'; '.join(problems) or 'ok'}", flush=True)
         process.send_signal(signal.SIGTERM)
-        if code := process.wait(60) != 75:
+        if (code := process.wait(60)) != 75:
             wrong.append(f"exit code {code}")
     finally:
         soak.end(process)
