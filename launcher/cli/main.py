@@ -7,9 +7,8 @@ import signal
 import sys
 from types import FrameType
 
+from launcher.connect.exit_codes import EXIT_FAILED
 from launcher.connect.output import EXIT_PIPE, Output, complain
-
-EXIT_FAILED = 1
 
 
 def main() -> None:
