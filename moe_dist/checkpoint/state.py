@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,25 +22,22 @@ from moe_dist.checkpoint.shards import NAMES, TORCH_DTYPES, Piece, ShardReader
 from moe_dist.checkpoint.storage.manifest import Box, CheckpointError, Manifest, TensorEntry
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.dtensor_layout import like_parameter
-from moe_dist.parallel.engines.fsdp import held_parameters
+from moe_dist.parallel.engines.base import Engine
 from moe_dist.parallel.mesh import Mesh
-
-NamedState = Iterable[tuple[str, str, list[Tensor], bool]]
-"""(parameter name, key, tensors, whether they are one per expert) as `Optimizer.named_state` yields them."""
 
 
 class LogicalState:
     """Tensors by logical name for writing or reading in place, with the copies that reading must put back.
 
     Weights are in full precision whatever the model computes in: where it has masters, those are its weights. Reading
-    fills them; `follow_masters` of the optimizer comes after.
+    fills them; `state_loaded` of the engine comes after. Without `moments` the optimizer's state is left out.
     """
 
-    def __init__(self, model: Transformer, optimizer_state: NamedState, mesh: Mesh) -> None:
+    def __init__(self, model: Transformer, engine: Engine, mesh: Mesh, moments: bool = True) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.put_back: list[tuple[list[Tensor], Tensor]] = []
         self.model_shapes = model.logical_shapes
-        parameters, stacked = held_parameters(model, every_name=True), model.stacked_names()
+        parameters, stacked = engine.held_parameters(every_name=True), model.stacked_names()
         masters = {parameters[name]: master for name, master in model.masters.items()}
 
         def logical(name: str, tensor: Tensor) -> Tensor:
@@ -53,7 +50,7 @@ class LogicalState:
                 tensor = masters.get(parameters[name], tensor)
             self.tensors[f"model.{name}"] = logical(name, tensor)
 
-        for name, key, tensors, split in optimizer_state:
+        for name, key, tensors, split in engine.named_state() if moments else ():
             tensor = tensors[0]
             if split:
                 tensor = torch.stack(tensors)

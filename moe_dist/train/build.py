@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,8 @@ from moe_dist.data.streaming import StreamingPackedDataset
 from moe_dist.data.tokenizer import Tokenizer, load_tokenizer
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
-from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
-from moe_dist.parallel.engines.fsdp import ShardedGradients, shard_parameters
-from moe_dist.parallel.engines.replicated import Gradients
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import parallelize
-from moe_dist.train.optimizer import Optimizer, torch_optimizer
 
 logger = logging.getLogger("moe_dist")
 
@@ -34,7 +29,7 @@ logger = logging.getLogger("moe_dist")
 def build_model(
     config: Config, mesh: Mesh, clock: Clock | None = None, given: Transformer | None = None
 ) -> Transformer:
-    """This rank's part of the model, on its device, with the initial weights of `train.seed`.
+    """This rank's part of the model, on its device, whole, with the initial weights of `train.seed`.
 
     `given`: a whole model whose parameters it shares instead of having its own, so that training moves them.
     """
@@ -49,10 +44,6 @@ def build_model(
     model.initialize(config.train.seed, mesh.device)
     if given is not None:
         _share_weights(model, given, mesh)
-    if is_sharded(config, mesh):
-        shard_parameters(model, config, mesh)
-    elif config.train.pure_bf16:
-        model.round_weights(torch.bfloat16)
     return model
 
 
@@ -75,29 +66,6 @@ def _share_weights(model: Transformer, given: Transformer, mesh: Mesh) -> None:
                 parameter.requires_grad_(False)
         mine._parameters.update(part._parameters)
         mine._buffers.update(part._buffers)
-
-
-def is_sharded(config: Config, mesh: Mesh) -> bool:
-    """Whether FSDP cuts parameters over replicas; a single process has nothing to cut."""
-    return config.parallel.engine == "torch" and config.parallel.zero_stage > 0 and mesh.sparse is not None
-
-
-def build_gradients(model: Transformer, config: Config, mesh: Mesh) -> Gradients | ShardedGradients | DeepSpeedEngine:
-    """The gradients of this rank: replicated, or sharded by FSDP or DeepSpeed."""
-    if config.parallel.engine == "deepspeed":
-        return DeepSpeedEngine(model, config, mesh, partial(torch_optimizer, config=config.optimizer))
-    if is_sharded(config, mesh):
-        return ShardedGradients(model, mesh, config.parallel.zero_stage)
-    return Gradients(model, mesh)
-
-
-def build_optimizer(
-    model: Transformer, gradients: Gradients | ShardedGradients | DeepSpeedEngine, config: Config
-) -> Optimizer | DeepSpeedEngine:
-    """What updates the weights: DeepSpeed does so itself."""
-    if isinstance(gradients, DeepSpeedEngine):
-        return gradients
-    return Optimizer(model, gradients, config.optimizer)
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,11 @@ from moe_dist.data.loader import GlobalLoader
 from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.train_log import open_log
-from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
+from moe_dist.parallel.engines.base import Engine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.state_bytes import moments
 from moe_dist.train.auto_balance import AutoBalance
 from moe_dist.train.build import Datasets
-from moe_dist.train.optimizer import Optimizer
 from moe_dist.train.run_setup import RunPlace, write_config
 from moe_dist.train.step import StepResult
 from moe_dist.train.stopping import Pace, Stopping
@@ -73,7 +72,7 @@ class Persistence:
         config: Config,
         mesh: Mesh,
         model: Transformer,
-        optimizer: Optimizer | DeepSpeedEngine,
+        engine: Engine,
         loader: GlobalLoader,
         stopping: Stopping,
         acting: AutoBalance,
@@ -82,7 +81,7 @@ class Persistence:
         alive: Callable[[], None],
     ) -> None:
         """`alive` is called while a save that training waits for makes progress."""
-        self.config, self.mesh, self.model, self.optimizer = config, mesh, model, optimizer
+        self.config, self.mesh, self.model, self.engine = config, mesh, model, engine
         self.loader, self.stopping, self.acting, self._alive = loader, stopping, acting, alive
         checkpoint = config.checkpoint
         storage = open_storage(checkpoint.folder or config.train.output_dir)
@@ -111,8 +110,8 @@ class Persistence:
         """Whether this run saves at all."""
         return bool(self.config.checkpoint.save_steps or self.config.checkpoint.save_at_end)
 
-    def _state(self) -> LogicalState:
-        return LogicalState(self.model, self.optimizer.named_state(), self.mesh)
+    def _state(self, moments: bool = True) -> LogicalState:
+        return LogicalState(self.model, self.engine, self.mesh, moments)
 
     # ---- going on
 
@@ -197,8 +196,8 @@ class Persistence:
         self.acting.load_state_dict(state.get("acting"))
 
     def _read(self, loaded: Loaded, moments: bool = True) -> None:
-        self.checkpoints.read_tensors(loaded, self._state() if moments else LogicalState(self.model, (), self.mesh))
-        self.optimizer.follow_masters()
+        self.checkpoints.read_tensors(loaded, self._state(moments))
+        self.engine.state_loaded()
 
     def _compare(self, loaded: Loaded, message: Callable[[str], None]) -> None:
         """Show what is configured otherwise than in the checkpoint; refuse what changes the arithmetic."""

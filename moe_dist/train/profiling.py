@@ -16,13 +16,14 @@ from moe_dist.models.counts import flops_per_token
 from moe_dist.monitor.rank_facts import PHASE_KEYS
 from moe_dist.monitor.report.profile_page import Operator, PartTime, Profile, RankProfile, write_page
 from moe_dist.parallel.comm_timer import Clock
-from moe_dist.parallel.engines.fsdp import local
+from moe_dist.parallel.engines.optimizer import local
+from moe_dist.parallel.engines.registry import build_engine
 from moe_dist.parallel.layout import layers_by_pp_rank
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.state_bytes import StateBytes, state_bytes
+from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.parallel.status import Status
 from moe_dist.train.balance import Balancer
-from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer
+from moe_dist.train.build import build_datasets, build_loader, build_model
 from moe_dist.train.profiler_ranges import REST, Part, Ranges, entered, saved_for_backward
 from moe_dist.train.run_summary import layout_lines, sentence
 from moe_dist.train.schedule import learning_rate
@@ -45,10 +46,9 @@ class _Run:
         self.clock = Clock(mesh.device, Status())
         self.loader = build_loader(config, build_datasets(config).train, mesh)
         self.model = build_model(config, mesh, self.clock)
-        self.gradients = build_gradients(self.model, config, mesh)
-        self.optimizer = build_optimizer(self.model, self.gradients, config)
+        self.engine = build_engine(self.model, config, mesh)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate)
-        arguments = (self.model, mesh, self.gradients, self.optimizer, self.balancer, config, self.clock.status)
+        arguments = (self.model, mesh, self.engine, self.balancer, config, self.clock.status)
         self.train = TrainStep(*arguments)
         self.number = 0
 
@@ -112,7 +112,7 @@ def run_profile(
         parts=[PartTime(part.layer, part.name, direction, time) for (part, direction), time in parts.items()],
         operators=sorted(operators.values(), key=lambda one: -one.seconds)[:TOP],
         sent_bytes=run.clock.take_traffic().sent_bytes // max(1, steps),
-        state=_measured_state(run),
+        state=run.engine.held_bytes(),
         predicted=state_bytes(config, mesh.layout)[place],
         saved=[(part.layer, part.name, size) for part, size in saved.items()],
         peak_bytes=peak,
@@ -162,17 +162,17 @@ def _measure_memory(run: _Run) -> tuple[dict[Part, int], int]:
         saved_for_backward(ranges, owned) as saved,
     ):
         found: dict[Part, int] = {}
-        backward = run.gradients.backward
+        backward = run.engine.backward
 
         def first_backward(loss: torch.Tensor) -> None:
             found.update(found or saved())
             backward(loss)
 
-        run.gradients.backward = first_backward  # type: ignore[method-assign]
+        run.engine.backward = first_backward  # type: ignore[method-assign]
         try:
             run.step()
         finally:
-            del run.gradients.backward  # the method of its class again
+            del run.engine.backward  # the method of its class again
         found = found or saved()  # a pipeline goes backward by itself: all its micro-batches
     return found, peak()
 
@@ -189,16 +189,3 @@ def _cuda_history(run: _Run) -> Iterator[Any]:
     folder.mkdir(parents=True, exist_ok=True)
     torch.cuda.memory._dump_snapshot(str(folder / f"profile-memory-rank-{run.mesh.rank}.pickle"))
     torch.cuda.memory._record_memory_history(enabled=None)
-
-
-def _measured_state(run: _Run) -> StateBytes | None:
-    """Bytes of the tensors that are there; None with DeepSpeed, which has its own and shows them only within a step."""
-    if run.config.parallel.engine == "deepspeed":
-        return None
-    weights = sum(local(parameter.detach()).nbytes for parameter in run.model.parameters())
-    gradients = sum(local(view).nbytes for view in run.gradients.views.values())
-    inner = getattr(run.optimizer, "optimizer", None)
-    moments = [value for state in (inner.state.values() if inner is not None else ()) for value in state.values()]
-    masters = getattr(run.optimizer, "masters", {}).values()
-    tensors = [local(one) for one in (*moments, *masters) if isinstance(one, torch.Tensor) and one.ndim]
-    return StateBytes(weights, gradients, sum(tensor.nbytes for tensor in tensors))

@@ -13,14 +13,11 @@ from moe_dist.config import Config
 from moe_dist.data.batch import Batch
 from moe_dist.models.precision import full
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
-from moe_dist.parallel.engines.fsdp import ShardedGradients
-from moe_dist.parallel.engines.replicated import Gradients
+from moe_dist.parallel.engines.base import Engine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
 from moe_dist.train.balance import Balancer
 from moe_dist.train.loss import cross_entropy_sum
-from moe_dist.train.optimizer import Optimizer
 from moe_dist.train.schedule import router_temperature
 
 if TYPE_CHECKING:
@@ -49,15 +46,14 @@ class TrainStep:
         self,
         model: Transformer,
         mesh: Mesh,
-        gradients: Gradients | ShardedGradients | DeepSpeedEngine,
-        optimizer: Optimizer | DeepSpeedEngine,
+        engine: Engine,
         balancer: Balancer,
         config: Config,
         status: Status | None = None,
     ) -> None:
         self.status = status or Status()
-        self.model, self.mesh, self.gradients = model, mesh, gradients
-        self.optimizer, self.balancer, self.config = optimizer, balancer, config
+        self.model, self.mesh, self.engine = model, mesh, engine
+        self.balancer, self.config = balancer, config
         self._micro_batch = ""
 
     def where(self) -> str:
@@ -72,21 +68,20 @@ class TrainStep:
         self.status.at("agreeing on the next step")
         counts = self._count_tokens(batches)
         batches = [batch.to(self.mesh.device, non_blocking=True) for batch in batches]
-        self.gradients.zero()
+        self.engine.zero_grad()
         self.status.at("computing")
         loss = self.accumulate(batches, counts, step)
         self.status.at("reducing gradients")
-        self.gradients.reduce()
-        norm = self.gradients.norm()
+        self.engine.reduce()
+        norm = self.engine.norm()
         # Both numbers are sums over all ranks, so every rank takes the same branch below.
         loss_value, norm_value, num_labels, num_tokens = torch.stack((loss, norm, *counts.double())).tolist()
         finite = bool(torch.isfinite(torch.tensor((loss_value, norm_value))).all())
         if finite:
             self.status.at("updating weights")
             if self.config.train.max_grad_norm:
-                self.gradients.clip(norm, self.config.train.max_grad_norm)
-            self.optimizer.set_learning_rate(rate)
-            self.optimizer.step()
+                self.engine.clip(norm, self.config.train.max_grad_norm)
+            self.engine.step(rate)
             self.status.at("agreeing on the next step")
             self.balancer.update_bias()
         return StepResult(loss_value, norm_value, int(num_tokens), int(num_labels), skipped=not finite)
@@ -124,9 +119,9 @@ class TrainStep:
             for number, batch in enumerate(batches):
                 self.status.at("computing")
                 self._micro_batch = f"micro-batch {number + 1} of {len(batches)}"
-                self.gradients.before_backward(is_last=number == len(batches) - 1)
+                self.engine.before_backward(is_last=number == len(batches) - 1)
                 loss = loss_of(self._forward(batch, token_scale, step), number)
-                self.gradients.backward(loss)
+                self.engine.backward(loss)
                 total += loss.detach()
         self._micro_batch = ""
         self.balancer.release_global_load()

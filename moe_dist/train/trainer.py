@@ -25,11 +25,12 @@ from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel import proven
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.device import set_deterministic
+from moe_dist.parallel.engines.registry import build_engine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
 from moe_dist.train.auto_balance import AutoBalance
 from moe_dist.train.balance import Balancer
-from moe_dist.train.build import build_datasets, build_gradients, build_loader, build_model, build_optimizer, given
+from moe_dist.train.build import build_datasets, build_loader, build_model, given
 from moe_dist.train.checkpointing import Counters, Persistence
 from moe_dist.train.evaluation import evaluate, sample_text
 from moe_dist.train.first_step import FirstStep
@@ -136,14 +137,13 @@ class MoETrainer:
         self.first_step.at("building the model")
         self.loader = build_loader(config, self.datasets.train, mesh)
         self.model = build_model(config, mesh, self.clock, self._given)
-        self.gradients = build_gradients(self.model, config, mesh)
-        self.optimizer = build_optimizer(self.model, self.gradients, config)
+        self.engine = build_engine(self.model, config, mesh)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
-        self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config, self.status)
+        self.step = TrainStep(self.model, mesh, self.engine, self.balancer, config, self.status)
         self.stopping = Stopping(config.train, Pace(self.loader.global_batch_size, self.loader.samples_per_epoch))
         self.acting = AutoBalance(config, mesh, self.balancer, self.reporter.collector.pending)
         self.counters = Counters()
-        parts = (self.model, self.optimizer, self.loader, self.stopping, self.acting)
+        parts = (self.model, self.engine, self.loader, self.stopping, self.acting)
         self.persistence = Persistence(config, mesh, *parts, self.place, self.datasets, self.status.alive)
         self.persistence.check_room()
         self.evaluated_at, self.eval_loss = -1, float("nan")

@@ -14,12 +14,13 @@ from moe_dist.config import Config
 from moe_dist.data.batch import Batch
 from moe_dist.models.precision import in_dtype
 from moe_dist.parallel.dtensor_layout import like_parameter, local_offset
-from moe_dist.parallel.engines.fsdp import held_parameters, local
-from moe_dist.parallel.engines.replicated import Gradients
+from moe_dist.parallel.engines.optimizer import local
+from moe_dist.parallel.engines.registry import build_engine
+from moe_dist.parallel.engines.replicated import ReplicatedEngine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import schedule
 from moe_dist.train.balance import Balancer
-from moe_dist.train.build import build_gradients, build_model, build_optimizer
+from moe_dist.train.build import build_model
 from moe_dist.train.evaluation import evaluate
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.features import Batches
@@ -77,13 +78,12 @@ class Trial:
     def __init__(self, config: Config, mesh: Mesh, num_domains: int = 0) -> None:
         self.config, self.mesh = config, mesh
         self.model = build_model(config, mesh)
-        self.gradients = build_gradients(self.model, config, mesh)
-        if isinstance(self.gradients, Gradients):
+        self.engine: Any = build_engine(self.model, config, mesh)
+        if isinstance(self.engine, ReplicatedEngine):
             # Many buckets, so their order matters; each costs time.
-            self.gradients.bucket_bytes = self.gradients.dense.flat.nbytes // 16
-        self.optimizer: Any = build_optimizer(self.model, self.gradients, config)
+            self.engine.bucket_bytes = self.engine.dense.flat.nbytes // 16
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
-        self.step = TrainStep(self.model, mesh, self.gradients, self.optimizer, self.balancer, config)
+        self.step = TrainStep(self.model, mesh, self.engine, self.balancer, config)
 
     def share(self, batches: list[Batch]) -> list[Batch]:
         """This rank's micro-batches: number a * dp + r belongs to replica r, as in `GlobalLoader`."""
@@ -93,7 +93,7 @@ class Trial:
         """Logical tensors of the whole model, in host memory: this rank's pieces, those of its `ep` and `pp` peers, and
         of others only what none of these hold.
         """
-        held, stacked = held_parameters(self.model), self.model.stacked_names()
+        held, stacked = self.engine.held_parameters(), self.model.stacked_names()
         placed = {n: like_parameter(t.detach(), held[n], n in stacked, self.mesh) for n, t in tensors.items()}
         return whole_tensors(placed, self.mesh)
 
@@ -125,17 +125,17 @@ class Trial:
     def unclipped(self) -> Iterator[dict[str, Tensor]]:
         """Filled, by a step inside, with the gradients as they are before clipping."""
         seen: dict[str, Tensor] = {}
-        norm = self.gradients.norm
+        norm = self.engine.norm
 
         def keep() -> Tensor:
-            seen.update(self.whole(self.gradients.logical))
+            seen.update(self.whole(self.engine.gradients()))
             return norm()
 
-        self.gradients.norm = keep  # type: ignore[method-assign]
+        self.engine.norm = keep
         try:
             yield seen
         finally:
-            self.gradients.norm = norm  # type: ignore[method-assign]
+            self.engine.norm = norm
 
 
 def whole_tensors(placed: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:

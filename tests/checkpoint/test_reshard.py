@@ -59,7 +59,7 @@ class Run:
         self.trial = Trial(self.config, mesh_of(ep, self.config.parallel.shard_size, pp))
 
     def state(self) -> LogicalState:
-        return LogicalState(self.trial.model, self.trial.optimizer.named_state(), self.trial.mesh)
+        return LogicalState(self.trial.model, self.trial.engine, self.trial.mesh)
 
     def step(self, number: int) -> None:
         batches = micro_batches(self.config, self.num_micro_batches, number)
@@ -86,7 +86,7 @@ class Run:
         found = checkpoints.find(str(step), print)
         assert found is not None
         checkpoints.read_tensors(checkpoints.read_state(found), self.state())
-        self.trial.optimizer.follow_masters()
+        self.trial.engine.state_loaded()
 
 
 def save_each(root: Path, layouts: list[Layout], count: int) -> None:

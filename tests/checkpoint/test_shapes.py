@@ -50,7 +50,7 @@ def test_a_wrong_shape_is_not_committed(name: str, change: Any, said: str, tmp_p
     """Trap 32. Seen to fail (committed, and `checkpoint verify` said ok) without `_agree_on_plan`."""
     trial = Trial(tiny_config(), Mesh.single())
     trial.step(micro_batches(2), 0, 1e-2)
-    state = LogicalState(trial.model, trial.optimizer.named_state(), trial.mesh)
+    state = LogicalState(trial.model, trial.engine, trial.mesh)
     right = dict(state.tensors)
     changed = change(right.get(name))
     state.tensors = {key: value for key, value in (right | {name: changed}).items() if value is not None}

@@ -22,8 +22,7 @@ from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.models.attention import Attention
 from moe_dist.models.experts import Experts
 from moe_dist.parallel import dispatch
-from moe_dist.parallel.engines.replicated import Gradients
-from moe_dist.train.optimizer import Optimizer
+from moe_dist.parallel.engines.replicated import ReplicatedEngine
 
 happened = os.environ["DEATHS_HAPPENED"]  # a file with a byte for each
 done = os.path.getsize(happened) if os.path.exists(happened) else 0
@@ -51,9 +50,9 @@ def spoil(owner, name):
 
 
 if place == "optimizer":
-    spoil(Optimizer, "step")
+    spoil(ReplicatedEngine, "step")
 elif place == "reduction":
-    spoil(Gradients, "reduce")
+    spoil(ReplicatedEngine, "reduce")
 elif place == "attention":
     spoil(Attention, "forward")
 elif place == "backward":

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from tiny import micro_batches
 
-from moe_dist.parallel.engines.fsdp import ShardedGradients
+from moe_dist.parallel.engines.fsdp import FSDPEngine
 from moe_dist.verify.trial import Trial
 
 pytestmark = pytest.mark.dist
@@ -19,8 +19,8 @@ def with_infinity_in_an_expert(overrides: tuple[str, ...], pp_size: int) -> tupl
     """A step in which a gradient of an expert of rank 3 is infinite: (skipped, nothing moved) here."""
     trial = Trial(*parity.on_layout(overrides, 2, 8, pp_size))
     before, names = trial.weights, sorted(trial.model.expert_parameter_names())
-    if dist.get_rank() == 3 and isinstance(trial.gradients, ShardedGradients):
-        trial.gradients.reduce = lambda: trial.gradients.views[names[0]].flatten()[:1].fill_(float("inf"))
+    if dist.get_rank() == 3 and isinstance(trial.engine, FSDPEngine):
+        trial.engine.reduce = lambda: trial.engine.views[names[0]].flatten()[:1].fill_(float("inf"))
     elif dist.get_rank() == 3:
         factor = torch.ones(dict(trial.model.named_parameters())[names[0]].shape)
         factor.view(-1)[0] = float("inf")

@@ -17,7 +17,7 @@ from ranks import run_ranks
 
 from moe_dist.models.experts import Expert
 from moe_dist.models.precision import in_dtype
-from moe_dist.parallel.engines.replicated import Gradients
+from moe_dist.parallel.engines.replicated import ReplicatedEngine
 from moe_dist.verify.trial import TrialResult, deviations
 
 COUNT = 8
@@ -37,13 +37,13 @@ class Own(Expert):
 
 def told_in_float64(overrides: tuple[str, ...], ep_size: int, factor: float = 1.0) -> TrialResult:
     """`factor`: a bug so small that float32 would not show it, in the gradients of the experts."""
-    norm = Gradients.norm
+    norm = ReplicatedEngine.norm
 
-    def wrong(self: Gradients) -> torch.Tensor:
+    def wrong(self: ReplicatedEngine) -> torch.Tensor:
         self.experts.flat.mul_(factor)
         return norm(self)
 
-    with in_dtype(torch.float64), patch.object(Gradients, "norm", wrong):
+    with in_dtype(torch.float64), patch.object(ReplicatedEngine, "norm", wrong):
         return told(overrides, ep_size, COUNT)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_dist.config import Config
 from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
-from moe_dist.parallel.engines.fsdp import local
+from moe_dist.parallel.engines.optimizer import local
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.verify.trial import Trial
@@ -35,17 +35,17 @@ def weighed(asked: list[tuple[str, ...]]) -> list[tuple[int, int, int]]:
 def _weighed(config: Config) -> tuple[int, int, int]:
     parallel = config.parallel
     parts = Trial(config, mesh_of(parallel.ep_size, parallel.shard_size, parallel.pp_size))
-    engine = parts.gradients if isinstance(parts.gradients, DeepSpeedEngine) else None
-    norm, gradients = parts.gradients.norm, []
+    engine = parts.engine if isinstance(parts.engine, DeepSpeedEngine) else None
+    norm, gradients = parts.engine.norm, []
 
     def watched() -> Tensor:
         """Gradients are weighed once they are reduced: DeepSpeed, which keeps them in its buckets, frees them later."""
         buckets = sum(part.nbytes for part in engine.partitions) if engine else 0
         held = [p.grad for p in parts.model.parameters() if p.grad is not None]
-        gradients.append(buckets + weigh(held if engine else [*held, *parts.gradients.views.values()]))
+        gradients.append(buckets + weigh(held if engine else [*held, *parts.engine.views.values()]))
         return norm()
 
-    parts.gradients.norm = watched  # type: ignore[method-assign]
+    parts.engine.norm = watched
     count = config.train.gradient_accumulation_steps * parts.mesh.layout.dp_size
     parts.step(parts.share(micro_batches(count)), 0, 1e-2)
     weights = weigh(list(parts.model.parameters()))
@@ -53,7 +53,7 @@ def _weighed(config: Config) -> tuple[int, int, int]:
         zero = engine.zero_optimizer
         state = [t for group in zero.optimizer.state.values() for t in group.values() if t.ndim]
         return weights, gradients[0], weigh([*state, *zero.single_partition_of_fp32_groups])
-    state = [t for _, _, tensors, _ in parts.optimizer.named_state() for t in tensors if t.ndim]
+    state = [t for _, _, tensors, _ in parts.engine.named_state() for t in tensors if t.ndim]
     return weights, gradients[0], weigh([*state, *parts.model.masters.values()])
 
 

@@ -62,13 +62,13 @@ def test_a_borrowed_name_means_what_its_owner_means(optim: str, tmp_path: Path) 
     first = trial.weights
     theirs, copies = owner(optim, trial.model, config, tmp_path)
     for step in range(20):
-        trial.gradients.zero()
+        trial.engine.zero_grad()
         generator = torch.Generator().manual_seed(step)
-        for name, view in trial.gradients.views.items():
+        for name, view in trial.engine.views.items():
             view.copy_(torch.randn(view.shape, generator=generator) * 0.1)
             for part, gradient in zip(copies[name], view.unbind(0) if len(copies[name]) > 1 else [view], strict=True):
                 part.grad = gradient.clone()
-        trial.optimizer.step()
+        trial.engine.step(1e-3)
         theirs.step()
     for name, weight in trial.weights.items():
         wanted = torch.stack(copies[name]) if len(copies[name]) > 1 else copies[name][0]

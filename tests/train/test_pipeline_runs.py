@@ -14,7 +14,7 @@ from tiny import mesh_of
 from torch import Tensor, nn
 
 from moe_dist.config import load_mapping
-from moe_dist.parallel.engines.fsdp import local
+from moe_dist.parallel.engines.optimizer import local
 from moe_dist.train import MoETrainer
 from moe_dist.train.step import StepResult, TrainStep
 

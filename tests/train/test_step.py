@@ -65,7 +65,7 @@ def test_loss_is_mean_over_valid_tokens() -> None:
 def state_hash(parts: Trial) -> str:
     digest = hashlib.sha256()
     tensors = dict(parts.model.state_dict())
-    for name, key, values, _ in parts.optimizer.named_state():
+    for name, key, values, _ in parts.engine.named_state():
         tensors |= {f"{name}.{key}.{i}": value for i, value in enumerate(values)}
     for layer, facts in parts.balancer.facts.items():
         tensors |= {f"facts.{layer}.{key}": getattr(facts, key) for key in ("pairs_E", "tokens", "dropped_E", "sums")}
@@ -167,7 +167,7 @@ def everything_to_one_expert(ep_size: int) -> dict:
     mine = micro_batches(4)[parts.mesh.dp_rank :: parts.mesh.layout.dp_size]
     parts.step(mine, 0, 1e-2)
     assert all(parameter.grad is not None for parameter in parts.model.parameters())
-    steps = {name: float(values[0]) for name, key, values, _ in parts.optimizer.named_state() if key == "step"}
+    steps = {name: float(values[0]) for name, key, values, _ in parts.engine.named_state() if key == "step"}
     assert set(steps.values()) == {1.0}
     return parts.weights
 
@@ -261,13 +261,13 @@ def test_pure_bf16_keeps_float32_masters() -> None:
     kinds = {name: parameter.dtype for name, parameter in parts.model.named_parameters()}
     assert {kind for name, kind in kinds.items() if "router" in name} == {torch.float32}
     assert {kind for name, kind in kinds.items() if "router" not in name} == {torch.bfloat16}
-    masters = {name: master.clone() for name, master in parts.optimizer.masters.items()}
+    masters = {name: master.clone() for name, master in parts.model.masters.items()}
     for step in range(3):
         parts.step(micro_batches(2, step), step, 1e-6)
-    moved = [not torch.equal(masters[name], parts.optimizer.masters[name]) for name in masters]
+    moved = [not torch.equal(masters[name], parts.model.masters[name]) for name in masters]
     assert all(moved)
     parameters = dict(parts.model.named_parameters())
-    for name, master in parts.optimizer.masters.items():
+    for name, master in parts.model.masters.items():
         assert torch.equal(parameters[name], master.bfloat16())
 
 
@@ -287,6 +287,6 @@ def test_optimizers_learn_and_decay_matrices_only(optim: str) -> None:
     batches = micro_batches(2)
     losses = [parts.step(batches, step, 1e-2).loss for step in range(8)]
     assert losses[-1] < losses[0]
-    for group in parts.optimizer.optimizer.param_groups:
+    for group in parts.engine.optimizer.optimizer.param_groups:
         smallest = min(parameter.ndim for parameter in group["params"])
         assert (group["weight_decay"] > 0) == (smallest >= 2)

@@ -72,14 +72,22 @@ class ParallelConfig(Section):
     """Keep sharded parameters, gradients and optimizer state in host memory (CUDA, zero_stage 3)."""
     elastic: bool = False
     """On another number of ranks than before, or than the layout fits: choose one that keeps the global batch."""
-    engine: Literal["torch", "deepspeed"] = "torch"
-    """What shards: PyTorch's FSDP2, or the DeepSpeed package (zero_stage 1 or 2); see docs/deepspeed.md."""
+    engine: str = "torch"
+    """What shards and updates: `torch` (PyTorch, FSDP2 from zero_stage 1), `deepspeed` (the DeepSpeed package, zero_stage
+    1 or 2, see docs/deepspeed.md), or `package.module:Class` of your own (docs/extending.md)."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """DeepSpeed: keep float32 weights and optimizer state in host memory."""
     deepspeed_config: PathText | dict[str, Any] | None = None
     """DeepSpeed: a JSON file of your own, or its content; what contradicts our keys is refused."""
 
     _read_deepspeed_file = model_validator(mode="before")(read_deepspeed_config)
+
+    @field_validator("engine")
+    @classmethod
+    def _is_an_engine(cls, value: str) -> str:
+        if value not in ("torch", "deepspeed") and ":" not in value:
+            raise ValueError("one of torch, deepspeed, or package.module:Class of your own")
+        return value
 
     @property
     def stages_per_rank(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,24 +19,22 @@ from torch import Tensor, nn
 from moe_dist.config import Config, ConfigError
 from moe_dist.config.deepspeed import deepspeed_settings
 from moe_dist.models.transformer import Transformer
+from moe_dist.parallel.engines.base import NamedState
+from moe_dist.parallel.engines.optimizer import at_rest, torch_optimizer
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.optimizer_state import at_rest
-
-BuildOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 class DeepSpeedEngine:
-    """`Gradients` and `Optimizer` in one, both done by DeepSpeed.
+    """`Engine` of `parallel.engine: deepspeed`.
 
-    `build_optimizer` gets parameter groups and makes the torch optimizer that DeepSpeed then gives its partitions to.
     Raises ConfigError where the package is missing, or with one process.
     """
 
-    def __init__(self, model: Transformer, config: Config, mesh: Mesh, build_optimizer: BuildOptimizer) -> None:
+    def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
         if mesh.sparse is None:
             raise ConfigError("parallel.engine=deepspeed: needs two ranks or more; allowed for one process: torch")
         deepspeed = import_deepspeed(mesh.device)
-        self.mesh, self.stage = mesh, config.parallel.zero_stage
+        self.model, self.mesh, self.stage = model, mesh, config.parallel.zero_stage
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.expert_names = model.expert_parameter_names() & self.parameters.keys()
         self.held: list[tuple[str, str, Tensor]] = []
@@ -46,7 +43,7 @@ class DeepSpeedEngine:
         groups = self._parameter_groups(model.decayed_names(), config.optimizer.weight_decay)
         self.engine, self.zero_optimizer, *_ = deepspeed.initialize(
             model=_Shell(model, has_experts=bool(self.expert_names)),
-            optimizer=build_optimizer(groups),
+            optimizer=torch_optimizer(groups, config.optimizer),
             config=deepspeed_settings(config),
         )
         self._create_state()
@@ -84,9 +81,9 @@ class DeepSpeedEngine:
         ]
         return [group for group in split(groups) if group["params"]]
 
-    # --- as Gradients ---
+    # --- gradients ---
 
-    def zero(self) -> None:
+    def zero_grad(self) -> None:
         """Forget gradients, also those of a step that was skipped."""
         zero = self.zero_optimizer
         zero.zero_grad(set_to_none=True)
@@ -138,23 +135,25 @@ class DeepSpeedEngine:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
         torch._foreach_mul_(parts, factor.to(parts[0].device))
 
-    @property
-    def logical(self) -> dict[str, Tensor]:
-        """Whole gradients by name, gathered (collective); for looking at, not for training."""
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole ones, gathered (collective)."""
         from deepspeed.utils import safe_get_full_grad
 
         return {name: safe_get_full_grad(parameter) for name, parameter in self.parameters.items()}
 
-    views = logical
+    # --- weights and optimizer state ---
 
-    # --- as Optimizer ---
+    def held_parameters(self, every_name: bool = False) -> dict[str, nn.Parameter]:
+        """All of this rank's part of the model: DeepSpeed's stages 1 and 2 keep weights whole."""
+        return dict(self.model.named_parameters(remove_duplicate=not every_name))
 
-    def set_learning_rate(self, rate: float) -> None:
+    def held_bytes(self) -> None:
+        """DeepSpeed has its own tensors, and shows gradients only within a step."""
+
+    def step(self, rate: float) -> None:
+        """Update this rank's partitions, then gather the weights."""
         for group in self.zero_optimizer.param_groups:
             group["lr"] = rate
-
-    def step(self) -> None:
-        """Update this rank's partitions, then gather the weights."""
         # Called once an optimizer step; DeepSpeed counts calls, and would update at every second one with two
         # accumulation steps.
         self.engine.set_gradient_accumulation_boundary(True)
@@ -162,7 +161,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _create_state(self) -> None:
-        """The state of no step yet, as `Optimizer` has it."""
+        """The state of no step yet, as `LogicalOptimizer` has it."""
         zero = self.zero_optimizer
         kept = [partition.grad for partition in zero.single_partition_of_fp32_groups]
         for partition in zero.single_partition_of_fp32_groups:
@@ -172,8 +171,8 @@ class DeepSpeedEngine:
         for partition, gradient in zip(zero.single_partition_of_fp32_groups, kept, strict=True):
             partition.grad = gradient
 
-    def named_state(self) -> Iterator[tuple[str, str, list[Tensor], bool]]:
-        """As `Optimizer.named_state`, but copies, whole on every rank (collective); `follow_masters` puts them back."""
+    def named_state(self) -> NamedState:
+        """Copies, whole on every rank (collective); `state_loaded` puts them back."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self.held = []
@@ -187,7 +186,7 @@ class DeepSpeedEngine:
                 yield name, key, [copy], False
 
     @torch.no_grad()
-    def follow_masters(self) -> None:
+    def state_loaded(self) -> None:
         """After a checkpoint was read into the model's weights and `named_state`: take over both."""
         from deepspeed.utils import safe_set_full_optimizer_state
 

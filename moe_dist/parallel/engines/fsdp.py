@@ -28,6 +28,7 @@ from moe_dist.models.experts import Experts
 from moe_dist.models.precision import full_dtype
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.dtensor_layout import stack_placement
+from moe_dist.parallel.engines.optimizer import LogicalOptimizer, TorchEngine, local
 from moe_dist.parallel.mesh import Mesh
 
 
@@ -85,40 +86,38 @@ def reshard(model: Transformer) -> None:
                 module.reshard()
 
 
-def held_parameters(model: Transformer, every_name: bool = False) -> dict[str, nn.Parameter]:
-    """Parameters by logical name as this rank holds them between steps, whatever pass has run: with FSDP its shards.
+class FSDPEngine(TorchEngine):
+    """`Engine` of zero stages 1 to 3: FSDP reduces during backward, each rank holds its shard of everything."""
 
-    `every_name`: a tied weight under each of its names, not the first alone.
-    """
-    reshard(model)
-    held = dict(model.named_parameters(remove_duplicate=not every_name))
-    sharded = any(isinstance(module, FSDPModule) for stage in model.stages for module in stage.modules())
-    assert all(isinstance(parameter, DTensor) == sharded for parameter in held.values())
-    return held
-
-
-class ShardedGradients:
-    """`Gradients` for sharded parameters: FSDP reduces during backward, each rank holds its shard of every gradient."""
-
-    def __init__(self, model: Transformer, mesh: Mesh, zero_stage: int) -> None:
-        self.model, self.mesh, self.zero_stage = model, mesh, zero_stage
-        self.parameters = {name: p for name, p in held_parameters(model).items() if p.requires_grad}
+    def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
+        super().__init__(model, mesh)
+        shard_parameters(model, config, mesh)
+        self.zero_stage = config.parallel.zero_stage
+        self.parameters = {name: p for name, p in self.held_parameters().items() if p.requires_grad}
         self.expert_names = model.expert_parameter_names() & self.parameters.keys()
+        self.optimizer = LogicalOptimizer(self, config.optimizer)
+
+    def held_parameters(self, every_name: bool = False) -> dict[str, nn.Parameter]:
+        """This rank's shards, whatever pass has run."""
+        reshard(self.model)
+        held = dict(self.model.named_parameters(remove_duplicate=not every_name))
+        assert all(isinstance(parameter, DTensor) for parameter in held.values())
+        return held
 
     @property
     def views(self) -> dict[str, Tensor]:
         """This rank's shard of every gradient by name, float32; zeros where the last batch gave none."""
-        return {name: local(gradient) for name, gradient in self.logical.items()}
+        return {name: local(gradient) for name, gradient in self.gradients().items()}
 
-    @property
-    def logical(self) -> dict[str, Tensor]:
+    def gradients(self) -> dict[str, Tensor]:
         """Gradients as parameters are laid out: DTensors."""
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         return {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
 
-    def zero(self) -> None:
+    def zero_grad(self) -> None:
+        """The next backward pass makes them anew."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -134,10 +133,6 @@ class ShardedGradients:
         self.model.set_requires_all_reduce(is_last)
         if self.zero_stage < 3:
             self.model.set_reshard_after_backward(is_last)
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch, added to those before it."""
-        loss.backward()
 
     def reduce(self) -> None:
         """Nothing left to do: backward has reduced."""
@@ -162,8 +157,3 @@ class ShardedGradients:
         shards = list(self.views.values())
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(full_dtype())
         torch._foreach_mul_(shards, factor.to(shards[0].device))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor: a DTensor's local shard, anything else itself. Shares memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Gradients of replicated parameters: summed over replicas, measured by one global norm, clipped by one scalar."""
+"""Replicated parameters: every replica holds all, gradients are summed over replicas and clipped by one norm."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from moe_dist.config import Config
 from moe_dist.models.precision import full_dtype
 from moe_dist.models.transformer import Transformer
+from moe_dist.parallel.engines.optimizer import LogicalOptimizer, TorchEngine
 from moe_dist.parallel.mesh import Mesh
 
 
@@ -54,41 +56,45 @@ class GradientBuffer:
         return torch.stack(norms).double().square().sum()
 
 
-class Gradients:
-    """All gradients of this rank's part of a model.
+class ReplicatedEngine(TorchEngine):
+    """`Engine` of zero stage 0, and of a single process.
 
     Dense parameters are replicated over `dp`, experts over `edp`. Experts have already seen the tokens of all their
     `ep` peers, so each sum is over the remaining copies only, and no parameter has a scale factor of its own: the
     loss is divided by the tokens of the global batch, every reduction is a SUM.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, bucket_mb: float = 32.0) -> None:
+    def __init__(self, model: Transformer, config: Config, mesh: Mesh, bucket_mb: float = 32.0) -> None:
+        super().__init__(model, mesh)
+        if config.train.pure_bf16:
+            model.round_weights(torch.bfloat16)
         expert_names = model.expert_parameter_names()
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.mesh, self.bucket_bytes = mesh, int(bucket_mb * 2**20)
+        self.bucket_bytes = int(bucket_mb * 2**20)
         self.dense = GradientBuffer([item for item in trained if item[0] not in expert_names], mesh.device)
         self.experts = GradientBuffer([item for item in trained if item[0] in expert_names], mesh.device)
+        self.optimizer = LogicalOptimizer(self, config.optimizer)
 
     @property
     def views(self) -> dict[str, Tensor]:
         """Gradient of every trained parameter by name, float32."""
         return self.dense.views | self.experts.views
 
-    @property
-    def logical(self) -> dict[str, Tensor]:
-        """Gradients as parameters are laid out: here the same as `views`."""
+    def held_parameters(self, every_name: bool = False) -> dict[str, nn.Parameter]:
+        """All of this rank's part of the model."""
+        return dict(self.model.named_parameters(remove_duplicate=not every_name))
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The same as `views`."""
         return self.views
 
     def before_backward(self, is_last: bool) -> None:
         """Called before each micro-batch: nothing to prepare, `reduce` comes after the last."""
 
-    def zero(self) -> None:
+    def zero_grad(self) -> None:
+        """Every gradient stays where it is, and is zero."""
         self.dense.zero()
         self.experts.zero()
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch, added to those before it."""
-        loss.backward()
 
     def reduce(self) -> None:
         """Sum over replicas. Call once per optimizer step, after the last micro-batch."""

@@ -18,24 +18,24 @@ from moe_dist.models.experts import ExpertList, Experts
 from moe_dist.models.router import Router
 from moe_dist.parallel.engines import deepspeed
 from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
-from moe_dist.parallel.engines.replicated import GradientBuffer, Gradients
+from moe_dist.parallel.engines.optimizer import LogicalOptimizer
+from moe_dist.parallel.engines.replicated import GradientBuffer, ReplicatedEngine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import step
 from moe_dist.train.balance import Balancer
-from moe_dist.train.optimizer import Optimizer
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.injected_bugs.planting import Replace
 from moe_dist.verify.scenarios import NUM_STEPS
 
 
-def _after_reduce(replace: Replace, change: Callable[[Gradients], object]) -> None:
-    reduce = Gradients.reduce
+def _after_reduce(replace: Replace, change: Callable[[ReplicatedEngine], object]) -> None:
+    reduce = ReplicatedEngine.reduce
 
-    def wrong(self: Gradients) -> None:
+    def wrong(self: ReplicatedEngine) -> None:
         reduce(self)
         change(self)
 
-    replace(Gradients, "reduce", wrong)
+    replace(ReplicatedEngine, "reduce", wrong)
 
 
 def expert_gradient_times_ep(replace: Replace) -> None:
@@ -97,14 +97,14 @@ def auxiliary_loss_times_micro_batches(replace: Replace) -> None:
 
 
 def norm_without_experts(replace: Replace) -> None:
-    replace(Gradients, "norm", lambda self: self.dense.squared_norm().sqrt())
+    replace(ReplicatedEngine, "norm", lambda self: self.dense.squared_norm().sqrt())
 
 
 def norm_counts_replicas(replace: Replace) -> None:
-    def wrong(self: Gradients) -> Tensor:
+    def wrong(self: ReplicatedEngine) -> Tensor:
         return (self.dense.squared_norm() + self.mesh.sum_over("dp", self.experts.squared_norm())).sqrt()
 
-    replace(Gradients, "norm", wrong)
+    replace(ReplicatedEngine, "norm", wrong)
 
 
 def norm_of_own_experts(replace: Replace) -> None:
@@ -115,13 +115,13 @@ def norm_of_own_experts(replace: Replace) -> None:
 
 def replica_misses_the_last_update(replace: Replace) -> None:
     """The last rank's weights stay behind: no loss or norm tells of it any more, and no copy but its own."""
-    update, count = Optimizer.step, itertools.count(1)
+    update, count = LogicalOptimizer.step, itertools.count(1)
 
-    def wrong(self: Optimizer) -> None:
+    def wrong(self: LogicalOptimizer, rate: float) -> None:
         if next(count) < NUM_STEPS or not dist.is_initialized() or dist.get_rank() < dist.get_world_size() - 1:
-            update(self)
+            update(self, rate)
 
-    replace(Optimizer, "step", wrong)
+    replace(LogicalOptimizer, "step", wrong)
 
 
 def fsdp_averages(replace: Replace) -> None:
@@ -241,7 +241,7 @@ def auxiliary_loss_scaled_by_the_schedule(replace: Replace) -> None:
 
 
 def gradients_of_a_stage_reduced_twice(replace: Replace) -> None:
-    def again(gradients: Gradients) -> None:
+    def again(gradients: ReplicatedEngine) -> None:
         if gradients.mesh.layout.pp_size > 1 and gradients.mesh.pp_rank == 0:
             gradients.dense.all_reduce(gradients.mesh.group("dp"), gradients.bucket_bytes)
 

@@ -14,12 +14,11 @@ from moe_dist.checkpoint.manager import Checkpoints
 from moe_dist.checkpoint.state import LogicalState
 from moe_dist.checkpoint.writing import Writer
 from moe_dist.data.loader import GlobalLoader
-from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.engines import fsdp
+from moe_dist.parallel.engines.optimizer import LogicalOptimizer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import evaluation, trainer
 from moe_dist.train.checkpointing import Persistence
-from moe_dist.train.optimizer import Optimizer
 from moe_dist.train.step import StepResult, TrainStep
 from moe_dist.train.stopping import Stopping
 from moe_dist.verify.injected_bugs.planting import Replace
@@ -89,12 +88,12 @@ def selection_bias_not_restored(replace: Replace) -> None:
 
 def _not_saved(replace: Replace, *keys: str) -> None:
     """A resume starts with zeros in their place."""
-    state_of = Optimizer.named_state
+    state_of = LogicalOptimizer.named_state
 
-    def wrong(self: Optimizer) -> Any:
+    def wrong(self: LogicalOptimizer) -> Any:
         return [item for item in state_of(self) if item[1] not in keys]
 
-    replace(Optimizer, "named_state", wrong)
+    replace(LogicalOptimizer, "named_state", wrong)
 
 
 def first_moment_not_saved(replace: Replace) -> None:
@@ -170,10 +169,10 @@ def weights_left_whole_by_an_evaluation(replace: Replace) -> None:
     replace(fsdp, "reshard", lambda model: None)
     replace(evaluation, "reshard", lambda model: None)
 
-    def wrong(model: Transformer, every_name: bool = False) -> dict[str, Any]:
-        return dict(model.named_parameters(remove_duplicate=not every_name))
+    def wrong(self: fsdp.FSDPEngine, every_name: bool = False) -> dict[str, Any]:
+        return dict(self.model.named_parameters(remove_duplicate=not every_name))
 
-    replace(state, "held_parameters", wrong)
+    replace(fsdp.FSDPEngine, "held_parameters", wrong)
 
 
 def stacks_cut_twice_over_experts(replace: Replace) -> None:

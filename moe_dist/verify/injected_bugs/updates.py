@@ -15,11 +15,11 @@ from moe_dist.models.transformer import Transformer
 from moe_dist.parallel import dispatch
 from moe_dist.parallel.engines import fsdp, replicated
 from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
-from moe_dist.parallel.engines.fsdp import ShardedGradients, held_parameters, local
-from moe_dist.parallel.engines.replicated import GradientBuffer, Gradients
+from moe_dist.parallel.engines.fsdp import FSDPEngine
+from moe_dist.parallel.engines.optimizer import LogicalOptimizer, local
+from moe_dist.parallel.engines.replicated import GradientBuffer, ReplicatedEngine
 from moe_dist.train import step
 from moe_dist.train.balance import Balancer
-from moe_dist.train.optimizer import Optimizer
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.injected_bugs.planting import Replace, rank
 
@@ -29,7 +29,7 @@ def label_smoothing_ignored_by_fsdp(replace: Replace) -> None:
     accumulate, plain = TrainStep.accumulate, step.cross_entropy_sum
 
     def wrong(self: TrainStep, *arguments: Any) -> Tensor:
-        if not isinstance(self.gradients, ShardedGradients):
+        if not isinstance(self.engine, FSDPEngine):
             return accumulate(self, *arguments)
         with patch.object(step, "cross_entropy_sum", lambda logits, labels, smoothing: plain(logits, labels)):
             return accumulate(self, *arguments)
@@ -68,23 +68,23 @@ def micro_batches_weigh_alike(replace: Replace) -> None:
 
 def tied_weight_counted_twice(replace: Replace) -> None:
     """Once as the embedding and once as the head, in the norm of sharded gradients."""
-    norm = ShardedGradients.norm
+    norm = FSDPEngine.norm
 
-    def wrong(self: ShardedGradients) -> Tensor:
+    def wrong(self: FSDPEngine) -> Tensor:
         tied = [self.views["embed_tokens.weight"]] if self.model.config.tie_word_embeddings else []
         return (norm(self).square() + self.mesh.sum_over("dp_shard", self._squared_norm(tied))).sqrt()
 
-    replace(ShardedGradients, "norm", wrong)
+    replace(FSDPEngine, "norm", wrong)
 
 
 def clipped_by_a_local_norm(replace: Replace) -> None:
     """The norm that is told is the global one; gradients are scaled by that of this rank's own part."""
-    clip = Gradients.clip
+    clip = ReplicatedEngine.clip
 
-    def wrong(self: Gradients, norm: Tensor, max_norm: float) -> None:
+    def wrong(self: ReplicatedEngine, norm: Tensor, max_norm: float) -> None:
         clip(self, (self.dense.squared_norm() + self.experts.squared_norm()).sqrt(), max_norm)
 
-    replace(Gradients, "clip", wrong)
+    replace(ReplicatedEngine, "clip", wrong)
 
 
 def deepspeed_does_not_clip(replace: Replace) -> None:
@@ -94,14 +94,14 @@ def deepspeed_does_not_clip(replace: Replace) -> None:
 
 def _reduced_as_experts(replace: Replace, part: str) -> None:
     """Gradients of parameters with `part` in their names summed over edp, as if each `ep` rank had its own."""
-    make, names = Gradients.__init__, Transformer.expert_parameter_names
+    make, names = ReplicatedEngine.__init__, Transformer.expert_parameter_names
 
-    def wrong(self: Gradients, model: Transformer, *more: Any) -> None:
+    def wrong(self: ReplicatedEngine, model: Transformer, *more: Any) -> None:
         alike = {name for name, _ in model.named_parameters() if part in name}
         with patch.object(Transformer, "expert_parameter_names", lambda model: names(model) | alike):
             make(self, model, *more)
 
-    replace(Gradients, "__init__", wrong)
+    replace(ReplicatedEngine, "__init__", wrong)
 
 
 def shared_expert_reduced_as_an_expert(replace: Replace) -> None:
@@ -116,14 +116,14 @@ def dense_layer_reduced_as_an_expert(replace: Replace) -> None:
 
 def expert_gradients_of_the_last_micro_batch(replace: Replace) -> None:
     """Shards of experts' gradients are overwritten, not added to, where parameters are freed in between."""
-    backward = ShardedGradients.backward
+    backward = FSDPEngine.backward
 
-    def wrong(self: ShardedGradients, loss: Tensor) -> None:
+    def wrong(self: FSDPEngine, loss: Tensor) -> None:
         for name in self.expert_names if self.zero_stage == 3 else ():
             self.parameters[name].grad = None
         backward(self, loss)
 
-    replace(ShardedGradients, "backward", wrong)
+    replace(FSDPEngine, "backward", wrong)
 
 
 def half_gradients_of_experts_doubled(replace: Replace) -> None:
@@ -183,28 +183,28 @@ def half_gradients_reduced_in_half(replace: Replace) -> None:
 
 def weights_of_shards_in_half(replace: Replace) -> None:
     """A sharded model has been cast before it was cut, so that what an update moves is rounded each time."""
-    update = Optimizer.step
+    update = LogicalOptimizer.step
 
-    def wrong(self: Optimizer) -> None:
-        update(self)
-        for parameter in held_parameters(self.model).values() if isinstance(self.gradients, ShardedGradients) else ():
+    def wrong(self: LogicalOptimizer, rate: float) -> None:
+        update(self, rate)
+        for parameter in self.engine.held_parameters().values() if isinstance(self.engine, FSDPEngine) else ():
             local(parameter.detach()).copy_(local(parameter.detach()).bfloat16())
 
-    replace(Optimizer, "step", wrong)
+    replace(LogicalOptimizer, "step", wrong)
 
 
 def frozen_router_decayed_by_fsdp(replace: Replace) -> None:
     """Sharding makes parameters anew, and they have forgotten that they are frozen: no gradient, but weight decay."""
-    update = Optimizer.step
+    update = LogicalOptimizer.step
 
-    def wrong(self: Optimizer) -> None:
-        update(self)
+    def wrong(self: LogicalOptimizer, rate: float) -> None:
+        update(self, rate)
         group, decayed = self.optimizer.param_groups[0], self.model.decayed_names()
-        for name, parameter in held_parameters(self.model).items():
+        for name, parameter in self.engine.held_parameters().items():
             if isinstance(parameter, DTensor) and not parameter.requires_grad and name in decayed:
                 local(parameter.detach()).mul_(1 - group["lr"] * group["weight_decay"])
 
-    replace(Optimizer, "step", wrong)
+    replace(LogicalOptimizer, "step", wrong)
 
 
 def _decayed_too(replace: Replace, more: Callable[[Transformer], set[str]]) -> None:
@@ -229,13 +229,13 @@ def stacked_biases_decayed(replace: Replace) -> None:
 
 def adafactor_across_experts(replace: Replace) -> None:
     """Stacked experts are one tensor to it: its factors and its scale are of all that a rank holds."""
-    make = Optimizer.__init__
+    make = LogicalOptimizer.__init__
 
-    def wrong(self: Optimizer, *arguments: Any) -> None:
+    def wrong(self: LogicalOptimizer, *arguments: Any) -> None:
         with patch.object(Transformer, "stacked_names", lambda model: set()):
             make(self, *arguments)
 
-    replace(Optimizer, "__init__", wrong)
+    replace(LogicalOptimizer, "__init__", wrong)
 
 
 def bias_from_one_replica(replace: Replace) -> None:
