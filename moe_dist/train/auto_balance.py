@@ -7,22 +7,30 @@ from typing import Any
 
 from moe_dist.config import Config
 from moe_dist.monitor.health.actions import Policy, levers
-from moe_dist.monitor.records import ActionRecord, LayerRecord
+from moe_dist.monitor.records import ActionRecord, LayerRecord, TrainRecord
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.balance import Balancer
+from moe_dist.train.callbacks import Callback, RunState
 
 
-class AutoBalance:
+class AutoBalance(Callback):
     """Raises balancing where a layer is in trouble and takes it back when it is well (`balance.act`).
 
     Rank 0 decides and all ranks do it before the next step, so they cannot differ; nothing is asked when it is off.
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, balancer: Balancer, pending: Callable[[], dict[int, list[int]]]
+        self,
+        config: Config,
+        mesh: Mesh,
+        balancer: Balancer,
+        pending: Callable[[], dict[int, list[int]]],
+        report: Callable[[list[ActionRecord]], None],
     ) -> None:
-        """`pending` gives the global pairs by layer and expert since the last logged line (collective)."""
-        self.mesh, self.balancer, self.pending = mesh, balancer, pending
+        """`pending` gives the global pairs by layer and expert since the last logged line (collective); `report` is
+        told what has been changed.
+        """
+        self.mesh, self.balancer, self.pending, self.report = mesh, balancer, pending, report
         self.interval = config.monitor.logging_steps
         balance, model = config.balance, config.model
         self.policy: Policy | None = None
@@ -30,6 +38,10 @@ class AutoBalance:
             applies = balance.act == "on"
             cooldown, top_k = balance.act_cooldown, model.num_experts_per_tok
             self.policy = Policy(levers(balance), model.moe_layers, top_k, cooldown, applies)
+
+    def on_log(self, run: RunState, record: TrainRecord) -> None:
+        """Decide by what the interval was like."""
+        self.report(self.observe(run.step, record.layers))
 
     def observe(self, step: int, layers: Sequence[LayerRecord]) -> list[ActionRecord]:
         """A line has been logged after `step`, with these layers: what has been changed (collective).

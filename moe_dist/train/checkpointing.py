@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,41 +25,11 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.state_bytes import moments
 from moe_dist.train.auto_balance import AutoBalance
 from moe_dist.train.build import Datasets
+from moe_dist.train.counters import Counters
 from moe_dist.train.run_setup import RunPlace, write_config
-from moe_dist.train.step import StepResult
 from moe_dist.train.stopping import Pace, Stopping
 
 logger = logging.getLogger("moe_dist")
-
-
-@dataclass
-class Counters:
-    """What a run has done so far, over all its starts."""
-
-    step: int = 0
-    """Optimizer steps finished."""
-    tokens: int = 0
-    """Tokens consumed, all ranks."""
-    skipped: int = 0
-    """Steps skipped for a non-finite loss or gradient."""
-    elapsed: float = 0.0
-    """Seconds of training."""
-    initial_loss: float | None = None
-    """Loss of the first step ever."""
-    final_loss: float | None = None
-    """Loss of the last step that had one."""
-    saves_failed: int = 0
-    """Checkpoints that could not be committed."""
-
-    def add(self, result: StepResult) -> None:
-        """One more step."""
-        self.step += 1
-        self.tokens += result.num_tokens
-        self.skipped += result.skipped
-        if self.initial_loss is None and result.num_labels:
-            self.initial_loss = result.loss
-        if result.num_labels and math.isfinite(result.loss):
-            self.final_loss = result.loss
 
 
 class Persistence:

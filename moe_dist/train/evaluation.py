@@ -5,16 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from moe_dist.config import Config
+from moe_dist.data.baseline import unigram_loss
 from moe_dist.data.batch import Batch
+from moe_dist.data.loader import eval_batches
+from moe_dist.data.packing import PackedDataset
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.models.transformer import Transformer
+from moe_dist.monitor.records import EvalRecord
+from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.engines.fsdp import reshard
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.build import Datasets
+from moe_dist.train.callbacks import Callback, RunState
 from moe_dist.train.loss import cross_entropy_sum
 from moe_dist.train.step import model_inputs
 
@@ -107,3 +115,87 @@ def sample_text(
             token = mesh.sum_over("pp", token.to(mesh.device))  # from the last stage of a pipeline to all
             ids = torch.cat((ids, token[None]), dim=1)
     return tokenizer.decode(ids[0].tolist())
+
+
+class Evaluating(Callback):
+    """The validation loss every `train.eval_steps`, and samples of text."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: Transformer,
+        mesh: Mesh,
+        datasets: Datasets,
+        clock: Clock,
+        *,
+        is_best: Callable[[float], bool],
+        asked_to_stop: Callable[[], bool],
+        paused: Callable[[], AbstractContextManager[None]],
+        announce: Callable[[EvalRecord], None],
+    ) -> None:
+        """`asked_to_stop`: whether any rank has been (collective). What goes on inside `paused` is no training time.
+        `announce` tells all callbacks.
+        """
+        self.config, self.model, self.mesh, self.datasets, self.clock = config, model, mesh, datasets, clock
+        self._is_best, self._asked_to_stop, self._paused, self._announce = is_best, asked_to_stop, paused, announce
+        self.step, self.loss = -1, math.nan
+        """Of the last evaluation."""
+        self.unigram: float | None = None
+        """Validation loss of a model that knows token frequencies only; None when not computed."""
+
+    def measure_baseline(self) -> None:
+        """What training is held against."""
+        if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
+            vocabulary = self.config.model.vocab_size
+            self.unigram = unigram_loss(self.datasets.train, self.datasets.validation, vocabulary)
+
+    def on_step_end(self, run: RunState) -> None:
+        """Evaluate when it is time."""
+        every = self.config.train.eval_steps
+        if every and run.step % every == 0:
+            self.evaluate(run.step)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What is known of the weights after `step` steps, for their checkpoint."""
+        return {"eval_loss": self.loss} if self.step == step else {}
+
+    def evaluate(self, step: int) -> None:
+        """Measure the loss after `step` steps, unless it is known or there is nothing to measure it on, or somebody
+        asks the run to stop meanwhile: an unfinished evaluation says nothing.
+        """
+        validation, train = self.datasets.validation, self.config.train
+        if validation is None or self.step == step:
+            return
+        self.clock.status.at("evaluating")
+        size = train.per_device_eval_batch_size or train.per_device_train_batch_size
+        batches = eval_batches(validation, size, self.mesh.layout.dp_size, self.mesh.dp_rank, train.eval_batches)
+        with self._paused(), self.clock.stopped():
+            found = evaluate(
+                self.model,
+                batches,
+                self.mesh,
+                bf16=train.bf16,
+                document_mask=self.config.data.document_mask,
+                stop=self._asked_to_stop,
+            )
+        if found is None:
+            return
+        self.step, self.loss = step, found.loss
+        facts = (found.loss, found.perplexity, found.num_tokens, found.seconds)
+        self._announce(EvalRecord(step, *facts, self.unigram, self._is_best(found.loss)))
+
+    def sample(self) -> str | None:
+        """A text that the model writes as it is now; None with `train.sample_tokens` 0."""
+        train = self.config.train
+        if not train.sample_tokens:
+            return None
+        with self.clock.stopped():
+            return sample_text(
+                self.model,
+                self.datasets.tokenizer,
+                train.sample_prompt,
+                train.sample_tokens,
+                context=self.config.data.max_seq_length,
+                mesh=self.mesh,
+                seed=train.seed,
+            )

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 
 from moe_dist.monitor.sinks.text import duration
+from moe_dist.train.callbacks import Callback, RunState
 
 FIRST, BETWEEN = 3.0, 10.0
 """Seconds of silence before the first line, and between two."""
 
 
-class FirstStep:
+class FirstStep(Callback):
     """A thread that says every few seconds what `place` tells, with a clock, until `done`. Quick starts stay quiet."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -31,6 +32,10 @@ class FirstStep:
     def at(self, words: str) -> None:
         """What goes on now."""
         self.place = lambda: words
+
+    def on_step_end(self, run: RunState) -> None:
+        """The first is the last that is waited for."""
+        self.done()
 
     def done(self) -> None:
         """No further line; may be called twice, and without `begin`."""

@@ -1,4 +1,4 @@
-"""What has happened since the last logged line, made into the records that the sinks are told."""
+"""What has happened since the last logged line, made into records; rank 0 hands them to the sinks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
-from moe_dist.checkpoint.manager import Outcome
 from moe_dist.config import Config
 from moe_dist.models.auxiliary import LoadFacts
 from moe_dist.models.counts import expert_share, flops_per_token
@@ -36,15 +37,17 @@ from moe_dist.monitor.records import (
     CheckpointRecord,
     EvalRecord,
     LayerRecord,
+    RunInfo,
     RunSummary,
     TrainRecord,
 )
 from moe_dist.monitor.sinks import Sinks, build_sinks
+from moe_dist.parallel import proven
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.checkpointing import Counters
-from moe_dist.train.evaluation import Evaluation
-from moe_dist.train.step import StepResult
+from moe_dist.train.callbacks import Callback, RunState
+from moe_dist.train.counters import Counters
+from moe_dist.train.run_summary import causality_warning
 from moe_dist.train.stopping import Stopping
 
 logger = logging.getLogger("moe_dist")
@@ -61,12 +64,22 @@ def sinks_of(config: Config, mesh: Mesh) -> Sinks:
     return found
 
 
-class Reporter:
+class Reporter(Callback):
     """Gathers facts step by step on every rank; rank 0 tells them to the sinks, once per logging interval."""
 
-    def __init__(self, config: Config, mesh: Mesh, clock: Clock, sinks: Sinks, num_domains: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        clock: Clock,
+        sinks: Sinks,
+        loads: Callable[[], dict[int, LoadFacts]],
+        announce: Callable[[TrainRecord], None],
+        num_domains: int = 0,
+    ) -> None:
+        """`loads`: what the layers of this rank have recorded in the last step. `announce` tells all callbacks."""
         self.config, self.mesh, self.clock, self.sinks = config, mesh, clock, sinks
-        self.unigram: float | None = None
+        self._loads, self._announce = loads, announce
         self.diagnosis = Diagnosis()
         self._present: dict[tuple[str, int | None, int | None], Finding] = {}
         self.collector = Collector(
@@ -90,7 +103,17 @@ class Reporter:
         self.layers: list[LayerRecord] = []
         self.start_interval()
 
-    def begin(self) -> None:
+    def open(self, info: RunInfo) -> None:
+        """People are told what runs, and files are opened."""
+        self.sinks.open(info)
+        if self.mesh.rank == 0:
+            if info.world_size > 1:  # one process is what others are held against
+                self.sinks.message(proven.line_for(self.config, info.device, info.world_size))
+            if (warning := causality_warning(self.config)) is not None:
+                logger.warning(warning)
+        self.diagnosis.resumed(info)
+
+    def on_run_begin(self, run: RunState) -> None:
         """Training begins: what has taken time before does not count."""
         self.clock.status.take()
         self.start_interval()
@@ -103,29 +126,47 @@ class Reporter:
         self._own: list[float] = []
         self._own_before = self.clock.status.own_seconds
 
-    def add(self, result: StepResult, facts: dict[int, LoadFacts], rate: float) -> None:
-        """One step at this learning rate."""
+    def on_step_end(self, run: RunState) -> None:
+        """One more step in the interval, and its line when it is time: the first, the last, and every so many."""
+        self._add(run)
+        if run.step % self.config.monitor.logging_steps == 0 or run.step == 1 or run.stopping is not None:
+            self._log(run)
+
+    def finish(self, run: RunState) -> None:
+        """The line of an interval that has been begun (collective): of a run that a callback has ended, say."""
+        if self._each:
+            self._log(run)
+
+    def _add(self, run: RunState) -> None:
+        if run.skipped:
+            logger.warning("step %d: loss %s, gradient norm %s; nothing updated", run.step, run.loss, run.grad_norm)
+        if not run.num_labels:
+            logger.warning("step %d: no token of the whole batch has a label; there is no loss", run.step)
         before, self._step_started = self._step_started, time.perf_counter()
         values = {
-            "loss": result.loss,
-            "learning_rate": rate,
-            "grad_norm": result.grad_norm,
-            "tokens_per_second": result.num_tokens / max(1e-9, self._step_started - before),
+            "loss": run.loss if run.num_labels else 0.0,
+            "learning_rate": run.learning_rate,
+            "grad_norm": run.grad_norm,
+            "tokens_per_second": run.num_tokens / max(1e-9, self._step_started - before),
         }
         for name, value in values.items():
             self._each.setdefault(name, []).append(value)
-        self.collector.add(facts)
-        self._tokens += result.num_tokens
+        self.collector.add(self._loads())
+        self._tokens += run.num_tokens
         own = self.clock.status.own_seconds
         self._own.append(own - self._own_before)
         self._own_before = own
 
-    def leave_out(self, seconds: float) -> None:
-        """An evaluation or a save is no training time."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """An evaluation or a save inside is no training time."""
+        before = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - before
         self._started += seconds
         self._step_started += seconds
 
-    def log(self, counters: Counters, stopping: Stopping, result: StepResult, rate: float, epoch: float) -> None:
+    def _log(self, run: RunState) -> None:
         """End the interval and tell the sinks (collective: one reduction of all facts)."""
         status, memory, traffic = self.clock.status, peak_memory(self.mesh.device), self.clock.take_traffic()
         status.at("agreeing on the next step")  # the reduction below waits for the slowest rank
@@ -152,13 +193,13 @@ class Reporter:
         received = sum(ranks.received_rows)
         stragglers = self.stragglers.observe(ranks.own_seconds, step_seconds)
         record = TrainRecord(
-            step=counters.step,
-            max_steps=stopping.max_steps,
-            epoch=epoch,
-            loss=result.loss,
-            learning_rate=rate,
-            grad_norm=result.grad_norm,
-            tokens=counters.tokens,
+            step=run.step,
+            max_steps=run.max_steps,
+            epoch=run.epoch,
+            loss=losses[-1],
+            learning_rate=run.learning_rate,
+            grad_norm=run.grad_norm,
+            tokens=run.tokens,
             tokens_per_second=self._tokens / seconds,
             tokens_per_second_per_device=self._tokens / seconds / num_ranks,
             loss_std=statistics.pstdev(finite) if (finite := [x for x in losses if math.isfinite(x)]) else 0.0,
@@ -166,9 +207,9 @@ class Reporter:
             all_to_all_share=min(1.0, all_to_all_seconds(ranks, self.mesh.layout.ep_size) / step_seconds),
             # The longest: the others wait for that rank too, in their all-to-all.
             data_wait_share=min(1.0, max(ranks.phase_seconds["data"]) / step_seconds),
-            skipped_steps=counters.skipped,
-            elapsed_seconds=counters.elapsed,
-            remaining_seconds=self._remaining(counters, stopping, step_seconds),
+            skipped_steps=run.skipped_steps,
+            elapsed_seconds=run.elapsed,
+            remaining_seconds=self._remaining(run, step_seconds),
             memory_bytes=memory,
             layers=self.layers,
             phase_seconds=phase_seconds,
@@ -197,33 +238,24 @@ class Reporter:
             )
         self._say(self.diagnosis.train(record))
         self.start_interval()
+        status.at("agreeing on the next step")  # with rank 0, which has written its line first
+        self._announce(record)
 
-    def _remaining(self, counters: Counters, stopping: Stopping, step_seconds: float) -> float | None:
+    def _remaining(self, run: RunState, step_seconds: float) -> float | None:
         ends = []
-        if stopping.max_steps is not None:
-            ends.append((stopping.max_steps - counters.step) * step_seconds)
+        if run.max_steps is not None:
+            ends.append((run.max_steps - run.step) * step_seconds)
         if self.config.train.max_time is not None:
-            ends.append(max(0.0, self.config.train.max_time - counters.elapsed))
+            ends.append(max(0.0, self.config.train.max_time - run.elapsed))
         return min(ends) if ends else None
 
-    def evaluation(self, step: int, found: Evaluation, is_best: bool) -> None:
+    def on_evaluate(self, run: RunState, record: EvalRecord) -> None:
         """A finished evaluation."""
-        record = EvalRecord(step, found.loss, found.perplexity, found.num_tokens, found.seconds, self.unigram, is_best)
         self.sinks.evaluation(record)
         self._say(self.diagnosis.evaluation(record))
 
-    def checkpoint(self, outcome: Outcome) -> None:
+    def on_save(self, run: RunState, record: CheckpointRecord) -> None:
         """A save that has ended, well or not."""
-        ok = outcome.error is None
-        record = CheckpointRecord(
-            step=outcome.step,
-            seconds=outcome.seconds,
-            blocked_seconds=outcome.blocked_seconds,
-            bytes=outcome.num_bytes if ok else 0,
-            path=outcome.path,
-            ok=ok,
-            reason=outcome.error or "",
-        )
         self.sinks.checkpoint(record)
         self._say(self.diagnosis.checkpoint(record, time.time()))
 
@@ -245,8 +277,16 @@ class Reporter:
             logger.info("over: %s", self._present[key])
         self._present = now
 
-    def summary(self, counters: Counters, stopping: Stopping, **more: Any) -> None:
-        """The end of a run. `more`: paths and samples of text, as `RunSummary` names them."""
+    def summary(
+        self, counters: Counters, stopping: Stopping, unigram: float | None, checkpoint: str | None, **samples: Any
+    ) -> None:
+        """The end of a run. `checkpoint`: the last complete one. `samples` of text, as `RunSummary` names them."""
+        folder = self.config.train.output_dir
+        paths = {"run folder": str(folder), "metrics": str(folder / "metrics.jsonl")}
+        if self.config.monitor.tensorboard:
+            paths["TensorBoard"] = str(folder / "tb")
+        if checkpoint is not None:
+            paths["checkpoint"] = checkpoint
         self.sinks.summary(
             RunSummary(
                 steps=counters.step,
@@ -254,14 +294,15 @@ class Reporter:
                 initial_loss=counters.initial_loss,
                 final_loss=math.nan if counters.final_loss is None else counters.final_loss,
                 best_eval_loss=stopping.best_loss,
-                unigram_loss=self.unigram,
+                unigram_loss=unigram,
                 tokens=counters.tokens,
                 tokens_per_second=counters.tokens / max(1e-9, counters.elapsed),
                 skipped_steps=counters.skipped,
                 reason=stopping.reason or "",
                 failed=stopping.failed,
                 layers=self.layers,
-                **more,
+                paths=paths,
+                **samples,
             )
         )
 

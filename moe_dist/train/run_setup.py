@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -17,6 +18,7 @@ from moe_dist.checkpoint.run_folder import CONFIG, refuse_foreign, with_header
 from moe_dist.checkpoint.storage import open_storage
 from moe_dist.checkpoint.storage.manifest import CheckpointError
 from moe_dist.config import Config, ConfigError, ModelConfig, dump_config, load_config, load_mapping
+from moe_dist.data.losses import losses
 from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.records import RunInfo
@@ -24,8 +26,11 @@ from moe_dist.monitor.train_log import setup_logging
 from moe_dist.parallel.layout import layers_by_pp_rank
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.build import Datasets
+from moe_dist.train.counters import Counters
 from moe_dist.train.hf_arguments import settings_of
 from moe_dist.train.run_summary import layout_lines, sentence
+
+logger = logging.getLogger("moe_dist")
 
 
 def merge_config(
@@ -156,7 +161,16 @@ def write_config(config: Config, run: str) -> None:
     whole.replace(path)
 
 
-def run_info(config: Config, mesh: Mesh, datasets: Datasets, run_id: str) -> RunInfo:
+def log_skipped_documents(datasets: Datasets) -> None:
+    """Each into the log, and their number to people."""
+    skipped = datasets.skipped
+    for document in skipped:
+        logger.info("left out: %s at %s: %s", document.id, document.offset, document.reason)
+    if skipped:
+        logger.warning("%s; train.log names all", losses(skipped, datasets.num_documents))
+
+
+def run_info(config: Config, mesh: Mesh, datasets: Datasets, run_id: str, counters: Counters) -> RunInfo:
     """What is about to run, for people (collective: every rank tells its host)."""
     trainable, total, active = model_sizes(config)
     return RunInfo(
@@ -174,6 +188,9 @@ def run_info(config: Config, mesh: Mesh, datasets: Datasets, run_id: str) -> Run
         stage_of_layer=_stage_of_layer(config),
         domains=list(datasets.domains),
         run_id=run_id,
+        start_step=counters.step,
+        start_tokens=counters.tokens,
+        start_skipped_steps=counters.skipped,
     )
 
 

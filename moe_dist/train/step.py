@@ -64,6 +64,7 @@ class TrainStep:
     def __call__(self, batches: list[Batch], step: int, rate: float) -> StepResult:
         """`step`: number of this step from 0, `rate`: its learning rate."""
         self.model.train()
+        self.balancer.clear()
         self.set_temperature(step)
         self.status.at("agreeing on the next step")
         counts = self._count_tokens(batches)
@@ -84,6 +85,7 @@ class TrainStep:
             self.engine.step(rate)
             self.status.at("agreeing on the next step")
             self.balancer.update_bias()
+        self.set_temperature(step + 1)
         return StepResult(loss_value, norm_value, int(num_tokens), int(num_labels), skipped=not finite)
 
     def set_temperature(self, step: int) -> None:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from moe_dist.config import TrainConfig
 from moe_dist.models.shares import ceil_share
+from moe_dist.monitor.records import EvalRecord
+from moe_dist.train.callbacks import Callback, RunState
 
 UNLABELLED_STEPS = 100
 """Steps in a row without a label to learn from that end a run."""
@@ -22,7 +24,7 @@ class Pace(NamedTuple):
     """Samples in one pass over the data; None: a stream, whose length nobody knows."""
 
 
-class Stopping:
+class Stopping(Callback):
     """Decides after each step, from numbers every rank agrees on. `reason` is None while the run goes on.
 
     Epochs are counted in samples. `pace` is that of this start, `first` that of the run's first start: steps of that
@@ -58,9 +60,14 @@ class Stopping:
         unit = Fraction(self.first.batch * epoch, self.first.epoch)
         return float(samples / unit), math.ceil(last / self.first.batch)
 
-    def before_start(self, step: int, epoch: float, time_share: float) -> None:
+    def time_share(self, elapsed: float) -> float:
+        """Part of the time budget that has passed after `elapsed` seconds, 0..1; 0 without one."""
+        budget = self.config.max_time
+        return 0.0 if budget is None else min(1.0, elapsed / budget)
+
+    def before_start(self, step: int, epoch: float, elapsed: float) -> None:
         """A start goes on after `step` steps: is there anything left to do?"""
-        self._stop_at_the_end(step, epoch, time_share)
+        self._stop_at_the_end(step, epoch, self.time_share(elapsed))
         if self.reason is None:
             self._stop_without_improvement()
 
@@ -77,6 +84,15 @@ class Stopping:
         patience = self.config.early_stopping_patience
         if patience and self.evaluations_without_improvement >= patience:
             self.stop(f"validation loss has not improved for {patience} evaluations (best {self.best_loss:.4f})")
+
+    def on_step_end(self, run: RunState) -> None:
+        """Every reason but the validation loss."""
+        self.after_step(run.step, run.loss, run.epoch, run.skipped, self.time_share(run.elapsed))
+        self.count_labels(run.num_labels)
+
+    def on_evaluate(self, run: RunState, record: EvalRecord) -> None:
+        """Early stopping."""
+        self.after_evaluation(record.loss)
 
     def after_step(self, step: int, loss: float, epoch: float, skipped: bool, time_share: float) -> None:
         """`step` optimizer steps are done; `time_share` of the time budget has passed."""
@@ -108,16 +124,18 @@ class Stopping:
                 "samples is ignored; look at `labels` and `completion_mask` in the data"
             )
 
-    def after_evaluation(self, loss: float) -> bool:
-        """Whether `loss` is the best so far."""
+    def is_best(self, loss: float) -> bool:
+        """Whether no evaluation so far has had a lower loss."""
+        return self.best_loss is None or loss < self.best_loss
+
+    def after_evaluation(self, loss: float) -> None:
+        """An evaluation has found this validation loss."""
         best = math.inf if self.best_loss is None else self.best_loss
         better = loss < best - self.config.early_stopping_threshold
         self.evaluations_without_improvement = 0 if better else self.evaluations_without_improvement + 1
-        is_best = loss < best
-        if is_best:
+        if self.is_best(loss):
             self.best_loss = loss
         self._stop_without_improvement()
-        return is_best
 
     def forget_evaluations(self) -> None:
         """Losses on other samples say nothing about those to come."""

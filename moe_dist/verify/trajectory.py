@@ -69,9 +69,8 @@ class ScriptedTrainer(MoETrainer):
                 with around():
                     super()._one_step()
                 return
-            {"evaluate": self._evaluate, "sample": self._sample, "save": self._save_now, "save_behind": self._save}[
-                event
-            ]()
+            between = {"sample": self.evaluating.sample, "save": self._save_now, "save_behind": self.saving.save}
+            between.get(event, lambda: self.evaluating.evaluate(self.counters.step))()
         self.stopping.stop("the script has ended")
 
     def _begin(self) -> None:
@@ -83,9 +82,8 @@ class ScriptedTrainer(MoETrainer):
         return whole_tensors(self.persistence._state().tensors, self.mesh)
 
     def _save_now(self) -> None:
-        self._save()
-        if self.persistence.checkpoints.in_flight:
-            self._saved(self.persistence.settle())
+        self.saving.save()
+        self.saving.settle()
 
     @contextmanager
     def _poisoned(self) -> Iterator[None]:

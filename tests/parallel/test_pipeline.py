@@ -186,7 +186,7 @@ def train(folder: str, place: tuple[int, int, str, int] | None, max_steps: int) 
     assert result.best_eval_loss is not None
     assert [layer.layer for layer in trainer.reporter.layers] == [0, 2, 3, 4]  # of all stages, on every rank
     assert len({sum(layer.tokens_per_expert) for layer in trainer.reporter.layers}) == 1  # each stage saw every token
-    return result.losses, result.best_eval_loss, trainer._sample() or ""
+    return result.losses, result.best_eval_loss, trainer.evaluating.sample() or ""
 
 
 @pytest.mark.parametrize(

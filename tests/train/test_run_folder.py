@@ -14,7 +14,7 @@ from test_saving import TEXTS, TREE, run, steps
 from moe_dist.checkpoint import run_folder
 from moe_dist.config import ConfigError
 from moe_dist.monitor.sinks.multi_sink import Sinks
-from moe_dist.train import MoETrainer
+from moe_dist.train import MoETrainer, evaluation
 from moe_dist.train import trainer as trainer_module
 
 
@@ -227,7 +227,7 @@ def test_a_finished_run_started_again(tmp_path: Path, monkeypatch: pytest.Monkey
         said: list[str] = []
         with monkeypatch.context() as patch:
             patch.setattr(Sinks, "message", lambda self, text, said=said: said.append(text))
-            patch.setattr(trainer_module, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+            patch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
             again = run(tmp_path / name, train)
         assert contents(tmp_path / name) == before
         assert said[-1] == f"finished at step {first.steps}: {first.reason}; nothing is left to do"

@@ -36,17 +36,6 @@ WARM_UP = 1
 """Pairs that do not count."""
 
 
-class Quiet:
-    """A reporter that reports nothing."""
-
-    layers = ()
-
-    def add(self, *_: Any) -> None:
-        pass
-
-    log = actions = add
-
-
 class InTurn(MoETrainer):
     """Trains in blocks, with and without monitoring; `seconds` of each block that was on, and of its neighbour."""
 
@@ -62,7 +51,7 @@ class InTurn(MoETrainer):
         if done % self.block == 0:
             number = done // self.block
             if number == 0:
-                self.loud, self.facts, self.watching = self.reporter, self.balancer.facts, self.watchdog()
+                self.all, self.facts, self.watching = self.callbacks.own, self.balancer.facts, self.watchdog()
             self._switch(number % 4 in (0, 3))  # on off off on: a drift of the machine cancels
             self.mesh.barrier()
             self.began = time.perf_counter()
@@ -74,14 +63,15 @@ class InTurn(MoETrainer):
     def _switch(self, on: bool) -> None:
         if on is self.is_on:
             return
-        self.is_on, self.reporter = on, self.loud if on else Quiet()
+        self.is_on = on
+        self.callbacks.own = [one for one in self.all if on or one not in (self.reporter, self.acting)]
         self.clock._stopped = not on
         for layer, moe in self.balancer.layers.items():
             moe.balance.facts = self.facts[layer] if on else None
         if on:
             del self.status._set  # the method of its class again
             self.watching = self.watchdog()
-            self.loud.begin()
+            self.reporter.on_run_begin(self.state())
         else:
             self.status._set = lambda *_: None  # type: ignore[method-assign]
             self.watching.close("done")

@@ -73,8 +73,8 @@ class ParallelConfig(Section):
     elastic: bool = False
     """On another number of ranks than before, or than the layout fits: choose one that keeps the global batch."""
     engine: str = "torch"
-    """What shards and updates: `torch` (PyTorch, FSDP2 from zero_stage 1), `deepspeed` (the DeepSpeed package, zero_stage
-    1 or 2, see docs/deepspeed.md), or `package.module:Class` of your own (docs/extending.md)."""
+    """What shards and updates: `torch` (FSDP2 from zero_stage 1), `deepspeed` (the package, zero_stage 1 or 2, see
+    docs/deepspeed.md), or `package.module:Class` of your own (docs/extending.md)."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """DeepSpeed: keep float32 weights and optimizer state in host memory."""
     deepspeed_config: PathText | dict[str, Any] | None = None

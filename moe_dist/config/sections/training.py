@@ -115,6 +115,10 @@ class TrainConfig(Section):
     """Stop when the training loss is above this ..."""
     divergence_epochs: NonNegativeFloat = 0.0
     """... after this many epochs."""
+    callbacks: list[str] = []
+    """Classes of your own that are told what happens, as `package.module:Class`; see docs/extending.md."""
+    on_callback_error: Literal["raise", "warn"] = "raise"
+    """One of them raises: end the run and name it, or say so and go on."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A NaN or infinite loss or gradient: stop before the optimizer step, or skip the step and count it."""
     max_nonfinite_steps: Positive = 10

@@ -17,7 +17,7 @@ from moe_dist.data.loader import GlobalLoader
 from moe_dist.parallel.engines import fsdp
 from moe_dist.parallel.engines.optimizer import LogicalOptimizer
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train import evaluation, trainer
+from moe_dist.train import evaluation, loop
 from moe_dist.train.checkpointing import Persistence
 from moe_dist.train.step import StepResult, TrainStep
 from moe_dist.train.stopping import Stopping
@@ -206,7 +206,7 @@ def skipped_step_moves_the_bias(replace: Replace) -> None:
 
 def save_behind_takes_the_next_weights(replace: Replace) -> None:
     """What is written behind training is copied when the writer gets to it, after one more step."""
-    begin, start, settle, agree = Checkpoints.begin, Writer.start, Checkpoints.settle, trainer.agree
+    begin, start, settle, agree = Checkpoints.begin, Writer.start, Checkpoints.settle, loop.agree
     waiting: list[tuple[Checkpoints, LogicalState]] = []
 
     def late_begin(self: Checkpoints, number: int, found: LogicalState, *more: Any) -> None:
@@ -233,4 +233,4 @@ def save_behind_takes_the_next_weights(replace: Replace) -> None:
 
     replace(Checkpoints, "begin", late_begin)
     replace(Checkpoints, "settle", late_settle)
-    replace(trainer, "agree", late_agree)
+    replace(loop, "agree", late_agree)

@@ -250,7 +250,7 @@ def bias_from_one_replica(replace: Replace) -> None:
 
 def rate_by_rank(replace: Replace) -> None:
     """The schedule counts what ranks before this one have done, too."""
-    from moe_dist.train import schedule, trainer
+    from moe_dist.train import loop, schedule
 
     rate = schedule.learning_rate
 
@@ -258,4 +258,4 @@ def rate_by_rank(replace: Replace) -> None:
         return rate(config, number + rank(), *more)
 
     replace(schedule, "learning_rate", wrong)
-    replace(trainer, "learning_rate", wrong)
+    replace(loop, "learning_rate", wrong)
