@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from moe_dist.config.paths import expand
+from moe_dist.config.sections.base import Choice
 
 
 class ConfigError(ValueError):
@@ -33,6 +34,9 @@ def allowed(kind: Any, limits: Sequence[Any] = ()) -> str:
     if origin is Annotated:
         found = [m for extra in inner[1:] for m in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
         return allowed(inner[0], found)
+    for limit in limits:
+        if isinstance(getattr(limit, "func", None), Choice):
+            return str(limit.func)
     if any(getattr(limit, "func", None) is expand for limit in limits):
         return "a path or name"
     if origin is Literal:

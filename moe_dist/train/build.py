@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from moe_dist.data.packing import PackedDataset, pack
 from moe_dist.data.split import split_corpus
 from moe_dist.data.streaming import StreamingPackedDataset
 from moe_dist.data.tokenizer import Tokenizer, load_tokenizer
+from moe_dist.models.registry import Registry
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import parallelize
 
 logger = logging.getLogger("moe_dist")
+SOURCES: Registry[Callable[[], Any]] = Registry("data.source", "data source")
 
 
 def build_model(
@@ -120,8 +122,10 @@ def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None =
         )
     options: dict[str, Any] = {"text_field": data.text_field, "on_error": data.on_error}
     options["ignored_columns"] = data.ignored_columns
+    if dataset is None and ":" in data.source:
+        dataset = SOURCES.resolve(data.source)()
     if dataset is not None:
-        corpus = documents_from(dataset, limit=data.limit, **options)
+        corpus = documents_from(dataset, limit=data.limit, name=data.source, **options)
     elif data.source == "memory":
         raise ValueError(
             "data.source=memory: data that a program gives, as in MoETrainer(config).train(dataset); "

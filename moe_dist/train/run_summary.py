@@ -42,7 +42,8 @@ def sentence(
         else f"{model.num_hidden_layers} dense layers"
     )
     texts = {"stdlib": "the source of Python's standard library", "memory": "data given by the program"}
-    text = texts.get(config.data.source, f"{config.data.source} data")
+    source = config.data.source
+    text = texts.get(source, f"what {source} gives" if ":" in source else f"{source} data")
     size = f" ({amount(num_tokens)} tokens)" if num_tokens else ""
     limits = [f"{train.max_steps} steps"] if train.max_steps > 0 else []
     if train.max_steps < 0 and train.num_train_epochs is not None:

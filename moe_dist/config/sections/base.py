@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -12,6 +12,25 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class Choice:
+    """One of these names, or `package.module:Class` of a person's own. What that is nobody asks before it is built."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def __call__(self, value: str) -> str:
+        if value not in self.names and ":" not in value:
+            raise ValueError(str(self))
+        return value
+
+    def __str__(self) -> str:
+        names = f"one of {', '.join(self.names)}, or " if self.names else ""
+        return f"{names}package.module:Class of your own"
+
+
+OwnClass = Annotated[str, AfterValidator(Choice())]
 
 
 class Section(BaseModel):

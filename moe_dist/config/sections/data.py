@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from moe_dist.config.paths import PathText
 from moe_dist.config.sections.base import (
+    Choice,
     NonNegative,
     Positive,
     Section,
 )
 
 FILE_SOURCES = ("text", "jsonl", "parquet")
+SourceName = Annotated[str, AfterValidator(Choice("stdlib", *FILE_SOURCES, "huggingface", "memory"))]
 MAX_DOMAINS = 16
 """Named sources of data whose routing is counted apart."""
 
@@ -60,7 +62,7 @@ def check_data(data: DataConfig) -> DataConfig:
             raise ValueError(
                 f"{key}={value}: source={data.source} has none; set data.source=huggingface, or data.{key}=null"
             )
-    if data.streaming and data.source not in ("huggingface", "memory"):
+    if data.streaming and data.source not in ("huggingface", "memory") and ":" not in data.source:
         raise ValueError(f"streaming=true: only for source=huggingface, not {data.source}")
     return data
 
@@ -68,9 +70,9 @@ def check_data(data: DataConfig) -> DataConfig:
 class DataConfig(Section):
     """Text to tokens to batches."""
 
-    source: Literal["stdlib", "text", "jsonl", "parquet", "huggingface", "memory"] = "stdlib"
+    source: SourceName = "stdlib"
     """`stdlib` is the source of Python's own standard library: real text present on every machine; `memory`: what a
-    program gives to `MoETrainer.train`."""
+    program gives to `MoETrainer.train`; `package.module:function` of your own (docs/extending.md)."""
     path: PathText | list[PathText] | dict[str, PathText | list[PathText]] | None = None
     """File, folder pattern or list of them, for text, jsonl and parquet. Named, as in {code: a/*.py, prose: b/*.txt},
     routing is counted for each name."""

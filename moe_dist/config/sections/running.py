@@ -8,15 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from moe_dist.config.paths import Folder, PathText, expand
 from moe_dist.config.sections.base import (
+    Choice,
     NonNegative,
+    OwnClass,
     Positive,
     PositiveFloat,
     Section,
 )
+
+EngineName = Annotated[str, AfterValidator(Choice("torch", "deepspeed"))]
 
 
 def read_deepspeed_config(raw: Any) -> Any:
@@ -72,7 +76,7 @@ class ParallelConfig(Section):
     """Keep sharded parameters, gradients and optimizer state in host memory (CUDA, zero_stage 3)."""
     elastic: bool = False
     """On another number of ranks than before, or than the layout fits: choose one that keeps the global batch."""
-    engine: str = "torch"
+    engine: EngineName = "torch"
     """What shards and updates: `torch` (FSDP2 from zero_stage 1), `deepspeed` (the package, zero_stage 1 or 2, see
     docs/deepspeed.md), or `package.module:Class` of your own (docs/extending.md)."""
     offload_optimizer: Literal["none", "cpu"] = "none"
@@ -81,13 +85,6 @@ class ParallelConfig(Section):
     """DeepSpeed: a JSON file of your own, or its content; what contradicts our keys is refused."""
 
     _read_deepspeed_file = model_validator(mode="before")(read_deepspeed_config)
-
-    @field_validator("engine")
-    @classmethod
-    def _is_an_engine(cls, value: str) -> str:
-        if value not in ("torch", "deepspeed") and ":" not in value:
-            raise ValueError("one of torch, deepspeed, or package.module:Class of your own")
-        return value
 
     @property
     def stages_per_rank(self) -> int:
@@ -186,6 +183,8 @@ class MonitorConfig(Section):
     many experts goes on (docs/metrics.md)."""
     tensorboard: bool = True
     """Write TensorBoard events to tb/."""
+    sinks: list[OwnClass] = []
+    """Sinks of your own, beside those above and below, as `package.module:Class`; see docs/extending.md."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"
     """Console: a live line on a terminal, plain lines elsewhere, or nothing."""
     peak_flops: PositiveFloat | None = None

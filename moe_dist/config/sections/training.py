@@ -12,6 +12,7 @@ from moe_dist.config.sections.base import (
     Fraction,
     NonNegative,
     NonNegativeFloat,
+    OwnClass,
     Positive,
     PositiveFloat,
     Probability,
@@ -115,7 +116,7 @@ class TrainConfig(Section):
     """Stop when the training loss is above this ..."""
     divergence_epochs: NonNegativeFloat = 0.0
     """... after this many epochs."""
-    callbacks: list[str] = []
+    callbacks: list[OwnClass] = []
     """Classes of your own that are told what happens, as `package.module:Class`; see docs/extending.md."""
     on_callback_error: Literal["raise", "warn"] = "raise"
     """One of them raises: end the run and name it, or say so and go on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +19,8 @@ __all__ = ["ConsoleSink", "JsonlSink", "Sink", "Sinks", "TensorBoardSink", "buil
 def build_sinks(output_dir: Path | str, monitor_config: MonitorConfig, *, stream: TextIO | None = None) -> Sinks:
     """The sinks of a run, for the one rank that reports. `stream`: the console's, default stdout.
 
-    Raises ValueError for a file of `monitor.prometheus` that cannot be used.
+    Raises ValueError for a file of `monitor.prometheus` that cannot be used, and for a name in `monitor.sinks` that is
+    no sink.
     """
     folder = Path(output_dir)
     sinks: list[Sink] = [
@@ -35,4 +37,13 @@ def build_sinks(output_dir: Path | str, monitor_config: MonitorConfig, *, stream
             sinks.append(PrometheusSink(folder, monitor_config))
         if prometheus.pushgateway:
             sinks.append(PushgatewaySink(folder, monitor_config))
-    return Sinks(sinks)
+    return Sinks([*sinks, *(_own_sink(name) for name in monitor_config.sinks)])
+
+
+def _own_sink(name: str) -> Sink:
+    from moe_dist.models.registry import Registry
+
+    sink = Registry[Callable[[], Sink]]("monitor.sinks", "sink").resolve(name)()
+    if not isinstance(sink, Sink):
+        raise ValueError(f"monitor.sinks={name}: a subclass of moe_dist.monitor.sinks.Sink is needed")
+    return sink
