@@ -1,4 +1,5 @@
-"""`python -m moe_dist ...` is `moe-dist ...`; with `agent`, `rank` or `trial` in front, what launchers start.
+"""`python -m moe_dist ...` is `moe-dist ...`; with `agent`, `rank`, `forkserver` or `trial` in front, what
+launchers start.
 
 The command line lives in the package `launcher`. Another one of that name may be in the way, such as a folder where the
 command is given; from here ours is found.
@@ -31,6 +32,10 @@ def main() -> None:
             from launcher.rank.worker import run_rank
 
             run_rank()
+        case ["forkserver"]:
+            from launcher.rank.forkserver import serve
+
+            serve()
         case ["trial"]:
             from launcher.sweep.trial import run_trial
 

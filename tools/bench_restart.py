@@ -99,6 +99,9 @@ class Launched:
                     for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                         if item.startswith(b"RANK="):
                             found[int(item[5:])] = int(pid)
+                    name = Path(f"/proc/{pid}/comm").read_text().strip()
+                    if name.startswith("moe-rank-"):  # forked: its environment is where only it can see it
+                        found[int(name[9:])] = int(pid)
         return [found[rank] for rank in sorted(found)]
 
     def until(self, condition: Callable[[], bool]) -> float:

@@ -147,7 +147,7 @@ class Soak:
         elif how == "launcher":
             process.kill()
         else:
-            kill([self.draw.choice(sorted(pid for pid in self.alive() if pid != process.pid))])
+            kill([self.draw.choice(self.ranks(process))])
 
     def alive(self) -> list[int]:
         """Processes of this run, its launcher first."""
@@ -158,6 +158,11 @@ class Soak:
                     if mark in (entry / "environ").read_bytes():
                         found.append(int(entry.name))
         return sorted(found)
+
+    def ranks(self, process: subprocess.Popen[bytes]) -> list[int]:
+        """What `process` has started to train; before that, what starts it."""
+        others = [pid for pid in self.alive() if pid != process.pid]
+        return [pid for pid in others if not is_fork_server(pid)] or others
 
     def wait_gone(self, seconds: float) -> list[int]:
         deadline = time.monotonic() + seconds
@@ -204,6 +209,15 @@ def wait(process: subprocess.Popen[bytes], condition: Callable[[], bool], soak: 
         if process.poll() is not None or time.monotonic() > deadline:
             raise SystemExit(f"the run ended by itself or hangs:\n{soak.console()[-2000:]}")
         time.sleep(0.002)
+
+
+def is_fork_server(pid: int) -> bool:
+    """Ranks that it has forked, which go on without it, have names of their own."""
+    try:
+        command, name = Path(f"/proc/{pid}/cmdline").read_bytes(), Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return False
+    return b"forkserver" in command and not name.startswith("moe-rank-")
 
 
 def kill(pids: list[int]) -> None:

@@ -97,7 +97,7 @@ def signals(soak: Soak, count: int, seconds: float) -> list[str]:
 def send(soak: Soak, process: subprocess.Popen[bytes], number: signal.Signals, draw: random.Random) -> None:
     """To the launcher, its process group, or one rank."""
     to = draw.choice(("launcher", "group", "rank"))
-    ranks = [pid for pid in soak.alive() if pid != process.pid]
+    ranks = soak.ranks(process)
     with suppress(ProcessLookupError):
         if to == "group":
             os.killpg(process.pid, number)

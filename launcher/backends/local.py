@@ -15,8 +15,9 @@ from launcher.connect.environment import JOB, named_job
 from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_FAILED, EXIT_STOPPED
 from launcher.connect.rank_job import Proof
 from launcher.supervise.exit_status import End, Ended, Tries, note, restore_terminal, say, say_end, verdict
+from launcher.supervise.forkserver import ForkServer
 from launcher.supervise.hang import HangDiagnosis, diagnose_hang
-from launcher.supervise.processes import GRACE, PATIENCE, POLL, Ranks, Signals
+from launcher.supervise.processes import GRACE, PATIENCE, POLL, Ranks, RankStarter, Signals
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
 
@@ -31,11 +32,11 @@ def launch(config: Config, proof: Proof | None = None) -> int:
     where its log is. A run that saves is then started again from its newest checkpoint, until
     `launch.max_restarts` starts in a row have not got any further.
     """
-    with Signals() as signals:
+    with Signals() as signals, RankStarter(config) as starter:
         job = named_job()
         tries = Tries(config, config.launch.max_restarts, job[JOB])
         while True:
-            end = _run(config, proof, signals, job)
+            end = _run(config, proof, signals, job, starter.server)
             if proof is None:
                 note(end, config.train.output_dir)
             saves = proof is None and config.checkpoint.save_steps > 0
@@ -49,8 +50,8 @@ def launch(config: Config, proof: Proof | None = None) -> int:
                 return end.code
 
 
-def _run(config: Config, proof: Proof | None, signals: Signals, job: dict[str, str]) -> End:
-    with Ranks(config, proof, job) as ranks:
+def _run(config: Config, proof: Proof | None, signals: Signals, job: dict[str, str], server: ForkServer | None) -> End:
+    with Ranks(config, proof, job, server) as ranks:
         ended: list[Ended] = []
         deadline = None
         went_on = now = time.monotonic()

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from functools import cache
 
+FORKED = "MOE_DIST_FORKSERVER"
+"""In the environment of a fork server: its end of the socket on which it is asked for ranks."""
 # What the local launcher leaves in a rank's environment.
 CONFIG, PROOF, LAUNCHER = "MOE_DIST_CONFIG", "MOE_DIST_PROOF", "MOE_DIST_LAUNCHER"
 # ... and an agent too (launcher.supervise.rank_channel): where a rank says what went wrong, and where it is.

@@ -18,6 +18,7 @@ from launcher.connect.environment import STORE, usable_cores
 from launcher.connect.exit_codes import EXIT_AGAIN
 from launcher.connect.rank_job import CONFIG, LAUNCHER, PROOF, WATCHED, Proof
 from launcher.supervise.exit_status import Ended, say
+from launcher.supervise.forkserver import ForkedRank, ForkServer, can_fork
 from launcher.supervise.hang import RankState
 from launcher.supervise.heartbeat import state_of
 from launcher.supervise.rank_channel import RankChannel
@@ -71,10 +72,10 @@ class Signals:
 class Ranks:
     """The processes of one run. Raises ConfigError when the port is taken."""
 
-    def __init__(self, config: Config, proof: Proof | None, job: dict[str, str]) -> None:
-        """`job`: the variable with its name."""
+    def __init__(self, config: Config, proof: Proof | None, job: dict[str, str], server: ForkServer | None) -> None:
+        """`job`: the variable with its name. `server` forks them; without one each is a program of its own."""
         count = config.launch.nproc_per_node
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes] | ForkedRank] = []
         self._counted: set[int] = set()
         with _listen(config.launch.master_port) as listener:
             self.board = RankChannel(count)
@@ -90,9 +91,7 @@ class Ranks:
                 "MASTER_ADDR": LOOPBACK,
                 "MASTER_PORT": str(listener.getsockname()[1]),
             }
-            # Ranks never hear of Ctrl-C, which a terminal sends to everyone: half-started they would answer with
-            # a page of code. The launcher hears it, and ends them.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            before = deaf_to_ctrl_c()
             for rank in range(count):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), STORE: ""}
                 files = [self.board.theirs, self.board.status]
@@ -101,7 +100,10 @@ class Ranks:
                     files.append(listener.fileno())
                 command = [sys.executable, "-u", "-m", "moe_dist", "rank"]
                 environment = {**os.environ, **shared, **own}
-                self.processes.append(subprocess.Popen(command, env=environment, pass_fds=files))
+                if server is not None:
+                    self.processes.append(server.fork(environment, files))
+                else:
+                    self.processes.append(subprocess.Popen(command, env=environment, pass_fds=files))
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(self.board.theirs)
 
@@ -200,6 +202,42 @@ class Ranks:
         for process in self.processes:
             with suppress(subprocess.TimeoutExpired):  # one that not even the kernel can end yet
                 process.wait(PATIENCE)
+
+
+def deaf_to_ctrl_c() -> set[int]:
+    """From now on what this process starts; returns the signals that were blocked before.
+
+    Ranks never hear of Ctrl-C, which a terminal sends to everyone: half-started they would answer with a page of code.
+    The launcher hears it, and ends them.
+    """
+    return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+class RankStarter:
+    """Where a launcher has its ranks from, start after start."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._server: ForkServer | None = None
+
+    def __enter__(self) -> RankStarter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._server is not None:
+            self._server.close()
+
+    @property
+    def server(self) -> ForkServer | None:
+        """One that runs, begun now if need be; None where ranks cannot be forked."""
+        if not can_fork(self.config):
+            return None
+        if self._server is None or not self._server.runs:
+            before = deaf_to_ctrl_c()
+            environment = {**os.environ, **rank_environment(self.config), LAUNCHER: str(os.getpid())}
+            self._server = ForkServer(environment)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return self._server
 
 
 def rank_environment(config: Config) -> dict[str, str]:

@@ -15,10 +15,12 @@ def choose_device(launch: LaunchConfig, rank: int = 0, local_rank: int = 0) -> t
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not available:
         raise ValueError("launch.device=cuda: this machine has no CUDA device; set launch.device=cpu, or auto")
+    if local_rank >= available and launch.backend == "gloo":
+        return torch.device("cuda", local_rank % available)  # NCCL takes one rank per device, gloo does not mind
     if local_rank >= available:
         raise ValueError(
-            f"launch.device={wanted}: rank {rank} needs CUDA device {local_rank}, "
-            f"this machine has {available}; start at most {available} ranks here, or set launch.device=cpu"
+            f"launch.device={wanted}: rank {rank} needs CUDA device {local_rank}, this machine has {available}; start "
+            f"at most {available} ranks here, set launch.backend=gloo to let them share one, or launch.device=cpu"
         )
     return torch.device("cuda", local_rank)
 

@@ -59,7 +59,6 @@ class _Run:
         batches = self.loader.next_step()
         rate = learning_rate(self.config.optimizer, self.number, None, 0.0)
         result = self.train(batches, self.number, rate)
-        self.balancer.clear()
         self.number += 1
         status.at("agreeing on the next step")
         self.mesh.barrier()  # as the trainer's own agreement: every step begins together

@@ -195,7 +195,6 @@ def run_trial(
             told.losses.append(result.loss)
             told.norms.append(result.grad_norm)
             told.loads |= {f"{step}.{name}": facts for name, facts in trial.loads().items()}
-            trial.balancer.clear()
         told.weights, told.biases = trial.weights, trial.biases
     return told
 

@@ -172,6 +172,9 @@ class Program:
                 for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     if item.startswith(b"RANK="):
                         found[int(item[5:])] = pid
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+                if name.startswith("moe-rank-"):  # forked: its environment is where only it can see it
+                    found[int(name[9:])] = pid
         return found
 
     def processes(self) -> list[int]:

@@ -1,0 +1,130 @@
+"""Ranks forked from a process that has imported what they need, so that a start, and a start again, costs no imports.
+
+The process (`launcher.rank.forkserver`) forks twice, and the launcher adopts what comes out: a rank is the launcher's
+own child, as if it had been started like any other program. Linux, and without CUDA, which is of no use in a fork of a
+process that has looked for devices. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from launcher.connect.rank_job import FORKED
+from moe_dist.config import Config
+
+_PR_SET_CHILD_SUBREAPER = 36
+_POLL = 0.01
+
+
+def can_fork(config: Config) -> bool:
+    """Whether ranks of this run can be forked."""
+    return sys.platform.startswith("linux") and (config.launch.device == "cpu" or not glob.glob("/dev/nvidia[0-9]*"))
+
+
+class ForkServer:
+    """The process, for as many starts as a launcher makes."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        """`environment`: of every rank that it will fork, but for what one start or one rank is told."""
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+        command = [sys.executable, "-u", "-m", "moe_dist", "forkserver"]
+        environment = environment | {FORKED: str(theirs.fileno())}
+        self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self._waiting: list[ForkedRank] = []
+
+    @property
+    def runs(self) -> bool:
+        """Whether it can fork more."""
+        return self._process.poll() is None
+
+    def fork(self, environment: dict[str, str], files: Sequence[int]) -> ForkedRank:
+        """A rank with this environment, and these open files under the numbers they have here."""
+        told = json.dumps({"environment": environment, "files": list(files)}).encode()
+        rank = ForkedRank(self)
+        with suppress(OSError):  # it has gone, as the rank will hear
+            socket.send_fds(self._socket, [told], files)
+        self._waiting.append(rank)
+        return rank
+
+    def hear(self) -> None:
+        """Process ids of ranks that have been forked since; of a server that has gone, its end is theirs."""
+        while self._waiting:
+            try:
+                answer = self._socket.recv(64)
+            except BlockingIOError:
+                return
+            except OSError:
+                answer = b""
+            if not answer:
+                code = self._process.wait()
+                for rank in self._waiting:
+                    rank.returncode = code or 1
+                self._waiting.clear()
+                return
+            self._waiting.pop(0).pid = int(answer)
+
+    def end(self) -> None:
+        """End it, by force; ranks that it has forked are not its own."""
+        self._process.kill()
+        self._process.wait()
+        self.hear()
+
+    def close(self) -> None:
+        """End it, and forget it."""
+        self.end()
+        self._socket.close()
+
+
+class ForkedRank:
+    """What `subprocess.Popen` is for a program, for a rank. `pid` is 0 until it has been forked."""
+
+    def __init__(self, server: ForkServer) -> None:
+        self.pid, self._server = 0, server
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, minus the signal that has ended it; None while it runs."""
+        if not self.pid and self.returncode is None:
+            self._server.hear()
+        if self.pid and self.returncode is None:
+            with suppress(ChildProcessError):  # until the server's own child has gone it is not ours
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """As to a program that has just been started: before it has been forked, most signals end it."""
+        if self.poll() is not None:
+            return
+        if self.pid:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+        elif number in (signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1):
+            self._server.end()
+
+    def kill(self) -> None:
+        """End it, by force."""
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float) -> int:
+        """The exit code. Raises `subprocess.TimeoutExpired`."""
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("rank", timeout)
+            time.sleep(_POLL)
+        return code
