@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from moe_dist.config import BalanceConfig
 from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.health.rules import PATIENCE_OF, Absence, conditions
-from moe_dist.monitor.records import ActionRecord, LayerRecord
+from moe_dist.monitor.metrics import LayerRecord
+from moe_dist.monitor.records import ActionRecord
 
 FACTOR = 2.0
 """One step up or down."""
@@ -71,7 +72,7 @@ class Policy:
             pairs, state.pairs = state.pairs, []
             if not sum(pairs):
                 continue
-            record = layer_record(layer, pairs, 0, sum(pairs) // self.top_k, [0.0] * 5, self.top_k)
+            record = layer_record(layer, pairs, 0, sum(pairs) // self.top_k, {}, self.top_k)
             lasting, calm = state.observe(record)
             if state.wait:
                 continue
