@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_dist.models.auxiliary import ROUTER_SUMS, LoadFacts
 from moe_dist.monitor.expert_stats import layer_record
-from moe_dist.monitor.metrics import LayerRecord
+from moe_dist.monitor.records import LayerRecord
 
 
 class Collector:

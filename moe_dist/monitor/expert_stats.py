@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_dist.monitor.metric import metrics_of
-from moe_dist.monitor.metrics import LayerRecord
+from moe_dist.monitor.records import LayerRecord
 
 
 class ExpertLoad(NamedTuple):

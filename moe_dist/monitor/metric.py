@@ -1,11 +1,43 @@
-"""What a metric is. All of them stand in `moe_dist/monitor/metrics.py`."""
+"""What a record is, and what a metric is: a field of one. All of them stand in `moe_dist/monitor/metrics.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
-from typing import Any, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_type_hints
+
+
+class Record:
+    """A record that knows its name in `metrics.jsonl`."""
+
+    kind: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields and `kind`; nested records become dicts. Floats stay floats, NaN and infinity too.
+
+        Lists of numbers are the record's own, to be written and not to be changed: copying them takes longer.
+        """
+        return {"kind": self.kind} | _plain(self)
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Self:
+        """The record of a row of `metrics.jsonl`; what another version wrote more is left out."""
+        return known(cls, row)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, list) and value and is_dataclass(value[0]):
+        return [_plain(item) for item in value]
+    return value
+
+
+def known(kind: type[Any], row: Mapping[str, Any]) -> Any:
+    """The dataclass with those of the row's values that it has a field for."""
+    names = {item.name for item in fields(kind)}
+    return kind(**{key: value for key, value in row.items() if key in names})
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Self
 
-from moe_dist.monitor.metric import Metric, Series
-from moe_dist.monitor.records import Record, known
+from moe_dist.monitor.metric import Metric, Record, Series, known
 
 
 def mean(values: Sequence[float]) -> float:

@@ -8,7 +8,8 @@ from itertools import islice
 from typing import Any
 
 from moe_dist.monitor.metric import metrics_of
-from moe_dist.monitor.metrics import RanksRecord, TrainRecord, mean
+from moe_dist.monitor.metrics import mean
+from moe_dist.monitor.records import RanksRecord, TrainRecord
 
 PHASE_KEYS = {
     "data": "waiting for data",

@@ -1,43 +1,36 @@
-"""What the sinks are told: frozen records of plain Python values, ready for JSON. Those of numbers are in `metrics`."""
+"""What the sinks are told: frozen records of plain Python values, ready for JSON.
+
+Those that are numbers through and through are declared in `moe_dist/monitor/metrics.py`, the table of metrics.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
+from moe_dist.monitor.metric import Record
+from moe_dist.monitor.metrics import (
+    CheckpointRecord,
+    EvalRecord,
+    LayerRecord,
+    RanksRecord,
+    RunSummary,
+    TrainRecord,
+)
 
-class Record:
-    """A record that knows its name in `metrics.jsonl`."""
-
-    kind: ClassVar[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields and `kind`; nested records become dicts. Floats stay floats, NaN and infinity too.
-
-        Lists of numbers are the record's own, to be written and not to be changed: copying them takes longer.
-        """
-        return {"kind": self.kind} | _plain(self)
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Self:
-        """The record of a row of `metrics.jsonl`; what another version wrote more is left out."""
-        return known(cls, row)
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, list) and value and is_dataclass(value[0]):
-        return [_plain(item) for item in value]
-    return value
-
-
-def known(kind: type[Any], row: Mapping[str, Any]) -> Any:
-    """The dataclass with those of the row's values that it has a field for."""
-    names = {item.name for item in fields(kind)}
-    return kind(**{key: value for key, value in row.items() if key in names})
+__all__ = [
+    "ActionRecord",
+    "CheckpointRecord",
+    "EvalRecord",
+    "FailureRecord",
+    "LayerRecord",
+    "RanksRecord",
+    "Record",
+    "RunInfo",
+    "RunSummary",
+    "TrainRecord",
+]
 
 
 @dataclass(frozen=True)

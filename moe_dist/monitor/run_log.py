@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.config import ConfigError
-from moe_dist.monitor.metric import metrics_of
-from moe_dist.monitor.metrics import LayerRecord
-from moe_dist.monitor.records import known
+from moe_dist.monitor.metric import known, metrics_of
+from moe_dist.monitor.records import LayerRecord
 
 Row = dict[str, Any]
 MOST_ROWS = 2000

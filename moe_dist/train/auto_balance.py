@@ -7,8 +7,7 @@ from typing import Any
 
 from moe_dist.config import Config
 from moe_dist.monitor.health.actions import Policy, levers
-from moe_dist.monitor.metrics import LayerRecord
-from moe_dist.monitor.records import ActionRecord
+from moe_dist.monitor.records import ActionRecord, LayerRecord
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.balance import Balancer
 

@@ -23,7 +23,6 @@ from moe_dist.monitor.expert_stats import imbalance_seconds
 from moe_dist.monitor.health.diagnosis import Diagnosis
 from moe_dist.monitor.health.rules import Finding
 from moe_dist.monitor.health.stragglers import Stragglers
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, LayerRecord, RunSummary, TrainRecord
 from moe_dist.monitor.rank_facts import (
     PHASE_KEYS,
     RankFacts,
@@ -33,7 +32,7 @@ from moe_dist.monitor.rank_facts import (
     over_ranks,
     ranks_record,
 )
-from moe_dist.monitor.records import ActionRecord
+from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, LayerRecord, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.mesh import Mesh

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from moe_dist.monitor.expert_stats import layer_record
-from moe_dist.monitor.metrics import EvalRecord, LayerRecord, RanksRecord, RunSummary, TrainRecord
 from moe_dist.monitor.rank_facts import PHASE_KEYS
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import EvalRecord, LayerRecord, RanksRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.train_log import close_logging
 
 

@@ -19,9 +19,9 @@ from services import need
 from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.health.rules import collapse_limit, imbalance_limit
 from moe_dist.monitor.metric import metrics_of
-from moe_dist.monitor.metrics import SINK_SERIES, CheckpointRecord, EvalRecord, LayerRecord, RanksRecord, TrainRecord
+from moe_dist.monitor.metrics import SINK_SERIES
 from moe_dist.monitor.rank_facts import PHASE_KEYS
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RanksRecord, RunInfo, TrainRecord
 from moe_dist.monitor.sinks.prometheus_metrics import SnapshotSink
 
 TESTS = Path(__file__).parent / "alerts_test.yml"

@@ -12,8 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from moe_dist.monitor.expert_stats import layer_record
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import ConsoleSink, text
 
 Make = Callable[..., TrainRecord]

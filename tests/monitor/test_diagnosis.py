@@ -21,8 +21,7 @@ from moe_dist.monitor.health.diagnosis import Diagnosis
 from moe_dist.monitor.health.doctor import findings, start_of
 from moe_dist.monitor.health.pace import straggler
 from moe_dist.monitor.health.rules import Finding
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, RanksRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RanksRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.run_log import read_run
 from moe_dist.monitor.sinks import JsonlSink
 

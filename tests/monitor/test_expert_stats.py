@@ -9,7 +9,7 @@ import pytest
 
 from moe_dist.models.auxiliary import ROUTER_SUMS
 from moe_dist.monitor.expert_stats import extremes, layer_record, load_ratios, overall
-from moe_dist.monitor.metrics import LayerRecord
+from moe_dist.monitor.records import LayerRecord
 
 
 def sums(*values: float) -> dict[str, float]:

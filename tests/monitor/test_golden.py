@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from prometheus_client import generate_latest
 
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import ActionRecord, RunInfo
+from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import JsonlSink, Sink, TensorBoardSink
 from moe_dist.monitor.sinks.prometheus_metrics import SnapshotSink
 

@@ -10,7 +10,7 @@ from moe_dist.config import BalanceConfig
 from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.health.actions import Policy, levers
 from moe_dist.monitor.health.rules import Health
-from moe_dist.monitor.metrics import LayerRecord
+from moe_dist.monitor.records import LayerRecord
 
 
 def interval(layer: int, load: list[int]) -> LayerRecord:

@@ -14,8 +14,7 @@ import pytest
 from moe_dist.monitor import run_log
 from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.health.doctor import findings
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, TrainRecord
 from moe_dist.monitor.run_log import read_run
 from moe_dist.monitor.sinks import JsonlSink
 from moe_dist.monitor.sinks.detail import CELLS, Detail

@@ -17,16 +17,16 @@ import pytest
 
 from moe_dist.models.auxiliary import ROUTER_SUMS
 from moe_dist.monitor.metric import metrics_of
-from moe_dist.monitor.metrics import (
-    SINK_SERIES,
+from moe_dist.monitor.metrics import SINK_SERIES
+from moe_dist.monitor.records import (
     CheckpointRecord,
     EvalRecord,
     LayerRecord,
     RanksRecord,
+    RunInfo,
     RunSummary,
     TrainRecord,
 )
-from moe_dist.monitor.records import RunInfo
 from moe_dist.monitor.sinks.tensorboard import HPARAM_METRICS
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ from moe_dist.config import BalanceConfig
 from moe_dist.models.auxiliary import LoadBalance, LoadFacts
 from moe_dist.models.router import Routing
 from moe_dist.monitor.collector import Collector
-from moe_dist.monitor.metrics import TrainRecord
+from moe_dist.monitor.records import TrainRecord
 from moe_dist.monitor.sinks import JsonlSink, TensorBoardSink
 from moe_dist.monitor.sinks.prometheus_metrics import SnapshotSink
 sys.path.insert(0, "tools")

@@ -28,8 +28,15 @@ from moe_dist.config import MonitorConfig, PrometheusConfig
 from moe_dist.monitor.expert_stats import layer_record, load_ratios, used_share
 from moe_dist.monitor.health.rules import collapse_limit, imbalance_limit
 from moe_dist.monitor.metric import metrics_of
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, LayerRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import ActionRecord, RunInfo
+from moe_dist.monitor.records import (
+    ActionRecord,
+    CheckpointRecord,
+    EvalRecord,
+    LayerRecord,
+    RunInfo,
+    RunSummary,
+    TrainRecord,
+)
 from moe_dist.monitor.sinks import JsonlSink, Sinks, build_sinks, prometheus
 from moe_dist.monitor.sinks.prometheus import PrometheusSink, PushgatewaySink
 from moe_dist.monitor.sinks.prometheus_metrics import SnapshotSink

@@ -20,8 +20,7 @@ import pytest
 from pydantic import ValidationError
 
 from moe_dist.config import MonitorConfig, PrometheusConfig
-from moe_dist.monitor.metrics import TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import RunInfo, TrainRecord
 from moe_dist.monitor.sinks import http_server
 from moe_dist.monitor.sinks.prometheus import PrometheusSink
 

@@ -23,8 +23,7 @@ from moe_dist.config import ConfigError
 from moe_dist.models.auxiliary import ROUTER_SUMS
 from moe_dist.monitor.expert_stats import layer_record, load_ratios
 from moe_dist.monitor.health.doctor import findings
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, LayerRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.report import figures
 from moe_dist.monitor.report.page import write_report
 from moe_dist.monitor.report.starts import starts_table

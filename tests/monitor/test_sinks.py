@@ -18,8 +18,7 @@ import pytest
 
 from moe_dist.config import MonitorConfig
 from moe_dist.monitor.metric import metrics_of
-from moe_dist.monitor.metrics import EvalRecord, LayerRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, build_sinks
 from moe_dist.monitor.sinks.heatmap import COLD, FAIR, HOT, load_heatmap
 

@@ -27,8 +27,7 @@ import moe_dist.train.reporting
 from moe_dist.models.experts import Expert
 from moe_dist.monitor.health.doctor import findings
 from moe_dist.monitor.health.stragglers import Stragglers, median_without
-from moe_dist.monitor.metrics import TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import RunInfo, TrainRecord
 from moe_dist.monitor.run_log import read_run
 from moe_dist.monitor.sinks.prometheus_metrics import SnapshotSink
 from moe_dist.parallel.status import Status

@@ -15,8 +15,7 @@ from moe_dist.models.auxiliary import ROUTER_SUMS
 from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.health.doctor import findings
 from moe_dist.monitor.health.rules import Finding
-from moe_dist.monitor.metrics import EvalRecord, LayerRecord, TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import EvalRecord, LayerRecord, RunInfo, TrainRecord
 from moe_dist.monitor.run_log import read_run
 from moe_dist.monitor.sinks import JsonlSink
 

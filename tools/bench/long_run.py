@@ -19,9 +19,8 @@ import numpy as np
 
 from moe_dist.models.auxiliary import ROUTER_SUMS
 from moe_dist.monitor.expert_stats import layer_record
-from moe_dist.monitor.metrics import EvalRecord, LayerRecord, RanksRecord, TrainRecord
 from moe_dist.monitor.rank_facts import PHASE_KEYS
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import EvalRecord, LayerRecord, RanksRecord, RunInfo, TrainRecord
 from moe_dist.monitor.sinks.jsonl import JsonlSink
 
 READ = """

@@ -32,8 +32,7 @@ from moe_dist.models.moe import MoE
 from moe_dist.models.router import Routing
 from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.health.rules import Health
-from moe_dist.monitor.metrics import TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import RunInfo, TrainRecord
 from moe_dist.monitor.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from moe_dist.monitor.sinks.prometheus import PrometheusSink
 

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from moe_dist.config import BalanceConfig
 from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.health.rules import PATIENCE_OF, Absence, conditions
-from moe_dist.monitor.metrics import LayerRecord
-from moe_dist.monitor.records import ActionRecord
+from moe_dist.monitor.records import ActionRecord, LayerRecord
 
 FACTOR = 2.0
 """One step up or down."""

@@ -14,8 +14,7 @@ from collections import deque
 from moe_dist.monitor.health.advice import Advice
 from moe_dist.monitor.health.pace import Pace
 from moe_dist.monitor.health.rules import LONG_PATIENCE, PATIENCE, Conditions, Finding, Health
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, LayerRecord, TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, TrainRecord
 
 WINDOW = 20
 """Intervals of the past that a loss is compared with."""

@@ -9,8 +9,7 @@ from typing import Any
 
 from moe_dist.monitor.health.diagnosis import Diagnosis
 from moe_dist.monitor.health.rules import Finding
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, TrainRecord
-from moe_dist.monitor.records import ActionRecord, RunInfo
+from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, RunInfo, TrainRecord
 from moe_dist.monitor.run_log import Row, RunLog
 
 SILENCE = 300.0

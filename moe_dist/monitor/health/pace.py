@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 from moe_dist.monitor.health.advice import Advice
 from moe_dist.monitor.health.rules import LONG_PATIENCE, PATIENCE, Conditions, Finding
-from moe_dist.monitor.metrics import RanksRecord, TrainRecord
 from moe_dist.monitor.rank_facts import PHASE_KEYS
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import RanksRecord, RunInfo, TrainRecord
 
 STARVED = 0.2
 """Share of step time waiting for a batch."""

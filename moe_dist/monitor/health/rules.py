@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from moe_dist.monitor.expert_stats import used_share
 from moe_dist.monitor.health.advice import Advice
-from moe_dist.monitor.metrics import LayerRecord
+from moe_dist.monitor.records import LayerRecord
 
 PATIENCE = 3
 """Logging intervals in a row before anything is said: early in training every router is unbalanced."""

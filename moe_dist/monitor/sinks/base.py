@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import ActionRecord, RunInfo
+from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 
 
 class Sink:

@@ -7,8 +7,7 @@ import sys
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks.base import Sink
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moe_dist.monitor.health.rules import conditions, is_saturated
-from moe_dist.monitor.metrics import TrainRecord
+from moe_dist.monitor.records import TrainRecord
 
 CELLS = 1_200_000
 """Loads of experts (and numbers of ranks) that are logged before detail thins out; see `Detail`."""

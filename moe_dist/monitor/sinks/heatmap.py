@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_dist.monitor.expert_stats import load_ratios
-from moe_dist.monitor.metrics import LayerRecord
+from moe_dist.monitor.records import LayerRecord
 
 COLD, FAIR, HOT = (49, 92, 160), (244, 242, 236), (190, 74, 38)
 """Colours at load ratio 0, 1 and 2 or more: fixed, so that pictures of different steps compare."""

@@ -10,8 +10,16 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import ActionRecord, FailureRecord, Record, RunInfo
+from moe_dist.monitor.records import (
+    ActionRecord,
+    CheckpointRecord,
+    EvalRecord,
+    FailureRecord,
+    Record,
+    RunInfo,
+    RunSummary,
+    TrainRecord,
+)
 from moe_dist.monitor.sinks.base import Sink
 from moe_dist.monitor.sinks.detail import Detail
 

@@ -16,8 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_dist.monitor.expert_stats import extremes, overall
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, LayerRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import text
 from moe_dist.monitor.sinks.base import Sink
 

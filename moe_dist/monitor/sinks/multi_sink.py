@@ -10,8 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import ActionRecord, RunInfo
+from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks.base import Sink
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from typing import TextIO
 
 from moe_dist.monitor.expert_stats import extremes, overall
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import text
 from moe_dist.monitor.sinks.base import Sink
 

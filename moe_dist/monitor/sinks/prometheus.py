@@ -21,8 +21,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from moe_dist.config import MonitorConfig
-from moe_dist.monitor.metrics import RunSummary, TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks.http_server import BoundedServer, guarded, read_token, tls_context
 from moe_dist.monitor.sinks.prometheus_metrics import SnapshotSink
 

@@ -21,17 +21,17 @@ from moe_dist import __version__
 from moe_dist.monitor.expert_stats import load_ratios, used_share
 from moe_dist.monitor.health.rules import PATIENCE, Absence, collapse_limit, imbalance_limit
 from moe_dist.monitor.metric import Series, metrics_of
-from moe_dist.monitor.metrics import (
-    LAYER,
-    SINK_SERIES,
+from moe_dist.monitor.metrics import LAYER, SINK_SERIES
+from moe_dist.monitor.records import (
+    ActionRecord,
     CheckpointRecord,
     EvalRecord,
     LayerRecord,
     RanksRecord,
+    RunInfo,
     RunSummary,
     TrainRecord,
 )
-from moe_dist.monitor.records import ActionRecord, RunInfo
 from moe_dist.monitor.sinks.base import Sink
 
 PerExpert = Literal["full", "layer", "top"]

@@ -14,8 +14,15 @@ import yaml
 
 from moe_dist.monitor.expert_stats import overall
 from moe_dist.monitor.metric import metrics_of
-from moe_dist.monitor.metrics import CheckpointRecord, EvalRecord, LayerRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import ActionRecord, RunInfo
+from moe_dist.monitor.records import (
+    ActionRecord,
+    CheckpointRecord,
+    EvalRecord,
+    LayerRecord,
+    RunInfo,
+    RunSummary,
+    TrainRecord,
+)
 from moe_dist.monitor.sinks.base import Sink
 from moe_dist.monitor.sinks.detail import Detail
 from moe_dist.monitor.sinks.heatmap import load_heatmap

@@ -7,8 +7,7 @@ import math
 from collections.abc import Sequence
 
 from moe_dist.monitor.expert_stats import ExpertLoad, load_ratios
-from moe_dist.monitor.metrics import EvalRecord, LayerRecord, RunSummary, TrainRecord
-from moe_dist.monitor.records import RunInfo
+from moe_dist.monitor.records import EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
