@@ -64,7 +64,8 @@ class Collector:
             return
         facts = list(facts_by_layer.values())
         rows_l = self._rows_of(tuple(facts_by_layer))
-        counts = torch.stack([torch.cat([getattr(one, name).reshape(-1) for name in self._columns]) for one in facts])
+        columns = [torch.stack([getattr(one, name) for one in facts]).view(len(facts), -1) for name in self._columns]
+        counts = torch.cat(columns, dim=1)
         self._counts.index_add_(0, rows_l, counts)
         self._sums.index_add_(0, rows_l, torch.stack([one.sums for one in facts]).to(self._sums.dtype))
         by_domain = [one.pairs_NE for one in facts if one.pairs_NE is not None]
