@@ -66,7 +66,7 @@ def test_every_line_of_its_log_is_a_record(name: str) -> None:
 
 
 def test_its_log_is_reported(folder: Path) -> None:
-    """Seen to fail with a `KeyError` for every field that the report asks of old rows without a default."""
+    """Seen to fail with the report asking an old start for its `run_id`, which it does not have."""
     shutil.copy(folder / "continued.jsonl", folder / "run/metrics.jsonl")
     run = read_run(folder / "run")
     assert [row["step"] for row in run.train] == list(range(1, 9))
