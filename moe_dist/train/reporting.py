@@ -32,7 +32,14 @@ from moe_dist.monitor.rank_facts import (
     over_ranks,
     ranks_record,
 )
-from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, LayerRecord, RunSummary, TrainRecord
+from moe_dist.monitor.records import (
+    ActionRecord,
+    CheckpointRecord,
+    EvalRecord,
+    LayerRecord,
+    RunSummary,
+    TrainRecord,
+)
 from moe_dist.monitor.sinks import Sinks, build_sinks
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.mesh import Mesh
