@@ -20,6 +20,12 @@ def test_architecture_points_at_the_right_lines() -> None:
     assert done.returncode == 0, f"run: python tools/architecture_lines.py\n{done.stderr}"
 
 
+def test_tables_of_metrics_are_those_of_the_code() -> None:
+    command = [sys.executable, "tools/metrics_tables.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"run: python tools/metrics_tables.py\n{done.stderr}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):

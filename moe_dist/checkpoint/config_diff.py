@@ -37,6 +37,15 @@ FREE = (
 The end of a run may always be moved: a rate that falls towards it then falls towards the new one, and the change is
 shown. Where the data lies may change; whether it is the same data is another question (`data.on_change`).
 """
+_ADAMW = ("adamw_torch_fused", "adamw_torch")
+ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "optimizer.adam_beta1": ("optimizer.optim", _ADAMW),
+    "optimizer.adam_beta2": ("optimizer.optim", _ADAMW),
+    "optimizer.adam_epsilon": ("optimizer.optim", _ADAMW),
+    "optimizer.momentum": ("optimizer.optim", ("sgd",)),
+    "optimizer.num_cycles": ("optimizer.lr_scheduler_type", ("cosine_with_restarts",)),
+}
+"""Keys that nothing reads unless another key has one of these values: another default of theirs changes nothing."""
 GLOBAL_BATCH = "global batch size"
 _BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 
@@ -60,12 +69,17 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], saved_dp: int, dp:
     found = [
         Change(key, before[key], after[key], key.startswith(FREE) and not (acts and key == "monitor.logging_steps"))
         for key in after
-        if key in before and key not in _BATCH and before[key] != after[key]
+        if key in before and key not in _BATCH and before[key] != after[key] and _is_read(key, after)
     ]
     size_before, size = _product(before, saved_dp), _product(after, dp)
     if size_before != size:
         found.append(Change(GLOBAL_BATCH, size_before, size, False))
     return found
+
+
+def _is_read(key: str, tree: Mapping[str, Any]) -> bool:
+    other, values = ONLY_WITH.get(key, (key, ()))
+    return not values or tree.get(other) in values
 
 
 def micro_batch_change(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,16 +75,35 @@ def _sum_of_squares(values_TE: Tensor, valid_T: Tensor | None) -> Tensor:
     return torch.linalg.vector_norm(values_TE).square()
 
 
+class RouterPass(NamedTuple):
+    """What a router did in one forward pass, without gradients; the scores of padding are 0."""
+
+    aux_loss: Tensor
+    z_loss: Tensor
+    scores_TE: Tensor
+    logits_TE: Tensor
+    valid_T: Tensor | None
+
+
+ROUTER_SUMS: dict[str, Callable[[RouterPass], Tensor]] = {
+    "aux_loss": lambda seen: seen.aux_loss,
+    "z_loss": lambda seen: seen.z_loss,
+    "router_entropy": lambda seen: torch.special.entr(seen.scores_TE).sum(),
+    "router_confidence": lambda seen: seen.scores_TE.amax(-1).sum(),
+    "router_logits_mean_square": lambda seen: _sum_of_squares(seen.logits_TE, seen.valid_T) / seen.logits_TE.shape[-1],
+}
+"""Sums over tokens (0-dim) of a layer with scores, by name: the columns of `LoadFacts.sums`. Added up over steps and
+ranks and divided by tokens, they are numbers of a layer: those of `moe_dist/monitor/metrics.py`."""
+
+
 @dataclass
 class LoadFacts:
     """What one layer has seen since the facts were last taken; tensors on the layer's device, never
     synchronised.
 
     `pairs_E` int64 (pairs routed to each expert, before any drop), `dropped_E` int64, `tokens` int64; `sums`
-    (5,) float64: over tokens, the sum of the load-balancing loss (1.0 = balanced), the z-loss, the router's
-    entropy in nats, its confidence, the largest of a token's scores, and the mean square of a token's logits.
-    `fallbacks` int64: tokens that went to the fallback expert. `pairs_NE` int64: pairs of each named source (N
-    domains); None where they are not counted.
+    float64: one for each of ROUTER_SUMS, in that order. `fallbacks` int64: tokens that went to the fallback expert.
+    `pairs_NE` int64: pairs of each named source (N domains); None where they are not counted.
     """
 
     pairs_E: Tensor
@@ -102,7 +121,7 @@ class LoadFacts:
         # float32 on devices without float64 (Apple's); elsewhere sums over an interval keep every digit.
         wide = torch.float32 if device.type == "mps" else torch.float64
         by_domain = count(num_domains, num_experts) if num_domains else None
-        sums = torch.zeros(5, dtype=wide, device=device)
+        sums = torch.zeros(len(ROUTER_SUMS), dtype=wide, device=device)
         return LoadFacts(count(num_experts), count(num_experts), count(), sums, count(), by_domain)
 
     def zero_(self) -> None:
@@ -152,10 +171,8 @@ class LoadBalance:
             shares = self.global_load or self._reduced(load_GE, tokens_G)
         aux = load_balancing_loss(scores_TE, *shares, self.top_k)
         z = z_loss(logits_TE, valid_T)
-        scores_TE = scores_TE.detach()
-        entropy, confidence = torch.special.entr(scores_TE).sum(), scores_TE.amax(-1).sum()
-        squares = _sum_of_squares(logits_TE.detach(), valid_T) / self.num_experts
-        self._record(load_GE, tokens_G, torch.stack((aux.detach(), z.detach(), entropy, confidence, squares)))
+        seen = RouterPass(aux.detach(), z.detach(), scores_TE.detach(), logits_TE.detach(), valid_T)
+        self._record(load_GE, tokens_G, seen)
         return (self.aux_coef * aux + self.z_coef * z) * token_scale
 
     def _tokens(self, ids_TK: Tensor, valid_T: Tensor | None, num_groups: int) -> Tensor:
@@ -168,13 +185,13 @@ class LoadBalance:
         packed = once(lambda: self.reduce_load(torch.cat((load_GE[0], tokens_G))))
         return packed[None, :-1], packed[-1:]
 
-    def _record(self, load_GE: Tensor, tokens_G: Tensor, sums: Tensor | None) -> None:
+    def _record(self, load_GE: Tensor, tokens_G: Tensor, seen: RouterPass | None) -> None:
         if self.facts is None or is_recomputing():
             return
         self.facts.pairs_E += load_GE.sum(0)
         self.facts.tokens += tokens_G.sum()
-        if sums is not None:
-            self.facts.sums += sums
+        if seen is not None:
+            self.facts.sums += torch.stack([total(seen) for total in ROUTER_SUMS.values()])
 
     def _record_domains(self, ids_TK: Tensor) -> None:
         if self.facts is None or self.facts.pairs_NE is None or self.domain_ids is None or is_recomputing():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moe_dist.models.auxiliary import LoadFacts
+from moe_dist.models.auxiliary import ROUTER_SUMS, LoadFacts
 from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.records import LayerRecord
 
@@ -47,9 +47,10 @@ class Collector:
         self._reduce = reduce
         self.ep_size, self.rank, self.world_size = ep_size, rank, world_size
         num_layers = len(self.moe_layer_numbers)
-        # Columns of counts: the experts' pairs, their dropped pairs, tokens, tokens of the fallback expert.
-        self._counts = torch.zeros(num_layers, 2 * num_experts + 2, dtype=torch.int64, device=self.device)
-        self._sums = torch.zeros(num_layers, 5, dtype=torch.float64, device=self.device)
+        self._columns = {"pairs_E": num_experts, "dropped_E": num_experts, "tokens": 1, "fallbacks": 1}
+        """Field of LoadFacts -> its columns of `_counts`, in this order."""
+        self._counts = torch.zeros(num_layers, sum(self._columns.values()), dtype=torch.int64, device=self.device)
+        self._sums = torch.zeros(num_layers, len(ROUTER_SUMS), dtype=torch.float64, device=self.device)
         self._domains = torch.zeros(num_layers, num_domains, num_experts, dtype=torch.int64, device=self.device)
         self._rows: dict[tuple[int, ...], Tensor] = {}
 
@@ -63,9 +64,8 @@ class Collector:
             return
         facts = list(facts_by_layer.values())
         rows_l = self._rows_of(tuple(facts_by_layer))
-        counts = torch.stack(
-            [torch.cat((one.pairs_E, one.dropped_E, torch.stack((one.tokens, one.fallbacks)))) for one in facts]
-        )
+        columns = [torch.stack([getattr(one, name) for one in facts]).view(len(facts), -1) for name in self._columns]
+        counts = torch.cat(columns, dim=1)
         self._counts.index_add_(0, rows_l, counts)
         self._sums.index_add_(0, rows_l, torch.stack([one.sums for one in facts]).to(self._sums.dtype))
         by_domain = [one.pairs_NE for one in facts if one.pairs_NE is not None]
@@ -96,17 +96,21 @@ class Collector:
         widths = (self._counts.shape[1], self._sums.shape[1], self._domains.shape[1] * self.num_experts)
         counts, sums, domains = host.split(widths, dim=1)
         by_domain = domains.to(torch.int64).view(self._domains.shape).numpy() if widths[2] else None
-        num = self.num_experts
+        count = {name: part.numpy() for name, part in self._by_name(counts.to(torch.int64)).items()}
         layers = [
             layer_record(
-                *(layer, count[:num], int(count[num:-2].sum()), int(count[-2]), total, self.top_k, self.ep_size),
+                layer,
+                count["pairs_E"][index],
+                int(count["dropped_E"][index].sum()),
+                int(count["tokens"][index, 0]),
+                dict(zip(ROUTER_SUMS, total, strict=True)),
+                self.top_k,
+                self.ep_size,
                 None if by_domain is None else by_domain[index],
-                count[num:-2],
-                int(count[-1]),
+                count["dropped_E"][index],
+                int(count["fallbacks"][index, 0]),
             )
-            for index, (layer, count, total) in enumerate(
-                zip(self.moe_layer_numbers, counts.to(torch.int64).numpy(), sums.numpy(), strict=True)
-            )
+            for index, (layer, total) in enumerate(zip(self.moe_layer_numbers, sums.tolist(), strict=True))
         ]
         return layers, gathered
 
@@ -114,9 +118,13 @@ class Collector:
         """Pairs since the last take, by layer and expert, of all ranks (collective); they stay where they are."""
         if not self.moe_layer_numbers:
             return {}
-        mine = self._counts[:, : self.num_experts].to(torch.float64).flatten()
+        mine = self._by_name(self._counts)["pairs_E"].to(torch.float64).flatten()
         pairs = self._reduce(mine).to(torch.int64).view(len(self.moe_layer_numbers), -1).tolist()
         return dict(zip(self.moe_layer_numbers, pairs, strict=True))
+
+    def _by_name(self, counts: Tensor) -> dict[str, Tensor]:
+        """The columns of counts, (L, ...) each, by field of LoadFacts."""
+        return dict(zip(self._columns, counts.split([*self._columns.values()], dim=1), strict=True))
 
     def _rows_of(self, layers: tuple[int, ...]) -> Tensor:
         """Rows of the layers, (l,) int64 on the device; kept, a copy each step would be a wait."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_dist.monitor.metric import metrics_of
 from moe_dist.monitor.records import LayerRecord
 
 
@@ -25,7 +26,7 @@ def layer_record(
     pairs_E: Sequence[int] | npt.NDArray[np.int64],
     dropped: int,
     tokens: int,
-    sums: Sequence[float] | npt.NDArray[np.float64],
+    sums: Mapping[str, float],
     top_k: int,
     ep_size: int = 1,
     pairs_NE: npt.NDArray[np.int64] | None = None,
@@ -35,8 +36,8 @@ def layer_record(
     """The record of one layer.
 
     `pairs_E` (E,) pairs routed to each expert before any drop; `dropped` pairs without a place; `tokens`
-    routed, each to `top_k` experts; `sums` (5,) over tokens: load-balancing loss, z-loss, router entropy,
-    router confidence, mean square of the logits. `ep_size` ranks hold the experts, in blocks of equally many.
+    routed, each to `top_k` experts; `sums` over tokens, by their names in `models.auxiliary.ROUTER_SUMS`: divided
+    by tokens they are fields of the record. `ep_size` ranks hold the experts, in blocks of equally many.
     `pairs_NE` (N, E): the pairs of each of N domains. `dropped_E` (E,): the dropped pairs by expert.
     `fallback_tokens` went to the fallback expert.
     Without tokens every ratio is 0.0 (a measured imbalance is at least 1.0) and every expert is dead.
@@ -45,7 +46,8 @@ def layer_record(
     load_E = np.asarray(counts, dtype=np.float64)
     imbalance, cv, entropy = _spread(load_E)
     rank_imbalance, _, _ = _spread(load_E.reshape(ep_size, -1).sum(1))
-    aux, z, router_entropy, confidence, square = (float(total) / tokens if tokens else 0.0 for total in sums)
+    means = {name: total / tokens if tokens else 0.0 for name, total in sums.items()}
+    square = means.pop("router_logits_mean_square", 0.0)
     return LayerRecord(
         layer=int(layer),
         tokens_per_expert=counts,
@@ -54,17 +56,14 @@ def layer_record(
         load_entropy=entropy,
         dead_experts=sum(count == 0 for count in counts),
         dropped_fraction=int(dropped) / (tokens * top_k) if tokens else 0.0,
-        aux_loss=aux,
-        z_loss=z,
-        router_entropy=router_entropy,
-        router_confidence=confidence,
         rank_imbalance=rank_imbalance,
-        # Not max(0.0, NaN), which would be 0.0: a NaN must be seen.
         domain_tokens=[] if pairs_NE is None else pairs_NE.tolist(),
         kept_per_expert=(load_E.astype(np.int64) - dropped_E).tolist() if dropped and dropped_E is not None else [],
+        # Not max(0.0, NaN), which would be 0.0: a NaN must be seen.
         router_logits_rms=math.sqrt(square) if square > 0 else square,
         top_k=top_k,
         fallback_tokens=fallback_tokens,
+        **means,
     )
 
 
@@ -118,23 +117,10 @@ def extremes(layers: Sequence[LayerRecord]) -> tuple[ExpertLoad, ExpertLoad] | N
 
 
 def overall(layers: Sequence[LayerRecord]) -> dict[str, float]:
-    """Each number over all layers: the mean, and for `dead_experts` the sum. Empty without layers."""
-    if not layers:
-        return {}
-    means = {name: sum(getattr(layer, name) for layer in layers) / len(layers) for name in RATIOS}
-    return means | {"dead_experts": sum(layer.dead_experts for layer in layers)}
-
-
-RATIOS = (
-    "load_imbalance",
-    "load_cv",
-    "load_entropy",
-    "dropped_fraction",
-    "aux_loss",
-    "z_loss",
-    "router_entropy",
-    "router_confidence",
-    "rank_imbalance",
-    "router_logits_rms",
-)
-"""Fields of a LayerRecord whose mean over layers means something."""
+    """Each number over all layers, as its metric reduces it; empty without layers."""
+    metrics = metrics_of(LayerRecord).values() if layers else ()
+    return {
+        metric.name: metric.reduce([getattr(layer, metric.name) for layer in layers])
+        for metric in metrics
+        if metric.reduce is not None
+    }

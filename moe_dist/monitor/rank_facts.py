@@ -1,10 +1,15 @@
-"""What every rank tells about itself in the reduction of a logging interval: a row of numbers there and back."""
+"""What every rank tells about itself in the reduction of a logging interval."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from typing import Any
 
-from moe_dist.monitor.records import RanksRecord
+from moe_dist.monitor.metric import metrics_of
+from moe_dist.monitor.metrics import mean
+from moe_dist.monitor.records import RanksRecord, TrainRecord
 
 PHASE_KEYS = {
     "data": "waiting for data",
@@ -22,47 +27,62 @@ OF_A_STEP = ("data", "computing", "all_to_all", "gradients", "optimizer", "agree
 """Phases that every step has."""
 
 
-def pack_row(
-    own_seconds: float,
-    phase_seconds: Sequence[float],
-    way_seconds: tuple[float, float],
-    received_rows: int,
-    memory_bytes: int,
-    rows_to: Sequence[int] = (),
-    bytes_to: Sequence[int] = (),
-    ep_size: int = 1,
-) -> list[float]:
-    """The row of one rank: `own_seconds` per step, then seconds of the interval in each of PHASE_KEYS and in dispatch
-    and combine, then sizes, then with expert parallelism the rows and the bytes to each of `ep_size` ranks (empty where
-    there are no experts).
+@dataclass(frozen=True)
+class RankFacts:
+    """What one rank tells about a logging interval. As float64 all integers below 2^53 are exact."""
 
-    As float64 all integers below 2^53 are exact.
-    """
-    assert len(phase_seconds) == len(PHASE_KEYS)
-    flow = [*(rows_to or [0] * ep_size), *(bytes_to or [0] * ep_size)] if ep_size > 1 else []
-    return [own_seconds, *phase_seconds, *way_seconds, received_rows, memory_bytes, *flow]
+    own_seconds: float
+    """Per step, median."""
+    phase_seconds: Sequence[float]
+    """Of the interval, in each of PHASE_KEYS."""
+    dispatch_seconds: float
+    combine_seconds: float
+    """Of the interval, these two."""
+    received_rows: float
+    memory_bytes: float
+    rows_to: Sequence[float] = ()
+    """To each rank of the expert-parallel group; with expert parallelism all ranks have as many, or none."""
+    bytes_to: Sequence[float] = ()
+
+    def row(self) -> list[float]:
+        """The fields one after the other, to travel."""
+        values = [getattr(self, item.name) for item in fields(self)]
+        return [number for value in values for number in (value if isinstance(value, Sequence) else (value,))]
+
+    def of_row(self, row: Iterable[float]) -> RankFacts:
+        """The facts of another rank from its row, which is laid out as this one's."""
+        rest = iter(row)
+
+        def taken(like: float | Sequence[float]) -> Any:
+            return list(islice(rest, len(like))) if isinstance(like, Sequence) else next(rest)
+
+        return RankFacts(*(taken(getattr(self, item.name)) for item in fields(self)))
 
 
-def ranks_record(rows: Sequence[Sequence[float]], num_steps: int) -> RanksRecord:
-    """The rows of all ranks over an interval of so many steps. Microseconds, so that a line of the log stays short."""
-    keys, ways, sizes = list(PHASE_KEYS), 1 + len(PHASE_KEYS), 3 + len(PHASE_KEYS)
-    flow = sizes + 2
-    middle = (flow + len(rows[0])) // 2
+def ranks_record(ranks: Sequence[RankFacts], num_steps: int) -> RanksRecord:
+    """All ranks over an interval of so many steps. Microseconds, so that a line of the log stays short."""
 
-    def per_step(column: int) -> list[float]:
-        return [round(row[column] / max(1, num_steps), 6) for row in rows]
+    def per_step(seconds: Iterable[float]) -> list[float]:
+        return [round(one / max(1, num_steps), 6) for one in seconds]
 
+    keys = list(PHASE_KEYS)
     return RanksRecord(
-        own_seconds=[round(row[0], 6) for row in rows],
-        phase_seconds={key: per_step(1 + keys.index(key)) for key in OF_A_STEP},
-        dispatch_seconds=per_step(ways),
-        combine_seconds=per_step(ways + 1),
-        received_rows=[int(row[sizes]) for row in rows],
-        memory_bytes=[int(row[sizes + 1]) for row in rows],
-        sent_bytes=[int(sum(row[middle:])) for row in rows],
-        rows_to=[[int(count) for count in row[flow:middle]] for row in rows if middle > flow],
-        bytes_to=[[int(count) for count in row[middle:]] for row in rows if middle > flow],
+        own_seconds=[round(rank.own_seconds, 6) for rank in ranks],
+        phase_seconds={key: per_step(rank.phase_seconds[keys.index(key)] for rank in ranks) for key in OF_A_STEP},
+        dispatch_seconds=per_step(rank.dispatch_seconds for rank in ranks),
+        combine_seconds=per_step(rank.combine_seconds for rank in ranks),
+        received_rows=[int(rank.received_rows) for rank in ranks],
+        memory_bytes=[int(rank.memory_bytes) for rank in ranks],
+        sent_bytes=[int(sum(rank.bytes_to)) for rank in ranks],
+        rows_to=[[int(count) for count in rank.rows_to] for rank in ranks if rank.rows_to],
+        bytes_to=[[int(count) for count in rank.bytes_to] for rank in ranks if rank.rows_to],
     )
+
+
+def over_ranks(ranks: RanksRecord) -> dict[str, Any]:
+    """Those numbers of the run that are a number of every rank, reduced as their metric says."""
+    metrics = metrics_of(TrainRecord).values()
+    return {metric.name: metric.reduce(getattr(ranks, metric.name)) for metric in metrics if metric.reduce is not None}
 
 
 def bytes_between_hosts(ranks: RanksRecord, hosts: Sequence[str]) -> int:
@@ -82,6 +102,7 @@ def all_to_all_seconds(ranks: RanksRecord, ep_size: int) -> float:
     return max(min(both[first : first + ep_size]) for first in range(0, len(both), ep_size))
 
 
-def mean_phases(rows: Sequence[Sequence[float]]) -> dict[str, float]:
+def mean_phases(ranks: Sequence[RankFacts]) -> dict[str, float]:
     """Seconds of the interval in each phase, mean over ranks."""
-    return {key: sum(row[1 + index] for row in rows) / len(rows) for index, key in enumerate(PHASE_KEYS)}
+    columns = zip(*(rank.phase_seconds for rank in ranks), strict=True)
+    return {key: mean(seconds) for key, seconds in zip(PHASE_KEYS, columns, strict=True)}

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.config import ConfigError
-from moe_dist.monitor.records import LayerRecord, known
+from moe_dist.monitor.metric import known, metrics_of
+from moe_dist.monitor.records import LayerRecord
 
 Row = dict[str, Any]
 MOST_ROWS = 2000
@@ -25,8 +26,8 @@ MOST_DETAILS = 100
 """Rows that are kept with every expert and every rank, at most twice as many."""
 NEWEST = 20
 """The last rows, which are kept as they are."""
-SERIES = ("load_imbalance", "load_entropy", "router_entropy")
-"""Fields of a layer that are kept of more rows than those with detail."""
+SERIES = {metric.name: metric for metric in metrics_of(LayerRecord).values() if metric.chart}
+"""Fields of a layer that have a curve, and are kept of more rows than those with detail."""
 _NUMBERS = {"NaN", "Infinity", "-Infinity"}
 _HEAD = re.compile(rb'^\{"kind": "(\w+)"(?:, "step": (\d+),)?')
 _REPEATED = ("train", "eval", "action")

@@ -26,10 +26,11 @@ from moe_dist.monitor.health.rules import Finding
 from moe_dist.monitor.health.stragglers import Stragglers
 from moe_dist.monitor.rank_facts import (
     PHASE_KEYS,
+    RankFacts,
     all_to_all_seconds,
     bytes_between_hosts,
     mean_phases,
-    pack_row,
+    over_ranks,
     ranks_record,
 )
 from moe_dist.monitor.records import (
@@ -168,26 +169,30 @@ class Reporter(Callback):
 
     def _log(self, run: RunState) -> None:
         """End the interval and tell the sinks (collective: one reduction of all facts)."""
-        status, memory, traffic = self.clock.status, peak_memory(self.mesh.device), self.clock.take_traffic()
+        status, traffic = self.clock.status, self.clock.take_traffic()
         status.at("agreeing on the next step")  # the reduction below waits for the slowest rank
         phases, ways = status.take(), self.clock.take()
-        mine = pack_row(
-            statistics.median(self._own),
-            [phases[phase] for phase in PHASE_KEYS.values()],
-            (ways["dispatch"], ways["combine"]),
-            traffic.received_rows,
-            memory,
-            traffic.rows_to,
-            traffic.bytes_to,
-            self.mesh.layout.ep_size,
+        ep_size = self.mesh.layout.ep_size
+        # A rank without experts has sent nothing to anybody; its row is as long as the others'.
+        nothing = (0,) * ep_size if ep_size > 1 else ()
+        mine = RankFacts(
+            own_seconds=statistics.median(self._own),
+            phase_seconds=[phases[phase] for phase in PHASE_KEYS.values()],
+            dispatch_seconds=ways["dispatch"],
+            combine_seconds=ways["combine"],
+            received_rows=traffic.received_rows,
+            memory_bytes=peak_memory(self.mesh.device),
+            rows_to=traffic.rows_to or nothing,
+            bytes_to=traffic.bytes_to or nothing,
         )
-        self.layers, rows = self.collector.take_all(mine)
+        self.layers, rows = self.collector.take_all(mine.row())
         status.at("logging")
         seconds = max(1e-9, time.perf_counter() - self._started)
         losses = self._each.get("loss", [])
         steps, num_ranks = max(1, len(losses)), len(rows)
         step_seconds = seconds / steps
-        ranks, phase_seconds = ranks_record(rows, steps), mean_phases(rows)
+        facts = [mine.of_row(row) for row in rows]
+        ranks, phase_seconds = ranks_record(facts, steps), mean_phases(facts)
         flops = self.flops_per_token * self._tokens / seconds
         peak = self.peak_flops
         received = sum(ranks.received_rows)
@@ -204,13 +209,12 @@ class Reporter(Callback):
             tokens_per_second_per_device=self._tokens / seconds / num_ranks,
             loss_std=statistics.pstdev(finite) if (finite := [x for x in losses if math.isfinite(x)]) else 0.0,
             step_seconds=step_seconds,
-            all_to_all_share=min(1.0, all_to_all_seconds(ranks, self.mesh.layout.ep_size) / step_seconds),
+            all_to_all_share=min(1.0, all_to_all_seconds(ranks, ep_size) / step_seconds),
             # The longest: the others wait for that rank too, in their all-to-all.
             data_wait_share=min(1.0, max(ranks.phase_seconds["data"]) / step_seconds),
             skipped_steps=run.skipped_steps,
             elapsed_seconds=run.elapsed,
             remaining_seconds=self._remaining(run, step_seconds),
-            memory_bytes=memory,
             layers=self.layers,
             phase_seconds=phase_seconds,
             flops_per_second=flops,
@@ -219,14 +223,13 @@ class Reporter(Callback):
             mfu=None if peak is None else flops / (peak * num_ranks),
             all_to_all_bytes=round(sum(ranks.sent_bytes) / steps),
             all_to_all_bytes_between_hosts=round(bytes_between_hosts(ranks, self.diagnosis.pace.hosts) / steps),
-            dispatch_seconds=statistics.fmean(ranks.dispatch_seconds),
-            combine_seconds=statistics.fmean(ranks.combine_seconds),
             row_imbalance=max(ranks.received_rows) * num_ranks / received if received else 0.0,
             imbalance_seconds=imbalance_seconds(self.layers, phase_seconds["computing"] / steps * self.expert_share),
             slowest_rank_ratio=self.stragglers.slowest_ratio,
             stragglers=stragglers,
             ranks=ranks,
             steps=self._each,
+            **over_ranks(ranks),
         )
         self.sinks.train(record)
         if failed := {layer.layer: layer.fallback_tokens for layer in self.layers if layer.fallback_tokens}:

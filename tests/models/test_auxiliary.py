@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.auxiliary import (
+    ROUTER_SUMS,
     LoadBalance,
     LoadFacts,
     count_load,
@@ -93,12 +94,14 @@ def test_losses_and_gradients_against_a_loop(scope: Any, sigmoid: bool, padded: 
     facts = balance.facts
     assert facts.tokens == valid.sum()
     assert torch.equal(facts.pairs_E, count_load(chosen, num_experts, 1)[0])
-    torch.testing.assert_close(facts.sums[:2], torch.stack((aux, z)).detach(), rtol=1e-5, atol=1e-6)
+    sums = dict(zip(ROUTER_SUMS, facts.sums, strict=True))
+    torch.testing.assert_close(sums["aux_loss"], aux.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sums["z_loss"], z.detach(), rtol=1e-5, atol=1e-6)
     shares = scores.detach().double()[valid.flatten()]
-    torch.testing.assert_close(facts.sums[2], -(shares * shares.log()).sum(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(facts.sums[3], shares.max(1).values.sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums["router_entropy"], -(shares * shares.log()).sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums["router_confidence"], shares.max(1).values.sum(), rtol=1e-5, atol=1e-5)
     squares = logits.detach().double()[valid.flatten()].square().mean(1).sum()
-    torch.testing.assert_close(facts.sums[4], squares, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums["router_logits_mean_square"], squares, rtol=1e-5, atol=1e-5)
 
 
 def test_balanced_is_one_and_collapsed_is_experts_over_k() -> None:
@@ -131,7 +134,8 @@ def test_every_collapsed_layer_is_seen() -> None:
             layer.router.bias_E[2 * layer.layer : 2 * layer.layer + 2] = 1.0
         layer.router.register_forward_hook(skew)
     model(torch.randint(0, 40, (4, 8)))
-    values = [float(layer.balance.facts.sums[0] / layer.balance.facts.tokens) for layer in model.moe_layers()]
+    aux = [*ROUTER_SUMS].index("aux_loss")
+    values = [float(layer.balance.facts.sums[aux] / layer.balance.facts.tokens) for layer in model.moe_layers()]
     assert values == pytest.approx([8.0] * 8, rel=1e-3)
     pooled = sum(layer.balance.facts.pairs_E for layer in model.moe_layers())
     assert pooled.unique().numel() == 1

@@ -18,12 +18,18 @@ def _fresh_logger() -> Iterator[None]:
     close_logging()
 
 
+def sums(aux: float, z: float, entropy: float, confidence: float, mean_square: float) -> dict[str, float]:
+    """Sums over tokens of a layer's router."""
+    names = ("aux_loss", "z_loss", "router_entropy", "router_confidence", "router_logits_mean_square")
+    return dict(zip(names, (aux, z, entropy, confidence, mean_square), strict=True))
+
+
 @pytest.fixture
 def layers() -> list[LayerRecord]:
     """Two layers of four experts; the hottest expert is L3/E01 (2.0x), the coldest L0/E02 (0.0x)."""
     return [
-        layer_record(0, [25, 30, 0, 45], dropped=2, tokens=50, sums=[55.0, 100.0, 60.0, 30.0, 450.0], top_k=2),
-        layer_record(3, [20, 50, 20, 10], dropped=0, tokens=50, sums=[50.0, 150.0, 65.0, 20.0, 200.0], top_k=2),
+        layer_record(0, [25, 30, 0, 45], dropped=2, tokens=50, sums=sums(55.0, 100.0, 60.0, 30.0, 450.0), top_k=2),
+        layer_record(3, [20, 50, 20, 10], dropped=0, tokens=50, sums=sums(50.0, 150.0, 65.0, 20.0, 200.0), top_k=2),
     ]
 
 

@@ -62,7 +62,7 @@ def test_a_step_at_a_time_within_bounds_and_back() -> None:
 @pytest.mark.parametrize(("load_E", "intervals"), [(DEAD, 3), (COLLAPSED, 3), (UNEVEN, 10)])
 def test_it_acts_when_the_finding_is_made(load_E: list[int], intervals: int) -> None:
     health = Health()
-    record = layer_record(5, load_E, 0, sum(load_E) // 2, [0.0] * 5, 2)
+    record = layer_record(5, load_E, 0, sum(load_E) // 2, {}, 2)
     found = [number for number in range(1, 13) if health.observe([record])]
     assert found[0] == intervals
     assert told(policy(), [load_E] * intervals)[0][0] == intervals

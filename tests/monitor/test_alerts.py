@@ -18,7 +18,10 @@ from services import need
 
 from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.health.rules import collapse_limit, imbalance_limit
-from moe_dist.monitor.records import CheckpointRecord, EvalRecord, RunInfo, TrainRecord
+from moe_dist.monitor.metric import metrics_of
+from moe_dist.monitor.metrics import SINK_SERIES
+from moe_dist.monitor.rank_facts import PHASE_KEYS
+from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RanksRecord, RunInfo, TrainRecord
 from moe_dist.monitor.sinks.prometheus_metrics import SnapshotSink
 
 TESTS = Path(__file__).parent / "alerts_test.yml"
@@ -89,7 +92,7 @@ def test_the_limits_of_the_rules_are_those_of_the_doctor(
     train_record: Callable[..., TrainRecord], num_experts: int, top_k: int
 ) -> None:
     sink = SnapshotSink(logging_steps=10, per_expert="layer")
-    layer = layer_record(5, [1000] * num_experts, 0, 1000 * num_experts // top_k, [0.0] * 5, top_k)
+    layer = layer_record(5, [1000] * num_experts, 0, 1000 * num_experts // top_k, {}, top_k)
     sink.train(train_record(layers=[layer]))
     told = {sample.name: sample.value for family in sink.metrics.collect() for sample in family.samples}
     assert told["moe_dist_used_experts_limit_ratio"] == collapse_limit(layer) == math.sqrt(top_k / num_experts)
@@ -109,9 +112,10 @@ def test_only_metrics_that_are_there(
     sink.evaluation(eval_record)
     sink.checkpoint(CheckpointRecord(1, 1.0, 1.0, 1, "x"))
     exported = {sample.name for family in sink.metrics.collect() for sample in family.samples}
-    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
-    short = {name.removeprefix("moe_dist_").removesuffix("_timestamp_seconds") for name in exported}
-    assert {name for name in short if f"`{name}" not in page and f"`moe_dist_{name}" not in page} == set()
+    records = (LayerRecord, RanksRecord, TrainRecord, EvalRecord, CheckpointRecord)
+    series = [one for record in records for metric in metrics_of(record).values() for one in metric.series]
+    table = {one.exported.format(phase) for one in (*SINK_SERIES.values(), *series) for phase in PHASE_KEYS}
+    assert exported == table
     used = {name: METRIC.findall(query) for name, query in panel_queries().items()}
     used |= {rule["alert"]: METRIC.findall(rule["expr"]) for rule in rules()}
     assert all(used.values())

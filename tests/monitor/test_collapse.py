@@ -53,7 +53,7 @@ def test_collapse_that_pooling_hides_is_told_for_every_layer() -> None:
 
     # What a trainer sees that adds the layers up before it looks: every expert exactly as busy as any other.
     pairs = [sum(counts) for counts in zip(*(record.tokens_per_expert for record in records), strict=True)]
-    pooled = layer_record(0, pairs, 0, LAYERS * STEPS * TOKENS, [0.0] * 5, TOP_K)
+    pooled = layer_record(0, pairs, 0, LAYERS * STEPS * TOKENS, {}, TOP_K)
     assert (pooled.load_imbalance, pooled.dead_experts, used_share(pooled)) == (1.0, 0, 1.0)
     assert Health(patience=1).observe([pooled]) == []
 

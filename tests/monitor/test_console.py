@@ -35,7 +35,7 @@ def play(sink: ConsoleSink, info: RunInfo, make: Make, evaluation: EvalRecord, s
 @pytest.fixture
 def crowded() -> dict[str, object]:
     """A record whose every field is as long as it gets."""
-    layers = [layer_record(93, [0] * 100 + [1] * 27 + [900], 700, 464, [1.0] * 5, 2)]
+    layers = [layer_record(93, [0] * 100 + [1] * 27 + [900], 700, 464, {}, 2)]
     return {
         "max_steps": 5_000_000,
         "loss": 10.12345,
@@ -217,7 +217,7 @@ def test_compact_numbers(value: float, words: str) -> None:
 
 
 def test_load_strip() -> None:
-    layer = layer_record(0, [0, 10, 10, 20], 0, 20, [0.0] * 5, 2)
+    layer = layer_record(0, [0, 10, 10, 20], 0, 20, {}, 2)
     assert text.load_strip(layer, 4) == "·▄▄█"
     assert text.load_strip(layer, 2) == "▂▆"
     assert text.load_strip(layer, 0) == ""

@@ -43,9 +43,8 @@ def diagnosed(records: Sequence[TrainRecord]) -> list[Finding]:
 @pytest.fixture
 def interval(train_record: Make) -> Make:
     """One logging interval of a healthy run."""
-    balanced = [
-        layer_record(layer, [100, 95, 105, 100], 0, 200, [205.0, 400.0, 200.0, 90.0, 300.0], 2) for layer in (0, 3)
-    ]
+    sums = {"aux_loss": 205.0, "z_loss": 400.0, "router_entropy": 200.0, "router_confidence": 90.0}
+    balanced = [layer_record(layer, [100, 95, 105, 100], 0, 200, sums, 2) for layer in (0, 3)]
 
     def make(number: int, **changes: Any) -> TrainRecord:
         return train_record(1 + 10 * number, **({"layers": balanced, "loss": 2.0} | changes))
@@ -86,7 +85,8 @@ def fields(count: int, **changes: Any) -> Callable[[Make], list[TrainRecord]]:
 
 def layer(load: list[int], entropy: float = 1.0, confidence: float = 0.45, fallback: int = 0) -> dict[str, Any]:
     tokens = sum(load) // 2
-    sums = [tokens, tokens, entropy * tokens, confidence * tokens, 900.0 * tokens]
+    sums = {"router_entropy": entropy * tokens, "router_confidence": confidence * tokens}
+    sums["router_logits_mean_square"] = 900.0 * tokens
     return {"layers": [layer_record(7, load, 0, tokens, sums, 2, fallback_tokens=fallback)]}
 
 

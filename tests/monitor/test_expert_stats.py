@@ -7,12 +7,17 @@ import math
 import numpy as np
 import pytest
 
+from moe_dist.models.auxiliary import ROUTER_SUMS
 from moe_dist.monitor.expert_stats import extremes, layer_record, load_ratios, overall
 from moe_dist.monitor.records import LayerRecord
 
 
+def sums(*values: float) -> dict[str, float]:
+    return dict(zip(ROUTER_SUMS, values, strict=True))
+
+
 def record(pairs: list[int], tokens: int | None = None, dropped: int = 0, layer: int = 0) -> LayerRecord:
-    return layer_record(layer, pairs, dropped, sum(pairs) // 2 if tokens is None else tokens, [0.0] * 5, 2)
+    return layer_record(layer, pairs, dropped, sum(pairs) // 2 if tokens is None else tokens, {}, 2)
 
 
 def test_balanced_load() -> None:
@@ -28,7 +33,7 @@ def test_everything_on_one_expert() -> None:
 
 
 def test_known_values() -> None:
-    got = layer_record(7, np.array([10, 20, 30, 40]), 5, 50, np.array([55.0, 200.0, 60.0, 30.0, 450.0]), top_k=2)
+    got = layer_record(7, np.array([10, 20, 30, 40]), 5, 50, sums(55.0, 200.0, 60.0, 30.0, 450.0), top_k=2)
     assert got.layer == 7
     assert got.tokens_per_expert == [10, 20, 30, 40]
     assert all(type(count) is int for count in got.tokens_per_expert)
@@ -43,7 +48,7 @@ def test_known_values() -> None:
 
 def test_no_tokens_divides_nothing_by_zero() -> None:
     with np.errstate(all="raise"):
-        got = layer_record(0, [0, 0, 0], 0, 0, [0.0] * 5, 2)
+        got = layer_record(0, [0, 0, 0], 0, 0, {}, 2)
     assert got.dead_experts == 3
     numbers = (got.load_imbalance, got.load_cv, got.load_entropy, got.dropped_fraction, got.aux_loss)
     assert numbers == (0.0, 0.0, 0.0, 0.0, 0.0)
@@ -55,7 +60,7 @@ def test_one_expert_is_uniform() -> None:
 
 
 def test_nan_of_the_router_stays_in_its_field() -> None:
-    got = layer_record(0, [4, 4], 0, 4, [math.nan, 4.0, 8.0, 2.0, math.nan], 2)
+    got = layer_record(0, [4, 4], 0, 4, sums(math.nan, 4.0, 8.0, 2.0, math.nan), 2)
     assert math.isnan(got.aux_loss)
     assert math.isnan(got.router_logits_rms)
     assert (got.z_loss, got.router_entropy, got.load_imbalance) == (1.0, 2.0, 1.0)

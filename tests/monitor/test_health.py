@@ -14,7 +14,7 @@ from moe_dist.monitor.records import LayerRecord
 
 
 def interval(layer: int, load: list[int]) -> LayerRecord:
-    return layer_record(layer, load, 0, sum(load) // 2, [0.0] * 5, 2)
+    return layer_record(layer, load, 0, sum(load) // 2, {}, 2)
 
 
 def test_a_dead_expert_is_told_once_when_it_lasts() -> None:

@@ -27,7 +27,7 @@ def test_detail_grows_with_the_logarithm_of_a_run(train_record: Make) -> None:
     """Of a million steps of 94 layers x 128 experts, a line every 1,000. Seen to fail with a spacing that does not
     grow.
     """
-    layers = [layer_record(layer, EVEN, 0, 1600, [1.0] * 5, 8) for layer in range(94)]
+    layers = [layer_record(layer, EVEN, 0, 1600, {}, 8) for layer in range(94)]
     detail, record = Detail(), train_record(layers=layers, ranks=None)
     due = [step for step in range(1000, 1_000_001, 1000) if detail.is_due(replace(record, step=step))]
     spacing = 94 * 128 / CELLS
@@ -54,7 +54,7 @@ def test_trouble_brings_detail_sooner(tmp_path: Path, info: RunInfo, train_recor
         sink.open(info)
         for number in range(60):
             load = COLLAPSED if number >= 30 else EVEN
-            layers = [layer_record(layer, load, 0, sum(load) // 8, [1.0] * 5, 8) for layer in range(94)]
+            layers = [layer_record(layer, load, 0, sum(load) // 8, {}, 8) for layer in range(94)]
             loss = 6.0 - number / 20
             sink.train(train_record(1_000_000 + 1000 * number, layers=layers, loss=loss, max_steps=None))
         sink.close()

@@ -27,17 +27,19 @@ from services import need, serving
 from moe_dist.config import MonitorConfig, PrometheusConfig
 from moe_dist.monitor.expert_stats import layer_record, load_ratios, used_share
 from moe_dist.monitor.health.rules import collapse_limit, imbalance_limit
-from moe_dist.monitor.records import ActionRecord, CheckpointRecord, EvalRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.metric import metrics_of
+from moe_dist.monitor.records import (
+    ActionRecord,
+    CheckpointRecord,
+    EvalRecord,
+    LayerRecord,
+    RunInfo,
+    RunSummary,
+    TrainRecord,
+)
 from moe_dist.monitor.sinks import JsonlSink, Sinks, build_sinks, prometheus
 from moe_dist.monitor.sinks.prometheus import PrometheusSink, PushgatewaySink
-from moe_dist.monitor.sinks.prometheus_metrics import (
-    CHECKPOINT_GAUGES,
-    EVAL_GAUGES,
-    LAYER_GAUGES,
-    TRAIN_COUNTERS,
-    TRAIN_GAUGES,
-    SnapshotSink,
-)
+from moe_dist.monitor.sinks.prometheus_metrics import SnapshotSink
 
 Make = Callable[..., TrainRecord]
 SAVED = CheckpointRecord(120, 3.5, 0.5, 2_000_000, "run/checkpoint-120", reason="save_steps")
@@ -82,7 +84,7 @@ def test_dead_for_long_is_not_absent_once(sink: PrometheusSink, train_record: Ma
     """Seen to fail with the experts of the last interval counted."""
     got = []
     for loads in ([0, 90, 90], [0, 90, 90], [0, 0, 90], [0, 90, 90], [90, 0, 90]):
-        sink.train(train_record(layers=[layer_record(3, loads, 0, sum(loads) // 2, [0.0] * 5, 2)]))
+        sink.train(train_record(layers=[layer_record(3, loads, 0, sum(loads) // 2, {}, 2)]))
         got.append(scrape(sink)["moe_dist_lasting_dead_experts", "3"])
     assert got == [0, 0, 1, 1, 0]
 
@@ -97,13 +99,10 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
     sink.checkpoint(CheckpointRecord(130, 1.0, 1.0, 0, "run/checkpoint-130", ok=False, reason="disk full"))
     got = scrape(sink)
     expected: dict[tuple[str, ...], float] = {}
-    for table, source, end in (
-        (TRAIN_COUNTERS, record, "_total"),
-        (TRAIN_GAUGES, record, ""),
-        (EVAL_GAUGES, eval_record, ""),
-        (CHECKPOINT_GAUGES, SAVED, ""),
-    ):
-        expected |= {(f"moe_dist_{name}{end}",): getattr(source, field) for field, name, _ in table}
+    for source in (record, eval_record, SAVED):
+        for field, metric in metrics_of(type(source)).items():
+            if field not in ("phase_seconds", "stragglers"):
+                expected |= {(series.exported,): getattr(source, field) for series in metric.series}
     expected |= {(f"moe_dist_phase_{phase}_seconds",): seconds for phase, seconds in record.phase_seconds.items()}
     expected["moe_dist_stragglers",] = 0
     assert record.ranks is not None
@@ -114,7 +113,8 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
     expected |= {("moe_dist_layer_info", str(layer), str(layer // 2)): 1 for layer in range(4)}
     for layer in record.layers:
         number = str(layer.layer)
-        expected |= {(f"moe_dist_{name}", number): getattr(layer, field) for field, name, _ in LAYER_GAUGES}
+        gauges = {metric.gauge: field for field, metric in metrics_of(LayerRecord).items() if metric.gauge}
+        expected |= {(f"moe_dist_{name}", number): getattr(layer, field) for name, field in gauges.items()}
         expected["moe_dist_used_experts_ratio", number] = used_share(layer)
         expected["moe_dist_used_experts_limit_ratio", number] = collapse_limit(layer)
         expected["moe_dist_load_imbalance_limit_ratio", number] = imbalance_limit(layer)
@@ -187,8 +187,8 @@ def test_names_and_labels_follow_the_rules(sink: PrometheusSink, train_record: M
 
 def test_expert_counters_grow_over_intervals(sink: PrometheusSink, train_record: Make) -> None:
     empty = [
-        layer_record(0, [0] * 4, 0, 0, [0.0] * 5, 2),
-        layer_record(3, [1, 2, 3, 4], 0, 5, [1.0] * 5, 2, fallback_tokens=3),
+        layer_record(0, [0] * 4, 0, 0, {}, 2),
+        layer_record(3, [1, 2, 3, 4], 0, 5, {}, 2, fallback_tokens=3),
     ]
     for layers in (train_record().layers, train_record().layers, empty):
         sink.train(train_record(layers=layers))
@@ -207,7 +207,7 @@ def test_counters_agree_over_a_restart(tmp_path: Path, info: RunInfo, train_reco
     """Promtool's `increase()` over a start that goes on from a checkpoint: K pairs a layer for each token, and
     the steps done again count as work done. Seen to fail with `tokens_total` that went on from the checkpoint (1.25 K).
     """
-    layer, scrapes = layer_record(0, [500, 500, 600, 400], 0, 1000, [1.0] * 5, 2), []
+    layer, scrapes = layer_record(0, [500, 500, 600, 400], 0, 1000, {}, 2), []
     for start, steps in ((0, (10, 20, 30)), (20, (30, 40, 50))):
         sink = SnapshotSink(logging_steps=10, per_expert="full")
         sink.open(replace(info, start_step=start, start_tokens=100 * start))
@@ -246,7 +246,7 @@ def test_numbers_that_are_not_finite(sink: PrometheusSink, train_record: Make) -
 def test_detail_per_expert(tmp_path: Path, info: RunInfo, train_record: Make, per_expert: str, experts: int) -> None:
     sink = PrometheusSink(tmp_path, config(per_expert=per_expert))
     sink.open(info)
-    layers = [layer_record(n, [10 + e * (n + 1) for e in range(128)], 0, 9999, [1.0] * 5, 2) for n in range(3)]
+    layers = [layer_record(n, [10 + e * (n + 1) for e in range(128)], 0, 9999, {}, 2) for n in range(3)]
     sink.train(train_record(layers=layers))
     got = scrape(sink)
     sink.close()

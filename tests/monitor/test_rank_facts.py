@@ -30,10 +30,11 @@ from moe_dist.monitor.expert_stats import imbalance_seconds, layer_record
 from moe_dist.monitor.health.doctor import findings
 from moe_dist.monitor.rank_facts import (
     PHASE_KEYS,
+    RankFacts,
     all_to_all_seconds,
     bytes_between_hosts,
     mean_phases,
-    pack_row,
+    over_ranks,
     ranks_record,
 )
 from moe_dist.monitor.records import RanksRecord
@@ -139,26 +140,32 @@ def test_rows_of_ranks_share_the_reduction_of_the_layers() -> None:
         collector.add({1: facts})
         world.append(collector)
     seconds = [0.125 * index for index in range(len(PHASE_KEYS))]
-    rows = [pack_row(1.5 + rank, seconds, (0.5, 0.25), 2**52 + rank, 7) for rank in range(3)]
-    for collector, row in zip(world, rows, strict=True):
-        collector.take_all(row)
+    flow = [([0, 0], [0, 0]), ([3, 4], [0, 2**40 + 1]), ([1, 1], [8, 0])]
+    told = [RankFacts(1.5 + rank, seconds, 0.5, 0.25, 2**52 + rank, 5 + rank, *flow[rank]) for rank in range(3)]
+    for collector, facts_of_rank in zip(world, told, strict=True):
+        collector.take_all(facts_of_rank.row())
     assert len(calls) == 3  # one reduction per rank
     summed = torch.stack(calls).sum(0)
     collector = Collector([1], 4, 2, "cpu", lambda packed: summed, ep_size=2, rank=0, world_size=3)
-    flow = ranks_record([pack_row(0.0, seconds, (0.0, 0.0), 0, 0, (3, 4), (0, 2**40 + 1), 2)], 1)
-    assert (flow.rows_to, flow.bytes_to, flow.sent_bytes) == ([[3, 4]], [[0, 2**40 + 1]], [2**40 + 1])
-    assert ranks_record([pack_row(0.0, seconds, (0.0, 0.0), 0, 0, ep_size=2)], 1).rows_to == [[0, 0]]
-    (layer,), gathered = collector.take_all(rows[0])
-    assert gathered == rows
+    (layer,), gathered = collector.take_all(told[0].row())
+    assert gathered == [one.row() for one in told]
     assert layer.tokens_per_expert == [12, 6, 3, 3]
     assert layer.rank_imbalance == 18 / 12
-    ranks = ranks_record(gathered, num_steps=5)
+    travelled = [told[0].of_row(row) for row in gathered]
+    assert travelled == told
+    ranks = ranks_record(travelled, num_steps=5)
     assert ranks.own_seconds == [1.5, 2.5, 3.5]
     assert ranks.received_rows == [2**52, 2**52 + 1, 2**52 + 2]
-    assert (ranks.sent_bytes, ranks.rows_to, ranks.bytes_to) == ([0, 0, 0], [], [])
+    assert list(zip(ranks.rows_to, ranks.bytes_to, strict=True)) == flow
+    assert ranks.sent_bytes == [0, 2**40 + 1, 8]
+    alone = RankFacts(1.0, seconds, 0.0, 0.0, 0, 7)
+    assert ranks_record([alone.of_row(alone.row())], 1).rows_to == []
     assert (ranks.dispatch_seconds, ranks.combine_seconds) == ([0.1] * 3, [0.05] * 3)
     assert ranks.phase_seconds["computing"] == [0.125 / 5] * 3
-    assert mean_phases(gathered)["computing"] == 0.125
+    assert mean_phases(travelled)["computing"] == 0.125
+    # As the table says: two means, and the memory of the rank that reports.
+    expected = {"memory_bytes": 5, "dispatch_seconds": 0.1, "combine_seconds": 0.05}
+    assert over_ranks(ranks) == pytest.approx(expected)
 
 
 def test_the_all_to_all_of_every_group_and_between_hosts() -> None:
@@ -178,7 +185,7 @@ def test_the_imbalance_tax_adds_up_over_layers() -> None:
     """Two layers that burden different ranks do not cancel: each makes the others wait."""
 
     def layer(number: int, load: list[int]) -> Any:
-        return layer_record(number, load, 0, sum(load) // 2, [0.0] * 5, 2, ep_size=2)
+        return layer_record(number, load, 0, sum(load) // 2, {}, 2, ep_size=2)
 
     layers = [layer(0, [30, 30, 10, 10]), layer(1, [10, 10, 30, 30])]
     assert [one.rank_imbalance for one in layers] == [1.5, 1.5]

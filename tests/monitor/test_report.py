@@ -20,6 +20,7 @@ from browser import browser
 from services import need
 
 from moe_dist.config import ConfigError
+from moe_dist.models.auxiliary import ROUTER_SUMS
 from moe_dist.monitor.expert_stats import layer_record, load_ratios
 from moe_dist.monitor.health.doctor import findings
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
@@ -40,7 +41,7 @@ def healthy_layers(step: int) -> list[LayerRecord]:
     ]
     return [
         layer_record(
-            *(layer, load, 0, sum(load) // 2, [1.1 * sum(load) // 2] * 5, 2),
+            *(layer, load, 0, sum(load) // 2, dict.fromkeys(ROUTER_SUMS, 1.1 * sum(load) // 2), 2),
             pairs_NE=np.array(
                 [[pairs // (3 + layer) for pairs in load], [pairs - pairs // (3 + layer) for pairs in load]]
             ),
@@ -168,7 +169,10 @@ def test_what_is_wrong_is_found_and_named(tmp_path: Path, info: RunInfo, train_r
     def layers(step: int) -> list[LayerRecord]:
         dead = [100, 90, 0, 110, 95, 105, 100, 100]
         pair = [1, 1, 1, 500, 1, 1, 1, 500]
-        return [layer_record(0, dead, 0, 350, [1.0] * 5, 2), layer_record(2, pair, 0, 503, [1.0] * 5, 2)]
+        return [
+            layer_record(0, dead, 0, 350, {}, 2),
+            layer_record(2, pair, 0, 503, {}, 2),
+        ]
 
     sink = write_run(tmp_path / "bad", info, train_record, layers=layers, data_wait_share=0.6)
     sink.train(train_record(110, loss=math.nan, skipped_steps=3, layers=layers(110)))
@@ -267,7 +271,7 @@ def test_the_legend_of_the_loss_stands_above_its_curves(run: Path) -> None:
 
 def test_many_layers_are_a_picture(tmp_path: Path, info: RunInfo, train_record: Make) -> None:
     def layers(step: int) -> list[LayerRecord]:
-        return [layer_record(n, [step, n + 1], 0, step, [1.0] * 5, 1) for n in range(20)]
+        return [layer_record(n, [step, n + 1], 0, step, {}, 1) for n in range(20)]
 
     write_run(tmp_path, info, train_record, layers=layers).close()
     shown = data(write_report([tmp_path]).read_text())

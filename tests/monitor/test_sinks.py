@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from moe_dist.config import MonitorConfig
-from moe_dist.monitor.records import EvalRecord, RunInfo, RunSummary, TrainRecord
+from moe_dist.monitor.metric import metrics_of
+from moe_dist.monitor.records import EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
 from moe_dist.monitor.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, build_sinks
 from moe_dist.monitor.sinks.heatmap import COLD, FAIR, HOT, load_heatmap
-from moe_dist.monitor.sinks.tensorboard import MOE_TAGS
 
 Make = Callable[..., TrainRecord]
 
@@ -185,8 +185,9 @@ def test_tensorboard_events_equal_the_records(
         "moe/layer_03/z_loss": 3.0,
     }
     for layer in record.layers:
-        for name, tag in MOE_TAGS.items():
-            expected[f"moe/layer_{layer.layer:02d}/{tag}"] = getattr(layer, name)
+        for name, metric in metrics_of(LayerRecord).items():
+            if metric.tag:
+                expected[metric.tag.replace("moe/", f"moe/layer_{layer.layer:02d}/")] = getattr(layer, name)
     assert {tag: scalar(tag) for tag in expected} == pytest.approx(expected, rel=1e-6)
 
     (histogram,) = events.Histograms("moe/layer_03/tokens_per_expert")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_dist.models.auxiliary import ROUTER_SUMS
 from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.health.doctor import findings
 from moe_dist.monitor.health.rules import Finding
@@ -128,7 +129,9 @@ def records(
         def layer(index: int, number: int = number) -> LayerRecord:
             pairs = source.multinomial(400 * num_experts, loads(number, source)).tolist()
             tokens = sum(pairs) // top_k
-            return layer_record(index, pairs, 0, tokens, [tokens, tokens, tokens, 0.3 * tokens, tokens], top_k)
+            return layer_record(
+                index, pairs, 0, tokens, dict.fromkeys(ROUTER_SUMS, tokens) | {"router_confidence": 0.3 * tokens}, top_k
+            )
 
         loss = (2.0 + 4.0 * math.exp(-number / 15)) * noise.gauss(1.0, 0.02)
         fields: dict[str, Any] = {"loss": loss, "tokens_per_second": 17e3 * noise.gauss(1.0, 0.03), "grad_norm": 0.9}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_dist.models.auxiliary import ROUTER_SUMS
 from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.rank_facts import PHASE_KEYS
 from moe_dist.monitor.records import EvalRecord, LayerRecord, RanksRecord, RunInfo, TrainRecord
@@ -45,7 +46,7 @@ def write(folder: Path, lines: int, every: int, num_layers: int, num_experts: in
 
     def layers() -> list[LayerRecord]:
         loads = source.multinomial(400 * num_experts, weights / weights.sum(), size=num_layers)
-        sums = [50.0 * num_experts] * 5
+        sums = dict.fromkeys(ROUTER_SUMS, 50.0 * num_experts)
         return [layer_record(layer, load, 0, 50 * num_experts, sums, top_k) for layer, load in enumerate(loads)]
 
     some = [layers() for _ in range(8)]

@@ -71,7 +71,7 @@ class Policy:
             pairs, state.pairs = state.pairs, []
             if not sum(pairs):
                 continue
-            record = layer_record(layer, pairs, 0, sum(pairs) // self.top_k, [0.0] * 5, self.top_k)
+            record = layer_record(layer, pairs, 0, sum(pairs) // self.top_k, {}, self.top_k)
             lasting, calm = state.observe(record)
             if state.wait:
                 continue

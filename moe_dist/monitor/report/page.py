@@ -21,7 +21,7 @@ from moe_dist.monitor.expert_stats import overall, used_share
 from moe_dist.monitor.health.doctor import findings
 from moe_dist.monitor.report import figures, specialisation
 from moe_dist.monitor.report.starts import TITLES, starts_table
-from moe_dist.monitor.run_log import Row, RunLog, read_run
+from moe_dist.monitor.run_log import SERIES, Row, RunLog, read_run
 
 PAGE = Path(__file__).with_name("report_page.html")
 
@@ -69,14 +69,11 @@ def page(runs: Sequence[RunLog]) -> str:
             continue
         made.add(f"<h3>{_text(run.name)}</h3>" if len(runs) > 1 else "")
         made.heatmap(index, run, len(runs))
-        for key, name, caption in (
-            ("load_imbalance", "load imbalance", "Largest load / mean load of each layer; 1 is balanced."),
-            ("load_entropy", "entropy of loads", "Entropy of the expert loads / ln E of each layer; 1 is balanced."),
-            ("router_entropy", "router entropy, nats", "Entropy of a token's router scores, mean over tokens."),
-        ):
+        for key, metric in SERIES.items():
             marked = key == "load_imbalance" and bool(run.actions)
+            caption = f"Of each layer. {metric.help}"
             caption += " Triangles: balancing was changed by itself (balance.act)." if marked else ""
-            made.chart(f"{key}-{index}", figures.per_layer(run, key, name, marked), caption)
+            made.chart(f"{key}-{index}", figures.per_layer(run, key, metric.chart, marked), caption)
         made.add(_layer_table(run))
         made.domains(index, run)
     made.section("checkpoints", "Checkpoints and restarts")

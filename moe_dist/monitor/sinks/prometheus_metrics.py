@@ -1,15 +1,15 @@
 """The run as Prometheus metrics: one immutable snapshot of the latest records, turned into samples when asked.
 
 Nothing is counted or registered while the run goes on: a scrape costs training nothing but the moment in which it
-is written. Names are `moe_dist_*` in base units; the only labels are `layer`, `expert` and `stage`, and those
-of `moe_dist_run_info`. `docs/metrics.md` lists all.
+is written. Names are `moe_dist_*` in base units, those of `monitor.metrics`; the only labels are `layer`, `expert` and
+`stage`, and those of `moe_dist_run_info`.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from prometheus_client.metrics_core import Metric
 from moe_dist import __version__
 from moe_dist.monitor.expert_stats import load_ratios, used_share
 from moe_dist.monitor.health.rules import PATIENCE, Absence, collapse_limit, imbalance_limit
+from moe_dist.monitor.metric import Series, metrics_of
+from moe_dist.monitor.metrics import LAYER, SINK_SERIES
 from moe_dist.monitor.records import (
     ActionRecord,
     CheckpointRecord,
@@ -36,72 +38,12 @@ PerExpert = Literal["full", "layer", "top"]
 NUM_TOP = 4
 """With `per_expert: top`, this many of the hottest and as many of the coldest experts of each layer."""
 
-# Field of a record, metric, help. A field that is None has no sample.
-TRAIN_COUNTERS = (
-    ("step", "steps", "Optimizer steps finished in this start of the run."),
-    ("tokens", "tokens", "Tokens consumed in this start of the run, all ranks."),
-    ("skipped_steps", "skipped_steps", "Steps skipped in this start for a non-finite loss or gradient."),
+COUNTED = tuple(
+    metric.name
+    for metric in metrics_of(LayerRecord).values()
+    if any(series.kind == "counter" and series.labels == LAYER for series in metric.series)
 )
-TRAIN_GAUGES = (
-    ("step", "run_steps", "Optimizer steps finished by the run, over all its starts."),
-    ("tokens", "run_tokens", "Tokens consumed by the run, over all its starts, all ranks."),
-    ("loss", "train_loss", "Training loss of the last logged step, nats per token."),
-    ("loss_std", "train_loss_std", "Standard deviation of the losses of the interval's steps."),
-    ("learning_rate", "learning_rate", "Learning rate of the last step."),
-    ("grad_norm", "grad_norm", "Global gradient norm before clipping, last step."),
-    ("epoch", "epoch", "Passes over the training data."),
-    ("max_steps", "max_steps", "Optimizer steps of the whole run."),
-    ("tokens_per_second", "tokens_per_second", "Throughput of the last logging interval, all ranks."),
-    ("tokens_per_second_per_device", "tokens_per_second_per_device", "Throughput / ranks."),
-    ("step_seconds", "step_seconds", "Seconds per optimizer step, mean of the last logging interval."),
-    (
-        "all_to_all_share",
-        "all_to_all_ratio",
-        "Share of step time in dispatch and combine, of the rank that waits least.",
-    ),
-    ("data_wait_share", "data_wait_ratio", "Share of step time waiting for a batch, of the rank that waits longest."),
-    ("flops_per_second", "model_flops_per_second", "Floating-point operations the model needs, all ranks."),
-    ("samples_per_second", "samples_per_second", "Sequences per second of the last logging interval, all ranks."),
-    ("device_utilisation", "device_utilisation_ratio", "Share of the last second in which the GPU had work."),
-    ("mfu", "mfu_ratio", "Model FLOP utilisation: model_flops_per_second / peak of all devices."),
-    ("all_to_all_bytes", "all_to_all_bytes", "Bytes that all ranks sent to others by all-to-all, per step."),
-    (
-        "all_to_all_bytes_between_hosts",
-        "all_to_all_bytes_between_hosts",
-        "The part of them that went to another host.",
-    ),
-    ("dispatch_seconds", "dispatch_seconds", "Seconds of a step in all-to-all to the experts, mean over ranks."),
-    ("combine_seconds", "combine_seconds", "Seconds of a step in all-to-all back home, mean over ranks."),
-    ("row_imbalance", "row_imbalance_ratio", "Rows received by the busiest rank / mean; 1: balanced."),
-    ("imbalance_seconds", "imbalance_tax_seconds", "Estimated seconds of a step spent waiting for the busiest rank."),
-    ("slowest_rank_ratio", "slowest_rank_ratio", "Own seconds of the slowest rank / median of the others."),
-    ("memory_bytes", "memory_peak_bytes", "Peak memory of the reporting rank."),
-    ("remaining_seconds", "remaining_seconds", "Expected seconds to the end of the run."),
-)
-EVAL_GAUGES = (
-    ("loss", "validation_loss", "Loss on the validation set, nats per token."),
-    ("unigram_loss", "validation_unigram_loss", "Validation loss of a model that knows token frequencies only."),
-    ("seconds", "evaluation_seconds", "Duration of the last evaluation."),
-)
-CHECKPOINT_GAUGES = (
-    ("step", "last_checkpoint_step", "Optimizer steps in the last complete checkpoint."),
-    ("seconds", "checkpoint_seconds", "Duration of the last complete checkpoint."),
-    ("blocked_seconds", "checkpoint_blocked_seconds", "Seconds that training waited for the last checkpoint."),
-    ("bytes", "checkpoint_bytes", "Size of the last complete checkpoint."),
-)
-LAYER_GAUGES = (
-    ("load_imbalance", "load_imbalance_ratio", "Largest expert load / mean load; 1: balanced."),
-    ("load_cv", "load_cv_ratio", "Standard deviation / mean of expert loads; 0: balanced."),
-    ("load_entropy", "load_entropy_ratio", "Entropy of expert loads / ln E; 1: balanced."),
-    ("dead_experts", "dead_experts", "Experts that no token chose in the last logging interval."),
-    ("dropped_fraction", "dropped_ratio", "Share of (token, expert) pairs that found no place."),
-    ("aux_loss", "load_balancing_loss", "Load-balancing loss, unweighted; 1: balanced."),
-    ("z_loss", "router_z_loss", "Mean squared log-sum-exp of the router's logits, unweighted."),
-    ("router_entropy", "router_entropy_nats", "Mean entropy of a token's router scores."),
-    ("router_confidence", "router_confidence_ratio", "Mean of the largest of a token's router scores."),
-    ("rank_imbalance", "rank_imbalance_ratio", "Load of the busiest rank / mean of ranks; 1: balanced."),
-    ("router_logits_rms", "router_logits_rms", "Root mean square of the router's logits."),
-)
+"""Fields of a layer whose sum is shown."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +65,8 @@ class Snapshot:
     num_actions: int = 0
     tokens: Mapping[int, tuple[int, ...]] | None = None
     """(token, expert) pairs of every expert since this start of the run, by layer."""
-    fallbacks: Mapping[int, int] | None = None
-    """Tokens that went to the fallback expert since this start of the run, by layer."""
+    totals: Mapping[str, Mapping[int, int]] | None = None
+    """Fields of the layers that are counters: their sums since this start of the run, by field and layer."""
     dead: Mapping[int, int] | None = None
     """Experts of each layer that have had no token for PATIENCE intervals."""
     finished: bool = False
@@ -146,15 +88,17 @@ class SnapshotSink(Sink):
     def train(self, record: TrainRecord) -> None:
         before = self.snapshot.tokens or {}
         tokens = {layer.layer: _added(before.get(layer.layer), layer) for layer in record.layers}
-        failed = self.snapshot.fallbacks or {}
-        fallbacks = {layer.layer: failed.get(layer.layer, 0) + layer.fallback_tokens for layer in record.layers}
+        totals = {}
+        for name in COUNTED:
+            so_far = (self.snapshot.totals or {}).get(name, {})
+            totals[name] = {layer.layer: so_far.get(layer.layer, 0) + getattr(layer, name) for layer in record.layers}
         dead = dict(self.snapshot.dead or {})
         for layer in record.layers:
             if any(layer.tokens_per_expert):
                 absent = self._absence[layer.layer].observe(layer.tokens_per_expert)
                 dead[layer.layer] = sum(intervals >= PATIENCE for intervals in absent.values())
         self.snapshot = replace(
-            self.snapshot, train=record, train_time=time.time(), tokens=tokens, fallbacks=fallbacks, dead=dead
+            self.snapshot, train=record, train_time=time.time(), tokens=tokens, totals=totals, dead=dead
         )
 
     def evaluation(self, record: EvalRecord) -> None:
@@ -194,121 +138,95 @@ class RunMetrics:
         seen = self._sink.snapshot
         yield from _of_the_run(seen)
         if seen.train is not None:
-            for field, name, text in TRAIN_COUNTERS:
-                # As the experts' tokens: a counter that went on from a checkpoint would fall, and count twice.
-                before = getattr(seen.info, f"start_{field}") if seen.info else 0
-                yield _counter(name, text, getattr(seen.train, field) - before)
-            yield from _gauges(TRAIN_GAUGES, seen.train)
-            yield _gauge("stragglers", "Ranks that have been slow for 3 intervals.", len(seen.train.stragglers))
-            for phase, seconds in seen.train.phase_seconds.items():
-                text = "Seconds of the last logging interval in this phase, mean over ranks."
-                yield _gauge(f"phase_{phase}_seconds", text, seconds)
-            yield _gauge("last_step_timestamp_seconds", "When the last step was logged.", seen.train_time)
-        if seen.evaluation is not None:
-            yield from _gauges(EVAL_GAUGES, seen.evaluation)
-            yield _gauge("last_evaluation_timestamp_seconds", "End of the last evaluation.", seen.evaluation_time)
-        yield _counter("checkpoints", "Complete checkpoints of this start of the run.", seen.num_checkpoints)
-        yield _counter("checkpoint_failures", "Checkpoints that failed.", seen.num_failed_checkpoints)
-        yield _counter("actions", "Automatic changes of balancing in this start of the run.", seen.num_actions)
-        if seen.checkpoint is not None:
-            yield from _gauges(CHECKPOINT_GAUGES, seen.checkpoint)
-            yield _gauge(
-                "last_checkpoint_timestamp_seconds", "When the last checkpoint was complete.", seen.checkpoint_time
-            )
+            for metric in metrics_of(TrainRecord).values():
+                for series in metric.series:
+                    # As the experts' tokens: a counter that went on from a checkpoint would fall, and count twice.
+                    counts = series.kind == "counter" and seen.info is not None
+                    before = getattr(seen.info, f"start_{metric.name}") if counts else 0
+                    for key, value in metric.shown(seen.train):
+                        yield _family(replace(series, name=series.name.format(key)), {(): value - before})
+        for record in (seen.evaluation, seen.checkpoint):
+            for metric in metrics_of(type(record)).values() if record is not None else ():
+                yield from (
+                    _family(series, {(): value}) for series in metric.series for _, value in metric.shown(record)
+                )
         if seen.info is not None and seen.train is not None and seen.train.ranks is not None:
             yield from _of_stages(seen.info, seen.train.ranks)
         # A layer that routed nothing in the interval has no ratios, and its experts are not dead.
         layers = [layer for layer in seen.train.layers if any(layer.tokens_per_expert)] if seen.train else []
         if layers:
-            yield from _of_layers(layers, seen.dead or {})
-            yield _of_fallbacks(layers, seen.fallbacks or {})
+            yield from _of_layers(layers, seen)
             if self._per_expert != "layer":
                 yield from _of_experts(layers, seen.tokens or {}, self._per_expert)
 
 
 def _of_the_run(seen: Snapshot) -> Iterator[Metric]:
+    """What the sink knows by itself, and no record."""
     if seen.info is not None:
-        info = InfoMetricFamily("moe_dist_run", "What is running.")
         names = ("run_id", "output_dir", "device", "world_size", "total_params", "active_params")
         labels = {name: str(getattr(seen.info, name)) for name in names}
-        info.add_metric([], {"version": __version__} | labels)
-        yield info
-    yield _gauge("run_start_timestamp_seconds", "When this start of the run began.", seen.started)
-    yield _gauge("run_finished", "1 after the run has ended as planned.", float(seen.finished))
-    yield _gauge("logging_interval_steps", "Steps between two updates of these metrics.", seen.logging_steps)
-    if seen.save_steps:
-        yield _gauge("checkpoint_interval_steps", "Steps between two checkpoints.", seen.save_steps)
+        yield InfoMetricFamily("moe_dist_run", SINK_SERIES["run"].help, value={"version": __version__} | labels)
+    values = {
+        "run_start_timestamp_seconds": seen.started,
+        "run_finished": float(seen.finished),
+        "logging_interval_steps": seen.logging_steps,
+        "checkpoint_interval_steps": seen.save_steps or None,
+        "last_step_timestamp_seconds": None if seen.train is None else seen.train_time,
+        "last_evaluation_timestamp_seconds": None if seen.evaluation is None else seen.evaluation_time,
+        "last_checkpoint_timestamp_seconds": None if seen.checkpoint is None else seen.checkpoint_time,
+        "checkpoints": seen.num_checkpoints,
+        "checkpoint_failures": seen.num_failed_checkpoints,
+        "actions": seen.num_actions,
+    }
+    yield from (_family(SINK_SERIES[name], {(): value}) for name, value in values.items() if value is not None)
 
 
 def _of_stages(info: RunInfo, ranks: RanksRecord) -> Iterator[Metric]:
     """Time and memory by pipeline stage (stage 0 is all there is without a pipeline), and which layer is where."""
-    own = GaugeMetricFamily(
-        "moe_dist_stage_own_seconds", "Own seconds of a step, mean over the stage's ranks.", labels=["stage"]
-    )
-    memory = GaugeMetricFamily(
-        "moe_dist_stage_memory_peak_bytes", "Peak memory, the highest of the stage's ranks.", labels=["stage"]
-    )
-    for stage in sorted(set(info.stage_of_rank)):
-        members = [rank for rank, place in enumerate(info.stage_of_rank) if place == stage]
-        own.add_metric([str(stage)], sum(ranks.own_seconds[rank] for rank in members) / len(members))
-        memory.add_metric([str(stage)], max(ranks.memory_bytes[rank] for rank in members))
-    layers = InfoMetricFamily("moe_dist_layer", "Pipeline stage of each layer.", labels=["layer"])
+    stages = sorted(set(info.stage_of_rank))
+    members = {stage: [rank for rank, place in enumerate(info.stage_of_rank) if place == stage] for stage in stages}
+    for metric in metrics_of(RanksRecord).values():
+        for series in metric.series:
+            values, reduce = getattr(ranks, metric.name), metric.reduce
+            assert reduce is not None, metric.name
+            told = {stage: reduce([values[rank] for rank in members[stage]]) for stage in stages}
+            yield _family(series, {(str(stage),): value for stage, value in told.items()})
+    layers = InfoMetricFamily("moe_dist_layer", SINK_SERIES["layer"].help, labels=["layer"])
     for layer, stage in enumerate(info.stage_of_layer):
         layers.add_metric([str(layer)], {"stage": str(stage)})
-    yield from (own, memory, layers)
+    yield layers
 
 
-def _of_layers(layers: list[LayerRecord], dead: Mapping[int, int]) -> Iterator[Metric]:
-    for field, name, text in LAYER_GAUGES:
-        family = GaugeMetricFamily(f"moe_dist_{name}", text, labels=["layer"])
-        for layer in layers:
-            family.add_metric([str(layer.layer)], getattr(layer, field))
-        yield family
-    used = GaugeMetricFamily("moe_dist_used_experts_ratio", "exp(entropy of loads) / E; 1: balanced.", labels=["layer"])
-    for layer in layers:
-        used.add_metric([str(layer.layer)], used_share(layer))
-    yield used
-    for name, text, limit in (
-        ("used_experts", "used_experts_ratio below which a layer has collapsed, sqrt(K / E).", collapse_limit),
-        ("load_imbalance", "load_imbalance_ratio above which a layer is unbalanced.", imbalance_limit),
-    ):
-        family = GaugeMetricFamily(f"moe_dist_{name}_limit_ratio", text, labels=["layer"])
-        for layer in layers:
-            family.add_metric([str(layer.layer)], limit(layer))
-        yield family
-    lasting = GaugeMetricFamily(
-        "moe_dist_lasting_dead_experts", "Experts without a token for 3 logging intervals.", labels=["layer"]
-    )
-    for layer in layers:
-        lasting.add_metric([str(layer.layer)], dead[layer.layer])
-    yield lasting
-
-
-def _of_fallbacks(layers: list[LayerRecord], fallbacks: Mapping[int, int]) -> Metric:
-    text = "Tokens with router logits that were not finite, since this start of the run."
-    family = CounterMetricFamily("moe_dist_fallback_tokens", text, labels=["layer"])
-    for layer in layers:
-        family.add_metric([str(layer.layer)], fallbacks[layer.layer])
-    return family
+def _of_layers(layers: list[LayerRecord], seen: Snapshot) -> Iterator[Metric]:
+    for metric in metrics_of(LayerRecord).values():
+        for series in metric.series:
+            if series.labels == LAYER:
+                values = {layer.layer: getattr(layer, metric.name) for layer in layers}
+                if series.kind == "counter":
+                    values = {number: (seen.totals or {})[metric.name][number] for number in values}
+                yield _family(series, {(str(number),): value for number, value in values.items()})
+    dead = seen.dead or {}
+    computed: dict[str, Callable[[LayerRecord], float]] = {
+        "used_experts_ratio": used_share,
+        "used_experts_limit_ratio": collapse_limit,
+        "load_imbalance_limit_ratio": imbalance_limit,
+        "lasting_dead_experts": lambda layer: dead[layer.layer],
+    }
+    for name, of in computed.items():
+        yield _family(SINK_SERIES[name], {(str(layer.layer),): of(layer) for layer in layers})
 
 
 def _of_experts(
     layers: list[LayerRecord], tokens: Mapping[int, tuple[int, ...]], per_expert: PerExpert
 ) -> Iterator[Metric]:
-    labels = ["layer", "expert"]
-    counts = CounterMetricFamily(
-        "moe_dist_expert_tokens", "(token, expert) pairs routed since this start of the run.", labels=labels
-    )
-    loads = GaugeMetricFamily(
-        "moe_dist_expert_load_ratio", "Load / the layer's mean load; 1: fair share.", labels=labels
-    )
+    of_expert: dict[str, dict[tuple[str, ...], float]] = {"expert_tokens": {}, "expert_load_ratio": {}}
     for layer in layers:
         ratios, name = load_ratios(layer), str(layer.layer)
         for expert in _shown(ratios, per_expert):
-            counts.add_metric([name, str(expert)], tokens[layer.layer][expert])
-            loads.add_metric([name, str(expert)], ratios[expert])
-    yield counts
-    yield loads
+            of_expert["expert_tokens"][name, str(expert)] = tokens[layer.layer][expert]
+            of_expert["expert_load_ratio"][name, str(expert)] = ratios[expert]
+    for series in metrics_of(LayerRecord)["tokens_per_expert"].series:
+        yield _family(series, of_expert[series.name])
 
 
 def _shown(ratios: list[float], per_expert: PerExpert) -> Iterable[int]:
@@ -319,16 +237,10 @@ def _shown(ratios: list[float], per_expert: PerExpert) -> Iterable[int]:
     return sorted(by_load[:NUM_TOP] + by_load[-NUM_TOP:])
 
 
-def _gauges(table: Iterable[tuple[str, str, str]], record: object) -> Iterator[Metric]:
-    for field, name, text in table:
-        value = getattr(record, field)
-        if value is not None:
-            yield _gauge(name, text, value)
-
-
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"moe_dist_{name}", text, value=value)
-
-
-def _counter(name: str, text: str, value: float) -> Metric:
-    return CounterMetricFamily(f"moe_dist_{name}", text, value=value)
+def _family(series: Series, values: Mapping[tuple[str, ...], float]) -> Metric:
+    """A family with a sample for each tuple of labels."""
+    kind: Any = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily
+    family = kind(f"moe_dist_{series.name}", series.help, labels=series.labels)
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family

@@ -1,14 +1,19 @@
-"""TensorBoard events. Tags are Hugging Face's Trainer's where it has one; `docs/metrics.md` lists all."""
+"""TensorBoard events. Tags are those of `monitor.metrics`: Hugging Face's Trainer's where it has one.
+
+TensorBoard shows groups in the order of the alphabet: eval/ is the first of ours, and its first card the loss.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 
-from moe_dist.monitor.expert_stats import RATIOS, overall
+from moe_dist.monitor.expert_stats import overall
+from moe_dist.monitor.metric import metrics_of
 from moe_dist.monitor.records import (
     ActionRecord,
     CheckpointRecord,
@@ -27,18 +32,9 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 10
 
-MOE_TAGS = {name: name for name in (*RATIOS, "dead_experts")} | {"aux_loss": "load_balancing_loss"}
-"""Field of a LayerRecord -> last part of its tag."""
-
-
 HPARAM_SECTIONS = ("model", "data", "parallel", "train", "optimizer", "balance")
 HPARAM_METRICS = ("train/loss", "eval/loss", "perf/tokens_per_second", "moe/load_imbalance", "moe/dead_experts")
 """What the table of runs shows beside their hyper-parameters."""
-
-
-# TensorBoard shows groups in the order of the alphabet: eval/ is the first of ours, and its first card the loss.
-STEP_TAGS = {"train/loss", "train/learning_rate", "train/grad_norm", "perf/tokens_per_second"}
-"""What is there for each step of an interval."""
 
 
 class TensorBoardSink(Sink):
@@ -71,64 +67,33 @@ class TensorBoardSink(Sink):
 
     def train(self, record: TrainRecord) -> None:
         self._start_at(record.step - len(record.steps.get("loss", [0])) + 1)
-        scalars = {
-            "train/loss": record.loss,
-            "train/loss_std": record.loss_std,
-            "train/learning_rate": record.learning_rate,
-            "train/grad_norm": record.grad_norm,
-            "train/epoch": record.epoch,
-            "train/tokens": record.tokens,
-            "train/skipped_steps": record.skipped_steps,
-            "perf/tokens_per_second": record.tokens_per_second,
-            "perf/tokens_per_second_per_device": record.tokens_per_second_per_device,
-            "perf/step_time_seconds": record.step_seconds,
-            "perf/all_to_all_share": record.all_to_all_share,
-            "perf/data_wait_fraction": record.data_wait_share,
-            "perf/model_flops_per_second": record.flops_per_second,
-            "perf/all_to_all_bytes": record.all_to_all_bytes,
-            "perf/all_to_all_bytes_between_hosts": record.all_to_all_bytes_between_hosts,
-            "perf/dispatch_seconds": record.dispatch_seconds,
-            "perf/combine_seconds": record.combine_seconds,
-            "perf/row_imbalance": record.row_imbalance,
-            "perf/imbalance_tax_seconds": record.imbalance_seconds,
-            "perf/slowest_rank_ratio": record.slowest_rank_ratio,
-            "perf/stragglers": len(record.stragglers),
-            "perf/memory_peak_bytes": record.memory_bytes,
-        }
-        scalars |= {f"time/{phase}_seconds": seconds for phase, seconds in record.phase_seconds.items()}
-        for name in ("mfu", "device_utilisation", "samples_per_second"):
-            if (value := getattr(record, name)) is not None:
-                scalars[f"perf/{name}"] = value
+        for name, tag, value in _scalars(record):
+            # Of an interval some have a number for each step.
+            values = record.steps.get(name, [value])
+            for step, step_value in enumerate(values, record.step - len(values) + 1):
+                self._writer.add_scalar(tag, step_value, step)
         totals = overall(record.layers)
-        scalars |= {f"moe/{tag}": totals[name] for name, tag in MOE_TAGS.items() if name in totals}
+        for metric in metrics_of(LayerRecord).values():
+            if metric.tag and metric.name in totals:
+                self._writer.add_scalar(metric.tag, totals[metric.name], record.step)
         detailed = record.layers if self._detail.is_due(record) else []
         for layer in detailed:
             folder = f"moe/layer_{layer.layer:02d}"
-            scalars |= {f"{folder}/{tag}": getattr(layer, name) for name, tag in MOE_TAGS.items()}
+            for _, tag, value in _scalars(layer):
+                self._writer.add_scalar(f"{folder}/{tag.removeprefix('moe/')}", value, record.step)
             self._add_load_histogram(f"{folder}/tokens_per_expert", layer, record.step)
-        for tag, value in scalars.items():
-            values = record.steps.get(tag.partition("/")[2], [value]) if tag in STEP_TAGS else [value]
-            for step, step_value in enumerate(values, record.step - len(values) + 1):
-                self._writer.add_scalar(tag, step_value, step)
         if detailed:
             self._writer.add_image("moe/expert_load", load_heatmap(detailed), record.step, dataformats="HWC")
 
     def evaluation(self, record: EvalRecord) -> None:
         self._start_at(record.step)
-        self._writer.add_scalar("eval/loss", record.loss, record.step)
-        self._writer.add_scalar("eval/perplexity", record.perplexity, record.step)
-        if record.unigram_loss is not None:
-            self._writer.add_scalar("eval/unigram_loss", record.unigram_loss, record.step)
+        for _, tag, value in _scalars(record):
+            self._writer.add_scalar(tag, value, record.step)
         self._writer.flush()
 
     def checkpoint(self, record: CheckpointRecord) -> None:
         self._start_at(record.step)
-        for tag, value in (
-            ("time/checkpoint_total_seconds", record.seconds),
-            ("time/checkpoint_blocked_seconds", record.blocked_seconds),
-            ("perf/checkpoint_bytes", record.bytes),
-            ("perf/checkpoint_ok", float(record.ok)),
-        ):
+        for _, tag, value in _scalars(record):
             self._writer.add_scalar(tag, value, record.step)
 
     def action(self, record: ActionRecord) -> None:
@@ -194,6 +159,13 @@ class TensorBoardSink(Sink):
             bucket_counts=load_E.tolist(),
             global_step=step,
         )
+
+
+def _scalars(record: object) -> Iterator[tuple[str, str, float]]:
+    """(name, tag, number) of all that a record has for TensorBoard."""
+    for metric in metrics_of(type(record)).values():
+        if metric.tag:
+            yield from ((metric.name, metric.tag.format(key), float(value)) for key, value in metric.shown(record))
 
 
 def hyper_parameters(info: RunInfo) -> dict[str, bool | int | float | str]:
