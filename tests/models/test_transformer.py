@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from patches import Replace
 from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, ModelConfig
@@ -140,7 +141,7 @@ def test_recomputation_changes_nothing(mode: str, expert: str, ties: bool) -> No
     assert all(torch.equal(ids, seen[0]) for seen in again[2] for ids in seen)
 
 
-def test_recomputed_routing_keeps_the_first_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputed_routing_keeps_the_first_decision(replace: Replace) -> None:
     """Trap 22. Planted: top-k left out of `_DECISIONS`. The recomputation sees logits that order ties differently."""
     model = build()
     model.gradient_checkpointing_enable("full")
@@ -154,7 +155,7 @@ def test_recomputed_routing_keeps_the_first_decision(monkeypatch: pytest.MonkeyP
         nudge = torch.linspace(0, 1e-3, 6) * (1 if calls == 1 else -1)
         return 0.0 * original(x_TD) + nudge
 
-    monkeypatch.setattr(layer.router, "logits", unstable)
+    replace(layer.router, "logits", unstable)
     _, _, chosen = step(model, torch.randint(0, 40, (2, 8)))
     assert calls == 2
     assert torch.equal(chosen[0][0], chosen[0][1])
