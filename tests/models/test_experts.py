@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models import experts as experts_module
+from moe_dist.models.context import RoutingContext
 from moe_dist.models.experts import (
     Expert,
     ExpertList,
@@ -239,7 +240,7 @@ def train(config: ModelConfig, steps: int = 30) -> tuple[float, float, MoE]:
     losses = []
     for _ in range(steps):
         x = torch.randn(4, 16, config.hidden_size)
-        loss = (layer(x, token_scale=1 / 64) - 2 * x).square().mean()
+        loss = (layer(x, RoutingContext(token_scale=1 / 64)) - 2 * x).square().mean()
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None for p in layer.parameters())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.auxiliary import LoadFacts
+from moe_dist.models.context import RoutingContext
 from moe_dist.models.experts import Expert, register_expert
 from moe_dist.models.transformer import Transformer
 
@@ -114,7 +115,9 @@ def step(model: Transformer, ids: Tensor) -> tuple[list[Tensor], list[Tensor], l
             layer.balance.facts.zero_()
     torch.manual_seed(3)
     model.zero_grad()
-    loss = nn.functional.cross_entropy(model(ids, token_scale=1 / ids.numel()).flatten(0, 1), ids.flatten())
+    loss = nn.functional.cross_entropy(
+        model(ids, context=RoutingContext(token_scale=1 / ids.numel())).flatten(0, 1), ids.flatten()
+    )
     loss.backward()
     facts = [t.clone() for layer in model.moe_layers() for t in vars(layer.balance.facts).values()]
     return [p.grad for p in model.parameters()], facts, chosen

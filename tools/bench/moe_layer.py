@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import BalanceConfig, ModelConfig
-from moe_dist.models.auxiliary import LoadFacts
 from moe_dist.models.malloc_tuning import keep_freed_memory
 from moe_dist.models.moe import MoE
 
@@ -71,7 +70,7 @@ def ours(cell: Cell, expert: str) -> MoE:
         expert=expert,
     )
     layer = MoE(config, BalanceConfig(), layer=0)
-    layer.balance.facts = LoadFacts.zeros(cell.experts, torch.device("cpu"))
+    layer.balance.count_from_now_on(torch.device("cpu"))
     return layer
 
 
