@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from patches import Replace, replaced
 
 # The same examples every time: a gate that depends on luck proves nothing about the change before it.
 # `pytest --hypothesis-profile=explore` looks for new ones.
@@ -39,6 +41,15 @@ def _no_ranks_left() -> Iterator[None]:
     import ranks
 
     ranks.stop_all()
+
+
+@pytest.fixture
+def replace() -> Iterator[Replace]:
+    """`replace(owner, name, wrong)`: `patches.replaced` until the test ends. What must not be called is replaced by
+    `pytest.fail` instead, with `monkeypatch`.
+    """
+    with ExitStack() as stack:
+        yield lambda owner, name, wrong: stack.enter_context(replaced(owner, name, wrong))
 
 
 @pytest.fixture

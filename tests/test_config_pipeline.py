@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from patches import Replace
 from run_files import complaint, load
 
+from moe_dist import versions
 from moe_dist.parallel.layout import layers_by_pp_rank, pp_rank_of_stage
 
 # The parallel section | the rest  =>  pieces of the message.
@@ -37,10 +39,10 @@ def test_what_a_pipeline_cannot_do_is_refused(tmp_path: Path, text: str, pieces:
     ("version", "refused"), [("2.11.0", True), ("2.12.1+cu130", True), ("2.13.0+cpu", False), ("3.0", False)]
 )
 def test_an_old_torch_is_refused_schedules_in_v_shape(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, refused: bool
+    tmp_path: Path, replace: Replace, version: str, refused: bool
 ) -> None:
     """Before 2.13 they end in backward: "Attribute '_input_metadata' is invalid"."""
-    monkeypatch.setattr("moe_dist.versions.installed", lambda name: version)
+    replace(versions, "installed", lambda name: version)
     for schedule in ("zero_bubble", "dualpipe_v"):
         text = f"parallel: {{pp_size: 2, schedule: {schedule}}}\ntrain: {{gradient_accumulation_steps: 8}}"
         if refused:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import BalanceConfig
+from moe_dist.models.context import Load, RoutingContext
 from moe_dist.models.precision import full
 from moe_dist.models.recompute import is_recomputing, once
 from moe_dist.models.router import Routing
@@ -133,33 +134,33 @@ class LoadFacts:
 class LoadBalance:
     """Auxiliary losses and load facts of one layer, between its router and its dispatcher.
 
-    `reduce_load` sums (1, E) counts and (1,) tokens over the ranks that hold other tokens of the global
-    batch; `global_load` holds those sums when a first pass over all micro-batches has collected them already.
-    Both serve the `global_batch` scope only.
+    `layer` is its global number, by which it finds itself in a `RoutingContext`.
     """
 
-    def __init__(self, config: BalanceConfig, num_experts: int, top_k: int) -> None:
+    def __init__(self, config: BalanceConfig, num_experts: int, top_k: int, layer: int = 0) -> None:
         self.aux_coef, self.z_coef = config.aux_loss_coef, config.router_z_loss_coef
-        self.scope, self.num_experts, self.top_k = config.aux_loss_scope, num_experts, top_k
+        self.scope, self.num_experts, self.top_k, self.layer = config.aux_loss_scope, num_experts, top_k, layer
         self.facts: LoadFacts | None = None
-        self.reduce_load: Callable[[Tensor], Tensor] = lambda counts: counts
-        self.global_load: tuple[Tensor, Tensor] | None = None
-        self.domain_ids: Tensor | None = None
-        """Named source of each token of the forward pass that is running, T values of any shape; it is only counted."""
 
-    def losses(
-        self, routing: Routing, valid_T: Tensor | None, num_sequences: int, token_scale: float | Tensor
-    ) -> Tensor | None:
-        """The weighted auxiliary loss of this forward pass (0-dim float32), and the facts recorded on the
-        way.
+    def count_from_now_on(self, device: torch.device, num_domains: int = 0) -> None:
+        """Begin to record facts, from zero, on `device`. Nothing that a layer computes depends on them."""
+        self.facts = LoadFacts.zeros(self.num_experts, device, num_domains)
 
-        `token_scale`: 1 / tokens of the global batch. None when the router gives no scores.
+    def set_aux_coef(self, value: float) -> None:
+        """Weigh the load-balancing loss otherwise than the configuration says, from the next pass on."""
+        self.aux_coef = value
+
+    def losses(self, routing: Routing, num_sequences: int, context: RoutingContext) -> Tensor | None:
+        """The weighted auxiliary loss of this forward pass (0-dim float32), and the facts recorded on the way.
+
+        None when the router gives no scores.
         """
+        valid_T = context.valid_T
         ids_TK, scores_TE, logits_TE = routing.expert_ids_TK, routing.scores_TE, routing.logits_TE
         num_groups = num_sequences if self.scope == "sequence" else 1
         load_GE = count_load(ids_TK, self.num_experts, num_groups)
         tokens_G = self._tokens(ids_TK, valid_T, num_groups)
-        self._record_domains(ids_TK)
+        self._record_domains(ids_TK, context.domain_ids_BS)
         self._record_fallbacks(routing.failed_T, valid_T)
         if scores_TE is None or logits_TE is None:
             self._record(load_GE, tokens_G, None)
@@ -168,21 +169,21 @@ class LoadBalance:
             scores_TE = scores_TE.masked_fill(~valid_T[:, None], 0.0)
         shares = (load_GE, tokens_G)
         if self.scope == "global_batch" and self.aux_coef and torch.is_grad_enabled():
-            shares = self.global_load or self._reduced(load_GE, tokens_G)
+            shares = context.global_load.get(self.layer) or self._reduced(load_GE, tokens_G, context.reduce_load)
         aux = load_balancing_loss(scores_TE, *shares, self.top_k)
         z = z_loss(logits_TE, valid_T)
         seen = RouterPass(aux.detach(), z.detach(), scores_TE.detach(), logits_TE.detach(), valid_T)
         self._record(load_GE, tokens_G, seen)
-        return (self.aux_coef * aux + self.z_coef * z) * token_scale
+        return (self.aux_coef * aux + self.z_coef * z) * context.token_scale
 
     def _tokens(self, ids_TK: Tensor, valid_T: Tensor | None, num_groups: int) -> Tensor:
         if valid_T is None:
             return torch.full((num_groups,), ids_TK.shape[0] // num_groups, device=ids_TK.device)
         return valid_T.view(num_groups, -1).sum(1)
 
-    def _reduced(self, load_GE: Tensor, tokens_G: Tensor) -> tuple[Tensor, Tensor]:
+    def _reduced(self, load_GE: Tensor, tokens_G: Tensor, reduce_load: Callable[[int, Tensor], Tensor]) -> Load:
         # Ranks must meet: in a repeated pass they would not, or not in the same order.
-        packed = once(lambda: self.reduce_load(torch.cat((load_GE[0], tokens_G))))
+        packed = once(lambda: reduce_load(self.layer, torch.cat((load_GE[0], tokens_G))))
         return packed[None, :-1], packed[-1:]
 
     def _record(self, load_GE: Tensor, tokens_G: Tensor, seen: RouterPass | None) -> None:
@@ -193,12 +194,12 @@ class LoadBalance:
         if seen is not None:
             self.facts.sums += torch.stack([total(seen) for total in ROUTER_SUMS.values()])
 
-    def _record_domains(self, ids_TK: Tensor) -> None:
-        if self.facts is None or self.facts.pairs_NE is None or self.domain_ids is None or is_recomputing():
+    def _record_domains(self, ids_TK: Tensor, domain_ids_BS: Tensor | None) -> None:
+        if self.facts is None or self.facts.pairs_NE is None or domain_ids_BS is None or is_recomputing():
             return
         # One bin more than there are experts, for pairs that go nowhere.
         num_domains, bins = len(self.facts.pairs_NE), self.num_experts + 1
-        places_TK = self.domain_ids.flatten().long()[:, None] * bins + ids_TK
+        places_TK = domain_ids_BS.flatten().long()[:, None] * bins + ids_TK
         counts = torch.zeros(num_domains * bins, dtype=torch.int64, device=ids_TK.device)
         counts.scatter_add_(0, places_TK.flatten(), torch.ones_like(places_TK).flatten())
         self.facts.pairs_NE += counts.view(num_domains, bins)[:, : self.num_experts]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.auxiliary import LoadBalance, inject_loss
+from moe_dist.models.context import ALONE, RoutingContext
 from moe_dist.models.experts import build_experts
 from moe_dist.models.layers import SwiGLU
 from moe_dist.models.noise import Sources, draw_seed
@@ -83,7 +84,7 @@ class MoE(nn.Module):
         self.router = build_router(config, balance)
         self.experts = build_experts(config)
         self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts)
-        self.balance = LoadBalance(balance, config.num_experts, config.num_experts_per_tok)
+        self.balance = LoadBalance(balance, config.num_experts, config.num_experts_per_tok, layer)
         self.capacity_factor, self.expert_dropout = balance.capacity_factor, balance.expert_dropout
         self.shared_expert = (
             SwiGLU(config.hidden_size, config.shared_expert_intermediate_size)
@@ -91,14 +92,10 @@ class MoE(nn.Module):
             else None
         )
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None, token_scale: float | Tensor = 1.0) -> Tensor:
-        """(B, S, D) -> (B, S, D).
-
-        `valid_BS` bool, false at padding: such tokens go to no expert and count nowhere; None: no padding.
-        `token_scale`: 1 / tokens of the global batch, the scale of auxiliary losses.
-        """
+    def forward(self, x_BSD: Tensor, context: RoutingContext = ALONE) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
         x_TD = x_BSD.flatten(0, 1)
-        routing, auxiliary_loss = self._route(x_TD, valid_BS, token_scale, num_sequences=x_BSD.shape[0])
+        routing, auxiliary_loss = self._route(x_TD, context, num_sequences=x_BSD.shape[0])
         rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
         if plan.sources is None:
             rows_RD = self.experts(rows_RD, plan.rows_per_expert)
@@ -111,11 +108,9 @@ class MoE(nn.Module):
             out_TD = inject_loss(out_TD, auxiliary_loss)
         return out_TD.view_as(x_BSD)
 
-    def _route(
-        self, x_TD: Tensor, valid_BS: Tensor | None, token_scale: float | Tensor, num_sequences: int
-    ) -> tuple[Routing, Tensor | None]:
+    def _route(self, x_TD: Tensor, context: RoutingContext, num_sequences: int) -> tuple[Routing, Tensor | None]:
         """The router's decision after padding, load accounting, capacity, expert dropout, in this order."""
-        valid_T = None if valid_BS is None else valid_BS.flatten()
+        valid_T = context.valid_T
         arguments = (full(x_TD), valid_T) if self.router.takes_valid else (full(x_TD),)
         with torch.autocast(x_TD.device.type, enabled=False):  # routers compute in full precision, own ones too
             routing = Routing.of(self.router(*arguments))
@@ -126,7 +121,7 @@ class MoE(nn.Module):
         auxiliary_loss = None
         if self.training:
             # Before any drop: balancing must see what the router wanted, not what found a place.
-            auxiliary_loss = self.balance.losses(routing, valid_T, num_sequences, token_scale)
+            auxiliary_loss = self.balance.losses(routing, num_sequences, context)
         if self.capacity_factor is not None and self.training:
             kept_TK = drop_over_capacity(ids_TK, self.num_experts, self._capacity(ids_TK, valid_T))
             self.balance.record_dropped(ids_TK, kept_TK)

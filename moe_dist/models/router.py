@@ -179,6 +179,10 @@ class Router(nn.Module):
             use = self._bias_seen[1]
         return self.bias_E if use else None
 
+    def set_temperature(self, temperature: float) -> None:
+        """Divide logits by it from the next pass on, as the schedule of `balance.router_temperature` says."""
+        self.logits_temperature = temperature
+
     def logits(self, x_TD: Tensor) -> Tensor:
         """One logit per expert: (T, D) -> (T, E)."""
         if self.weight is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.attention import Attention
+from moe_dist.models.context import ALONE, RoutingContext
 from moe_dist.models.experts import ExpertList, Experts, build_experts
 from moe_dist.models.layers import RMSNorm, SwiGLU, rotary_table
 from moe_dist.models.moe import MoE
@@ -40,27 +41,25 @@ class Block(nn.Module):
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        valid_BS: Tensor | None,
-        token_scale: float | Tensor,
+        context: RoutingContext,
     ) -> Tensor:
         if self.recompute == "full" and torch.is_grad_enabled():
-            return recompute(self._forward, x_BSD, rotary, mask, valid_BS, token_scale)
-        return self._forward(x_BSD, rotary, mask, valid_BS, token_scale)
+            return recompute(self._forward, x_BSD, rotary, mask, context)
+        return self._forward(x_BSD, rotary, mask, context)
 
     def _forward(
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        valid_BS: Tensor | None,
-        token_scale: float | Tensor,
+        context: RoutingContext,
     ) -> Tensor:
         if self.recompute == "selective" and torch.is_grad_enabled():
             x_BSD = recompute(self.attend, x_BSD, rotary, mask)
         else:
             x_BSD = self.attend(x_BSD, rotary, mask)
         if self.moe is not None:
-            return x_BSD + self.moe(self.post_attention_norm(x_BSD), valid_BS, token_scale)
+            return x_BSD + self.moe(self.post_attention_norm(x_BSD), context)
         return self.feed_forward(x_BSD)
 
     def attend(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
@@ -104,16 +103,13 @@ class Stage(nn.Module):
         x: Tensor,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-        valid: Tensor | None = None,
-        token_scale: float | Tensor = 1.0,
+        context: RoutingContext = ALONE,
         noise: int | None = None,
-        domain_ids: Tensor | None = None,
     ) -> Tensor:
         """`position_ids` (B, S) int, None for 0..S-1. `document_ids` (B, S) int: attention stays inside runs of
-        equal ids; None for one document per row. `valid` (B, S) bool, false at padding. `token_scale`: see
-        `MoE`. `noise`: seed of everything random in this pass, by layer number, so that it is the same whatever
-        layers are here; None leaves torch's random state alone. `domain_ids` (B, S) int: named source of each token,
-        only counted.
+        equal ids; None for one document per row. `context`: padding and what else experts' layers need. `noise`: seed
+        of everything random in this pass, by layer number, so that it is the same whatever layers are here; None
+        leaves torch's random state alone.
         """
         length = x.shape[1]
         if length > self.config.max_position_embeddings:
@@ -129,9 +125,7 @@ class Stage(nn.Module):
         for layer, block in self.layers.items():
             if noise is not None:
                 torch.manual_seed(noise + int(layer))
-            if (moe := cast(Block, block).moe) is not None:
-                moe.balance.domain_ids = domain_ids
-            x_BSD = block(x_BSD, rotary, mask, valid, token_scale)
+            x_BSD = block(x_BSD, rotary, mask, context)
         if self.lm_head is None or self.norm is None:
             return x_BSD
         return self.lm_head(self.norm(x_BSD))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from torch import Tensor
-
 from moe_dist.config import Config
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
@@ -17,9 +13,8 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
     """Make `model` (best on the meta device) this rank's part of the model, in place.
 
     1. Experts over `ep`: keep this rank's block of every layer's experts, and reach the others by all-to-all.
-    2. Balance over `dp`: with the global-batch scope, load is counted over all token holders.
-    3. Recomputation of activations.
-    4. Compilation of the dense parts.
+    2. Recomputation of activations.
+    3. Compilation of the dense parts.
     """
     ep_group = mesh.group("ep")
     for moe in model.moe_layers():
@@ -27,18 +22,7 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
             local = mesh.layout.experts_of(mesh.ep_rank, moe.num_experts)
             moe.experts.shard(local.start, len(local))
             moe.dispatcher = AllToAllDispatcher(ep_group, moe.num_experts, moe.layer, clock)
-        moe.balance.reduce_load = partial(_sum_load, mesh, clock, moe.layer)
     model.gradient_checkpointing_enable(config.train.gradient_checkpointing)
     if config.train.torch_compile:
         for block in model.blocks():
             block.compile_dense()
-
-
-def _sum_load(mesh: Mesh, clock: Clock | None, layer: int, load: Tensor) -> Tensor:
-    """Over all token holders; a wait for others, in the middle of computing."""
-    if clock is None:
-        return mesh.sum_over("dp", load)
-    before = clock.status.inside("reducing gradients", layer)
-    summed = mesh.sum_over("dp", load)
-    clock.status.back(before)
-    return summed

@@ -67,7 +67,8 @@ class AutoBalance(Callback):
         for layer, moe in self.balancer.layers.items():
             values = self.policy.values(layer)
             self.balancer.rates[layer] = values.get("bias_update_rate", self.balancer.rates[layer])
-            moe.balance.aux_coef = values.get("router_aux_loss_coef", moe.balance.aux_coef)
+            if "router_aux_loss_coef" in values:
+                moe.balance.set_aux_coef(values["router_aux_loss_coef"])
 
     def state_dict(self) -> dict[str, Any] | None:
         """For a checkpoint, with what the interval has counted so far (collective); None when nothing acts."""

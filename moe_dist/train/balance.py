@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.models.auxiliary import LoadFacts
+from moe_dist.models.context import Load
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
 
@@ -25,7 +26,7 @@ class Balancer:
         self.layers = {moe.layer: moe for moe in model.moe_layers()}
         self.rates = dict.fromkeys(self.layers, bias_update_rate)
         for moe in self.layers.values():
-            moe.balance.facts = LoadFacts.zeros(moe.num_experts, mesh.device, num_domains)
+            moe.balance.count_from_now_on(mesh.device, num_domains)
 
     @property
     def facts(self) -> dict[int, LoadFacts]:
@@ -40,21 +41,16 @@ class Balancer:
         """Pairs per layer and expert over the global batch, (L, E) int64; this rank's facts stay untouched."""
         return self.mesh.sum_over("dp", torch.stack([facts.pairs_E for facts in self.facts.values()]))
 
-    def fix_global_load(self) -> None:
-        """Turn what a first pass over all micro-batches has recorded into the load every layer's loss uses."""
+    def take_global_load(self) -> dict[int, Load]:
+        """Of what a first pass over all micro-batches has recorded: the load that every layer's loss uses, by layer."""
         if not self.layers:  # a pipeline stage without experts
-            return
+            return {}
         facts = list(self.facts.values())
         tokens = torch.stack([layer.tokens for layer in facts])
         packed = torch.cat((torch.stack([layer.pairs_E for layer in facts]), tokens[:, None]), dim=1)
         packed = self.mesh.sum_over("dp", packed)
-        for row, moe in zip(packed, self.layers.values(), strict=True):
-            moe.balance.global_load = (row[None, :-1], row[-1:])
         self.clear()
-
-    def release_global_load(self) -> None:
-        for moe in self.layers.values():
-            moe.balance.global_load = None
+        return {layer: (row[None, :-1], row[-1:]) for row, layer in zip(packed, self.layers, strict=True)}
 
     @torch.no_grad()
     def update_bias(self) -> None:

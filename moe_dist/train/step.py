@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_dist.config import Config
 from moe_dist.data.batch import Batch
+from moe_dist.models.context import ALONE, RoutingContext
 from moe_dist.models.precision import full
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.engines.base import Engine
@@ -92,7 +93,7 @@ class TrainStep:
         """The routers' temperature after `step` steps, for training and for whatever looks at the model then."""
         temperature = router_temperature(self.config.balance, step)
         for moe in self.model.moe_layers():
-            moe.router.logits_temperature = temperature
+            moe.router.set_temperature(temperature)
 
     def accumulate(self, batches: list[Batch], counts: Tensor, step: int) -> Tensor:
         """Gradients of this rank's micro-batches; returns the loss of the global batch, 0-dim float64.
@@ -101,12 +102,13 @@ class TrainStep:
         """
         scale = 1.0 / full(counts[0].clamp(min=1))
         token_scale = 1.0 / full(counts[1].clamp(min=1))
+        context = RoutingContext(token_scale=token_scale, reduce_load=self._sum_load)
         if self._needs_load_first(batches):
             with torch.no_grad():
                 for number, batch in enumerate(batches):
                     self._micro_batch = f"routing micro-batch {number + 1} of {len(batches)}"
-                    self._forward(batch, token_scale, step)
-            self.balancer.fix_global_load()
+                    self._forward(batch, context, step)
+            context = replace(context, global_load=self.balancer.take_global_load())
 
         def loss_of(logits: Tensor, number: int) -> Tensor:
             smoothing = self.config.train.label_smoothing_factor
@@ -114,7 +116,7 @@ class TrainStep:
 
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if self.mesh.layout.pp_size > 1:
-            inputs = [self._inputs(batch, token_scale, step) for batch in batches]
+            inputs = [self._inputs(batch, context, step) for batch in batches]
             for loss in cast("PipelinedTransformer", self.model).run(inputs, loss_of):
                 total += loss
         else:
@@ -122,22 +124,28 @@ class TrainStep:
                 self.status.at("computing")
                 self._micro_batch = f"micro-batch {number + 1} of {len(batches)}"
                 self.engine.before_backward(is_last=number == len(batches) - 1)
-                loss = loss_of(self._forward(batch, token_scale, step), number)
+                loss = loss_of(self._forward(batch, context, step), number)
                 self.engine.backward(loss)
                 total += loss.detach()
         self._micro_batch = ""
-        self.balancer.release_global_load()
         self.status.at("reducing gradients")
         return self.mesh.sum_over("world", total)  # only last stages have added to it
 
-    def _forward(self, batch: Batch, token_scale: Tensor, step: int) -> Tensor:
+    def _forward(self, batch: Batch, context: RoutingContext, step: int) -> Tensor:
         with torch.autocast(self.mesh.device.type, dtype=torch.bfloat16, enabled=self.config.train.bf16):
-            return self.model(**self._inputs(batch, token_scale, step))
+            return self.model(**self._inputs(batch, context, step))
 
-    def _inputs(self, batch: Batch, token_scale: Tensor, step: int) -> dict[str, Any]:
-        inputs = model_inputs(batch, token_scale, document_mask=self.config.data.document_mask)
+    def _inputs(self, batch: Batch, context: RoutingContext, step: int) -> dict[str, Any]:
+        inputs = model_inputs(batch, context, document_mask=self.config.data.document_mask)
         # Noise (dropout, jitter) depends on the step and the micro-batch's place in it, never on the rank.
         return inputs | {"noise": noise_seed(self.config.train.seed, step, batch.index)}
+
+    def _sum_load(self, layer: int, counts: Tensor) -> Tensor:
+        """Over all token holders; a wait for others, in the middle of computing."""
+        before = self.status.inside("reducing gradients", layer)
+        summed = self.mesh.sum_over("dp", counts)
+        self.status.back(before)
+        return summed
 
     def _needs_load_first(self, batches: list[Batch]) -> bool:
         """The global-batch load is known only after all micro-batches; with one, a reduction on the way will do."""
@@ -150,13 +158,12 @@ class TrainStep:
         return self.mesh.sum_over("dp", torch.tensor(local, dtype=torch.int64, device=self.mesh.device))
 
 
-def model_inputs(batch: Batch, token_scale: float | Tensor = 1.0, *, document_mask: bool = True) -> dict[str, Any]:
-    """Arguments of the model for one micro-batch."""
+def model_inputs(batch: Batch, context: RoutingContext = ALONE, *, document_mask: bool = True) -> dict[str, Any]:
+    """Arguments of the model for one micro-batch. `context`: what is the same for all micro-batches of a step."""
     documents = batch.document_ids
     valid = documents >= 0 if documents is not None and batch.num_tokens < documents.numel() else None
-    inputs = {"x": batch.input_ids, "valid": valid, "token_scale": token_scale}
-    if batch.domain_ids is not None:
-        inputs["domain_ids"] = batch.domain_ids
+    context = replace(context, valid_BS=valid, domain_ids_BS=batch.domain_ids)
+    inputs: dict[str, Any] = {"x": batch.input_ids, "context": context}
     if document_mask:
         inputs |= {"position_ids": batch.position_ids, "document_ids": documents}
     return inputs

@@ -19,6 +19,7 @@ from moe_dist.parallel.proven import Proof
 from moe_dist.verify.cases import Chosen, choose, named_case
 from moe_dist.verify.design import Designer
 from moe_dist.verify.features import ONCE
+from moe_dist.verify.injected_bugs import REACHED
 from moe_dist.verify.layouts import Case
 from moe_dist.verify.life import Life
 from moe_dist.verify.scenarios import Scenario, Smallness, Training
@@ -66,9 +67,10 @@ class Verifier:
 
         Every rank compares its own copies. Rank 0 prints lines and a summary, or JSON. `plant`: a known bug of `BUGS`
         is in the system while layouts run (never in the reference). `minutes`: go on with cases drawn at random.
-        Returns whether every case passed, on every rank. Raises ConfigError as `choose` does, and Crash when a case
-        fails on some ranks only.
+        Returns whether every case passed, on every rank. Raises ConfigError as `choose` does, and when no case has
+        called what `plant` replaces; Crash when a case fails on some ranks only.
         """
+        reached = REACHED[plant]
         report = report or Report("moe-dist verify CONFIG")
         report.plant = plant
         if self.world.rank:
@@ -92,6 +94,12 @@ class Verifier:
                 waiting = []
         self._run(waiting, small, plant, report)
         self.alone.forget()
+        # After a crash it may have been reached in cases that are done.
+        if plant and not done and not sum(self.world.from_all(REACHED[plant] - reached)):
+            raise ConfigError(
+                f"--inject-bug {plant}: nothing has called what it replaces in {len(report.verdicts)} cases, which say "
+                "nothing of it; choose cases in which it acts with --layouts"
+            )
         report.proof = proof_of(report, small, self.world.device.type)
         return self.world.ask_rank_zero(report.end)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patches import Replace
 from saved import state
 
 from moe_dist.checkpoint.lock import RunLock
@@ -230,8 +231,8 @@ def test_what_may_go_cannot(tmp_path: Path, call: str) -> None:
     assert number > 1, "no such call was made: nothing was tried"
 
 
-def test_the_disk_is_full_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LocalStorage, "free_bytes", lambda self: 1000)
+def test_the_disk_is_full_before_it_begins(tmp_path: Path, replace: Replace) -> None:
+    replace(LocalStorage, "free_bytes", lambda self: 1000)
     error = save(tmp_path, 1).error
     assert error is not None
     assert error.startswith(f"No space left on {tmp_path}: need 2.2 KiB, have 1000 bytes")
@@ -285,7 +286,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asleep_at", ["shard-", STATE_FILE])
-def test_a_writer_that_wakes_up_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asleep_at: str) -> None:
+def test_a_writer_that_wakes_up_too_late(tmp_path: Path, replace: Replace, asleep_at: str) -> None:
     """A start that hangs in the middle of a save while another takes over: it commits nothing, and leaves nothing.
 
     Seen to fail without each of the two looks at the lock in `Commit`: before the first file that bears no number of
@@ -302,7 +303,7 @@ def test_a_writer_that_wakes_up_too_late(tmp_path: Path, monkeypatch: pytest.Mon
             assert gate.wait(60)
         write(path, chunks)
 
-    monkeypatch.setattr(storage, "write", slowly)
+    replace(storage, "write", slowly)
     manager = Checkpoints(storage, Mesh.single(), CheckpointConfig(), first.run, first.generation, lock=first)
     manager.begin(1, state(1), {"config": {}}, {})
     assert asleep.wait(60)
@@ -318,7 +319,7 @@ def test_a_writer_that_wakes_up_too_late(tmp_path: Path, monkeypatch: pytest.Mon
     assert os.listdir(tmp_path) == [".run.lock"]
 
 
-def test_a_start_that_has_not_begun_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_has_not_begun_leaves_nothing(tmp_path: Path, replace: Replace) -> None:
     """Also when not even its lock could be written. Seen to fail with the lock left in the folder, or changed."""
     RunLock.acquire(tmp_path / "a" / "run").leave()
     assert os.listdir(tmp_path) == []
@@ -334,7 +335,7 @@ def test_a_start_that_has_not_begun_leaves_nothing(tmp_path: Path, monkeypatch: 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
+    replace(os, "pwrite", full)
     with pytest.raises(OSError, match="No space left"):
         RunLock.acquire(tmp_path / "b" / "run")
     assert os.listdir(tmp_path) == ["run"]

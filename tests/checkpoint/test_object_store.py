@@ -19,6 +19,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from patches import Replace
 from ranks import free_port
 from saved import MODEL, TEXTS, TRAINING, found_at, state, train, trained
 
@@ -296,7 +297,7 @@ def test_large_files_go_in_parts_and_come_back(storage: ObjectStorage) -> None:
         storage.read("checkpoint-2/nothing")
 
 
-def test_removal_begins_with_the_manifest(storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removal_begins_with_the_manifest(storage: ObjectStorage, replace: Replace) -> None:
     """A deletion cut short leaves nothing that looks whole. Seen to fail with the manifest removed last."""
     names = fill(storage, 2)
     removed = []
@@ -308,7 +309,7 @@ def test_removal_begins_with_the_manifest(storage: ObjectStorage, monkeypatch: p
         remove(path)
 
     remove = storage.remove_file
-    monkeypatch.setattr(storage, "remove_file", stop)
+    replace(storage, "remove_file", stop)
     with pytest.raises(KeyboardInterrupt):
         storage.remove("checkpoint-2")
     assert storage.steps() == []

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from patches import Replace
 from saved import found_at, train, trained
 
 from moe_dist.checkpoint import manager, shards
@@ -21,7 +22,7 @@ from moe_dist.config import CheckpointConfig
 from moe_dist.parallel.mesh import Mesh
 
 
-def test_what_is_written_late_is_of_the_step_it_was_saved_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_late_is_of_the_step_it_was_saved_at(tmp_path: Path, replace: Replace) -> None:
     """A disk on which every file takes a while: the steps between must not get into what is being saved.
 
     Seen to fail when the trainer's state was turned into text at the commit and not at the save: counters of step 4
@@ -33,7 +34,7 @@ def test_what_is_written_late_is_of_the_step_it_was_saved_at(tmp_path: Path, mon
         time.sleep(0.1)
         write(self, path, chunks)
 
-    monkeypatch.setattr(LocalStorage, "write", slow)
+    replace(LocalStorage, "write", slow)
     train(tmp_path / "run", eval_steps=2)
     for step in (2, 4, 6):
         states = []
@@ -49,7 +50,7 @@ def test_what_is_written_late_is_of_the_step_it_was_saved_at(tmp_path: Path, mon
 
 @pytest.mark.parametrize("stuck", [False, True])
 def test_who_waits_for_a_save_hears_that_it_makes_progress(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: Replace, stuck: bool
 ) -> None:
     """Sign after sign while pieces are written, none while a disk hangs: a watchdog must tell them apart.
     Seen to fail with one wait for the whole save, and with a sign in every round."""
@@ -62,7 +63,7 @@ def test_who_waits_for_a_save_hears_that_it_makes_progress(
             time.sleep(1.0)
         write(self, path, (chunk for chunk in chunks if time.sleep(0.0 if stuck else 0.1) is None))
 
-    monkeypatch.setattr(LocalStorage, "write", slow)
+    replace(LocalStorage, "write", slow)
     state: Any = SimpleNamespace(tensors={"model.a": torch.zeros(2048)}, model_shapes={}, wrong_shapes=list)
     saves = manager.Checkpoints(LocalStorage(tmp_path), Mesh.single(), CheckpointConfig())
     saves.begin(1, state, {"config": {}}, {})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from patches import replaced
 from ranks import run_ranks
 from saved import MODEL, TEXTS, TRAINING, found_at, state, trainer_state
 from tiny import mesh_of
@@ -53,12 +55,12 @@ def spoiled_run(folder: str, is_mute: bool) -> tuple[list[tuple[int, int, str | 
         assert writer is None or writer.written.wait(60)
         one_step(self)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Writer, "_write", fail(write))
+    with ExitStack() as stack:
+        stack.enter_context(replaced(Writer, "_write", fail(write)))
         if is_mute:
-            patch.setattr(Writer, "_write_receipt", fail(receipt))
-        patch.setattr(Persistence, "settle", note)
-        patch.setattr(MoETrainer, "_one_step", after_the_write)
+            stack.enter_context(replaced(Writer, "_write_receipt", fail(receipt)))
+        stack.enter_context(replaced(Persistence, "settle", note))
+        stack.enter_context(replaced(MoETrainer, "_one_step", after_the_write))
         trainer.train(TEXTS)
     return settled, trainer.counters.saves_failed
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patches import Replace
 
 from launcher.connect import host_names
 from launcher.connect.environment import Environment, detect, from_slurm, given_batch, refuse_half_a_torchrun, this_job
@@ -33,12 +34,15 @@ TASK = {
 @pytest.mark.parametrize(
     ("said", "threads"), [("3", 3), (" 4,2", 4), ("", 2), ("auto", 2), ("0", 2), ("-1", 2), ("9" * 15, 2), ("1e1", 2)]
 )
-def test_thread_counts_as_openmp_takes_them(monkeypatch: pytest.MonkeyPatch, said: str, threads: int) -> None:
+def test_thread_counts_as_openmp_takes_them(
+    monkeypatch: pytest.MonkeyPatch, replace: Replace, said: str, threads: int
+) -> None:
     """Seen red: a ValueError of int() for all but the first, or a thread count that torch cannot have."""
     from launcher.connect import process_groups
 
     monkeypatch.setenv("OMP_NUM_THREADS", said)
-    monkeypatch.setattr(process_groups, "usable_cores", lambda: 4)
+    if threads == 2:
+        replace(process_groups, "usable_cores", lambda: 4)
     assert process_groups.choose_threads(Config(), Environment(local_world_size=2)) == threads
 
 
@@ -68,7 +72,7 @@ def test_empty_variables_are_as_if_not_there() -> None:
 
 
 def test_a_name_that_comes_later_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, replace: Replace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known = threading.Event()
 
@@ -77,7 +81,7 @@ def test_a_name_that_comes_later_is_waited_for(
             raise socket.gaierror(-2, "Name or service not known")
         return []
 
-    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    replace(socket, "getaddrinfo", lookup)
     monkeypatch.setattr(host_names, "EVERY", 0.0)
     monkeypatch.setattr(host_names, "_POLL", 0.01)
     threading.Timer(0.1, known.set).start()
@@ -120,7 +124,9 @@ os.write(found, f"{sum(os.fstat(n) is not None for n in range(3))} {found > 2}".
 """
 
 
-def test_a_trial_of_a_sweep_finds_its_numbers_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_of_a_sweep_finds_its_numbers_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: Replace
+) -> None:
     """Ray's worker has a folder of its own. Seen red: `-` for every number of a sweep with a relative output_dir."""
     import json
 
@@ -131,7 +137,7 @@ def test_a_trial_of_a_sweep_finds_its_numbers_from_elsewhere(tmp_path: Path, mon
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     popen = subprocess.Popen
-    monkeypatch.setattr(trial.subprocess, "Popen", lambda words, **kind: popen([sys.executable, "-c", ""], **kind))
+    replace(trial.subprocess, "Popen", lambda words, **kind: popen([sys.executable, "-c", ""], **kind))
     config = Config.model_validate({"train": {"output_dir": "out"}})
     result = tmp_path / "result.json"
     trial.run(config, "digest", tmp_path / "log", result, lambda row: None, str(tmp_path / "home"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from moe_dist.models.auxiliary import (
     load_balancing_loss,
     z_loss,
 )
+from moe_dist.models.context import RoutingContext
 from moe_dist.models.moe import MoE
 from moe_dist.models.recompute import recomputing
 from moe_dist.models.router import Router, Routing, TopKRouter
@@ -77,7 +79,7 @@ def test_losses_and_gradients_against_a_loop(scope: Any, sigmoid: bool, padded: 
     balance = LoadBalance(config, num_experts, top_k)
     balance.facts = LoadFacts.zeros(num_experts, torch.device("cpu"))
     routing = Routing(weights, chosen, scores, logits)
-    ours = balance.losses(routing, valid.flatten() if padded else None, batch, token_scale=1 / 13)
+    ours = balance.losses(routing, batch, RoutingContext(valid if padded else None, 1 / 13))
     assert ours is not None
     assert ours.dtype == torch.float32
 
@@ -151,26 +153,29 @@ def test_global_scope_uses_the_given_load_and_leaves_local_counts_alone() -> Non
     """Trap 13. Planted: `reduce_load` called with the counts themselves instead of a packed copy."""
     torch.manual_seed(0)
     config = BalanceConfig(aux_loss_scope="global_batch")
-    balance = LoadBalance(config, 4, 2)
+    balance = LoadBalance(config, 4, 2, layer=7)
     balance.facts = LoadFacts.zeros(4, torch.device("cpu"))
     logits = torch.randn(10, 4)
     ids, weights = TopKRouter(4, 2)(logits)
     routing = Routing(weights, ids, logits.softmax(-1), logits)
     other = torch.tensor([7, 0, 1, 12, 10])
 
-    def reduce(counts: Tensor) -> Tensor:
+    def reduce(layer: int, counts: Tensor) -> Tensor:
+        assert layer == 7
         return counts.add_(other)
 
-    balance.reduce_load = reduce
-    ours = balance.losses(routing, None, 2, token_scale=1 / 20)
+    ours = balance.losses(routing, 2, RoutingContext(token_scale=1 / 20, reduce_load=reduce))
     local = count_load(ids, 4, 1)
     assert torch.equal(balance.facts.pairs_E, local[0])
     assert balance.facts.tokens == 10
     share = (local[0] + other[:4]) / (2 * 20)
     torch.testing.assert_close(ours, 0.01 * 4 * (share * logits.softmax(-1).sum(0)).sum() / 20)
-    balance.reduce_load = lambda counts: pytest.fail("the load is known already")
-    balance.global_load = (local + other[:4], torch.tensor([20]))
-    torch.testing.assert_close(balance.losses(routing, None, 2, token_scale=1 / 20), ours)
+    known = RoutingContext(
+        token_scale=1 / 20,
+        global_load={7: (local + other[:4], torch.tensor([20]))},
+        reduce_load=lambda layer, counts: pytest.fail("the load is known already"),
+    )
+    torch.testing.assert_close(balance.losses(routing, 2, known), ours)
 
 
 def test_sums_of_parts_are_the_whole() -> None:
@@ -181,17 +186,18 @@ def test_sums_of_parts_are_the_whole() -> None:
     torch.manual_seed(0)
     balance = LoadBalance(BalanceConfig(aux_loss_scope="global_batch", router_z_loss_coef=0.1), 6, 2)
     logits = torch.randn(24, 6, requires_grad=True)
+    context = RoutingContext(token_scale=1 / 24)
 
-    def loss(part: Tensor) -> Tensor:
+    def loss(part: Tensor, context: RoutingContext = context) -> Tensor:
         ids, weights = TopKRouter(6, 2)(part)
-        value = balance.losses(Routing(weights, ids, part.softmax(-1), part), None, 1, token_scale=1 / 24)
+        value = balance.losses(Routing(weights, ids, part.softmax(-1), part), 1, context)
         assert value is not None
         return value
 
     whole = loss(logits)
     ids, _ = TopKRouter(6, 2)(logits)
-    balance.global_load = (count_load(ids, 6, 1), torch.tensor([24]))
-    parts = loss(logits[:5]) + loss(logits[5:7]) + loss(logits[7:])
+    known = replace(context, global_load={0: (count_load(ids, 6, 1), torch.tensor([24]))})
+    parts = loss(logits[:5], known) + loss(logits[5:7], known) + loss(logits[7:], known)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts, logits), torch.autograd.grad(whole, logits))
 
@@ -205,7 +211,7 @@ def test_sigmoid_scores_cannot_game_the_loss() -> None:
         routing = router(torch.ones(32, 4))
         assert (routing.logits_TE == level).all()
         balance = LoadBalance(BalanceConfig(router_aux_loss_coef=1.0), 8, 2)
-        value = balance.losses(routing, None, 1, token_scale=1 / 32)
+        value = balance.losses(routing, 1, RoutingContext(token_scale=1 / 32))
         assert value is not None
         assert value >= 1.0 - 1e-5
         assert torch.autograd.grad(value, router.weight)[0].isfinite().all()
@@ -230,7 +236,7 @@ def test_counts_are_exact_int64() -> None:
     for size in (601, 663, 700):
         ids = torch.zeros(size, 1, dtype=torch.int64)
         ids[0] = 1
-        balance.losses(Routing(torch.ones(size, 1), ids), None, 1, 1.0)
+        balance.losses(Routing(torch.ones(size, 1), ids), 1, RoutingContext())
     assert facts.pairs_E.tolist() == [2**24 + 600 + 662 + 699, 2**40 + 3]
     assert count_load(torch.full((1, 40_001), 1), 2, 1).tolist() == [[0, 40_001]]
 
@@ -251,10 +257,10 @@ def test_router_gradient_is_that_of_the_summed_loss() -> None:
     layer = MoE(CONFIG, BalanceConfig(router_aux_loss_coef=0.5, router_z_loss_coef=0.1), 0)
     layer.experts.initialize(lambda expert: expert, 0.1)
     x = torch.randn(2, 6, 16)
-    (0.0 * layer(x, token_scale=1 / 12)).sum().backward()
+    (0.0 * layer(x, RoutingContext(token_scale=1 / 12))).sum().backward()
     injected = layer.router.weight.grad.clone()
     routing = layer.router(x.flatten(0, 1))
-    value = layer.balance.losses(routing, None, 2, token_scale=1 / 12)
+    value = layer.balance.losses(routing, 2, RoutingContext(token_scale=1 / 12))
     (expected,) = torch.autograd.grad(value, layer.router.weight)
     assert injected.norm() > 0
     torch.testing.assert_close(injected, expected)

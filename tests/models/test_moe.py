@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.auxiliary import LoadFacts
+from moe_dist.models.context import RoutingContext
 from moe_dist.models.experts import swiglu
 from moe_dist.models.moe import MoE
 
@@ -67,7 +68,7 @@ def test_padding_changes_nothing(capacity_factor: float | None, scope: str) -> N
     x = torch.randn(2, 6, 16)
     padding = torch.randn(2, 5, 16) * 3
     layer = build(balance)
-    out = layer(x, torch.ones(2, 6, dtype=torch.bool), token_scale=1 / 12)
+    out = layer(x, RoutingContext(torch.ones(2, 6, dtype=torch.bool), 1 / 12))
     out.square().sum().backward()
     gradients = [p.grad.clone() for p in layer.parameters()]
     facts = layer.balance.facts
@@ -76,7 +77,7 @@ def test_padding_changes_nothing(capacity_factor: float | None, scope: str) -> N
     padded = build(balance)
     mask = torch.cat((torch.zeros(2, 5), torch.ones(2, 6)), 1).bool()
     x_padded = torch.cat((padding, x), 1).requires_grad_()
-    out_padded = padded(x_padded, mask, token_scale=1 / 12)
+    out_padded = padded(x_padded, RoutingContext(mask, 1 / 12))
     torch.testing.assert_close(out_padded[:, 5:], out)
     assert out_padded[:, :5].count_nonzero() == 0
     out_padded[:, 5:].square().sum().backward()
@@ -163,7 +164,7 @@ def test_no_valid_token_at_all() -> None:
     """Trap 5 within a rank: the graph stays whole."""
     layer = build(BalanceConfig(router_z_loss_coef=0.1, capacity_factor=1.0))
     x = torch.randn(2, 4, 16, requires_grad=True)
-    out = layer(x, torch.zeros(2, 4, dtype=torch.bool))
+    out = layer(x, RoutingContext(torch.zeros(2, 4, dtype=torch.bool)))
     out.sum().backward()
     assert out.count_nonzero() == 0
     assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in layer.parameters())

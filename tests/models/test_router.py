@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.auxiliary import LoadFacts
+from moe_dist.models.context import RoutingContext
 from moe_dist.models.experts import Expert
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import ROUTERS, Router, Routing, TopK, TopKRouter, build_router, register_router
@@ -225,7 +226,7 @@ def test_a_token_whose_gate_fails_goes_to_the_fallback_expert(bad: float) -> Non
     x = torch.randn(2, 6, 16, requires_grad=True)
     valid = torch.ones(2, 6, dtype=torch.bool)
     valid[1, 5] = False
-    out = layer(x, valid)
+    out = layer(x, RoutingContext(valid))
     alone = layer.experts(x.detach().flatten(0, 1), torch.tensor([0, 0, 0, 12])).view_as(x)
     torch.testing.assert_close(out[valid], alone[valid])
     assert layer.balance.facts.fallbacks == 11
@@ -275,7 +276,7 @@ def test_expert_choice_against_the_paper(num_padding: int) -> None:
     x = torch.randn(2, 12, 16, requires_grad=True)
     valid = torch.ones(2, 12, dtype=torch.bool)
     valid[1, 12 - num_padding :] = False
-    out = layer(x, valid if num_padding else None)
+    out = layer(x, RoutingContext(valid if num_padding else None))
 
     twin = x.detach().clone().requires_grad_()
     tokens = twin[valid]

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from patches import Replace
 from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.auxiliary import LoadFacts
+from moe_dist.models.context import RoutingContext
 from moe_dist.models.experts import Expert, register_expert
 from moe_dist.models.transformer import Transformer
 
@@ -113,7 +115,9 @@ def step(model: Transformer, ids: Tensor) -> tuple[list[Tensor], list[Tensor], l
             layer.balance.facts.zero_()
     torch.manual_seed(3)
     model.zero_grad()
-    loss = nn.functional.cross_entropy(model(ids, token_scale=1 / ids.numel()).flatten(0, 1), ids.flatten())
+    loss = nn.functional.cross_entropy(
+        model(ids, context=RoutingContext(token_scale=1 / ids.numel())).flatten(0, 1), ids.flatten()
+    )
     loss.backward()
     facts = [t.clone() for layer in model.moe_layers() for t in vars(layer.balance.facts).values()]
     return [p.grad for p in model.parameters()], facts, chosen
@@ -140,7 +144,7 @@ def test_recomputation_changes_nothing(mode: str, expert: str, ties: bool) -> No
     assert all(torch.equal(ids, seen[0]) for seen in again[2] for ids in seen)
 
 
-def test_recomputed_routing_keeps_the_first_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputed_routing_keeps_the_first_decision(replace: Replace) -> None:
     """Trap 22. Planted: top-k left out of `_DECISIONS`. The recomputation sees logits that order ties differently."""
     model = build()
     model.gradient_checkpointing_enable("full")
@@ -154,7 +158,7 @@ def test_recomputed_routing_keeps_the_first_decision(monkeypatch: pytest.MonkeyP
         nudge = torch.linspace(0, 1e-3, 6) * (1 if calls == 1 else -1)
         return 0.0 * original(x_TD) + nudge
 
-    monkeypatch.setattr(layer.router, "logits", unstable)
+    replace(layer.router, "logits", unstable)
     _, _, chosen = step(model, torch.randint(0, 40, (2, 8)))
     assert calls == 2
     assert torch.equal(chosen[0][0], chosen[0][1])

@@ -48,6 +48,7 @@ from moe_dist.train import MoETrainer
 def test_every_second_counts_for_one_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock set by hand. Seen to fail with an all-to-all inside an evaluation counted as one of training."""
     now = [1000.0]
+    # By any other clock these seconds would be next to nothing.
     monkeypatch.setattr(moe_dist.parallel.status, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def passes(seconds: float) -> None:

@@ -19,6 +19,7 @@ def with_infinity_in_an_expert(overrides: tuple[str, ...], pp_size: int) -> tupl
     """A step in which a gradient of an expert of rank 3 is infinite: (skipped, nothing moved) here."""
     trial = Trial(*parity.on_layout(overrides, 2, 8, pp_size))
     before, names = trial.weights, sorted(trial.model.expert_parameter_names())
+    # The step is skipped for what this puts in, or not at all.
     if dist.get_rank() == 3 and isinstance(trial.engine, FSDPEngine):
         trial.engine.reduce = lambda: trial.engine.views[names[0]].flatten()[:1].fill_(float("inf"))
     elif dist.get_rank() == 3:

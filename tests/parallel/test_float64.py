@@ -8,11 +8,11 @@ experts with a token or two are no larger than AdamW's epsilon, and AdamW divide
 from __future__ import annotations
 
 from functools import cache
-from unittest.mock import patch
 
 import pytest
 import torch
 from parity import told
+from patches import replaced
 from ranks import run_ranks
 
 from moe_dist.models.experts import Expert
@@ -43,7 +43,7 @@ def told_in_float64(overrides: tuple[str, ...], ep_size: int, factor: float = 1.
         self.experts.flat.mul_(factor)
         return norm(self)
 
-    with in_dtype(torch.float64), patch.object(ReplicatedEngine, "norm", wrong):
+    with in_dtype(torch.float64), replaced(ReplicatedEngine, "norm", wrong):
         return told(overrides, ep_size, COUNT)
 
 

@@ -45,6 +45,7 @@ def _weighed(config: Config) -> tuple[int, int, int]:
         gradients.append(buckets + weigh(held if engine else [*held, *parts.engine.views.values()]))
         return norm()
 
+    # Were it never called, there would be no gradients[0].
     parts.engine.norm = watched
     count = config.train.gradient_accumulation_steps * parts.mesh.layout.dp_size
     parts.step(parts.share(micro_batches(count)), 0, 1e-2)

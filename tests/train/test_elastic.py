@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patches import Replace
 from ranks import run_ranks
 from saved import rewrite_manifest
 from tiny import mesh_of
@@ -122,12 +123,12 @@ def test_the_batch_of_what_it_goes_on_from(tmp_path: Path) -> None:
     assert replan(never, 3, 99, job)[0].global_batch_size(3) == 12, "of its own checkpoint now"
 
 
-def test_what_more_ranks_change_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_more_ranks_change_is_named(tmp_path: Path, replace: Replace) -> None:
     """Seen to fail as it was: `global batch size=...; set it back`, and nothing about the load-balancing loss."""
     tree = config(tmp_path, parallel={"ep_size": 1, "elastic": False}, balance={"aux_loss_scope": "micro_batch"})
     MoETrainer(tree).train(TEXTS)
     said: list[str] = []
-    monkeypatch.setattr(Sinks, "message", lambda self, text: said.append(text))
+    replace(Sinks, "message", lambda self, text: said.append(text))
     smaller = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 3}
     tree.train = tree.train.model_copy(update=smaller)
     assert MoETrainer(tree).train(TEXTS).steps == 3

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patches import Replace
 
 from moe_dist.config import OptimizerConfig, TrainConfig
 from moe_dist.monitor.sinks.multi_sink import Sinks
@@ -65,7 +66,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["larger", "smaller", "accumulated"],
 )
 def test_another_batch_ends_at_the_same_sample(
-    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, step: int, train: dict
+    tmp_path: Path, straight: Path, replace: Replace, step: int, train: dict
 ) -> None:
     """Exactly one epoch, on the one curve of the learning rate, and said in one line.
 
@@ -73,7 +74,7 @@ def test_another_batch_ends_at_the_same_sample(
     at epoch 1.67 or 0.67, and the rate jumped.
     """
     said: list[str] = []
-    monkeypatch.setattr(Sinks, "message", lambda self, text: said.append(text))
+    replace(Sinks, "message", lambda self, text: said.append(text))
     known = rates(straight)
     resume = {"resume": str(straight / f"checkpoint-{step}")}
     trainer = run(tmp_path / "run", train=train, checkpoint=resume)

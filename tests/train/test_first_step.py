@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patches import Replace
 
 from moe_dist.train import MoETrainer, first_step, trainer
 from moe_dist.train.step import TrainStep
@@ -24,7 +25,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def test_what_goes_on_is_said_until_the_first_step_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_on_is_said_until_the_first_step_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: Replace
+) -> None:
     """Seen red without the thread, and with one that is not told of micro-batches."""
     said, waited = io.StringIO(), []
     forward, read = TrainStep._forward, trainer.build_datasets
@@ -51,8 +54,8 @@ def test_what_goes_on_is_said_until_the_first_step_is_done(tmp_path: Path, monke
     monkeypatch.setattr(first_step, "FIRST", 0.01)
     monkeypatch.setattr(first_step, "BETWEEN", 0.01)
     monkeypatch.setattr(sys, "stdout", said)
-    monkeypatch.setattr(trainer, "build_datasets", slow_read)
-    monkeypatch.setattr(TrainStep, "_forward", slow_forward)
+    replace(trainer, "build_datasets", slow_read)
+    replace(TrainStep, "_forward", slow_forward)
     MoETrainer(SETTINGS, output_dir=tmp_path).train(["some words to learn " * 60])
     assert len(waited) == 4
     lines = [line for line in said.getvalue().splitlines() if "micro-batch" in line]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from patches import replaced
 from ranks import run_ranks
 from tiny import mesh_of
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ def with_bad_steps(folder: str, zero_stage: int, bad_rank: int, policy: str) -> 
         still.append(all(torch.equal(before[name], value) for name, value in tensors.items()))
         return result
 
-    with patch.object(TrainStep, "__call__", watched):
+    with replaced(TrainStep, "__call__", watched):
         result = trainer.train(TEXTS)
     return still, result.steps, trainer.counters.skipped, result.reason, result.failed
 
@@ -103,7 +103,7 @@ def with_clocks_apart(folder: str) -> tuple[int, str]:
         begin(self)
         self.started -= 1000.0 * dist.get_rank()
 
-    with patch.object(MoETrainer, "_begin", early):
+    with replaced(MoETrainer, "_begin", early):
         result = trainer.train(TEXTS * 40)
     return result.steps, result.reason
 

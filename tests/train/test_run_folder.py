@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patches import Replace, replaced
 from test_saving import TEXTS, TREE, run, steps
 
 from moe_dist.checkpoint import run_folder
@@ -73,7 +74,7 @@ def test_a_run_from_before_the_first_line_goes_on(tmp_path: Path) -> None:
         run(tmp_path, {"max_steps": 4})
 
 
-def test_never_moves_the_runs_own_entries_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_never_moves_the_runs_own_entries_only(tmp_path: Path, replace: Replace) -> None:
     """Inside the folder, in one line that says where to; the folder may be a link, or hold the data.
 
     Seen to fail when the folder itself was renamed: the link pointed nowhere, and the data was gone.
@@ -87,7 +88,7 @@ def test_never_moves_the_runs_own_entries_only(tmp_path: Path, monkeypatch: pyte
         (real / name).write_text("mine")
     (real / "report.html").write_text("of the run")
     said: list[str] = []
-    monkeypatch.setattr(Sinks, "message", lambda self, text: said.append(text))
+    replace(Sinks, "message", lambda self, text: said.append(text))
     assert run(folder, {"max_steps": 1}, resume="never").steps == 1
     assert folder.is_symlink()
     (earlier,) = real.glob("earlier-*")
@@ -102,7 +103,7 @@ def test_never_moves_the_runs_own_entries_only(tmp_path: Path, monkeypatch: pyte
     assert run(earlier, {"max_steps": 7}).losses[1:] == [], "and can be gone on with there"
 
 
-def test_what_cannot_be_moved_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_moved_moves_nothing(tmp_path: Path, replace: Replace) -> None:
     run(tmp_path, {"max_steps": 2})
     before = contents(tmp_path)
     rename = os.rename
@@ -112,7 +113,7 @@ def test_what_cannot_be_moved_moves_nothing(tmp_path: Path, monkeypatch: pytest.
             raise OSError(16, "Device or resource busy")
         rename(source, target)
 
-    monkeypatch.setattr(run_folder.os, "rename", busy)
+    replace(run_folder.os, "rename", busy)
     with pytest.raises(
         ValueError, match=r"metrics\.jsonl cannot be moved into .*earlier-.*: Device or resource busy; "
     ):
@@ -159,7 +160,7 @@ def test_a_start_that_cannot_be_changes_nothing(tmp_path: Path, what: str, there
         assert list(tmp_path.iterdir()) == []
 
 
-def in_step(monkeypatch: pytest.MonkeyPatch, number: int, do: Any) -> None:
+def in_step(replace: Replace, number: int, do: Any) -> None:
     """Something happens to a run that has done so many steps, once."""
     one_step = trainer_module.MoETrainer._one_step
     left = [do]
@@ -169,11 +170,11 @@ def in_step(monkeypatch: pytest.MonkeyPatch, number: int, do: Any) -> None:
             left.pop()()
         one_step(self)
 
-    monkeypatch.setattr(trainer_module.MoETrainer, "_one_step", step)
+    replace(trainer_module.MoETrainer, "_one_step", step)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["in the run folder", "checkpoints elsewhere"])
-def test_two_first_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool) -> None:
+def test_two_first_starts(tmp_path: Path, replace: Replace, elsewhere: bool) -> None:
     """The run folder is removed and another run started there, or with the same place for checkpoints, while the first
     still trains: that one writes and deletes nothing more, and says so.
 
@@ -189,7 +190,7 @@ def test_two_first_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsew
         folder = tmp_path / ("other" if elsewhere else "run")
         second.append(run(folder, {"max_steps": 2}, **options))
 
-    in_step(monkeypatch, 1, take_over)
+    in_step(replace, 1, take_over)
     first = run(tmp_path / "run", save_steps=3, **options)
     assert first.failed
     assert first.steps in (3, 4), "at its next save"
@@ -200,10 +201,10 @@ def test_two_first_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsew
 
 @pytest.mark.parametrize("what", ["removed", "moved"])
 @pytest.mark.parametrize("saves", [True, False], ids=["saving", "not saving"])
-def test_a_run_folder_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, saves: bool) -> None:
+def test_a_run_folder_that_goes(tmp_path: Path, replace: Replace, what: str, saves: bool) -> None:
     """In mid-run. Seen to fail as it was: a new folder was made for the last checkpoint, and the exit code was 0."""
     folder = tmp_path / "run"
-    in_step(monkeypatch, 2, lambda: shutil.rmtree(folder) if what == "removed" else folder.rename(tmp_path / "moved"))
+    in_step(replace, 2, lambda: shutil.rmtree(folder) if what == "removed" else folder.rename(tmp_path / "moved"))
     result = run(folder, save_steps=4 if saves else 0, save_at_end=saves)
     assert result.failed
     assert result.steps in ((4, 5) if saves else (6,))
@@ -225,8 +226,8 @@ def test_a_finished_run_started_again(tmp_path: Path, monkeypatch: pytest.Monkey
         first = run(tmp_path / name, train)
         before = contents(tmp_path / name)
         said: list[str] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(Sinks, "message", lambda self, text, said=said: said.append(text))
+        listen = replaced(Sinks, "message", lambda self, text, said=said: said.append(text))
+        with listen, monkeypatch.context() as patch:
             patch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
             again = run(tmp_path / name, train)
         assert contents(tmp_path / name) == before
@@ -293,14 +294,14 @@ def test_other_data_than_before(tmp_path: Path, corpus: Path, what: str) -> None
     assert read(tmp_path / "run", corpus, 5).steps == 5, "it is the run's data now"
 
 
-def test_the_same_data_elsewhere(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_data_elsewhere(tmp_path: Path, corpus: Path, replace: Replace) -> None:
     """Copied with other times, it is the same; other held-out data is not held against the best loss of before."""
     first = read(tmp_path / "run", corpus, 2)
     shutil.copytree(corpus, tmp_path / "copy", copy_function=shutil.copyfile)
     assert read(tmp_path / "run", tmp_path / "copy", 4).best_eval_loss <= first.best_eval_loss
     (corpus / "held.out").write_text("".join(map(chr, range(33, 127))) * 8)
     said: list[str] = []
-    monkeypatch.setattr(Sinks, "message", lambda self, text: said.append(text))
+    replace(Sinks, "message", lambda self, text: said.append(text))
     assert read(tmp_path / "run", corpus, 6).best_eval_loss > first.best_eval_loss
     assert "the validation data is not what it was: held.out is changed; the best loss is counted anew" in said
     state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())

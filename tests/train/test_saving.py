@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patches import Replace
 
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
@@ -188,11 +189,11 @@ def test_afresh_with_checkpoints_elsewhere(tmp_path: Path) -> None:
     assert len(run(tmp_path / "run", {"max_steps": 1}, folder=str(place), resume="never").losses) == 1
 
 
-def test_places_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: Replace) -> None:
     """FAULTS row 6, before the first step: one line. Seen to fail without `check_room` and with the error as it is."""
     with pytest.raises(ValueError, match=r"train\.output_dir=/sys/kernel/run: cannot be written to: \w+"):
         run(Path("/sys/kernel/run"))
-    monkeypatch.setattr(LocalStorage, "free_bytes", lambda self: 1000)
+    replace(LocalStorage, "free_bytes", lambda self: 1000)
     monkeypatch.setattr(MoETrainer, "_one_step", lambda self: pytest.fail("it has begun"))
     with pytest.raises(ValueError, match=rf"No space left on {tmp_path}/run: need .* KiB, have 1000 bytes"):
         run(tmp_path / "run")
@@ -210,7 +211,7 @@ def test_nothing_good_is_not_nothing(tmp_path: Path) -> None:
     assert steps(earlier) == [3, 6]
 
 
-def test_a_save_that_fails_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_costs_a_warning(tmp_path: Path, replace: Replace) -> None:
     """Training goes on and the next one is tried; only the last one must succeed."""
     write = Writer._write
     spoiled = [2]
@@ -220,7 +221,7 @@ def test_a_save_that_fails_costs_a_warning(tmp_path: Path, monkeypatch: pytest.M
             raise OSError(28, "No space left on device")
         write(self)
 
-    monkeypatch.setattr(Writer, "_write", sometimes)
+    replace(Writer, "_write", sometimes)
     straight = run(tmp_path / "straight", save_at_end=False)
     result = run(tmp_path / "run", save_steps=2)
     assert steps(tmp_path / "run") == [4, 6]
@@ -239,7 +240,7 @@ def test_a_save_that_fails_costs_a_warning(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("when_busy", ["wait", "skip"])
-def test_one_save_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when_busy: str) -> None:
+def test_one_save_in_flight(tmp_path: Path, replace: Replace, when_busy: str) -> None:
     write, gate = Writer._write, threading.Event()
 
     def slowly(self: Writer) -> None:
@@ -247,7 +248,7 @@ def test_one_save_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whe
             assert gate.wait(20)
         write(self)
 
-    monkeypatch.setattr(Writer, "_write", slowly)
+    replace(Writer, "_write", slowly)
     if when_busy == "wait":
         threading.Timer(0.5, gate.set).start()
     begin = trainer_module.MoETrainer._one_step
@@ -257,7 +258,7 @@ def test_one_save_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whe
             gate.set()
         begin(self)
 
-    monkeypatch.setattr(trainer_module.MoETrainer, "_one_step", open_at_four)
+    replace(trainer_module.MoETrainer, "_one_step", open_at_four)
     run(tmp_path, save_steps=1, when_busy=when_busy)
     expected = [1, 2, 3, 4, 5, 6]
     if when_busy == "wait":
@@ -289,7 +290,7 @@ def test_a_changed_configuration(tmp_path: Path) -> None:
         MoETrainer(safe, output_dir=tmp_path).train(TEXTS)
 
 
-def test_another_order_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_order_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: Replace) -> None:
     """Refused before anything is loaded, or gone on with and said, as the flag says: never half of either.
 
     Seen to fail with the loader asked after the weights were read, and with no way to allow it.
@@ -306,7 +307,7 @@ def test_another_order_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             with pytest.raises(ValueError, match=rf"{section}\.{key}={value} \(saved with"):
                 MoETrainer({**TREE, section: TREE[section] | {key: value}}, output_dir=tmp_path).train(TEXTS)
     said: list[str] = []
-    monkeypatch.setattr(Sinks, "message", lambda self, text: said.append(text))
+    replace(Sinks, "message", lambda self, text: said.append(text))
     tree = {**TREE, "checkpoint": {"allow_config_change": True}}
     changes: tuple[tuple[str, dict[str, Any]], ...] = (
         ("train", {"seed": 7}),
@@ -336,7 +337,7 @@ def test_counters_go_on(tmp_path: Path) -> None:
     assert first.checkpoint == str(tmp_path / "checkpoint-3")
 
 
-def test_a_signal_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: Replace) -> None:
     """FAULTS row 5: it is not evaluated to the end first; the step is saved, and the next start goes on bitwise."""
     from moe_dist.train import evaluation
 
@@ -350,7 +351,7 @@ def test_a_signal_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.Monke
             os.kill(os.getpid(), signal.SIGUSR1)
         return exact(*arguments)
 
-    monkeypatch.setattr(evaluation, "cross_entropy_sum", interrupt)
+    replace(evaluation, "cross_entropy_sum", interrupt)
     monkeypatch.setattr(evaluation, "ASK_EVERY", 1)
     stopped = run(tmp_path / "run", {"eval_steps": 3})
     assert (stopped.signal, stopped.steps, stopped.reason) == (signal.SIGUSR1, 3, "stopped by SIGUSR1")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from patches import replaced
 from test_saving import TEXTS, TREE, run, steps
 
 from moe_dist.checkpoint.lock import Job
@@ -25,15 +27,12 @@ def start(output_dir: Path, job: Job, resume: str, dies: str | None = None, **ch
     """The losses of one start, to step 6 with a save every other step. `dies`: "before" it has begun, or "after"."""
 
     def begin(self: Persistence, *arguments: Any) -> None:
-        if dies == "before":
-            raise Death
-        BEGIN(self, *arguments)
         if dies == "after":
-            raise Death
+            BEGIN(self, *arguments)
+        raise Death
 
     tree = {**TREE, "checkpoint": {"resume": resume, "save_steps": 2, "save_total_limit": None, **checkpoint}}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Persistence, "begin", begin)
+    with replaced(Persistence, "begin", begin) if dies else nullcontext():
         try:
             return MoETrainer(tree, output_dir=output_dir, job=job).train(TEXTS).losses
         except Death:

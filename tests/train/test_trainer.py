@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from patches import Replace
 from torch._dynamo.utils import counters
 
 from moe_dist.checkpoint.reading import locate
@@ -184,13 +185,13 @@ def test_divergence_guard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_non_finite_loss(tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_loss(tmp_path: Path, policy: str, replace: Replace) -> None:
     """A learning rate that blows up: stopped before the update, or skipped, counted and given up on."""
     from moe_dist.train import step
 
     exact = step.cross_entropy_sum
     calls = iter(range(1000))
-    monkeypatch.setattr(step, "cross_entropy_sum", lambda *a: exact(*a) * (math.nan if next(calls) in (3, 4) else 1.0))
+    replace(step, "cross_entropy_sum", lambda *a: exact(*a) * (math.nan if next(calls) in (3, 4) else 1.0))
     result = run(tmp_path / "run", max_steps=8, on_nonfinite=policy)
     if policy == "stop":
         assert result.failed

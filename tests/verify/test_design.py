@@ -138,8 +138,9 @@ def test_what_cannot_be_is_said(name: str, reason: str) -> None:
 
 
 def test_without_the_package_deepspeed_is_left_out() -> None:
-    with patch("moe_dist.verify.layouts.find_spec", return_value=None):
+    with patch("moe_dist.verify.layouts.find_spec", return_value=None) as asked:
         assert {layout.engine for layout in Designer(small()).layouts} == {"torch"}
+    assert asked.called
 
 
 def test_in_a_life_every_event_follows_every_event() -> None:

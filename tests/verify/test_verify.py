@@ -9,16 +9,17 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
+from patches import replaced
 from ranks import run_ranks
 from tiny import mesh_of
 
 from moe_dist.config import Config, ConfigError, checks, load_config
 from moe_dist.models.experts import Expert
 from moe_dist.models.recompute import is_recomputing
+from moe_dist.parallel.mesh import Mesh
 from moe_dist.verify.cases import choose
 from moe_dist.verify.run import Verifier
 from moe_dist.verify.scenarios import Smallness
@@ -219,7 +220,7 @@ def wrong_smoothing(layouts: str) -> Any:
     def wrong(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
         return right(logits, labels, smoothing * (2.0 if torch.distributed.get_rank() == 1 else 1.0))
 
-    with patch.object(step, "cross_entropy_sum", wrong):
+    with replaced(step, "cross_entropy_sum", wrong):
         return outcomes(run_file("demo.yaml"), [(layouts, None)])[0]
 
 
@@ -233,7 +234,7 @@ def test_what_fails_is_made_small() -> None:
 
 
 def without_the_refusal(layouts: str) -> tuple[bool, Any]:
-    with patch.object(checks, "check_pipeline", lambda config: None):
+    with replaced(checks, "check_pipeline", lambda config: None):
         return outcomes(run_file("demo.yaml"), [(layouts, None)])[0]
 
 
@@ -276,3 +277,10 @@ def test_what_cannot_be_asked_is_one_line(arguments: list[str], message: str) ->
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_bug_that_is_never_reached_is_an_error() -> None:
+    """Of its own: the cases are green, and have not met it. Seen red: "The bug ... was not seen"."""
+    verifier, bug = Verifier(Mesh.single()), "auxiliary_loss_scaled_by_the_schedule"
+    with pytest.raises(ConfigError, match=f"--inject-bug {bug}: nothing has called what it replaces in 1 cases"):
+        verifier.verify(run_file("demo.yaml"), "ep1-zero0", bug)

@@ -28,6 +28,7 @@ import torch
 
 from moe_dist.config import BalanceConfig, ModelConfig, MonitorConfig, PrometheusConfig
 from moe_dist.models.auxiliary import LoadBalance, LoadFacts
+from moe_dist.models.context import RoutingContext
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import Routing
 from moe_dist.monitor.collector import Collector
@@ -69,8 +70,8 @@ def count_domains(experts: int, domains: int) -> tuple[float, float]:
     for number in (0, domains):
         balance = LoadBalance(BalanceConfig(), experts, top_k)
         balance.facts = LoadFacts.zeros(experts, torch.device("cpu"), number)
-        balance.domain_ids = torch.randint(max(1, number), (TOKENS,), dtype=torch.uint8)
-        call = partial(balance.losses, routing, None, 1, 1.0)
+        context = RoutingContext(domain_ids_BS=torch.randint(max(1, number), (1, TOKENS), dtype=torch.uint8))
+        call = partial(balance.losses, routing, 1, context)
         call()
         costs.append(best(call))
     return costs[0], costs[1]

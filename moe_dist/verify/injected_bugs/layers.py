@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from moe_dist.models import auxiliary, moe, recompute
 from moe_dist.models.attention import Attention
 from moe_dist.models.auxiliary import LoadBalance
+from moe_dist.models.context import Load, RoutingContext
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import ExpertChoiceRouter, Router, TopK, TopKRouter
 from moe_dist.models.transformer import Block, Transformer
@@ -213,11 +214,11 @@ def fallbacks_are_load_twice(replace: Replace) -> None:
     """Tokens that fall back are added to the fallback expert's load, in which they are already."""
     route = MoE._route
 
-    def wrong(self: MoE, x_TD: Tensor, valid_BS: Tensor | None, *more: Any, **options: Any) -> Any:
-        routing, loss = route(self, x_TD, valid_BS, *more, **options)
+    def wrong(self: MoE, x_TD: Tensor, context: RoutingContext, **options: Any) -> Any:
+        routing, loss = route(self, x_TD, context, **options)
         failed_T, facts, expert = routing.failed_T, self.balance.facts, self.router.fallback_expert
         if failed_T is not None and facts is not None and self.training and not recompute.is_recomputing():
-            facts.pairs_E[expert] += (failed_T if valid_BS is None else failed_T & valid_BS.flatten()).sum()
+            facts.pairs_E[expert] += (failed_T if context.valid_T is None else failed_T & context.valid_T).sum()
         return routing, loss
 
     replace(MoE, "_route", wrong)
@@ -290,16 +291,16 @@ def capacity_counts_padding(replace: Replace) -> None:
 
 def global_load_is_local_in_a_sharded_pipeline(replace: Replace) -> None:
     """What a pass over all micro-batches has counted is not summed over replicas."""
-    fix = Balancer.fix_global_load
+    take = Balancer.take_global_load
 
-    def wrong(self: Balancer) -> None:
+    def wrong(self: Balancer) -> dict[int, Load]:
         sharded = any(isinstance(layer.experts, FSDPModule) for layer in self.layers.values())
         if not sharded or self.mesh.layout.pp_size == 1:
-            return fix(self)
+            return take(self)
         with patch.object(Mesh, "sum_over", lambda self, axis, tensor: tensor):
-            return fix(self)
+            return take(self)
 
-    replace(Balancer, "fix_global_load", wrong)
+    replace(Balancer, "take_global_load", wrong)
 
 
 def queries_not_normed_in_later_stages(replace: Replace) -> None:
@@ -335,9 +336,11 @@ def positions_of_the_first_micro_batch(replace: Replace) -> None:
 
 def domains_lost_in_a_pipeline(replace: Replace) -> None:
     """Stages are not told where their tokens come from."""
-    _in_every_pipeline(
-        replace, lambda batches: [{k: v for k, v in batch.items() if k != "domain_ids"} for batch in batches]
-    )
+
+    def change(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [b | {"context": dataclasses.replace(b["context"], domain_ids_BS=None)} for b in batches]
+
+    _in_every_pipeline(replace, change)
 
 
 def documents_kept_apart_in_a_pipeline(replace: Replace) -> None:
@@ -376,10 +379,10 @@ def evaluation_counts_load(replace: Replace) -> None:
     """Tokens that nothing is learned from move the selection bias."""
     route = MoE._route
 
-    def wrong(self: MoE, x: Tensor, valid: Tensor | None, scale: Any, num_sequences: int) -> Any:
-        routing, loss = route(self, x, valid, scale, num_sequences)
+    def wrong(self: MoE, x: Tensor, context: RoutingContext, num_sequences: int) -> Any:
+        routing, loss = route(self, x, context, num_sequences)
         if not self.training:
-            self.balance.losses(routing, None if valid is None else valid.flatten(), num_sequences, scale)
+            self.balance.losses(routing, num_sequences, context)
         return routing, loss
 
     replace(MoE, "_route", wrong)

@@ -165,7 +165,7 @@ def auxiliary_loss_cut_with_capacity(replace: Replace) -> None:
 
 
 def global_load_is_local(replace: Replace) -> None:
-    def wrong(self: LoadBalance, load: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def wrong(self: LoadBalance, load: Tensor, tokens: Tensor, reduce_load: Any) -> tuple[Tensor, Tensor]:
         return load, tokens
 
     replace(LoadBalance, "_reduced", wrong)
