@@ -362,7 +362,7 @@ moe_dist/train/step.py | import tools.train_tokenizer | nothing imports tools
 launcher/connect/process_groups.py | from tools.bench import moe_layer | nothing imports tools
 launcher/cli/main.py | def f():;    import tests.tiny | nothing imports tests
 tools/train_tokenizer.py | from tiny import tiny_config | nothing imports tests: tests.tiny.tiny_config
-tests/ranks.py | from test_layout import SIZES | a test imports a test
+tests/ranks.py | from test_machines import SIZES | a test imports a test
 moe_dist/parallel/mesh.py | if torch.__version__ < "2.12":;    x = 1 | a version asked for outside
 launcher/cli/main.py | from importlib.metadata import version | a version asked for outside
 moe_dist/config/checks.py | from importlib import metadata;metadata.version("torch") | a version asked for outside
@@ -392,7 +392,7 @@ moe_dist/train/step.py | import torch.distributed;from moe_dist.monitor import r
 moe_dist/parallel/layout.py | def f():;    import torch
 moe_dist/parallel/layout.py | if TYPE_CHECKING:;    import torch
 moe_dist/data/tokenizer.py | load("x", trust_remote_code=False);yaml.safe_load("x")
-tests/test_layout.py | import pickle, tiny
+tests/parallel/test_layout.py | import pickle, tiny
 tools/train_tokenizer.py | import launcher.rank.worker
 """
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from mortal import start
-from programs import ONE_RANK, Program, stop_all, write_config
+from programs import ONE_RANK, Program, Run, stop_all, write_config
 from ranks import free_port
 
 
@@ -21,14 +20,6 @@ def _nothing_left_running() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(tmp_path_factory.mktemp("launcher"))
-
-
-class Run(NamedTuple):
-    """A run that has ended, its folder, and its command."""
-
-    folder: Path
-    code: int
-    program: Program
 
 
 def _run(folder: Path, program: Program) -> Run:

@@ -82,6 +82,35 @@ class Mortal(Experts):
             die()
         return super().forward(rows, rows_per_expert)
 '''
+PLANTED = '''
+import os
+import time
+
+import torch
+import torch.distributed as dist
+from moe_dist.models.experts import Experts
+
+RANK, WHAT = os.environ["RANK"], os.environ.get("PLANTED", "")
+
+
+class Planted(Experts):
+    """In step 4, on rank 1, once: an endless loop, or a collective that nobody else calls."""
+
+    calls = 0
+
+    def forward(self, rows, counts):
+        self.calls += self.training
+        if self.calls == 4 and self.training:
+            while WHAT == "loop" and RANK == "1":
+                pass
+            if WHAT == "other" and RANK == "1":
+                dist.all_reduce(torch.zeros(1))
+            if WHAT == "shape":
+                dist.all_to_all_single(torch.zeros(2 + 2 * int(RANK)), torch.zeros(2 + 2 * int(RANK)))
+        time.sleep(0.05)
+        return super().forward(rows, counts)
+'''
+"""A module whose experts, in their fourth step, do what the variable of that name says."""
 OPTIONS = ("checkpoint.save_steps=2", "train.max_steps=7")
 TORCHRUN = ("moe-dist", "launch", "torchrun")
 Death = tuple[str, int, int]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 BIN = Path(sys.executable).parent
 HARD_LIMIT = 150.0
@@ -210,3 +210,11 @@ class Program:
 def stop_all() -> None:
     while started:
         started.pop().stop()
+
+
+class Run(NamedTuple):
+    """A run that has ended, its folder, and its command."""
+
+    folder: Path
+    code: int
+    program: Program

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from programs import losses
+from programs import Run, losses
 
 from moe_dist.config import load_config
 

@@ -21,7 +21,7 @@ from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.tools.inspecting import digests
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 pytestmark = [
     pytest.mark.launch,
     pytest.mark.slow,

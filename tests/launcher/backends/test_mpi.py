@@ -11,8 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from programs import BIN, FOREVER, Program, losses
+from programs import BIN, FOREVER, Program, Run, losses
 
 from launcher.connect.mpi import started_by_mpi
 from moe_dist.config import ConfigError

@@ -17,7 +17,7 @@ from launcher.connect import host_names
 from launcher.connect.environment import Environment, detect, from_slurm, given_batch, refuse_half_a_torchrun, this_job
 from moe_dist.config import Config, ConfigError
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 RANK = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TASK = {
     "SLURM_STEP_ID": "0",

@@ -20,7 +20,7 @@ from moe_dist.models.counts import (
 )
 from moe_dist.parallel.layout import Layout
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 PUBLISHED = {
     "qwen3_30b_a3b": (30.53, 3.35),
     "qwen3_235b_a22b": (235.09, 22.19),

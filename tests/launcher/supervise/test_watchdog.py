@@ -10,38 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from mortal import PLANTED, errors
 from programs import Program, losses, metrics
 
 pytestmark = pytest.mark.dist
-
-PLANTED = '''
-import os
-import time
-
-import torch
-import torch.distributed as dist
-from moe_dist.models.experts import Experts
-
-RANK, WHAT = os.environ["RANK"], os.environ.get("PLANTED", "")
-
-
-class Planted(Experts):
-    """In step 4, on rank 1, once: an endless loop, or a collective that nobody else calls."""
-
-    calls = 0
-
-    def forward(self, rows, counts):
-        self.calls += self.training
-        if self.calls == 4 and self.training:
-            while WHAT == "loop" and RANK == "1":
-                pass
-            if WHAT == "other" and RANK == "1":
-                dist.all_reduce(torch.zeros(1))
-            if WHAT == "shape":
-                dist.all_to_all_single(torch.zeros(2 + 2 * int(RANK)), torch.zeros(2 + 2 * int(RANK)))
-        time.sleep(0.05)
-        return super().forward(rows, counts)
-'''
 
 
 def start(
@@ -55,11 +27,6 @@ def start(
     return Program(*(starter or torchrun), config, *own, *options, **surroundings)
 
 
-def said(program: Program) -> list[str]:
-    """What our ranks have said went wrong, without torchrun's report."""
-    return [line for line in program.err.splitlines() if line.startswith("moe-dist: error")]
-
-
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, victim: int) -> None:
     """FAULTS row 10, also when it is rank 0 that nobody can ask any more. Seen to fail with verdicts not acted on."""
@@ -68,11 +35,11 @@ def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, v
     pid = program.ranks()[victim]
     os.kill(pid, signal.SIGSTOP)
     sent = time.monotonic()
-    program.wait_until(lambda: said(program), "an error")
+    program.wait_until(lambda: errors(program), "an error")
     assert time.monotonic() - sent < 10
     assert program.end() == 1
     assert not program.ranks()
-    (line,) = said(program)
+    (line,) = errors(program)
     assert re.match(
         rf"moe-dist: error: rank {victim} \(pid {pid} on \S+\) has not moved for [4-9] s, in step \d+, .*, last "
         r"collectives world \d+: it is stopped \(SIGSTOP\); ",
@@ -111,7 +78,7 @@ def test_a_loop_and_a_wrong_collective_are_found_and_named(
     options = ("parallel.ep_size=2", "train.max_steps=9", "monitor.stall_timeout=4")
     program = start(config, tmp_path, *options, planted=planted, ranks=2)
     assert program.end() == 1
-    (line,) = said(program)
+    (line,) = errors(program)
     assert re.match(f"moe-dist: error: {expected}", line), line
     assert not program.ranks()
     place = "Connection " if planted == "shape" else r'planted.py", line \d+,? in forward'  # it may have got further
@@ -133,7 +100,7 @@ def test_stopped_and_continued(config: Path, tmp_path: Path) -> None:
             os.kill(pid, signal.SIGCONT)
         time.sleep(1)
     assert program.end() == 0, program.err
-    assert not said(program)
+    assert not errors(program)
     twin = start(config, tmp_path / "twin", "train.max_steps=40")
     assert twin.end() == 0, twin.err
     assert losses(tmp_path / "run") == losses(tmp_path / "twin" / "run")
@@ -148,7 +115,7 @@ def test_a_killed_rank_is_named_once(config: Path, tmp_path: Path, victim: int) 
     pid = program.ranks()[victim]
     os.kill(pid, signal.SIGKILL)
     assert program.end() == 1
-    (line,) = said(program)
+    (line,) = errors(program)
     assert line.startswith(f"moe-dist: error: rank {victim} (pid {pid} on "), line
     assert re.search(r"has gone, last seen in step \d+, .*: it ended without a word", line), line
 
@@ -165,7 +132,7 @@ def test_an_agent_of_ours_says_it_in_one_line_and_starts_again(config: Path, tmp
     program.wait_for("step: 9/")
     os.kill(program.ranks()[1], signal.SIGSTOP)
     assert program.end() == 0, program.err
-    (line,) = said(program)
+    (line,) = errors(program)
     assert line.startswith("moe-dist: error: rank 1 (pid "), line
     assert "it is stopped (SIGSTOP)" in line
     assert re.search(r"; starting again from checkpoint-(8|1\d|2\d) \(try 1 of 3\)$", line), line

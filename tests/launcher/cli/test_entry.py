@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from programs import BIN, Program, metrics
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ONE_STEP = ("train.max_steps=1", "launch.device=cpu", "train.eval_steps=0", "train.sample_tokens=0")
 
 pytestmark = pytest.mark.dist

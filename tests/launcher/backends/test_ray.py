@@ -27,7 +27,7 @@ from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.tools.inspecting import digests
 from moe_dist.config import ConfigError, load_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEMO = str(ROOT / "configs" / "demo.yaml")
 ELASTIC = ("parallel.elastic=true", "checkpoint.save_steps=4", "per_device_train_batch_size=4", "parallel.ep_size=2")
 STEPS = 40

@@ -14,7 +14,7 @@ from launcher.backends import kubernetes, mpirun
 from launcher.backends.slurm import Request, followed, plan
 from moe_dist.config import Config, ConfigError, load_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEMO = str(ROOT / "configs" / "demo.yaml")
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 

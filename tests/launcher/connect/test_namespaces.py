@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Run
 from hosts import Hosts, hosts
-from programs import BIN, Program, losses, metrics
-from test_watchdog import PLANTED, said
+from mortal import PLANTED, errors
+from programs import BIN, Program, Run, losses, metrics
 
 pytestmark = [pytest.mark.dist, pytest.mark.launch, pytest.mark.slow]
 PORT = 29511
@@ -61,7 +60,7 @@ def test_a_cable_is_pulled(config: Path, tmp_path: Path) -> None:
         speaker.wait_for("step: 8/")
         made.cut(3)
         sent = time.monotonic()
-        speaker.wait_until(lambda: said(speaker), "an error")
+        speaker.wait_until(lambda: errors(speaker), "an error")
         assert time.monotonic() - sent < 10
         while programs[2].ranks():  # nobody needs to tell it
             assert time.monotonic() - sent < 10
@@ -69,14 +68,14 @@ def test_a_cable_is_pulled(config: Path, tmp_path: Path) -> None:
         named = (
             rf"moe-dist: error: rank {alone} \(pid {pid} on \S+, 10\.77\.0\.3\) has not moved for (8|9) s, in step \d+"
         )
-        line = said(speaker)[0]
+        line = errors(speaker)[0]
         assert re.match(f"{named}, .*: nothing is heard of it: its link is cut, .*; all ranks stop", line), line
         assert re.search(r"; starting again from checkpoint-\d+ \(try 1 of 3\)", line), line
         assert speaker.end() == 0, speaker.err
         assert programs[1].end() == 0, programs[1].err
         assert programs[2].end() == 1, programs[2].err
         named = r"moe-dist: error: rank 0 \(pid \d+ on \S+, 10\.77\.0\.1\) has not moved .*: nothing is heard of it"
-        line, last = said(programs[2])
+        line, last = errors(programs[2])
         assert re.match(named, line), line
         assert "the ranks that cannot hear it stop" in line
         assert last == LOST
@@ -112,17 +111,17 @@ def test_the_cable_of_the_meeting_place_is_pulled(config: Path, tmp_path: Path) 
         ((lost, other),) = programs[1].ranks().items()
         made.cut(1)
         sent = time.monotonic()
-        programs[0].wait_until(lambda: said(programs[0]), "an error")
+        programs[0].wait_until(lambda: errors(programs[0]), "an error")
         while programs[1].ranks():
             assert time.monotonic() - sent < 10
             time.sleep(0.05)
         assert programs[1].end() == 1, programs[1].err
-        line, last = said(programs[1])
+        line, last = errors(programs[1])
         named = rf"moe-dist: error: rank 0 \(pid {pid} on \S+, 10\.77\.0\.1\) has not moved .*: nothing is heard of it"
         assert re.match(named, line), line
         assert last == LOST
         named = (
             rf"moe-dist: error: rank {lost} \(pid {other} on \S+, 10\.77\.0\.2\) has not moved .*: nothing is heard of"
         )
-        assert re.match(named, said(programs[0])[0])
+        assert re.match(named, errors(programs[0])[0])
         assert not programs[0].ranks()

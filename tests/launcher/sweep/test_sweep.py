@@ -20,7 +20,7 @@ from ray_cluster import missing
 from launcher.sweep.plan import TRIALS, Sweep, metric_of, plan, split_values, write_results, write_whole
 from moe_dist.config import ConfigError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEMO = str(ROOT / "configs" / "demo.yaml")
 GRID = ("learning_rate=1e-3,1e-2", "parallel.ep_size=1,2")
 

@@ -15,7 +15,7 @@ from programs import BIN, ONE_RANK, Program
 
 from moe_dist.config import load_config
 
-DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
+DEMO = str(Path(__file__).parents[3] / "configs" / "demo.yaml")
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "datasets", "numpy")
 INSTANT = [("--help",), ("train", "--help"), ("check", DEMO), ("check", DEMO, "--json")]
 

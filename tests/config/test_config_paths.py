@@ -16,7 +16,7 @@ from moe_dist.config import FIELDS, load_config, load_mapping
 from moe_dist.config.paths import expand
 from moe_dist.train.run_setup import merge_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NO_PATHS = {
     "data.config_name",
     "data.ignored_columns",

@@ -197,7 +197,7 @@ def test_tokens_of_the_fallback_are_one_finding_until_they_stop(interval: Make) 
 
 
 def test_every_kind_is_tried_and_documented() -> None:
-    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/metrics.md").read_text()
     of_training = {case[0] for case in CASES}
     assert of_training == NEARLY.keys()
     more = {

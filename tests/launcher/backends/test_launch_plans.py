@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from programs import Program, losses, write_config
+from programs import Program, Run, losses, write_config
 
 from launcher.backends.torchrun import address_towards, interface_of
 
-DEMO = Path(__file__).parents[2] / "configs/demo.yaml"
+DEMO = Path(__file__).parents[3] / "configs/demo.yaml"
 QUIET = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")}
 ELASTIC = ("parallel.elastic=true", "checkpoint.resume=auto")
 BOTH = ("--nnodes=2", "--rdzv-endpoint=127.0.0.1:29400")

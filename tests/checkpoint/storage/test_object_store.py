@@ -170,7 +170,7 @@ train(Path(sys.argv[2]), folder=sys.argv[3], eval_steps=2)
 def test_a_run_killed_before_its_manifest(server: str, tmp_path: Path) -> None:
     """A whole process, SIGKILL when every shard is uploaded and the manifest is not."""
     place = f"s3://bucket/{tmp_path.name}"
-    words = [sys.executable, "-c", KILLED, str(Path(__file__).parents[1]), str(tmp_path / "run"), place]
+    words = [sys.executable, "-c", KILLED, str(Path(__file__).parents[2]), str(tmp_path / "run"), place]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -9, done.stderr
     storage = open_storage(place)

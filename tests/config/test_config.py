@@ -21,7 +21,7 @@ from moe_dist.config import (
     parse_yaml,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
