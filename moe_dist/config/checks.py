@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from moe_dist.config.deepspeed import check_deepspeed
 from moe_dist.config.sections.all import Sections
 from moe_dist.config.sections.model import EXPERT_CHOICE, divisors
@@ -30,6 +32,7 @@ def check_sections(config: Sections) -> Sections:
         )
     if parallel.ep_size > 1 and not model.moe_layers:
         raise ValueError(f"parallel.ep_size={parallel.ep_size}: the model has no expert layer; allowed: 1")
+    check_dispatcher(parallel.dispatcher)
     check_deepspeed(config)
     if parallel.shard_size is not None:
         size, ep_size = parallel.shard_size, parallel.ep_size
@@ -58,6 +61,20 @@ def check_sections(config: Sections) -> Sections:
         raise ValueError("train.early_stopping_patience: needs train.eval_steps > 0")
     check_held_out(config)
     return config
+
+
+DISPATCHERS = ("all_to_all", "all_gather")
+
+
+def check_dispatcher(name: str) -> None:
+    """A known name, or the form of one that can be imported; what is behind it is seen when a layer is built."""
+    module, colon, attribute = name.partition(":")
+    if name not in DISPATCHERS and not (colon and attribute.isidentifier() and module.replace(".", "_").isidentifier()):
+        near = difflib.get_close_matches(name, DISPATCHERS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"parallel.dispatcher={name}: known are {', '.join(DISPATCHERS)}, or package.module:Class{hint}"
+        )
 
 
 def check_routing(config: Sections) -> None:

@@ -165,6 +165,7 @@ _OF_FEATURES: dict[str, Bug] = {
     "documents_kept_apart_in_a_pipeline": Bug(("no_document_mask",), ("even_batches",), _pipeline),
     "positions_of_the_first_micro_batch": Bug((), ("no_document_mask", "even_batches"), _pipeline),
     "domains_lost_in_a_pipeline": Bug(("domains",), where=_pipeline),
+    "gathered_tokens_learn_from_one_rank": Bug(("all_gather",), where=_ep),
     "evaluation_in_training_mode": Bug(("capacity",), where=_ep),
     "evaluation_keeps_documents_apart": Bug(("no_document_mask",), ("even_batches",)),
     "evaluation_counts_load": Bug(("bias",)),

@@ -19,6 +19,7 @@ from moe_dist.models.context import Load, RoutingContext
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import ExpertChoiceRouter, Router, TopK, TopKRouter
 from moe_dist.models.transformer import Block, Transformer
+from moe_dist.parallel import dispatch_specification
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import build, evaluation
@@ -354,6 +355,16 @@ def documents_kept_apart_in_a_pipeline(replace: Replace) -> None:
             return inputs(self, *arguments)
 
     replace(TrainStep, "_inputs", wrong)
+
+
+def gathered_tokens_learn_from_one_rank(replace: Replace) -> None:
+    """Backward of the all-gather takes this rank's slice without the sum over those whose experts saw it."""
+
+    def wrong(ctx: Any, *gradients: Tensor) -> Any:
+        sizes, group = ctx.arguments
+        return gradients[0].split(sizes)[group.rank()], None, None
+
+    replace(dispatch_specification._AllGather, "backward", wrong)
 
 
 def evaluation_keeps_documents_apart(replace: Replace) -> None:
