@@ -40,7 +40,8 @@ class AllGatherDispatcher:
     def __init__(self, group: ProcessGroup, num_experts: int, layer: int = 0, clock: Clock | None = None) -> None:
         self.group, self.num_experts, self.layer = group, num_experts, layer
         self.clock = clock or Clock(torch.device("cpu"))
-        self.num_local = num_experts // group.size()
+        self.ep_size = group.size()
+        self.num_local = num_experts // self.ep_size
         self.first = group.rank() * self.num_local
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, AllGatherPlan]:

@@ -144,7 +144,7 @@ _OF_FEATURES: dict[str, Bug] = {
     "load_counted_again_in_recomputation": Bug(where=lambda layout: layout.recompute == "full"),
     "scores_scaled_twice": Bug(("sigmoid",), where=_ep),
     "groups_ignored_by_expert_parallelism": Bug(("groups",), where=_ep),
-    "experts_of_the_tenth_layer_in_reverse": Bug(("deep",), where=_ep),
+    "experts_of_the_tenth_layer_in_reverse": Bug(("deep",), ("all_gather",), _ep),
     "temperature_forgotten_by_expert_parallelism": Bug(("temperature",), where=_ep),
     "temperature_of_the_weights_alone": Bug(("temperature", "groups"), where=_ep),
     "annealing_by_micro_batches": Bug(("annealing",), where=_pipeline),
@@ -183,7 +183,7 @@ _OF_FEATURES: dict[str, Bug] = {
         where=_both(lambda layout: layout.zero_stage == 3 and layout.pp_size == 1, _accumulated)
     ),
     "half_gradients_of_experts_doubled": Bug(("pure_bf16",), where=_both(_whole, _ep)),
-    "half_rows_doubled_on_the_way_back": Bug(("pure_bf16",), where=_ep),
+    "half_rows_doubled_on_the_way_back": Bug(("pure_bf16",), ("all_gather",), _ep),
     "half_gradients_added_up_in_half": Bug(("pure_bf16",), where=_both(_whole, lambda layout: layout.accumulation > 1)),
     "half_gradients_reduced_in_half": Bug(("pure_bf16",), where=_both(_fsdp, lambda layout: layout.accumulation == 1)),
     "weights_of_shards_in_half": Bug(("pure_bf16",), where=_fsdp),
