@@ -44,7 +44,7 @@ class Experts(nn.Module):
         else:
             dtype = self.w_down.dtype
         rows_RD, weights = rows_RD.to(dtype), (self.w_gate_up.to(dtype), self.w_down.to(dtype))
-        if not len(rows_RD) or not _grouped_mm_takes(dtype, self.w_down.shape[1:]):
+        if not _grouped_mm_takes(dtype, self.w_down.shape[1:]):
             return loop_swiglu(rows_RD, *weights, rows_per_expert)
         # offsets[-1] must be the number of rows: the kernel leaves what lies past it as it was in memory.
         return _GroupedSwiGLU.apply(rows_RD, *weights, rows_per_expert.cumsum(0).to(torch.int32))
@@ -113,11 +113,15 @@ def _grouped_mm_takes(dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
 class _GroupedSwiGLU(torch.autograd.Function):
     """All experts in two grouped matmuls, and backward in four, without a host synchronisation.
 
-    Of the activations only gate_up is kept; the hidden one is made again in backward.
+    Of the activations only gate_up is kept; the hidden one is made again in backward. Without a row nothing is called,
+    and gradients, zeros, come in the same order: an engine may reduce them as they come, on all ranks together.
     """
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor) -> Tensor:
+        if not len(rows_RD):
+            ctx.save_for_backward(rows_RD, rows_RD, w_gate_up, w_down, offsets)
+            return rows_RD.new_empty(rows_RD.shape)
         gate_up = grouped_mm(rows_RD, w_gate_up, offs=offsets)
         ctx.save_for_backward(rows_RD, gate_up, w_gate_up, w_down, offsets)
         return grouped_mm(swiglu(gate_up), w_down, offs=offsets)
@@ -127,6 +131,10 @@ class _GroupedSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         rows_RD, gate_up, w_gate_up, w_down, offsets = ctx.saved_tensors
         want_rows, want_up, want_down, _ = ctx.needs_input_grad
+        if not len(rows_RD):
+            wanted = zip((rows_RD, w_gate_up, w_down), ctx.needs_input_grad, strict=False)
+            d_rows, d_up, d_down = (torch.zeros_like(like) if want else None for like, want in wanted)
+            return d_rows, d_up, d_down, None
         grad_RD = grad_RD.contiguous()  # the kernel refuses expanded ones, as of a sum
         grad_hidden = grouped_mm(grad_RD, w_down.transpose(1, 2), offs=offsets)
         hidden, grad_gate_up = torch.empty_like(grad_hidden), torch.empty_like(gate_up)

@@ -108,6 +108,10 @@ class MoE(nn.Module):
             out_TD = inject_loss(out_TD, auxiliary_loss)
         return out_TD.view_as(x_BSD)
 
+    def reach_experts_by(self, dispatcher: Dispatcher) -> None:
+        """Experts are no longer all here: tokens go to them and come back by this dispatcher."""
+        self.dispatcher = dispatcher
+
     def _route(self, x_TD: Tensor, context: RoutingContext, num_sequences: int) -> tuple[Routing, Tensor | None]:
         """The router's decision after padding, load accounting, capacity, expert dropout, in this order."""
         valid_T = context.valid_T

@@ -5,14 +5,14 @@ from __future__ import annotations
 from moe_dist.config import Config
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
-from moe_dist.parallel.dispatch import AllToAllDispatcher
+from moe_dist.parallel.dispatchers import build_dispatcher
 from moe_dist.parallel.mesh import Mesh
 
 
 def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | None = None) -> None:
     """Make `model` (best on the meta device) this rank's part of the model, in place.
 
-    1. Experts over `ep`: keep this rank's block of every layer's experts, and reach the others by all-to-all.
+    1. Experts over `ep`: keep this rank's block of every layer's, and reach the others by `parallel.dispatcher`.
     2. Recomputation of activations.
     3. Compilation of the dense parts.
     """
@@ -21,7 +21,8 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
         if ep_group is not None:
             local = mesh.layout.experts_of(mesh.ep_rank, moe.num_experts)
             moe.experts.shard(local.start, len(local))
-            moe.dispatcher = AllToAllDispatcher(ep_group, moe.num_experts, moe.layer, clock)
+            name = config.parallel.dispatcher
+            moe.reach_experts_by(build_dispatcher(name, ep_group, moe.num_experts, moe.layer, clock))
     model.gradient_checkpointing_enable(config.train.gradient_checkpointing)
     if config.train.torch_compile:
         for block in model.blocks():

@@ -129,6 +129,23 @@ def test_gradients_accumulate_and_repeat_bitwise() -> None:
     assert all(torch.equal(p.grad, 2 * gradient) for p, gradient in zip(fast.parameters(), once, strict=True))
 
 
+def test_gradients_come_in_the_same_order_with_and_without_rows() -> None:
+    """DeepSpeed's ZeRO 2 reduces them as they come. Seen red: a rank whose micro-batch is all padding took the plain
+    loop, and added its gradient of `w_down` to the others' of `w_gate_up` (`verify --layouts ep1-zero2-deepspeed`).
+    """
+    orders = []
+    for counts in ([3, 0, 5], [0, 0, 0]):
+        experts, _ = pair(3, 16, 16, torch.float32)
+        order: list[str] = []
+        for name, parameter in experts.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
+        rows = torch.randn(sum(counts), 16, requires_grad=True)
+        experts(rows, torch.tensor(counts)).sum().backward()
+        orders.append(order)
+    assert orders[0] == orders[1]
+    assert len(orders[0]) == 2
+
+
 def test_inputs_and_upstream_gradients_are_not_written_to() -> None:
     fast, _ = pair(3, 16, 16, torch.float32)
     rows, counts, upstream = torch.randn(9, 16), torch.tensor([4, 0, 5]), torch.randn(9, 16)

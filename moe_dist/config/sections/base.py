@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -21,8 +22,11 @@ class Choice:
         self.names = names
 
     def __call__(self, value: str) -> str:
-        if value not in self.names and ":" not in value:
-            raise ValueError(str(self))
+        module, _, attribute = value.partition(":")
+        is_a_path = attribute.isidentifier() and module.replace(".", "_").isidentifier()
+        if value not in self.names and not is_a_path:
+            near = difflib.get_close_matches(value, self.names, n=1)
+            raise ValueError(f"{self}; did you mean {near[0]}?" if near else str(self))
         return value
 
     def __str__(self) -> str:

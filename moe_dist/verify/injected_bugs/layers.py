@@ -16,9 +16,10 @@ from moe_dist.models import auxiliary, moe, recompute
 from moe_dist.models.attention import Attention
 from moe_dist.models.auxiliary import LoadBalance
 from moe_dist.models.context import Load, RoutingContext
-from moe_dist.models.moe import MoE
+from moe_dist.models.moe import LocalDispatcher, MoE
 from moe_dist.models.router import ExpertChoiceRouter, Router, TopK, TopKRouter
 from moe_dist.models.transformer import Block, Transformer
+from moe_dist.parallel import dispatch_specification
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import build, evaluation
@@ -131,6 +132,11 @@ def load_counted_again_in_recomputation(replace: Replace) -> None:
     replace(auxiliary, "is_recomputing", lambda: False)
 
 
+def _over_ranks(layer: MoE) -> bool:
+    """Whether its experts are on several."""
+    return not isinstance(layer.dispatcher, LocalDispatcher)
+
+
 def _in_layers_over_ep(replace: Replace, change: Callable[[MoE, int], object]) -> None:
     """`change(layer, ep_size)` to every layer whose experts are on several ranks."""
     parallelize = build.parallelize
@@ -165,7 +171,7 @@ def temperature_forgotten_by_expert_parallelism(replace: Replace) -> None:
     def wrong(self: TrainStep, step: int) -> None:
         set_temperature(self, step)
         for layer in self.model.moe_layers():
-            if isinstance(layer.dispatcher, AllToAllDispatcher):
+            if _over_ranks(layer):
                 layer.router.logits_temperature = 1.0
 
     replace(TrainStep, "set_temperature", wrong)
@@ -257,7 +263,7 @@ def scores_scaled_twice(replace: Replace) -> None:
 
     def wrong(self: MoE, *arguments: Any, **options: Any) -> Any:
         routing, loss = route(self, *arguments, **options)
-        if isinstance(self.dispatcher, AllToAllDispatcher):
+        if _over_ranks(self):
             weights = routing.weights_TK * self.router.rule.scaling_factor
             routing = dataclasses.replace(routing, weights_TK=weights)
         return routing, loss
@@ -284,7 +290,7 @@ def capacity_counts_padding(replace: Replace) -> None:
     capacity = MoE._capacity
 
     def wrong(self: MoE, ids: Tensor, valid: Tensor | None) -> Tensor:
-        return capacity(self, ids, None if isinstance(self.dispatcher, AllToAllDispatcher) else valid)
+        return capacity(self, ids, None if _over_ranks(self) else valid)
 
     replace(MoE, "_capacity", wrong)
 
@@ -356,6 +362,16 @@ def documents_kept_apart_in_a_pipeline(replace: Replace) -> None:
     replace(TrainStep, "_inputs", wrong)
 
 
+def gathered_tokens_learn_from_one_rank(replace: Replace) -> None:
+    """Backward of the all-gather takes this rank's slice without the sum over those whose experts saw it."""
+
+    def wrong(ctx: Any, *gradients: Tensor) -> Any:
+        sizes, group = ctx.arguments
+        return gradients[0].split(sizes)[group.rank()], None, None
+
+    replace(dispatch_specification._AllGather, "backward", wrong)
+
+
 def evaluation_keeps_documents_apart(replace: Replace) -> None:
     """`data.document_mask: false` is for training alone."""
     inputs = evaluation.model_inputs
@@ -369,7 +385,7 @@ def evaluation_in_training_mode(replace: Replace) -> None:
     @contextmanager
     def wrong(model: Transformer) -> Iterator[None]:
         with evaluating(model):
-            model.train(any(isinstance(layer.dispatcher, AllToAllDispatcher) for layer in model.moe_layers()))
+            model.train(any(_over_ranks(layer) for layer in model.moe_layers()))
             yield
 
     replace(evaluation, "evaluating", wrong)

@@ -1,0 +1,115 @@
+"""Dispatchers by name, and of a person's own: refused with what they lack, and the guide's runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import parity
+import pytest
+import torch
+from ranks import run_ranks
+from run_files import complaint, load
+
+from moe_dist.models.moe import LocalDispatcher
+from moe_dist.models.router import Routing
+from moe_dist.parallel.dispatchers import build_dispatcher
+from moe_dist.verify.trial import TrialResult, difference
+
+GUIDE = Path(__file__).parents[2] / "docs" / "extending.md"
+TWO_RANKS: Any = SimpleNamespace(size=lambda: 2)
+
+
+class OneWay:
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> Any: ...
+
+
+class NoArguments(LocalDispatcher):
+    def __init__(self) -> None:
+        super().__init__(4)
+
+
+class Own(LocalDispatcher):
+    """All experts here; `answer` is put in the place of what it answers."""
+
+    answer: Any = None
+
+    def __init__(self, group: Any, num_experts: int, layer: int, clock: Any) -> None:
+        super().__init__(num_experts)
+
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> Any:
+        return self.answer or super().dispatch(x_TD, routing)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("all_to_al", "one of all_to_all, all_gather, or package.module:Class of your own; did you mean all_to_all"),
+        (":Class", "one of all_to_all"),
+        ("package:", "one of all_to_all"),
+        ("a b:c", "one of all_to_all"),
+    ],
+)
+def test_a_name_that_cannot_be_is_refused_before_any_import(tmp_path: Path, name: str, said: str) -> None:
+    """Seen red without a check of the name: ranks were started first."""
+    text = complaint(tmp_path, f"parallel: {{ep_size: 2, dispatcher: '{name}'}}")
+    assert f"parallel.dispatcher={name}: {said}" in text
+
+
+def test_names_that_can_be(tmp_path: Path) -> None:
+    for name in ("all_to_all", "all_gather", "somewhere.else:Dispatcher"):
+        assert load(tmp_path, f"parallel: {{ep_size: 2, dispatcher: '{name}'}}")[0].parallel.dispatcher == name
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ("OneWay", r"it has no combine; a dispatcher has dispatch\(x_TD, routing\)"),
+        ("NoArguments", r"it is called with \(group, num_experts, layer, clock\): "),
+        ("Nothing", "cannot be imported"),
+    ],
+)
+def test_a_class_that_is_no_dispatcher_is_refused(own: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"parallel.dispatcher={__name__}:{own}: {said}"):
+        build_dispatcher(f"{__name__}:{own}", TWO_RANKS, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (torch.zeros(2, 8), r"dispatch must answer \(rows_RD, plan\)"),
+        ((torch.zeros(2, 8), object()), r"its plan needs rows_per_expert, int64 \(2,\)"),
+        ((torch.zeros(2, 8), SimpleNamespace(rows_per_expert=torch.zeros(4, dtype=torch.int64))), "rows_per_expert"),
+        ((torch.zeros(2, 8), SimpleNamespace(rows_per_expert=torch.zeros(2))), "its plan needs rows_per_expert"),
+        ((torch.zeros(2, 8), SimpleNamespace(rows_per_expert=torch.zeros(2, dtype=torch.int64))), "needs sources"),
+    ],
+)
+def test_a_plan_that_lacks_something_is_refused(monkeypatch: pytest.MonkeyPatch, answer: Any, said: str) -> None:
+    monkeypatch.setattr(Own, "answer", answer if isinstance(answer, tuple) else [answer])
+    dispatcher = build_dispatcher(f"{__name__}:Own", TWO_RANKS, 4, 0)
+    with pytest.raises(ValueError, match=said):
+        dispatcher.dispatch(torch.zeros(2, 8), Routing(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64)))
+
+
+def in_training(dispatcher: str, folder: str) -> TrialResult:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return parity.told((f"parallel.dispatcher={dispatcher}",), 2, 4, precision="float32")
+
+
+@pytest.mark.dist
+def test_the_guides_dispatcher_trains(tmp_path: Path) -> None:
+    """Its rows are rounded on the way, so losses are near those of all_to_all, and not the same."""
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if "class HalfOnTheWire" in block]
+    (tmp_path / "wire.py").write_text(block)
+    plain = run_ranks(in_training, 4, "all_to_all", str(tmp_path))[0]
+    found = run_ranks(in_training, 4, "wire:HalfOnTheWire", str(tmp_path))[0]
+    assert found.losses != plain.losses
+    assert found.losses == pytest.approx(plain.losses, rel=1e-2)
+    assert 0 < difference(found.gradients, plain.gradients) < 0.1
