@@ -75,7 +75,8 @@ import json, pathlib, sys, torch
 from prometheus_client import generate_latest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from moe_dist.config import BalanceConfig
-from moe_dist.models.auxiliary import LoadBalance, LoadFacts
+from moe_dist.models.auxiliary import LoadBalance
+from moe_dist.models.context import ALONE
 from moe_dist.models.router import Routing
 from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.records import TrainRecord
@@ -87,9 +88,9 @@ import metrics_tables
 collector = Collector([2], 4, 1, "cpu", lambda packed: 3 * packed)
 scores_TE = torch.tensor([[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
 balance = LoadBalance(BalanceConfig(), 4, 1)
-balance.facts = LoadFacts.zeros(4, torch.device("cpu"))
+balance.count_from_now_on(torch.device("cpu"))
 routing = Routing(torch.ones(2, 1), torch.tensor([[0], [0]]), scores_TE, scores_TE.log().clamp(min=-9.0))
-balance.losses(routing, None, 1, 1.0)
+balance.losses(routing, 1, ALONE)
 collector.add({2: balance.facts})
 record = TrainRecord(1, 1, 0.0, 1.0, 1.0, 1.0, 2, 1.0, 1.0, 0.0, 0.0, 0, 1.0, 0.0, 1, layers=collector.take())
 folder = pathlib.Path(sys.argv[1])

@@ -58,7 +58,7 @@ class Own(LocalDispatcher):
 def test_a_name_that_cannot_be_is_refused_before_any_import(tmp_path: Path, name: str, said: str) -> None:
     """Seen red without a check of the name: ranks were started first."""
     text = complaint(tmp_path, f"parallel: {{ep_size: 2, dispatcher: '{name}'}}")
-    assert f"parallel.dispatcher={name}: {said}" in text
+    assert f"parallel.dispatcher='{name}': {said}" in text
 
 
 def test_names_that_can_be(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from patches import Replace
 from programs import FOREVER, Program, metrics
 
 from launcher.supervise import forkserver
@@ -122,9 +123,9 @@ def test_files_have_the_numbers_they_had(tmp_path: Path) -> None:
     assert late is None
 
 
-def test_where_ranks_are_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_ranks_are_not_forked(replace: Replace) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(glob, "glob", lambda pattern: asked.append(pattern) or ["/dev/nvidia0"])
+    replace(glob, "glob", lambda pattern: asked.append(pattern) or ["/dev/nvidia0"])
     assert can_fork(load_mapping({"launch": {"device": "cpu"}}))
     assert not asked
     assert not can_fork(Config())
