@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.storage import LocalStorage, open_storage
 from moe_dist.checkpoint.storage.manifest import FILE
 from moe_dist.train import MoETrainer
@@ -84,8 +84,8 @@ def copy_of(run: Path, folder: Path) -> Path:
     return folder
 
 
-def found_at(place: Path | str, step: int) -> Found:
-    return Found(open_storage(place) if isinstance(place, str) else LocalStorage(place), step)
+def found_at(place: Path | str, step: int) -> CheckpointRef:
+    return CheckpointRef(open_storage(place) if isinstance(place, str) else LocalStorage(place), step)
 
 
 def shard_of(checkpoint: Path) -> Path:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_dist.checkpoint.reading import Found, whole
+from moe_dist.checkpoint.reading import CheckpointRef, whole
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.tools.inspecting import digests
 
@@ -180,7 +180,7 @@ class Soak:
     def look(self, before: int | None) -> list[str]:
         """What is wrong with the committed steps."""
         steps = self.storage.steps()
-        wrong = [line for step in steps for line in whole(Found(self.storage, step))]
+        wrong = [line for step in steps for line in whole(CheckpointRef(self.storage, step))]
         if before is not None and (not steps or max(steps) < before):
             wrong.append(f"step {before} had been committed, now there is {steps}")
         return wrong
@@ -238,7 +238,7 @@ def compare(soak: Soak, twin: Path, last: int) -> tuple[list[str], int]:
     # A kill can take a line that was not yet written; the step itself is in the state that is compared below.
     if len(missing) > len(soak.kills):
         wrong.append(f"{len(missing)} steps were never logged, the first {missing[0]}")
-    ours, theirs = digests(Found(soak.storage, last)), digests(Found(LocalStorage(twin), last))
+    ours, theirs = digests(CheckpointRef(soak.storage, last)), digests(CheckpointRef(LocalStorage(twin), last))
     wrong += [
         f"{name}: not the same bits" for name in sorted(ours.keys() | theirs) if ours.get(name) != theirs.get(name)
     ]
@@ -283,8 +283,9 @@ def main() -> int:
             f"{options.ranks} ranks, {last} steps, {again} computed twice, seed {options.seed}, "
             f"{time.monotonic() - began:.0f} s"
         )
+        tensors = len(digests(CheckpointRef(soak.storage, last)))
         print(
-            f"{compared} losses and {len(digests(Found(soak.storage, last)))} tensors and experts compared with the "
+            f"{compared} losses and {tensors} tensors and experts compared with the "
             f"undisturbed run: {'all bitwise equal' if not wrong else f'{len(wrong)} PROBLEMS'}"
         )
     finally:

@@ -33,7 +33,7 @@ from flip import tiny
 from soak import Soak, compare, last_step, losses, wait
 
 from moe_dist.checkpoint.manager import Checkpoints
-from moe_dist.checkpoint.reading import Found, whole
+from moe_dist.checkpoint.reading import CheckpointRef, whole
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.tools.flipping import Weights, load
 from moe_dist.config import CheckpointConfig
@@ -137,7 +137,7 @@ def look_at_newest(soak: Soak, before: int | None) -> list[str]:
     """As `Soak.look`, while the run goes on and deletes older steps."""
     newest = soak.newest() or 0
     wrong = [f"step {before} had been committed, now there is {newest}"] if newest < (before or 0) else []
-    damage = whole(Found(soak.storage, newest))
+    damage = whole(CheckpointRef(soak.storage, newest))
     return wrong + (damage if newest in soak.storage.steps() else [])
 
 

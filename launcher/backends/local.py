@@ -77,13 +77,13 @@ def _run(config: Config, proof: Proof | None, signals: Signals, job: dict[str, s
         ranks.ask_to_stop(signals, PATIENCE)
         ranks.end()
         failed = [end for end in ended if end.code]
-        return verdict(failed, ranks.told, ranks.places, config.train.output_dir, len(ranks.processes) == 1)
+        return verdict(failed, ranks.messages, ranks.positions, config.train.output_dir, len(ranks.processes) == 1)
 
 
 def _standing_still(ranks: Ranks, config: Config, longest: float) -> HangDiagnosis | None:
     """Whom all ranks wait for, when in the last `longest` seconds none has moved for `monitor.stall_timeout`."""
     seen = {
-        rank: one._replace(place=one.place._replace(seconds=min(one.place.seconds, longest)))
+        rank: one._replace(position=one.position._replace(seconds=min(one.position.seconds, longest)))
         for rank, one in ranks.seen.items()
     }
     if len(seen) < len(ranks.processes):
@@ -106,7 +106,7 @@ def _interrupted(number: int, ranks: Ranks) -> End:
     restore_terminal()
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     codes = {process.returncode for process in ranks.processes}
-    told = ranks.told.get(0, "")
+    told = ranks.messages.get(0, "")
     if codes == {EXIT_AGAIN}:
         _, _, after = told.partition(" after ")
         line = f"stopped by {name} after {after}" if after else f"stopped by {name}"

@@ -141,14 +141,14 @@ class Rank:
     @property
     def told(self) -> str | None:
         """What went wrong, in the rank's own words."""
-        return self._board.told.get(self.number)
+        return self._board.messages.get(self.number)
 
     def failure(self) -> RankFailed:
         code, text = self.process.returncode, self.told
         log = log_path(self._config.train.output_dir, self.number)
         if text is not None:
-            return RankFailed(text, cause=len(self._board.told) > 1)  # of another rank, too
-        place = self._board.places.get(self._local)
+            return RankFailed(text, cause=len(self._board.messages) > 1)  # of another rank, too
+        place = self._board.positions.get(self._local)
         where = f" {place}" if place is not None and place.step else ""
         who = f"rank {self.number} (pid {self.process.pid} on {socket.gethostname()})"
         if code < 0:

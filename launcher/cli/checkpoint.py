@@ -19,7 +19,7 @@ from launcher.cli.paths import expanded
 from launcher.connect.exit_codes import EXIT_FAILED
 from moe_dist.checkpoint.config_diff import changes
 from moe_dist.checkpoint.lock import quiet
-from moe_dist.checkpoint.reading import Found, read_trainer_state, whole
+from moe_dist.checkpoint.reading import CheckpointRef, read_trainer_state, whole
 from moe_dist.checkpoint.retention import to_remove
 from moe_dist.checkpoint.storage import Storage, open_storage, step_folder
 from moe_dist.checkpoint.storage.encryption import Keys
@@ -254,7 +254,7 @@ def _place(path: str) -> tuple[Storage, list[int]]:
     return storage, []
 
 
-def _steps(storage: Storage, steps: list[int], some: bool = False) -> list[Found]:
+def _steps(storage: Storage, steps: list[int], some: bool = False) -> list[CheckpointRef]:
     found = steps or storage.candidates()
     if some and not found:
         raise ConfigError(f"{storage.where}: there is no checkpoint")
@@ -262,10 +262,10 @@ def _steps(storage: Storage, steps: list[int], some: bool = False) -> list[Found
         storage_has = storage.size(f"{step_folder(step)}/manifest.json") is not None
         if not storage_has:
             storage.manifest(step)  # says what there is beside it
-    return [Found(storage, step) for step in found]
+    return [CheckpointRef(storage, step) for step in found]
 
 
-def _good(path: str, encryption_key: list[str] | None) -> tuple[Found, Manifest, Keys]:
+def _good(path: str, encryption_key: list[str] | None) -> tuple[CheckpointRef, Manifest, Keys]:
     """A checkpoint that verifies, ready to be read."""
     storage, steps = _place(path)
     if not steps:
@@ -283,7 +283,9 @@ def _good(path: str, encryption_key: list[str] | None) -> tuple[Found, Manifest,
     return found, manifest, keys
 
 
-def _check_signature(found: Found, manifest: Manifest, key: str | None, unsigned: bool, sign_with: str | None) -> None:
+def _check_signature(
+    found: CheckpointRef, manifest: Manifest, key: str | None, unsigned: bool, sign_with: str | None
+) -> None:
     """A signature is checked before the copy gets another one, and left out on demand only."""
     if unsigned and sign_with:
         raise ConfigError("--unsigned and --sign-with exclude each other")
@@ -313,7 +315,7 @@ def _going(storage: Storage, keep: int, every: int, best: str | None) -> tuple[l
         raise ConfigError(f"--best {best}: no checkpoint in {storage.where} has that metric")
     while good:
         newest = max(good)
-        wrong = whole(Found(storage, newest))
+        wrong = whole(CheckpointRef(storage, newest))
         if not wrong:
             break
         broken.append(wrong[0])

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_dist.checkpoint.config_diff import Change
-from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.storage.manifest import Manifest
 from moe_dist.checkpoint.tools.listing import Listed, Verdict
 
@@ -92,7 +92,7 @@ def step_as_json(row: Listed) -> dict[str, Any]:
     return found
 
 
-def print_verdicts(where: str, verdicts: Mapping[Found, Verdict]) -> None:
+def print_verdicts(where: str, verdicts: Mapping[CheckpointRef, Verdict]) -> None:
     """A line per step and per problem, and one that sums up."""
     for found, (wrong, note) in verdicts.items():
         said = "ok" if not wrong else f"{len(wrong)} problems" if len(wrong) > 1 else "1 problem"
@@ -105,7 +105,9 @@ def print_verdicts(where: str, verdicts: Mapping[Found, Verdict]) -> None:
     print(f"{where}: {count - len(bad)} of {count} {noun} verified{'; not ' + ', '.join(bad) if bad else ''}")
 
 
-def print_tensors(found: Found, manifest: Manifest, listing: Iterable[Entry], experts: bool, everything: bool) -> None:
+def print_tensors(
+    found: CheckpointRef, manifest: Manifest, listing: Iterable[Entry], experts: bool, everything: bool
+) -> None:
     """Tensors one per line; stacks of experts summed up, or with `experts` one line per expert."""
     plain: list[Entry] = []
     stacks: dict[str, list[Entry]] = {}

@@ -41,7 +41,7 @@ _OURS = "moe-dist-"
 _PORT = 29400
 
 
-def put_in_place(options: Any) -> None:
+def install(options: Any) -> None:
     """torchrun's options, with our rendezvous for its c10d and static; the ranks get the run's name as their token."""
     few_many = str(options.nnodes).split(":")
     alone = options.standalone or few_many[-1] == "1"

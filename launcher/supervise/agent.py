@@ -61,7 +61,7 @@ def _main(arguments: list[str], asked: Asked) -> int:
     )
     from torch.distributed.run import parse_args, run
 
-    from launcher.connect.rendezvous import put_in_place
+    from launcher.connect.rendezvous import install
 
     if os.environ.get("MOE_DIST_DEBUG") != "1":  # our line says the same, and where
         for name in ("multiprocessing.api", "agent.server.api", "rendezvous.dynamic_rendezvous"):
@@ -73,7 +73,7 @@ def _main(arguments: list[str], asked: Asked) -> int:
     few, _, many = str(options.nnodes).partition(":")
     _set_to_watch(Watch(_config(options), asked, elastic=bool(many) and few != many))
     try:
-        put_in_place(options)
+        install(options)
         run(options)
     except ChildFailedError as error:
         code = one_code(failure.exitcode for failure in error.failures.values())
@@ -216,9 +216,9 @@ class Watch:
     def _end_when_deaf(self, board: RankChannel) -> None:
         """Say what a rank has said, and end this process, when nobody else will: torch may wait for an answer of a
         host that is cut off until TCP gives up, a quarter of an hour."""
-        while self.looked is None or time.monotonic() - self.looked < _BLOCKED_LIMIT or not board.told:
+        while self.looked is None or time.monotonic() - self.looked < _BLOCKED_LIMIT or not board.messages:
             time.sleep(0.5)
-        say(f"error: {next(iter(board.told.values()))}")
+        say(f"error: {next(iter(board.messages.values()))}")
         say("error: the place where the machines meet does not answer any more: this machine ends")
         os._exit(EXIT_FAILED)
 
@@ -248,13 +248,13 @@ class Watch:
         if self.board is None:
             return
         here = {worker.local_rank: worker.global_rank for worker in group.workers}
-        places = {here[rank]: place for rank, place in self.board.places.items()}
+        places = {here[rank]: place for rank, place in self.board.positions.items()}
         ended = [Ended(rank, failure.pid, failure.exitcode) for rank, failure in failures.items()]
         # torchrun has ended the others with SIGTERM.
         ended = [end for end in ended if end.code != -signal.SIGTERM] or ended
         folder = self.config.train.output_dir if self.config is not None else None
         several = group.group_world_size > 1
-        told = self.board.told
+        told = self.board.messages
         end = verdict(ended, told, places, folder, len(here) == 1 and not several, socket.gethostname() * several)
         if folder is not None and group.group_rank == 0:  # once, whatever the number of machines
             note(end, folder)

@@ -24,7 +24,7 @@ from moe_dist.checkpoint.lock import begun
 from moe_dist.checkpoint.storage import open_storage, step_folder
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
-from moe_dist.parallel.status import Place
+from moe_dist.parallel.status import Position
 
 
 class Ended(NamedTuple):
@@ -98,7 +98,7 @@ def note(end: End, folder: Path) -> None:
 def verdict(
     failed: list[Ended],
     told: dict[int, str],
-    places: dict[int, Place],
+    places: dict[int, Position],
     folder: Path | None,
     alone: bool,
     host: str = "",

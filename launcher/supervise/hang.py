@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
-from moe_dist.parallel.status import Place
+from moe_dist.parallel.status import Position
 
 WAITING = ("the all-to-all", "reducing gradients", "agreeing on the next step")
 """Phases in which a rank may be held up by others."""
@@ -27,7 +27,7 @@ State = Literal["", "stopped", "cut", "gone"]
 class RankState(NamedTuple):
     """What is known of a rank. `place` is where it was when it was last heard of, `silent` seconds ago."""
 
-    place: Place
+    position: Position
     silent: float = 0.0
     state: State = ""
     inside: str | None = None
@@ -40,14 +40,14 @@ class RankState(NamedTuple):
     @property
     def still(self) -> float:
         """Seconds for which it has not moved, as far as anybody can know."""
-        return self.place.seconds + self.silent
+        return self.position.seconds + self.silent
 
     @property
     def where(self) -> str:
         """Step, phase, layer, and the last collectives with their numbers."""
         calls = ", ".join(f"{name.partition('@')[0]} {number}" for name, number in self.calls.items())
         last = f", last collectives {calls}" if calls else ""
-        return f"{self.place}{f', in {self.inside}' if self.inside else ''}{last}"
+        return f"{self.position}{f', in {self.inside}' if self.inside else ''}{last}"
 
 
 class HangDiagnosis(NamedTuple):
@@ -70,7 +70,7 @@ def diagnose_hang(
     """
     here = [sighting for sighting in seen.values() if sighting.state != "gone"]
     limit = _limit(seen, timeout)
-    begun = [one.place.begun for one in seen.values()]
+    begun = [one.position.begun for one in seen.values()]
     # Who has begun a second step has had all the others in the first, whatever was last heard of them.
     starting = 0 in begun and max(begun) < 2
     if not here or starting or min(one.still for one in here) < limit:
@@ -95,7 +95,7 @@ def diagnose_hang(
         return told(silent, "nothing is heard of it: its link is cut, its host gone, or the process stopped")
     if late := _late(seen):
         return told(late, "its Python stack is in its log")
-    if busy := those(lambda one: one.place.phase not in WAITING and one.inside is None):
+    if busy := those(lambda one: one.position.phase not in WAITING and one.inside is None):
         return told(busy, "its Python stack is in its log")
     places = defaultdict(list)
     for rank, sighting in sorted(seen.items()):
@@ -120,9 +120,11 @@ def _limit(seen: Mapping[int, RankState], timeout: float) -> float:
         return timeout
     if all(one.waited + one.silent >= timeout for one in ones):
         return timeout  # nobody is at work
-    if all(one.place.begun < 2 for one in ones) or any(one.place.phase in _LONG and one.inside is None for one in ones):
+    if all(one.position.begun < 2 for one in ones) or any(
+        one.position.phase in _LONG and one.inside is None for one in ones
+    ):
         return _EASE * timeout
-    return max(timeout, _SLOWER * max(one.place.longest for one in ones))
+    return max(timeout, _SLOWER * max(one.position.longest for one in ones))
 
 
 def _late(seen: Mapping[int, RankState]) -> list[int]:

@@ -105,7 +105,7 @@ class Peers:
         self.heard: dict[int, tuple[float, Message]] = {}
         self.gone: dict[int, float] = {}
         self.left: dict[int, str] = {}
-        self.told: list[Message] = []
+        self.messages: list[Message] = []
         """Messages that are more than a sign of life."""
         self._wake_here, self._wake_there = socket.socketpair()
 
@@ -150,7 +150,7 @@ class Peers:
             if "place" in message:
                 self.heard[rank] = time.monotonic(), message
             else:
-                self.told.append(message)
+                self.messages.append(message)
             if "bye" in message:
                 self.left[rank] = str(message["bye"])
 

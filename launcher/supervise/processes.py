@@ -23,7 +23,7 @@ from launcher.supervise.hang import RankState
 from launcher.supervise.heartbeat import state_of
 from launcher.supervise.rank_channel import RankChannel
 from moe_dist.config import Config, ConfigError
-from moe_dist.parallel.status import Place
+from moe_dist.parallel.status import Position
 from moe_dist.train.interrupts import Interrupts
 
 LOOPBACK = "127.0.0.1"
@@ -121,9 +121,9 @@ class Ranks:
         return any(process.poll() is None for process in self.processes)
 
     @property
-    def told(self) -> dict[int, str]:
+    def messages(self) -> dict[int, str]:
         """What went wrong in each rank in its own words, the first to speak first."""
-        return self.board.told
+        return self.board.messages
 
     @property
     def all_have_heard(self) -> bool:
@@ -131,9 +131,9 @@ class Ranks:
         return len(self.board.heard) == len(self.processes)
 
     @property
-    def places(self) -> dict[int, Place]:
+    def positions(self) -> dict[int, Position]:
         """Where each rank was when it last moved; those that have said nothing yet are missing."""
-        return self.board.places
+        return self.board.positions
 
     @property
     def seen(self) -> dict[int, RankState]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from launcher.connect.rank_job import REPORTS, STATUS
 from launcher.supervise.hang import RankState
-from moe_dist.parallel.status import SLOT, Place, Status, read, read_sign
+from moe_dist.parallel.status import SLOT, Position, Status, read, read_sign
 
 if TYPE_CHECKING:
     from moe_dist.parallel.mesh import Mesh
@@ -71,7 +71,7 @@ class RankChannel:
         return {name: f"/proc/{os.getpid()}/fd/{number}" for name, number in self.for_children().items()}
 
     @property
-    def told(self) -> dict[int, str]:
+    def messages(self) -> dict[int, str]:
         """What went wrong in each rank in its own words, the first to speak first."""
         with suppress(BlockingIOError):
             while data := os.read(self._reports, 65536):
@@ -88,10 +88,10 @@ class RankChannel:
     @property
     def heard(self) -> set[int]:
         """Ranks that know that they are asked to stop."""
-        return self._heard if self.told is not None else set()
+        return self._heard if self.messages is not None else set()
 
     @property
-    def places(self) -> dict[int, Place]:
+    def positions(self) -> dict[int, Position]:
         """Where each rank of this machine was when it last moved; those that have said nothing yet are missing."""
         found = {rank: read(self._slots, rank) for rank in range(self.count)}
         return {rank: place for rank, place in found.items() if place is not None}
@@ -110,7 +110,7 @@ class RankChannel:
 
     def clear(self) -> None:
         """Other ranks will use it."""
-        self.told.clear()
+        self.messages.clear()
         self._heard.clear()
         self._slots[:] = bytes(len(self._slots))
 

@@ -30,7 +30,7 @@ from launcher.supervise.heartbeat import Hub, Message, Offer, Peers, Spoke, stat
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.status import Place, Status
+from moe_dist.parallel.status import Position, Status
 
 logger = logging.getLogger("moe_dist")
 INTERVAL = 0.5
@@ -147,7 +147,7 @@ class Watchdog:
         return None
 
     def _sign_of_life(self) -> Message:
-        place = self.status.place
+        place = self.status.position
         seconds = min(place.seconds, time.monotonic() - self._went_on)
         return {"place": place._replace(seconds=seconds), "calls": self._calls.sign}
 
@@ -158,7 +158,7 @@ class Watchdog:
     def _seen(self, peers: Peers) -> dict[int, RankState]:
         """What is known of everybody who trains; nothing as long as somebody may be about to be heard of first."""
         seen = {self.rank: _sighting(self._sign_of_life(), 0.0, "")}
-        unheard = {"place": self.status.place._replace(seconds=0.0, phase="starting", layer=None, longest=0.0)}
+        unheard = {"place": self.status.position._replace(seconds=0.0, phase="starting", layer=None, longest=0.0)}
         for rank in range(len(self.everybody)) if self.rank == 0 else [0]:
             if rank == self.rank or peers.left.get(rank) == "done":
                 continue
@@ -175,8 +175,8 @@ class Watchdog:
         return seen
 
     def _listen(self, peers: Peers) -> None:
-        while peers.told:
-            message = peers.told.pop(0)
+        while peers.messages:
+            message = peers.messages.pop(0)
             if "end" in message and self.rank != 0:
                 tell_launcher(self.rank, str(message["end"]))
                 self._leave(str(message["end"]), message.get("ranks", []))
@@ -250,7 +250,7 @@ class Watchdog:
 
 
 def _sighting(message: Message, silence: float, state: State) -> RankState:
-    return RankState(Place(*message["place"]), silence, state, **message.get("calls", {}))
+    return RankState(Position(*message["place"]), silence, state, **message.get("calls", {}))
 
 
 def _spaces() -> tuple[str, str]:

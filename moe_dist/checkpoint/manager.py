@@ -14,7 +14,7 @@ import torch
 
 from moe_dist.checkpoint.lock import RunLock
 from moe_dist.checkpoint.ownership import Ownership
-from moe_dist.checkpoint.reading import Found, choose, locate, problems, read_trainer_state
+from moe_dist.checkpoint.reading import CheckpointRef, choose, locate, problems, read_trainer_state
 from moe_dist.checkpoint.shapes import missing_weights, moment_problems
 from moe_dist.checkpoint.shards import Shard, ShardReader, split
 from moe_dist.checkpoint.state import LogicalState, SavePlan, read_into
@@ -47,7 +47,7 @@ class Outcome:
 class Loaded:
     """What a run goes on from."""
 
-    found: Found
+    found: CheckpointRef
     manifest: Manifest
     trainer_state: dict[str, Any]
 
@@ -220,7 +220,7 @@ class Checkpoints:
 
     # ---- loading
 
-    def find(self, wanted: str, skipped: Callable[[str], None]) -> Found | None:
+    def find(self, wanted: str, skipped: Callable[[str], None]) -> CheckpointRef | None:
         """The checkpoint to go on from (collective); None: start afresh, for nothing has ever been committed.
 
         `auto`: the newest that verifies; those before it are told to `skipped`. A step or a path: that one or none.
@@ -228,7 +228,7 @@ class Checkpoints:
         """
         if wanted == "auto":
             steps = self.mesh.ask_rank_zero(self._candidates)
-            return choose([Found(self.storage, step) for step in reversed(steps)], self._accept, skipped)
+            return choose([CheckpointRef(self.storage, step) for step in reversed(steps)], self._accept, skipped)
         found = locate(wanted, self.storage)
         wrong = self.verify(found)
         if wrong:
@@ -246,13 +246,13 @@ class Checkpoints:
             )
         return steps
 
-    def _accept(self, found: Found) -> list[str]:
+    def _accept(self, found: CheckpointRef) -> list[str]:
         wrong = self.verify(found)
         if wrong:
             self.owner.rejected.add(found.step)
         return wrong
 
-    def verify(self, found: Found) -> list[str]:
+    def verify(self, found: CheckpointRef) -> list[str]:
         """Everything wrong with a checkpoint (collective): the ranks share out its files.
 
         Raises CheckpointError for want of its key: a step that only cannot be opened is no reason for an older one.
@@ -271,7 +271,7 @@ class Checkpoints:
 
         return list(dict.fromkeys(line for lines in self.mesh.from_all(self._together(look)) for line in lines))
 
-    def read_state(self, found: Found) -> Loaded:
+    def read_state(self, found: CheckpointRef) -> Loaded:
         """Counters and configuration of a verified checkpoint (collective)."""
 
         def read() -> Loaded:

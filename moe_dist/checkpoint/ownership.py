@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_dist.checkpoint.lock import RunLock
 from moe_dist.checkpoint.retention import to_remove
-from moe_dist.checkpoint.storage import LocalStorage, Storage, same_place, step_folder
+from moe_dist.checkpoint.storage import LocalStorage, Storage, same_storage, step_folder
 from moe_dist.checkpoint.storage.manifest import CheckpointError
 from moe_dist.config import CheckpointConfig
 
@@ -47,7 +47,7 @@ class Ownership:
     def claim(self) -> None:
         """From now on this start writes here, also for those who have another run folder."""
         assert self.lock is not None
-        if same_place(self.storage, LocalStorage(self.lock.path.parent)):
+        if same_storage(self.storage, LocalStorage(self.lock.path.parent)):
             return  # the lock says so
         if (root := self.storage.local_path(".")) is not None:
             root.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ class Ownership:
 
     @property
     def _key(self) -> str:
-        inside = self.lock is not None and same_place(self.storage, LocalStorage(self.lock.path.parent))
+        inside = self.lock is not None and same_storage(self.storage, LocalStorage(self.lock.path.parent))
         return "train.output_dir" if inside else "checkpoint.folder"
 
     def _is_foreign(self, step: int) -> bool:

@@ -17,7 +17,7 @@ from moe_dist.checkpoint.storage.manifest import STATE_FILE, CheckpointError, Ma
 from moe_dist.checkpoint.trainer_state import check_trainer_state
 
 
-class Found(NamedTuple):
+class CheckpointRef(NamedTuple):
     """A committed step and where it is."""
 
     storage: Storage
@@ -31,23 +31,23 @@ class Found(NamedTuple):
         return f"{self.storage.where}/{self.folder}"
 
 
-def locate(wanted: str, storage: Storage) -> Found:
+def locate(wanted: str, storage: Storage) -> CheckpointRef:
     """The checkpoint a person means: a step of this run, or the path or URL of a checkpoint's folder.
 
     Raises CheckpointError when the words mean none; whether it is there and whole is another question.
     """
     if wanted.isdigit():
-        return Found(storage, int(wanted))
+        return CheckpointRef(storage, int(wanted))
     place, _, name = wanted.rstrip("/").rpartition("/")
     match = re.fullmatch(r"checkpoint-(\d+)", name)
     if match is None:
         raise CheckpointError(
             f"checkpoint.resume={wanted}: not auto, never, a step, or the folder of a checkpoint (checkpoint-<step>)"
         )
-    return Found(open_storage(place or "."), int(match[1]))
+    return CheckpointRef(open_storage(place or "."), int(match[1]))
 
 
-def problems(found: Found, manifest: Manifest, names: Iterable[str]) -> list[str]:
+def problems(found: CheckpointRef, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """What is wrong with these files of a checkpoint, each line naming its file; empty when every byte is right."""
 
     def look(name: str) -> str | None:
@@ -79,7 +79,7 @@ def _of(manifest: Manifest, file: str) -> str:
     return f" (holds {', '.join(names[:2])}{more})"
 
 
-def whole(found: Found) -> list[str]:
+def whole(found: CheckpointRef) -> list[str]:
     """Everything that is wrong with a checkpoint; empty when it verifies. One process does all of it."""
     try:
         manifest = found.storage.manifest(found.step)
@@ -93,8 +93,8 @@ def whole(found: Found) -> list[str]:
 
 
 def choose(
-    candidates: Sequence[Found], check: Callable[[Found], list[str]], skipped: Callable[[str], None]
-) -> Found | None:
+    candidates: Sequence[CheckpointRef], check: Callable[[CheckpointRef], list[str]], skipped: Callable[[str], None]
+) -> CheckpointRef | None:
     """The first candidate that verifies, those before it reported through `skipped`; None without candidates.
 
     Raises CheckpointError when there are some and none is good: to start afresh then must be somebody's decision.
@@ -116,7 +116,7 @@ def choose(
     )
 
 
-def read_trainer_state(found: Found, manifest: Manifest, keys: Keys) -> dict[str, Any]:
+def read_trainer_state(found: CheckpointRef, manifest: Manifest, keys: Keys) -> dict[str, Any]:
     """Counters and configuration, of the right form. Raises CheckpointError."""
     path = f"{found.folder}/{STATE_FILE}"
     seal = keys.opening(manifest, str(found))
@@ -129,6 +129,6 @@ def read_trainer_state(found: Found, manifest: Manifest, keys: Keys) -> dict[str
     return check_trainer_state(state, manifest, where)
 
 
-def as_path(found: Found) -> Path | None:
+def as_path(found: CheckpointRef) -> Path | None:
     """The folder on this machine, None in an object store."""
     return found.storage.local_path(found.folder)

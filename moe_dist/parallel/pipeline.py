@@ -79,8 +79,8 @@ class PipelinedTransformer(Transformer):
         assert group is not None
         ranges = layers_by_pp_rank(config)[mesh.pp_rank]
         super().__init__(config.model, config.balance, [layer for layers in ranges for layer in layers])
-        self.group, self.place, self.places = group, mesh.pp_rank, pp_rank_of_stage(config)
-        self.numbers = [stage for stage, place in enumerate(self.places) if place == self.place]
+        self.group, self.pp_rank, self.pp_ranks = group, mesh.pp_rank, pp_rank_of_stage(config)
+        self.numbers = [stage for stage, place in enumerate(self.pp_ranks) if place == self.pp_rank]
         self.dtype = torch.bfloat16 if config.train.pure_bf16 else full_dtype()
         self.logits_dtype = torch.bfloat16 if config.train.bf16 else self.dtype  # autocast leaves them so
         self.device, self.schedule_class = mesh.device, _SCHEDULES[config.parallel.schedule]
@@ -98,14 +98,14 @@ class PipelinedTransformer(Transformer):
         tensor elsewhere.
         """
         assert not torch.is_grad_enabled(), "training goes through `run`"
-        ids, last = x, len(self.places) - 1
+        ids, last = x, len(self.pp_ranks) - 1
         for stage, part in zip(self.numbers, self._parts, strict=True):
-            if stage > 0 and self.places[stage - 1] != self.place:
+            if stage > 0 and self.pp_ranks[stage - 1] != self.pp_rank:
                 x = torch.empty(*ids.shape, self.config.hidden_size, dtype=self.dtype, device=self.device)
-                dist.recv(x, group=self.group, group_src=self.places[stage - 1])
+                dist.recv(x, group=self.group, group_src=self.pp_ranks[stage - 1])
             x = part(x, *arguments, **options)
-            if stage < last and self.places[stage + 1] != self.place:
-                dist.send(x.contiguous(), group=self.group, group_dst=self.places[stage + 1])
+            if stage < last and self.pp_ranks[stage + 1] != self.pp_rank:
+                dist.send(x.contiguous(), group=self.group, group_dst=self.pp_ranks[stage + 1])
         return x if last in self.numbers else x.new_empty(0)
 
     def run(self, micro_batches: list[Inputs], loss_of: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
@@ -132,7 +132,7 @@ class PipelinedTransformer(Transformer):
                 self._pipeline_stage(number, part, shape)
                 for number, part in zip(self.numbers, self._parts, strict=True)
             ]
-            several = len(self.places) > self.group.size()
+            several = len(self.pp_ranks) > self.group.size()
             # Losses are sums over tokens already divided by those of the global batch: the schedule must not scale.
             self._schedules[key] = self.schedule_class(
                 stages if several else stages[0], count, loss_fn=self._compute_loss, scale_grads=False
@@ -148,10 +148,10 @@ class PipelinedTransformer(Transformer):
         return PipelineStage(
             part,
             number,
-            len(self.places),
+            len(self.pp_ranks),
             self.device,
             input_args=first if number == 0 else hidden,
-            output_args=logits if number == len(self.places) - 1 else hidden,
+            output_args=logits if number == len(self.pp_ranks) - 1 else hidden,
             group=self.group,
         )
 

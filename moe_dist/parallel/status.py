@@ -34,7 +34,7 @@ SLOT, _SIGN_AT = 2048, 64
 """Bytes per rank; where in them its last sign of life is: the moment, a length, and as many bytes of JSON."""
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a rank was when it last said so: `seconds` ago, in this phase of this step (from 1; 0: before any)."""
 
     seconds: float
@@ -109,11 +109,11 @@ class Status:
         self._set(*before)
 
     @property
-    def place(self) -> Place:
+    def position(self) -> Position:
         """Where this rank is, for its other threads."""
         layer = None if self.layer < 0 else self.layer
         longest = max(self._longest_before, self._longest)
-        return Place(time.monotonic() - self._since, self.step, PHASES[self.phase], layer, self.begun, longest)
+        return Position(time.monotonic() - self._since, self.step, PHASES[self.phase], layer, self.begun, longest)
 
     @property
     def own_seconds(self) -> float:
@@ -128,12 +128,12 @@ class Status:
         return taken
 
 
-def read(board: mmap.mmap, rank: int) -> Place | None:
+def read(board: mmap.mmap, rank: int) -> Position | None:
     """Where a rank is; None when it has said nothing yet."""
     moment, step, phase, layer, longest, begun = _RECORD.unpack_from(board, rank * SLOT)
     if moment == 0.0:
         return None
-    return Place(time.monotonic() - moment, step, PHASES[phase], None if layer < 0 else layer, begun, longest)
+    return Position(time.monotonic() - moment, step, PHASES[phase], None if layer < 0 else layer, begun, longest)
 
 
 def read_sign(board: mmap.mmap, rank: int) -> tuple[float, dict[str, Any]] | None:

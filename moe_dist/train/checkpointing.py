@@ -9,10 +9,10 @@ from typing import Any
 
 from moe_dist.checkpoint.config_diff import GLOBAL_BATCH, changes, global_batch, micro_batch_change
 from moe_dist.checkpoint.manager import Checkpoints, Loaded, Outcome, check_room
-from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.run_folder import move_earlier_run
 from moe_dist.checkpoint.state import LogicalState
-from moe_dist.checkpoint.storage import open_storage, same_place, step_folder
+from moe_dist.checkpoint.storage import open_storage, same_storage, step_folder
 from moe_dist.checkpoint.storage.manifest import STATE_FILE, CheckpointError
 from moe_dist.config import Config
 from moe_dist.data.identity import difference
@@ -26,7 +26,7 @@ from moe_dist.parallel.state_bytes import moments
 from moe_dist.train.auto_balance import AutoBalance
 from moe_dist.train.build import Datasets
 from moe_dist.train.counters import Counters
-from moe_dist.train.run_setup import RunPlace, write_config
+from moe_dist.train.run_setup import RunStart, write_config
 from moe_dist.train.stopping import Pace, Stopping
 
 logger = logging.getLogger("moe_dist")
@@ -44,7 +44,7 @@ class Persistence:
         loader: GlobalLoader,
         stopping: Stopping,
         acting: AutoBalance,
-        place: RunPlace,
+        start: RunStart,
         datasets: Datasets,
         alive: Callable[[], None],
     ) -> None:
@@ -53,18 +53,18 @@ class Persistence:
         self.loader, self.stopping, self.acting, self._alive = loader, stopping, acting, alive
         checkpoint = config.checkpoint
         storage = open_storage(checkpoint.folder or config.train.output_dir)
-        self.place = place
+        self.start = start
         self._corpus: dict[str, Any] = mesh.ask_rank_zero(lambda: datasets.identities(config.num_evaluated))
         self.checkpoints = Checkpoints(
             storage,
             mesh,
             checkpoint,
-            place.run,
-            place.generation,
-            place.lock,
+            start.run,
+            start.generation,
+            start.lock,
             config.parallel.zero_stage,
-            place.load_optimizer,
-            place.earlier,
+            start.load_optimizer,
+            start.earlier,
         )
         self.saved_step = -1
         """Step of the last save begun, or of the checkpoint the run goes on from."""
@@ -89,13 +89,13 @@ class Persistence:
         On disk nothing is changed before `begin`. `message` tells people on rank 0. Raises CheckpointError on every
         rank, before any weight has changed.
         """
-        resume = self.place.resume
+        resume = self.start.resume
         found = None if resume == "never" else self.checkpoints.find(resume, self._warn)
         owner = self.checkpoints.owner
         if found is not None:
             loaded = self._go_on_from(found, counters, message)
             self.goes_on_from = str(found)
-            if same_place(found.storage, owner.storage):
+            if same_storage(found.storage, owner.storage):
                 owner.run, self._goes_on_after = loaded.manifest.run, found.step
         self.mesh.ask_rank_zero(lambda: owner.later(self._goes_on_after))  # what `begin` would refuse, it refuses now
 
@@ -126,28 +126,28 @@ class Persistence:
             self._warn(f"{names} in {self.folder}: {what}, and {done}")
 
     def _settle(self) -> tuple[list[str], str | None, list[tuple[int, str | None]]]:
-        owner, lock, folder = self.checkpoints.owner, self.place.lock, self.config.train.output_dir
+        owner, lock, folder = self.checkpoints.owner, self.start.lock, self.config.train.output_dir
         later = owner.later(self._goes_on_after)
         removed = owner.clean_up()
-        moved = move_earlier_run(folder) if self.place.resume == "never" else None
+        moved = move_earlier_run(folder) if self.start.resume == "never" else None
         aside = owner.set_aside(later)
         if lock is not None:
-            lock.begin(owner.run, self.place.names)
+            lock.begin(owner.run, self.start.names)
             owner.claim()
-            if self.place.resume == "never":
+            if self.start.resume == "never":
                 lock.note(None)
         write_config(self.config, owner.run)
         return removed, None if moved is None else str(moved), aside
 
-    def _go_on_from(self, found: Found, counters: Counters, message: Callable[[str], None]) -> Loaded:
+    def _go_on_from(self, found: CheckpointRef, counters: Counters, message: Callable[[str], None]) -> Loaded:
         loaded = self.checkpoints.read_state(found)
         try:
             self._go_on_with(loaded, counters, message)
         except (KeyError, TypeError, AttributeError, IndexError) as error:  # of the right form, and nonsense
             text = f"{loaded.found}/{STATE_FILE}: this run cannot go on from it: {type(error).__name__}: {error}"
             raise CheckpointError(text) from error
-        self._read(loaded, self.place.load_optimizer)
-        if not self.place.load_optimizer:
+        self._read(loaded, self.start.load_optimizer)
+        if not self.start.load_optimizer:
             message("the optimizer's moments start afresh (checkpoint.load_optimizer=false)")
         self.saved_step = counters.step
         message(f"resumed from {found} at step {counters.step}")
@@ -243,7 +243,7 @@ class Persistence:
         if self.mesh.rank == 0:
             logger.warning("%s", text)
 
-    def load_best(self) -> Found | None:
+    def load_best(self) -> CheckpointRef | None:
         """Take the weights of the best checkpoint (and its optimizer's state); None when there is none."""
         name = self.config.checkpoint.metric_for_best_model
         assert name is not None
@@ -252,7 +252,7 @@ class Persistence:
             return None
         sign = -1.0 if self.config.checkpoint.greater_is_better else 1.0
         for step in sorted(metrics, key=lambda step: (sign * metrics[step], -step)):
-            found = Found(self.checkpoints.storage, step)
+            found = CheckpointRef(self.checkpoints.storage, step)
             wrong = self.checkpoints.verify(found)
             if not wrong:
                 self._read(self.checkpoints.read_state(found))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pydantic import ValidationError
 
 from moe_dist.checkpoint.lock import Job, begun
-from moe_dist.checkpoint.reading import Found, locate, read_trainer_state
+from moe_dist.checkpoint.reading import CheckpointRef, locate, read_trainer_state
 from moe_dist.checkpoint.storage import open_storage
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.storage.manifest import CheckpointError
@@ -68,7 +68,7 @@ def saved_batch(config: Config, job: Job | None = None) -> int | None:
     try:
         storage = open_storage(checkpoint.folder or config.train.output_dir)
         keys = Keys(checkpoint.encryption_keys)
-        found = [Found(storage, step) for step in reversed(storage.steps())]
+        found = [CheckpointRef(storage, step) for step in reversed(storage.steps())]
         if checkpoint.resume not in ("auto", "never"):
             found.insert(0, locate(checkpoint.resume, storage))
         for one in found:

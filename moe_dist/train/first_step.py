@@ -14,10 +14,10 @@ FIRST, BETWEEN = 3.0, 10.0
 
 
 class FirstStep(Callback):
-    """A thread that says every few seconds what `place` tells, with a clock, until `done`. Quick starts stay quiet."""
+    """A thread that says every few seconds what `activity` is, with a clock, until `done`. Quick starts stay quiet."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.place: Callable[[], str] = lambda: "starting"
+        self.activity: Callable[[], str] = lambda: "starting"
         self.say = say
         self._done = threading.Event()
         self._started = time.monotonic()
@@ -31,7 +31,7 @@ class FirstStep(Callback):
 
     def at(self, words: str) -> None:
         """What goes on now."""
-        self.place = lambda: words
+        self.activity = lambda: words
 
     def on_step_end(self, run: RunState) -> None:
         """The first is the last that is waited for."""
@@ -46,5 +46,5 @@ class FirstStep(Callback):
     def _run(self) -> None:
         pause = FIRST
         while not self._done.wait(pause):
-            self.say(f"{duration(time.monotonic() - self._started)}  {self.place()}")
+            self.say(f"{duration(time.monotonic() - self._started)}  {self.activity()}")
             pause = BETWEEN

@@ -14,7 +14,7 @@ from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
 
 
-def own_place(config: Config) -> Mesh:
+def own_mesh(config: Config) -> Mesh:
     """One process; or in a program that torchrun has started, or that has a process group already, all its ranks.
 
     A group that is started here stays for whatever the program does next. Raises ConfigError for a layout that these

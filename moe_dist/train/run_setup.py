@@ -86,7 +86,7 @@ def one_of(name: str, value: Any, other: str, other_value: Any) -> Any:
     return other_value if value is None else value
 
 
-class RunPlace(NamedTuple):
+class RunStart(NamedTuple):
     """Who writes: the run's id and which start of it this is, the same on every rank; the lock on rank 0."""
 
     run: str
@@ -103,7 +103,7 @@ class RunPlace(NamedTuple):
     lock: RunLock | None
 
 
-def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunPlace:
+def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunStart:
     """Keep others out of the run folder, and log from now on, in memory until `begin`; every rank calls it.
 
     Nothing that lies there is changed. Raises CheckpointError on every rank when somebody is in there, or when the
@@ -125,7 +125,7 @@ def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunPlace:
 
     mine = mesh.ask_rank_zero(take)
     setup_logging(config.train.output_dir, mesh.rank)
-    return RunPlace(*mine, tuple(names), held[0] if held else None)
+    return RunStart(*mine, tuple(names), held[0] if held else None)
 
 
 def _lock_run_folder(config: Config, earlier: set[str]) -> tuple[RunLock, str, bool]:

@@ -59,7 +59,7 @@ class TrainStep:
 
     def where(self) -> str:
         """What this rank is doing, for its other threads: `step 1: micro-batch 3 of 8`."""
-        status = self.status.place
+        status = self.status.position
         return f"step {status.step}: {self._micro_batch or status.phase}"
 
     def __call__(self, batches: list[Batch], step: int, rate: float) -> StepResult:

@@ -27,7 +27,7 @@ from moe_dist.train.checkpointing import Persistence
 from moe_dist.train.counters import Counters
 from moe_dist.train.evaluation import Evaluating
 from moe_dist.train.first_step import FirstStep
-from moe_dist.train.init_distributed import own_place
+from moe_dist.train.init_distributed import own_mesh
 from moe_dist.train.loop import TrainingLoop
 from moe_dist.train.rank_sync import StopRequests
 from moe_dist.train.reporting import Reporter, sinks_of
@@ -96,10 +96,10 @@ class MoETrainer(TrainingLoop):
         show to be wrong.
         """
         if not hasattr(self, "mesh"):
-            self.mesh = own_place(self.config)
+            self.mesh = own_mesh(self.config)
         if dataset is not None:
             self.config.data = given(self.config.data)
-        self.place = take_run_folder(self.config, self.mesh, self.job)
+        self.start = take_run_folder(self.config, self.mesh, self.job)
         self.first_step = FirstStep(ConsoleSink(self.config.monitor.progress).message)
         try:
             if self.mesh.rank == 0:
@@ -123,8 +123,8 @@ class MoETrainer(TrainingLoop):
                 self.reporter.sinks.close()
         finally:
             self.first_step.done()
-            if self.place.lock is not None:
-                self.place.lock.leave()
+            if self.start.lock is not None:
+                self.start.lock.leave()
 
     def _build(self, dataset: Any) -> None:
         config, mesh = self.config, self.mesh
@@ -155,7 +155,7 @@ class MoETrainer(TrainingLoop):
             announce=self._announce("on_evaluate"),
         )
         parts = (self.model, self.engine, self.loader, self.stopping, self.acting)
-        self.persistence = Persistence(config, mesh, *parts, self.place, self.datasets, self.status.alive)
+        self.persistence = Persistence(config, mesh, *parts, self.start, self.datasets, self.status.alive)
         self.persistence.check_room()
         self.saving = Saving(
             *(config.checkpoint, self.persistence, self.counters, self.stopping, self.status),
@@ -178,8 +178,8 @@ class MoETrainer(TrainingLoop):
         self.persistence.begin(self.reporter.sinks.message)
         self._opened(log_path(self.output_dir, self.mesh.rank))
         log_skipped_documents(self.datasets)
-        self.reporter.open(run_info(self.config, self.mesh, self.datasets, self.place.run, self.counters))
+        self.reporter.open(run_info(self.config, self.mesh, self.datasets, self.start.run, self.counters))
         self.started = time.perf_counter() - self.counters.elapsed
         self.callbacks.emit("on_run_begin")
         self._do(self.callbacks.requests())
-        self.first_step.place = self.step.where
+        self.first_step.activity = self.step.where

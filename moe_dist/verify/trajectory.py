@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.checkpoint.reading import Found, read_trainer_state, whole
+from moe_dist.checkpoint.reading import CheckpointRef, read_trainer_state, whole
 from moe_dist.checkpoint.storage import open_storage
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.tools.inspecting import Tensors
@@ -260,7 +260,7 @@ def _checkpoints(found: Path, wanted: Path) -> dict[str, float]:
     if here.candidates() != there.candidates():
         return dict.fromkeys(worst, float("inf"))
     for step in there.candidates():
-        one, other = Found(here, step), Found(there, step)
+        one, other = CheckpointRef(here, step), CheckpointRef(there, step)
         if whole(one):
             return dict.fromkeys(worst, float("inf"))
         (a, state_a), (b, state_b) = _read(one), _read(other)
@@ -271,7 +271,7 @@ def _checkpoints(found: Path, wanted: Path) -> dict[str, float]:
     return worst
 
 
-def _read(found: Found) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(found: CheckpointRef) -> tuple[dict[str, Tensor], dict[str, Any]]:
     manifest = found.storage.manifest(found.step)
     tensors = Tensors(found, manifest, Keys())
     values = {name: tensors.read(name).double() for name in tensors.names()}

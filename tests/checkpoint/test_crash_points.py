@@ -24,7 +24,7 @@ from saved import state
 
 from moe_dist.checkpoint.lock import RunLock
 from moe_dist.checkpoint.manager import Checkpoints, Outcome
-from moe_dist.checkpoint.reading import Found, whole
+from moe_dist.checkpoint.reading import CheckpointRef, whole
 from moe_dist.checkpoint.shards import Piece, split
 from moe_dist.checkpoint.storage import Buffer, LocalStorage
 from moe_dist.checkpoint.storage.encryption import Keys
@@ -54,7 +54,7 @@ def good_steps(folder: Path) -> list[int]:
     """Committed steps; each must be whole and of the step it says."""
     storage = LocalStorage(folder)
     for step in storage.steps():
-        found = Found(storage, step)
+        found = CheckpointRef(storage, step)
         assert whole(found) == []
         for name, value in tensors(found, storage.manifest(step), Keys()):
             assert (value == step).all(), f"{name} of checkpoint-{step} holds {value.flatten()[0]}"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from saved import canonical, copy_of, found_at, rewrite_manifest, shard_of, train, trained
 
-from moe_dist.checkpoint.reading import Found, whole
+from moe_dist.checkpoint.reading import CheckpointRef, whole
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.storage import manifest as manifests
 from moe_dist.checkpoint.storage.manifest import FILE, STATE_FILE, CheckpointError, from_text, to_text
@@ -304,9 +304,9 @@ def test_a_step_without_its_manifest(run: Path, damage: str) -> None:
     assert LocalStorage(run).leftovers() == []
 
 
-def storage_of(run: Path) -> list[Found]:
+def storage_of(run: Path) -> list[CheckpointRef]:
     storage = LocalStorage(run)
-    return [Found(storage, step) for step in storage.candidates()]
+    return [CheckpointRef(storage, step) for step in storage.candidates()]
 
 
 def test_a_good_manifest_comes_through_as_it_was() -> None:

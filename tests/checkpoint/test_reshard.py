@@ -14,7 +14,7 @@ from saved import trainer_state
 from tiny import mesh_of, tiny_config
 
 from moe_dist.checkpoint.manager import Checkpoints
-from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.state import LogicalState
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.storage.encryption import Keys
@@ -126,7 +126,7 @@ def test_every_layout_into_every_other(tmp_path: Path, layouts: list[Layout]) ->
     count = math.lcm(4, *(world for world, *_ in layouts))
     on_ranks(save_each, tmp_path, layouts, count)
     on_ranks(load_each, tmp_path, layouts, count, layouts)
-    written = {layout: digests(Found(LocalStorage(tmp_path / name_of(layout)), 3)) for layout in layouts}
+    written = {layout: digests(CheckpointRef(LocalStorage(tmp_path / name_of(layout)), 3)) for layout in layouts}
     names = set(written[layouts[0]])
     assert sum("w_gate_up[" in name and name.startswith("model.") for name in names) == 2 * 8
     for source in layouts:
@@ -135,7 +135,7 @@ def test_every_layout_into_every_other(tmp_path: Path, layouts: list[Layout]) ->
         for target in layouts:
             pair = f"{name_of(source)}-to-{name_of(target)}"
             again = LocalStorage(tmp_path / pair)
-            assert digests(Found(again, 3)) == written[source], pair
+            assert digests(CheckpointRef(again, 3)) == written[source], pair
             after = values(tmp_path / pair, 4)
             for name, value in twin.items():
                 difference = (after[name] - value).norm() / value.norm().clamp(min=1e-12)
@@ -152,7 +152,7 @@ def on_ranks(function: Callable[..., None], root: Path, layouts: list[Layout], *
 
 
 def values(folder: Path, step: int) -> dict:
-    found = Found(LocalStorage(folder), step)
+    found = CheckpointRef(LocalStorage(folder), step)
     listed = tensors(found, found.storage.manifest(step), Keys())
     return {name: value.double() for name, value in listed if name.startswith("model.")}
 
@@ -185,7 +185,7 @@ def test_forward_passes_change_nothing_that_is_saved_or_loaded(tmp_path: Path) -
     run_ranks(look_between_saves, 4, tmp_path, FORWARD_ONLY)
     for layout in FORWARD_ONLY:
         found = [LocalStorage(tmp_path / name_of(layout) / when) for when in ("trained", "evaluated", "loaded")]
-        trained, *others = [digests(Found(storage, 1)) for storage in found]
+        trained, *others = [digests(CheckpointRef(storage, 1)) for storage in found]
         assert others == [trained, trained], layout
 
 
@@ -216,12 +216,12 @@ def test_pure_bf16_has_the_same_state_everywhere(tmp_path: Path) -> None:
     """
     run_ranks(pure_in_every_layout, 4, tmp_path, PURE)
     Run((1, 1, 1, 0), 4).save(tmp_path / "float32", 0)
-    wanted = digests(Found(LocalStorage(tmp_path / "float32"), 0))
+    wanted = digests(CheckpointRef(LocalStorage(tmp_path / "float32"), 0))
     for layout in PURE:
-        assert digests(Found(LocalStorage(tmp_path / "first" / name_of(layout)), 0)) == wanted
+        assert digests(CheckpointRef(LocalStorage(tmp_path / "first" / name_of(layout)), 0)) == wanted
         for source in (PURE[0], PURE[-1]):
-            again = digests(Found(LocalStorage(tmp_path / f"{name_of(source)}-to-{name_of(layout)}"), 1))
-            assert again == digests(Found(LocalStorage(tmp_path / name_of(source)), 1)), (source, layout)
+            again = digests(CheckpointRef(LocalStorage(tmp_path / f"{name_of(source)}-to-{name_of(layout)}"), 1))
+            assert again == digests(CheckpointRef(LocalStorage(tmp_path / name_of(source)), 1)), (source, layout)
 
 
 OWN = ("model.expert=stacked:WithVectors", "model.num_hidden_layers=1", "model.mlp_only_layers=[]")
@@ -263,11 +263,11 @@ def test_stacks_of_vectors_and_numbers_in_every_layout(optim: str, tmp_path: Pat
     one.step(1)
     one.save(tmp_path / "one", 2)
     run_ranks(own_in_every_layout, 4, tmp_path, optim, LAYOUTS_OF[optim])
-    before, after = digests(Found(LocalStorage(tmp_path / "one"), 1)), values(tmp_path / "one", 2)
+    before, after = digests(CheckpointRef(LocalStorage(tmp_path / "one"), 1)), values(tmp_path / "one", 2)
     assert {"model.layers.0.moe.experts.shift[7]", "model.layers.0.moe.experts.scale[7]"} <= before.keys()
     for ep, zero in LAYOUTS_OF[optim]:
         folder = tmp_path / f"ep{ep}-zero{zero}"
-        assert digests(Found(LocalStorage(folder), 1)) == before, folder.name
+        assert digests(CheckpointRef(LocalStorage(folder), 1)) == before, folder.name
         for name, value in values(folder, 2).items():
             difference = (value - after[name]).norm() / after[name].norm().clamp(min=1e-12)
             assert difference < 1e-5, f"{folder.name}: {name}: {difference}"

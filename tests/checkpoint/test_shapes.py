@@ -126,7 +126,7 @@ def test_moments_of_one_rank_are_named_and_the_weights_saved(tmp_path: Path) -> 
     """What a save right after an evaluation has left is named, and refused; its weights, bias and place in the data can
     be gone on from. The next start of that job takes the moments that it has saved itself.
 
-    Seen to fail at 809b0e3: `verify` said ok. And without `RunPlace.load_optimizer`, in the last line.
+    Seen to fail at 809b0e3: `verify` said ok. And without `RunStart.load_optimizer`, in the last line.
     """
     run = tmp_path / "run"
     shutil.copytree(BROKEN, run)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from programs import Program, metrics
 
-from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.tools.inspecting import digests
 
@@ -137,7 +137,7 @@ def is_the_same(folder: Path, twin: Path) -> None:
     """Every step's loss, and every weight, moment and bias at the end, bit for bit."""
     ours = {row["step"]: row["loss"] for row in metrics(folder, "train")}
     assert ours == {row["step"]: row["loss"] for row in metrics(twin, "train")}
-    assert digests(Found(LocalStorage(folder), 7)) == digests(Found(LocalStorage(twin), 7))
+    assert digests(CheckpointRef(LocalStorage(folder), 7)) == digests(CheckpointRef(LocalStorage(twin), 7))
 
 
 def errors(program: Program) -> list[str]:

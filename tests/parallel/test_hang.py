@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launcher.supervise.hang import TIMEOUT_AFTER_LOSS, RankState, diagnose_hang
-from moe_dist.parallel.status import SLOT, Place, Status, read, read_sign
+from moe_dist.parallel.status import SLOT, Position, Status, read, read_sign
 
 LIMIT = 60.0
 
@@ -25,7 +25,7 @@ def at(
     longest: float = 0.0,
     **more: Any,
 ) -> RankState:
-    return RankState(Place(seconds, step, phase, layer, begun, longest), **more)
+    return RankState(Position(seconds, step, phase, layer, begun, longest), **more)
 
 
 def test_nobody_is_named_while_anyone_moves() -> None:
@@ -57,10 +57,12 @@ def test_the_first_step_may_compile() -> None:
     compiling = at("computing", begun=1, step=1000, seconds=500.0)
     waiting = at(begun=1, step=1000, seconds=500.0, inside="all_to_all_single")
     assert diagnose_hang({0: compiling, 1: waiting}, LIMIT) is None
-    assert diagnose_hang({0: compiling, 1: waiting._replace(place=waiting.place._replace(begun=0))}, LIMIT) is None
+    assert (
+        diagnose_hang({0: compiling, 1: waiting._replace(position=waiting.position._replace(begun=0))}, LIMIT) is None
+    )
     assert diagnose_hang({0: compiling._replace(state="stopped"), 1: waiting}, LIMIT) is not None
     assert diagnose_hang({0: compiling._replace(silent=40.0), 1: waiting}, LIMIT) is not None
-    late = [one._replace(place=one.place._replace(seconds=601.0)) for one in (compiling, waiting)]
+    late = [one._replace(position=one.position._replace(seconds=601.0)) for one in (compiling, waiting)]
     assert diagnose_hang(dict(enumerate(late)), LIMIT) is not None
 
 
@@ -97,8 +99,8 @@ def test_what_a_rank_writes_down_is_what_its_launcher_reads(tmp_path: Path) -> N
             status.alive()
         found = read(board, 1)
         assert found is not None
-        assert found[1:5] == status.place[1:5] == (step, "computing", 3, step - 40)
-        assert (found.longest >= 0.05) == (status.place.longest >= 0.05) == (step < 43)
+        assert found[1:5] == status.position[1:5] == (step, "computing", 3, step - 40)
+        assert (found.longest >= 0.05) == (status.position.longest >= 0.05) == (step < 43)
     assert read_sign(board, 1) is None
     sign = {"inside": None, "calls": {"ep@0#7": 12}, "waited": 0.0}
     status.tell(sign)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from patches import Replace
 
-from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.tools.inspecting import digests
 from moe_dist.checkpoint.writing import Writer
@@ -54,7 +54,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def values(folder: Path, step: int) -> dict[str, str]:
-    return digests(Found(LocalStorage(folder), step))
+    return digests(CheckpointRef(LocalStorage(folder), step))
 
 
 def damage(folder: Path, step: int) -> str:

@@ -7,10 +7,19 @@ from pathlib import Path
 from moe_dist.checkpoint.storage.base import CHUNK, Buffer, Storage, set_aside_name, step_folder
 from moe_dist.checkpoint.storage.local import LocalStorage
 
-__all__ = ["CHUNK", "Buffer", "LocalStorage", "Storage", "open_storage", "same_place", "set_aside_name", "step_folder"]
+__all__ = [
+    "CHUNK",
+    "Buffer",
+    "LocalStorage",
+    "Storage",
+    "open_storage",
+    "same_storage",
+    "set_aside_name",
+    "step_folder",
+]
 
 
-def same_place(one: Storage, other: Storage) -> bool:
+def same_storage(one: Storage, other: Storage) -> bool:
     """Whether both are the same folder, however it is written."""
     here, there = one.local_path("."), other.local_path(".")
     return one.where == other.where if here is None or there is None else here.resolve() == there.resolve()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.shards import TORCH_DTYPES, ShardReader
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.storage.manifest import Manifest, TensorEntry
@@ -46,7 +46,7 @@ def is_stack(name: str, entry: TensorEntry) -> bool:
 class Tensors:
     """The logical tensors of one checkpoint by name, put together from their boxes. Keeps one file open."""
 
-    def __init__(self, found: Found, manifest: Manifest, keys: Keys) -> None:
+    def __init__(self, found: CheckpointRef, manifest: Manifest, keys: Keys) -> None:
         """Raises CheckpointError when it is sealed and the key is missing."""
         self.found, self.manifest = found, manifest
         seal = keys.opening(manifest, str(found))
@@ -82,7 +82,7 @@ class Tensors:
         self._reader.close()
 
 
-def tensors(found: Found, manifest: Manifest, keys: Keys) -> Iterator[tuple[str, Tensor]]:
+def tensors(found: CheckpointRef, manifest: Manifest, keys: Keys) -> Iterator[tuple[str, Tensor]]:
     """Every logical tensor, one at a time."""
     source = Tensors(found, manifest, keys)
     for name in source.names():
@@ -90,7 +90,7 @@ def tensors(found: Found, manifest: Manifest, keys: Keys) -> Iterator[tuple[str,
     source.close()
 
 
-def entries(found: Found, manifest: Manifest, keys: Keys) -> Iterator[Entry]:
+def entries(found: CheckpointRef, manifest: Manifest, keys: Keys) -> Iterator[Entry]:
     """Shape, norm and hash of every logical tensor; a stack of experts gives one entry per expert."""
     for name, whole in tensors(found, manifest, keys):
         entry = manifest.tensors[name]
@@ -101,7 +101,7 @@ def entries(found: Found, manifest: Manifest, keys: Keys) -> Iterator[Entry]:
             yield _entry(name, None, whole, entry.dtype)
 
 
-def digests(found: Found, keys: Keys | None = None) -> dict[str, str]:
+def digests(found: CheckpointRef, keys: Keys | None = None) -> dict[str, str]:
     """SHA-256 of every logical tensor and expert by name: equal for equal values, whatever layout wrote them."""
     listed = entries(found, found.storage.manifest(found.step), keys or Keys())
     return {

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_dist.checkpoint.reading import Found, read_trainer_state, whole
+from moe_dist.checkpoint.reading import CheckpointRef, read_trainer_state, whole
 from moe_dist.checkpoint.shapes import configuration_problems
 from moe_dist.checkpoint.storage import Storage
 from moe_dist.checkpoint.storage.encryption import Keys
@@ -18,7 +18,7 @@ from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
 class Listed(NamedTuple):
     """A step as it looks from outside. `problems`: of its manifest and of the sizes of its files."""
 
-    found: Found
+    found: CheckpointRef
     manifest: Manifest | None
     problems: list[str]
 
@@ -33,7 +33,7 @@ class Listed(NamedTuple):
             return None
 
 
-def listed(found: Found) -> Listed:
+def listed(found: CheckpointRef) -> Listed:
     """Look at one step. Never raises for what is wrong with it."""
     try:
         manifest = found.storage.manifest(found.step)
@@ -43,14 +43,14 @@ def listed(found: Found) -> Listed:
     return Listed(found, manifest, wrong)
 
 
-def _size_problem(found: Found, manifest: Manifest, name: str) -> str | None:
+def _size_problem(found: CheckpointRef, manifest: Manifest, name: str) -> str | None:
     size, expected = found.storage.size(f"{found.folder}/{name}"), manifest.files[name].bytes
     if size is None:
         return f"{found}/{name}: missing"
     return None if size == expected else f"{found}/{name}: {size} bytes instead of {expected}"
 
 
-def seal_problems(found: Found, manifest: Manifest, keys: Keys, names: Iterable[str]) -> Iterator[str]:
+def seal_problems(found: CheckpointRef, manifest: Manifest, keys: Keys, names: Iterable[str]) -> Iterator[str]:
     """Sealed files that these keys do not open. Raises CheckpointError when none of the keys is the right one."""
     seal = keys.opening(manifest, str(found))
     if seal is None:
@@ -69,7 +69,7 @@ class Verdict(NamedTuple):
     note: str | None
 
 
-def verdict(found: Found, keys: Keys) -> Verdict:
+def verdict(found: CheckpointRef, keys: Keys) -> Verdict:
     """Read a step in full: bytes, signature and seals by these keys, shapes. Raises CheckpointError for a wrong key."""
     wrong = whole(found)
     if wrong:

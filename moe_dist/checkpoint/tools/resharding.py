@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
-from moe_dist.checkpoint.reading import Found, read_trainer_state, whole
+from moe_dist.checkpoint.reading import CheckpointRef, read_trainer_state, whole
 from moe_dist.checkpoint.shards import Piece, Shard
 from moe_dist.checkpoint.storage import Storage
 from moe_dist.checkpoint.storage.encryption import Keys
@@ -38,7 +38,7 @@ def cut(tensors: Mapping[str, TensorEntry], num_shards: int) -> list[list[Piece]
     return [pieces for pieces in files if pieces]
 
 
-def reshard(source: Found, opening: Keys, storage: Storage, num_shards: int, sealing: Keys) -> Found:
+def reshard(source: CheckpointRef, opening: Keys, storage: Storage, num_shards: int, sealing: Keys) -> CheckpointRef:
     """Write `source` into `num_shards` files as the same step of `storage`. Returns the new checkpoint, verified.
 
     `opening`: keys of the source; `sealing`: of the copy, empty for a plain one. The layout of the source stays in
@@ -52,7 +52,7 @@ def reshard(source: Found, opening: Keys, storage: Storage, num_shards: int, sea
     tensors = Tensors(source, manifest, opening)
     staging = storage.staging(source.step, manifest.generation)
     saving = Saving(storage, sealing, staging, source.step, manifest.run, manifest.generation, manifest.layout)
-    made = Found(storage, source.step)
+    made = CheckpointRef(storage, source.step)
     storage.refuse_existing(source.step)
     storage.begin(staging, manifest.generation)
     try:

@@ -74,7 +74,7 @@ def noise_by_stages_of_one_length(replace: Replace) -> None:
         make(self, *arguments)
         for stage, part in zip(self.numbers, self._parts, strict=True):
             first = min(int(layer) for layer in part.layers)
-            shifts[part] = stage * self.config.num_hidden_layers // len(self.places) - first
+            shifts[part] = stage * self.config.num_hidden_layers // len(self.pp_ranks) - first
 
     def wrong(self: PipelinePart, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         if options.get("noise") is not None:

@@ -22,7 +22,7 @@ from ray_cluster import Cluster, missing
 from launcher.backends.ray import Plan, Request, plan
 from launcher.connect.environment import ray_address
 from launcher.supervise import agent
-from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.tools.inspecting import digests
 from moe_dist.config import ConfigError, load_config
@@ -279,7 +279,9 @@ class TestReal:
         assert (manifest["layout"]["world"], manifest["layout"]["ep"]) == (2, 2)
         assert by_step(work.run_folder) == by_step(twin)
         assert len(by_step(twin)) == STEPS
-        assert digests(Found(LocalStorage(work.run_folder), STEPS)) == digests(Found(LocalStorage(twin), STEPS))
+        assert digests(CheckpointRef(LocalStorage(work.run_folder), STEPS)) == digests(
+            CheckpointRef(LocalStorage(twin), STEPS)
+        )
 
     def test_what_the_data_shows_to_be_wrong_is_not_tried_again(self, work: Work) -> None:
         """Exit code 2 and one line, from a rank that has looked."""

@@ -17,7 +17,7 @@ import pytest
 from programs import BIN, losses, metrics, write_config
 from slurm_cluster import Cluster, missing
 
-from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.tools.inspecting import digests
 
@@ -149,7 +149,7 @@ def is_the_same(folder: Path, twin: Path) -> None:
     ours = {row["step"]: row["loss"] for row in metrics(folder, "train")}
     assert ours == {row["step"]: row["loss"] for row in metrics(twin, "train")}
     assert len(ours) == STEPS
-    assert digests(Found(LocalStorage(folder), STEPS)) == digests(Found(LocalStorage(twin), STEPS))
+    assert digests(CheckpointRef(LocalStorage(folder), STEPS)) == digests(CheckpointRef(LocalStorage(twin), STEPS))
 
 
 LONG = ("--nodes=2", "--ntasks-per-node=1", f"train.max_steps={STEPS}", "checkpoint.save_steps=4")

@@ -46,7 +46,7 @@ def test_who_is_heard_who_leaves_and_who_has_gone(hub: Hub) -> None:
     until(hub, lambda: 1 in hub.heard)
     assert hub.heard[1][1]["place"] == [0.5, 3, "computing", None]
     hub.send({"lost": "x"})
-    until(two, lambda: two.told)
+    until(two, lambda: two.messages)
     one.send({"bye": "done", "rank": 1})
     one.close()
     two.close()

@@ -15,7 +15,7 @@ import pytest
 from programs import FOREVER, ONE_RANK, Program, metrics
 
 from launcher.supervise.processes import GRACE
-from moe_dist.checkpoint.reading import Found
+from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.tools.inspecting import digests
 from moe_dist.train.interrupts import APART
@@ -176,7 +176,7 @@ def test_a_save_cut_short_leaves_the_step_before(config: Path, tmp_path: Path, t
     assert {row["step"]: row["loss"] for row in metrics(tmp_path / "run", "train")} == {
         row["step"]: row["loss"] for row in metrics(tmp_path / "twin", "train")
     }
-    ours_now, theirs = (Found(LocalStorage(tmp_path / name), 12) for name in ("run", "twin"))
+    ours_now, theirs = (CheckpointRef(LocalStorage(tmp_path / name), 12) for name in ("run", "twin"))
     assert digests(ours_now) == digests(theirs)
 
 
