@@ -11,6 +11,8 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 
+from moe_dist.models.moe import LocalDispatcher, MoE
+
 REACHED: Counter[str | None] = Counter()
 """By bug: how often this process has called what was put in the place of something."""
 
@@ -38,3 +40,8 @@ def replacing(stack: ExitStack, bug: str) -> Replace:
 def rank() -> int:
     """This process's number in the world; 0 where there is one."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def over_ranks(layer: MoE) -> bool:
+    """Whether its experts are on several."""
+    return not isinstance(layer.dispatcher, LocalDispatcher)
