@@ -23,12 +23,12 @@ def advice(error: BaseException) -> str:
 def why_killed() -> str:
     """What to say of a process that was ended by SIGKILL."""
     if _kills() > _BEFORE:
-        return f", probably by the kernel for want of memory ({_LESS})"
-    return ", by someone or for want of memory"
+        return f", probably by the kernel's OOM killer ({_LESS})"
+    return ", by a person or by the kernel's OOM killer"
 
 
 def _kills() -> int:
-    """Processes that the kernel of this machine has ended for want of memory (Linux)."""
+    """Processes that the kernel of this machine has ended by its OOM killer (Linux)."""
     with suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):

@@ -99,7 +99,7 @@ def test_not_enough_memory(config: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_kernel_takes_the_memory(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank killed for want of memory. Seen to fail without looking at what the kernel has counted."""
+    """A rank killed by the OOM killer. Seen to fail without looking at what the kernel has counted."""
     group = Path("/sys/fs/cgroup/memory", f"moe-dist-{os.getpid()}")
     try:
         group.mkdir()
@@ -112,7 +112,7 @@ def test_the_kernel_takes_the_memory(config: Path, tmp_path: Path, monkeypatch: 
     finally:
         group.rmdir()
     (line,) = program.err.splitlines()
-    place = r"was ended by SIGKILL in step 2, computing, probably by the kernel for want of memory \(less of it, "
+    place = r"was ended by SIGKILL in step 2, computing, probably by the kernel's OOM killer \(less of it, "
     assert re.search(place, line), line
 
 

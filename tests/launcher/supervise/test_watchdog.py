@@ -125,7 +125,7 @@ def test_a_killed_rank_is_named_once(config: Path, tmp_path: Path, victim: int) 
 def test_an_agent_of_ours_says_it_in_one_line_and_starts_again(config: Path, tmp_path: Path) -> None:
     """The rank that stands still is ended with SIGKILL, which is not what went wrong.
 
-    Seen to fail with that signal named as the cause: `was ended by SIGKILL, by someone or for want of memory`.
+    Seen to fail with that signal named as the cause: `was ended by SIGKILL, by a person or by the kernel's OOM killer`.
     """
     options = ("train.max_steps=60", "checkpoint.save_steps=4", "monitor.stall_timeout=4")
     program = start(config, tmp_path, *options, starter=("moe-dist", "launch", "torchrun"))
