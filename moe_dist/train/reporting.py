@@ -232,13 +232,6 @@ class Reporter(Callback):
             **over_ranks(ranks),
         )
         self.sinks.train(record)
-        if failed := {layer.layer: layer.fallback_tokens for layer in self.layers if layer.fallback_tokens}:
-            logger.warning(
-                "router logits were not finite: fallback expert %s took %d tokens of layers %s",
-                self.config.balance.fallback_expert,
-                sum(failed.values()),
-                ", ".join(map(str, failed)),
-            )
         self._say(self.diagnosis.train(record))
         self.start_interval()
         status.at("agreeing on the next step")  # with rank 0, which has written its line first

@@ -49,8 +49,7 @@ def test_tokens_whose_gate_fails_are_counted_and_said(tmp_path: Path, caplog: py
             assert 0 < failed < 64
             assert sum(layer["tokens_per_expert"]) == 2 * 64 - failed  # two experts each, but for those
             assert layer["tokens_per_expert"][1] >= failed
-    total = sum(layer["fallback_tokens"] for layer in records[0]["layers"])
-    assert f"fallback expert 1 took {total} tokens of layers " in caplog.text
+    assert caplog.text.count("were routed by the fallback: the router's outputs are not finite, in ") == 1
 
 
 def test_expert_choice_says_that_it_is_not_causal(
