@@ -147,7 +147,7 @@ class Soak:
         elif how == "launcher":
             process.kill()
         else:
-            kill([self.draw.choice(self.ranks(process))])
+            kill([self.draw.choice(self.rank_pids(process))])
 
     def alive(self) -> list[int]:
         """Processes of this run, its launcher first."""
@@ -159,7 +159,7 @@ class Soak:
                         found.append(int(entry.name))
         return sorted(found)
 
-    def ranks(self, process: subprocess.Popen[bytes]) -> list[int]:
+    def rank_pids(self, process: subprocess.Popen[bytes]) -> list[int]:
         """What `process` has started to train; before that, what starts it."""
         others = [pid for pid in self.alive() if pid != process.pid]
         return [pid for pid in others if not is_fork_server(pid)] or others

@@ -97,7 +97,7 @@ def signals(soak: Soak, count: int, seconds: float) -> list[str]:
 def send(soak: Soak, process: subprocess.Popen[bytes], number: signal.Signals, draw: random.Random) -> None:
     """To the launcher, its process group, or one rank."""
     to = draw.choice(("launcher", "group", "rank"))
-    ranks = soak.ranks(process)
+    ranks = soak.rank_pids(process)
     with suppress(ProcessLookupError):
         if to == "group":
             os.killpg(process.pid, number)
