@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-
 from moe_dist import __version__
 from moe_dist.checkpoint.reading import Found
 from moe_dist.checkpoint.storage.manifest import Manifest
