@@ -25,23 +25,24 @@ ROOT = Path(__file__).parent.parent
 # A wing (the launcher, each folder of moe_dist) may have floors of its own, such as 4.1; wings of one floor know
 # nothing of each other.
 ROOMS: tuple[tuple[float, tuple[str, ...]], ...] = (
-    (9, ("tests",)),
-    (8, ("tools",)),
-    (7.7, ("moe_dist.__main__", "moe_dist.train.__main__")),  # `python -m moe_dist`
-    (7.5, ("launcher.cli",)),
-    (7.4, ("launcher.sweep",)),
-    (7.3, ("launcher.backends",)),
-    (7.2, ("launcher.rank",)),
-    (7.1, ("launcher.supervise",)),
-    (7.0, ("launcher.connect",)),
-    (7.6, ("launcher",)),  # `python -m launcher`
-    (6, ("moe_dist.finetune",)),
-    (6, ("moe_dist.evaluate",)),
-    (6, ("moe_dist.generate",)),
-    (6, ("moe_dist.serve",)),
-    (6, ("moe_dist.plan",)),
-    (6, ("moe_dist.verify",)),
-    (5, ("moe_dist.train",)),
+    (10, ("tests",)),
+    (9, ("tools",)),
+    (8.7, ("moe_dist.__main__", "moe_dist.train.__main__")),  # `python -m moe_dist`
+    (8.5, ("launcher.cli",)),
+    (8.4, ("launcher.sweep",)),
+    (8.3, ("launcher.backends",)),
+    (8.2, ("launcher.rank",)),
+    (8.1, ("launcher.supervise",)),
+    (8.0, ("launcher.connect",)),
+    (8.6, ("launcher",)),  # `python -m launcher`
+    (7, ("moe_dist.finetune",)),
+    (7, ("moe_dist.evaluate",)),
+    (7, ("moe_dist.generate",)),
+    (7, ("moe_dist.serve",)),
+    (7, ("moe_dist.plan",)),
+    (7, ("moe_dist.verify",)),
+    (6, ("moe_dist.train",)),
+    (5, ("moe_dist.pretrained",)),
     (4.2, ("moe_dist.checkpoint.tools",)),
     (4.0, ("moe_dist.checkpoint.storage",)),
     (4.1, ("moe_dist.checkpoint",)),
@@ -217,7 +218,7 @@ def room_of(name: str) -> tuple[int, tuple[str, ...]] | None:
 
 
 def _wing(name: str) -> str:
-    return "launcher" if int((room_of(name) or (0, ()))[0]) == 7 else ".".join(name.split(".")[:2])
+    return "launcher" if int((room_of(name) or (0, ()))[0]) == 8 else ".".join(name.split(".")[:2])
 
 
 def violations(modules: Modules) -> list[str]:
@@ -326,23 +327,25 @@ def test_light_modules_load_nothing_heavy() -> None:
 
 # File, what is written at its end (; new line), and what the checker must say.
 PLANTS = """
-moe_dist/parallel/mesh.py | from moe_dist.train import loss | floor 3.0 imports floor 5: moe_dist.train.loss
-moe_dist/parallel/mesh.py | from ..train.loss import x | floor 3.0 imports floor 5: moe_dist.train.loss.x
+moe_dist/parallel/mesh.py | from moe_dist.train import loss | floor 3.0 imports floor 6: moe_dist.train.loss
+moe_dist/parallel/mesh.py | from ..train.loss import x | floor 3.0 imports floor 6: moe_dist.train.loss.x
 moe_dist/parallel/mesh.py | def f():;    import moe_dist.monitor.records | floor 3.0 imports floor 4
 moe_dist/models/moe.py | if TYPE_CHECKING:;    import moe_dist.parallel.mesh | floor 1 imports floor 3
-moe_dist/models/moe.py | importlib.import_module("moe_dist.train") | floor 1 imports floor 5: moe_dist.train
+moe_dist/models/moe.py | importlib.import_module("moe_dist.train") | floor 1 imports floor 6: moe_dist.train
 moe_dist/models/moe.py | from moe_dist.data.batch import Batch | floor 1 imports floor 2
-moe_dist/train/loss.py | import launcher.rank.worker | floor 5 imports floor 7
+moe_dist/train/loss.py | import launcher.rank.worker | floor 6 imports floor 8
 moe_dist/monitor/records.py | from moe_dist.checkpoint import plain | floor 4.0 imports floor 4.1
 moe_dist/monitor/report/page.py | from moe_dist.checkpoint.storage import Storage | floor 4.3 imports floor 4.0
 moe_dist/monitor/health/rules.py | import moe_dist.monitor.sinks.text | floor 4.1 imports floor 4.2
 moe_dist/checkpoint/storage/base.py | def f():;    import moe_dist.checkpoint.manager | floor 4.0 imports floor 4.1
 moe_dist/parallel/mesh.py | from moe_dist.parallel.engines import fsdp | floor 3.0 imports floor 3.1
-launcher/supervise/hang.py | import launcher.rank.worker | floor 7.1 imports floor 7.2
-launcher/connect/addresses.py | from launcher.cli.paths import expanded | floor 7.0 imports floor 7.5
+launcher/supervise/hang.py | import launcher.rank.worker | floor 8.1 imports floor 8.2
+launcher/connect/addresses.py | from launcher.cli.paths import expanded | floor 8.0 imports floor 8.5
 moe_dist/train/schedule.py | def f():;    import moe_dist.train.trainer | imports itself by way of
 moe_dist/monitor/sinks/base.py | if TYPE_CHECKING:;    import moe_dist.monitor.sinks.console | imports itself by way of
-moe_dist/serve/extra.py | import moe_dist.generate | floor 6 imports floor 6
+moe_dist/pretrained/export.py | def f():;    import moe_dist.train.step | floor 5 imports floor 6: moe_dist.train.step
+moe_dist/checkpoint/manager.py | import moe_dist.pretrained.export | floor 4.1 imports floor 5
+moe_dist/serve/extra.py | import moe_dist.generate | floor 7 imports floor 7
 moe_dist/config/tree.py | from moe_dist.models import counts | floor 0 imports floor 1
 moe_dist/__init__.py | from moe_dist.config import Config | floor -1 imports floor 0
 moe_dist/extras.py | import os | on no floor

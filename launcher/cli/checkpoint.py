@@ -54,8 +54,8 @@ def ls(path: Place, as_json: AsJson = False) -> None:
     """What is there: every step with size, layout, metrics and age. Reads manifests and sizes only."""
     from launcher.cli.checkpoint_table import print_steps, step_as_json
 
-    with _plainly():
-        storage, steps = _place(path)
+    with plainly():
+        storage, steps = place_of(path)
         rows = [listed(found) for found in _steps(storage, steps)]
         leftovers = {} if steps else {name: room_taken(storage, name) for name in storage.leftovers()}
     if as_json:
@@ -74,9 +74,9 @@ def verify(path: Place, encryption_key: Key = None, signing_key: SigningKey = No
     """
     from launcher.cli.checkpoint_table import print_verdicts
 
-    with _plainly():
+    with plainly():
         keys = Keys(encryption_key or (), signing_key)
-        storage, steps = _place(path)
+        storage, steps = place_of(path)
         found = _steps(storage, steps, some=True)
         verdicts = {one: verdict(one, keys) for one in found}
     good = not any(one.problems for one in verdicts.values())
@@ -101,8 +101,8 @@ def inspect(
     from launcher.cli.checkpoint_table import print_tensors, tensors_as_json
     from moe_dist.checkpoint.tools.inspecting import entries
 
-    with _plainly():
-        found, manifest, keys = _good(checkpoint, encryption_key)
+    with plainly():
+        found, manifest, keys = good_checkpoint(checkpoint, encryption_key)
         listing = list(entries(found, manifest, keys))
     if as_json:
         _print_json({"path": str(found), "step": found.step, "tensors": tensors_as_json(listing)})
@@ -119,8 +119,8 @@ def diff(first: One, second: One, encryption_key: Key = None, as_json: AsJson = 
     from launcher.cli.checkpoint_table import difference_as_json, print_differences
     from moe_dist.checkpoint.tools.inspecting import Tensors, differences
 
-    with _plainly():
-        sides = [_good(path, encryption_key) for path in (first, second)]
+    with plainly():
+        sides = [good_checkpoint(path, encryption_key) for path in (first, second)]
         one, other = (Tensors(*side) for side in sides)
         found = list(differences(one, other))
         states = [read_trainer_state(*side) for side in sides]
@@ -148,8 +148,8 @@ def prune(
     """
     from launcher.cli.checkpoint_table import size
 
-    with _plainly():
-        storage, steps = _place(path)
+    with plainly():
+        storage, steps = place_of(path)
         if steps:
             raise ConfigError(f"{path}: one checkpoint; prune takes the folder that holds several")
         run_folder = Path(path.removeprefix("file://"))
@@ -204,8 +204,8 @@ def reshard(
     from moe_dist.checkpoint.tools.inspecting import digests
     from moe_dist.checkpoint.tools.resharding import reshard as write
 
-    with _plainly():
-        found, manifest, keys = _good(source, encryption_key)
+    with plainly():
+        found, manifest, keys = good_checkpoint(source, encryption_key)
         if decrypt and seal_with:
             raise ConfigError("--decrypt and --seal-with exclude each other")
         _check_signature(found, manifest, signing_key, unsigned, sign_with)
@@ -225,7 +225,7 @@ def reshard(
 
 
 @contextmanager
-def _plainly() -> Iterator[None]:
+def plainly() -> Iterator[None]:
     """Errors of checkpoints are one line: 1 when one is damaged, which prints it here."""
     try:
         yield
@@ -235,7 +235,7 @@ def _plainly() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-def _place(path: str) -> tuple[Storage, list[int]]:
+def place_of(path: str) -> tuple[Storage, list[int]]:
     """The storage a person means, and the step when it is one checkpoint. Follows a run's own configuration."""
     parent, _, name = path.rstrip("/").rpartition("/")
     match = re.fullmatch(r"checkpoint-(\d+)", name)
@@ -265,9 +265,9 @@ def _steps(storage: Storage, steps: list[int], some: bool = False) -> list[Check
     return [CheckpointRef(storage, step) for step in found]
 
 
-def _good(path: str, encryption_key: list[str] | None) -> tuple[CheckpointRef, Manifest, Keys]:
+def good_checkpoint(path: str, encryption_key: list[str] | None) -> tuple[CheckpointRef, Manifest, Keys]:
     """A checkpoint that verifies, ready to be read."""
-    storage, steps = _place(path)
+    storage, steps = place_of(path)
     if not steps:
         known = ", ".join(step_folder(step) for step in storage.steps()) or "none"
         raise ConfigError(f"{path}: not one checkpoint but a place for several; there: {known}")

@@ -17,6 +17,7 @@ from rich.markup import escape
 from launcher.backends.command import for_world
 from launcher.cli import checkpoint
 from launcher.cli.completion import RunCommand
+from launcher.cli.export import export
 from launcher.cli.init import init
 from launcher.cli.launch import app as launch_app
 from launcher.cli.paths import expanded
@@ -250,6 +251,7 @@ def profile(
 
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(sweep)
 app.command()(init)
+app.command()(export)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,6 +19,15 @@ SAVE_WEIGHTS = "the weights are whole: go on from them alone with checkpoint.loa
 def shapes_of(manifest: Manifest) -> dict[str, Shape]:
     """Name -> shape of every tensor."""
     return {name: entry.shape for name, entry in manifest.tensors.items()}
+
+
+def weight_source(name: str, tensors: Container[str]) -> str:
+    """Which tensor of a checkpoint is the weight `name` (a name of the model, without `model.`), in full precision.
+
+    Weights of a run in `pure_bf16` once stood there rounded, beside `master` in the optimizer's state.
+    """
+    master = f"{OPTIMIZER}{name}.master"
+    return master if master in tensors else f"{MODEL}{name}"
 
 
 def wrong_weights(found: Mapping[str, Shape], model: Mapping[str, Shape]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan as DistributedSavePlan
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from moe_dist.checkpoint.shapes import MODEL, OPTIMIZER, SAVE_WEIGHTS, wrong_moments, wrong_weights
+from moe_dist.checkpoint.shapes import MODEL, OPTIMIZER, SAVE_WEIGHTS, weight_source, wrong_moments, wrong_weights
 from moe_dist.checkpoint.shards import NAMES, TORCH_DTYPES, Piece, ShardReader
 from moe_dist.checkpoint.storage.manifest import Box, CheckpointError, Manifest, TensorEntry
 from moe_dist.models.transformer import Transformer
@@ -186,15 +186,12 @@ def read_into(state: LogicalState, manifest: Manifest, reader: ShardReader) -> N
 
 
 def _sources(state: LogicalState, manifest: Manifest) -> dict[str, str]:
-    """For every tensor of the state the one of the checkpoint that holds it, of the same shape. Raises CheckpointError.
-
-    Weights of a run in `pure_bf16` once stood there rounded, beside `master` in the optimizer's state.
-    """
+    """For every tensor of the state the one of the checkpoint that holds it, equally shaped. Raises CheckpointError."""
     where, sources = f"checkpoint of step {manifest.step}", {}
     for name, tensor in state.tensors.items():
         is_moment = name.startswith(OPTIMIZER)
-        master = f"{OPTIMIZER}{name.removeprefix(MODEL)}.master"
-        source = sources[name] = name if is_moment or master not in manifest.tensors else master
+        source = name if is_moment else weight_source(name.removeprefix(MODEL), manifest.tensors)
+        sources[name] = source
         way_out = f"; {SAVE_WEIGHTS}" if is_moment else ""
         entry = manifest.tensors.get(source)
         if entry is None:

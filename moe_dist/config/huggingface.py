@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_dist.config.sections.model import ModelConfig
 from moe_dist.config.text_files import read_text
 from moe_dist.config.wording import ConfigError, show
 
@@ -147,3 +148,27 @@ def read_huggingface(file: Path, said: str) -> HuggingFaceModel:
     weights = sorted({found.name for pattern in _WEIGHTS for found in file.parent.glob(pattern)})
     ignored = sorted(_BOOKKEEPING.intersection(raw) - {"model_type"})
     return HuggingFaceModel({f"model.{key}": value for key, value in model.items()}, balance, ignored, weights)
+
+
+def architecture_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """`key=value instead of value` for all in which two models do not compute the same from the same weights.
+
+    How it is computed, dropout and initial weights are not of the architecture.
+    """
+    before, after = _architecture(other), _architecture(one)
+    return [
+        f"{key}={show(after[key])} instead of {show(before.get(key))}" for key in after if after[key] != before.get(key)
+    ]
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    values = model.model_dump(mode="json")
+    for key in ("attn_implementation", "attention_dropout", "initializer_range"):
+        del values[key]
+    values |= {"num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
+    values["expert"] = values["expert"].removesuffix("_loop")
+    if len(model.moe_layers) == model.num_hidden_layers:
+        del values["intermediate_size"]
+    if model.n_group == 1:
+        del values["topk_group"]
+    return values

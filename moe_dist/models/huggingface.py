@@ -10,8 +10,8 @@ Shape suffixes: E experts, D hidden, F intermediate.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,9 @@ def huggingface_config(config: ModelConfig) -> dict[str, Any]:
     )
     values: dict[str, Any] = {key: getattr(config, key) for key in same.split()}
     values |= {"model_type": kind, "num_key_value_heads": config.kv_heads, "head_dim": config.head_size}
+    # The second is what transformers 4 and vLLM look for: without it they take their own default, silently.
     values |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    values |= {"rope_theta": config.rope_theta, "sliding_window": None}
     if kind == "mixtral":
         mixtral = {"num_local_experts": config.num_experts, "intermediate_size": config.moe_intermediate_size}
         return values | mixtral | {"architectures": ["MixtralForCausalLM"]}
@@ -75,47 +77,109 @@ def huggingface_config(config: ModelConfig) -> dict[str, Any]:
     return values | {"architectures": ["Qwen3MoeForCausalLM"]}
 
 
+class Part(NamedTuple):
+    """Which box of which weight of ours one Hugging Face tensor is.
+
+    `shape`: of their tensor. `offset`, `size`: of the box, with the dimension of experts where ours is a stack.
+    """
+
+    ours: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    transposed: bool
+
+    def to_theirs(self, box: Tensor) -> Tensor:
+        """Our box (`size`) as their tensor (`shape`), contiguous."""
+        turned = box.transpose(-1, -2) if self.transposed else box
+        return turned.reshape(self.shape).contiguous()
+
+    def to_ours(self, theirs: Tensor) -> Tensor:
+        """Their tensor (`shape`) as a view of our box (`size`)."""
+        if not self.transposed:
+            return theirs.reshape(self.size)
+        *stack, rows, columns = self.size
+        return theirs.reshape(*stack, columns, rows).transpose(-1, -2)
+
+    def of_experts(self, first: int, count: int) -> tuple[Part, int] | None:
+        """The part of it that lies in experts [first, first + count) of a stack, and where in their tensor that begins.
+
+        None when it has none of them. A tensor that holds one expert is taken whole.
+        """
+        start, end = max(first, self.offset[0]), min(first + count, self.offset[0] + self.size[0])
+        if start >= end:
+            return None
+        cut = self._replace(offset=(start, *self.offset[1:]), size=(end - start, *self.size[1:]))
+        if len(self.shape) == len(self.size):
+            cut = cut._replace(shape=(end - start, *self.shape[1:]))
+        return cut, start - self.offset[0]
+
+
+def parts(config: ModelConfig, fused_layers: Collection[int] = ()) -> dict[str, Part]:
+    """Every tensor of a Hugging Face model of this configuration, by its name in Qwen3-MoE's words, in file order.
+
+    `fused_layers`: whose experts are two stacks instead of three matrices each. Of tied embeddings `lm_head.weight` is
+    there too. The selection bias is not: Hugging Face has none. Raises ValueError where no family fits.
+    """
+    family(config)
+    found = {
+        theirs: Part(ours, shape, (0,) * len(shape), shape, False)
+        for ours, (theirs, shape) in _plain_names(config).items()
+    }
+    experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    for layer in config.moe_layers:
+        theirs, ours = experts_of(layer), f"layers.{layer}.moe.experts"
+        gate_up, down = f"{ours}.w_gate_up", f"{ours}.w_down"
+        if layer in fused_layers:
+            start = (0, 0, 0)
+            size, shape = (experts, hidden, 2 * width), (experts, 2 * width, hidden)
+            found[f"{theirs}.gate_up_proj"] = Part(gate_up, shape, start, size, True)
+            found[f"{theirs}.down_proj"] = Part(down, (experts, hidden, width), start, (experts, width, hidden), True)
+            continue
+        for expert in range(experts):
+            name = f"{theirs}.{expert}"
+            for place, kind in ((0, "gate_proj"), (width, "up_proj")):
+                found[f"{name}.{kind}.weight"] = Part(
+                    gate_up, (width, hidden), (expert, 0, place), (1, hidden, width), True
+                )
+            found[f"{name}.down_proj.weight"] = Part(down, (hidden, width), (expert, 0, 0), (1, width, hidden), True)
+    return found
+
+
+def fused_layers_of(names: Collection[str], config: ModelConfig) -> set[int]:
+    """Layers whose experts stand in a state (names in Qwen3-MoE's words) as two stacks."""
+    return {layer for layer in config.moe_layers if f"{experts_of(layer)}.gate_up_proj" in names}
+
+
+def selection_biases(config: ModelConfig) -> list[str]:
+    """Our weights for which Hugging Face's models have no place, so that they must be zero."""
+    return [f"layers.{layer}.moe.router.bias_E" for layer in config.moe_layers]
+
+
+def optional_names(config: ModelConfig) -> set[str]:
+    """Tensors, of the same name on both sides, that a state may lack."""
+    return {"lm_head.weight"} if config.tie_word_embeddings else set()
+
+
 def to_huggingface(model_or_state: nn.Module | State, config: ModelConfig, *, fused: bool = False) -> dict[str, Tensor]:
     """Our weights under Hugging Face's names; `fused`: as `transformers` 5 holds them in memory.
 
     Raises ValueError naming all missing, unexpected and ill-shaped weights, or a selection bias that is in
     use, for which these models have no place.
     """
-    return dict(iterate_huggingface(model_or_state, config, fused=fused))
-
-
-def iterate_huggingface(
-    model_or_state: nn.Module | State, config: ModelConfig, *, fused: bool = False
-) -> Iterator[tuple[str, Tensor]]:
-    """As `to_huggingface`, one contiguous tensor at a time: a big model never exists twice."""
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
-    mixtral = family(config) == "mixtral"
-    plain, stacked, biases = _plain_names(config), _stacked_shapes(config), _bias_names(config)
-    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    shapes = {ours: shape for ours, (_, shape) in plain.items()} | stacked
-    _check(state, shapes, optional | set(biases), "the model's state")
+    optional, biases = optional_names(config), selection_biases(config)
+    _check(state, _our_shapes(config), optional | set(biases), "the model's state")
     for name in biases:
         if name in state and not state[name].is_meta and state[name].count_nonzero() > 0:
-            raise ValueError(f"{name}: not zero, and Hugging Face's {family(config)} has no selection bias")
-    for ours, (theirs, _) in plain.items():
-        if ours not in optional:
-            yield (
-                (theirs if fused or not mixtral else _mixtral_name(theirs)),
-                state[ours].detach().contiguous(),
-            )
-    for layer in config.moe_layers:
-        gate_up = state[f"layers.{layer}.moe.experts.w_gate_up"].detach().transpose(1, 2)
-        down = state[f"layers.{layer}.moe.experts.w_down"].detach().transpose(1, 2)
-        prefix = f"model.layers.{layer}.mlp.experts"
-        if fused:
-            yield f"{prefix}.gate_up_proj", gate_up.contiguous()
-            yield f"{prefix}.down_proj", down.contiguous()
-            continue
-        for expert in range(config.num_experts):
-            gate, up = gate_up[expert].chunk(2)
-            for kind, matrix in (("gate_proj", gate), ("up_proj", up), ("down_proj", down[expert])):
-                name = f"{prefix}.{expert}.{kind}.weight"
-                yield (_mixtral_name(name) if mixtral else name), matrix.contiguous()
+            raise ValueError(nonzero_bias(name, config))
+    found = {}
+    for theirs, part in parts(config, config.moe_layers if fused else ()).items():
+        if theirs not in optional:
+            box = state[part.ours].detach()
+            box = box[tuple(slice(o, o + n) for o, n in zip(part.offset, part.size, strict=True))]
+            found[theirs if fused else public_name(theirs, config)] = part.to_theirs(box)
+    return found
 
 
 def from_huggingface(state_dict: State, config: ModelConfig) -> dict[str, Tensor]:
@@ -123,46 +187,43 @@ def from_huggingface(state_dict: State, config: ModelConfig) -> dict[str, Tensor
 
     dtypes stay. Raises ValueError naming all missing, unexpected and ill-shaped weights.
     """
-    family(config)
-    theirs = {_qwen_name(name): tensor for name, tensor in state_dict.items() if not _BUFFER.fullmatch(name)}
-    plain = _plain_names(config)
-    shapes = dict(plain.values())
-    fused_layers = {layer for layer in config.moe_layers if f"{_experts_of(layer)}.gate_up_proj" in theirs}
-    shapes |= _expert_shapes(config, fused_layers)
-    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    _check(theirs, shapes, optional, "the Hugging Face state")
+    theirs = {one_name(name): tensor for name, tensor in state_dict.items() if not is_no_weight(name)}
+    wanted = parts(config, fused_layers_of(theirs, config))
+    shapes = {name: part.shape for name, part in wanted.items()}
+    _check(theirs, shapes, optional_names(config), "the Hugging Face state")
     if config.tie_word_embeddings:
         embedding = theirs["model.embed_tokens.weight"]
         head = theirs.setdefault("lm_head.weight", embedding)
         if head is not embedding and not head.is_meta and not torch.equal(head, embedding):
-            raise ValueError("lm_head.weight: differs from the embedding, but tie_word_embeddings=true")
-    ours = {name: theirs[source] for name, (source, _) in plain.items()}
-    for layer in config.moe_layers:
-        prefix = _experts_of(layer)
-        if layer in fused_layers:
-            gate_up, down = theirs[f"{prefix}.gate_up_proj"], theirs[f"{prefix}.down_proj"]
-            gate_up, down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
-        else:
-            gate_up, down = _stack_experts(theirs, prefix, config.num_experts)
-        ours[f"layers.{layer}.moe.experts.w_gate_up"] = gate_up
-        ours[f"layers.{layer}.moe.experts.w_down"] = down
-        ours[f"layers.{layer}.moe.router.bias_E"] = torch.zeros(config.num_experts, device=gate_up.device)
+            raise ValueError(untied_head())
+    ours: dict[str, Tensor] = {}
+    our_shapes = _our_shapes(config)
+    for name, part in wanted.items():
+        values = part.to_ours(theirs[name])
+        if part.size == our_shapes[part.ours]:
+            ours[part.ours] = values.contiguous()
+            continue
+        if part.ours not in ours:
+            ours[part.ours] = values.new_empty(our_shapes[part.ours])
+        ours[part.ours][tuple(slice(o, o + n) for o, n in zip(part.offset, part.size, strict=True))] = values
+    for name in selection_biases(config):
+        ours[name] = torch.zeros(config.num_experts, device=theirs["model.embed_tokens.weight"].device)
     return ours
 
 
-def _stack_experts(theirs: dict[str, Tensor], prefix: str, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Per-expert matrices of one layer to (E, D, 2F) and (E, F, D), filled in place."""
-    width, hidden = theirs[f"{prefix}.0.gate_proj.weight"].shape
-    like = theirs[f"{prefix}.0.gate_proj.weight"]
-    w_gate_up, w_down = (
-        like.new_empty(num_experts, hidden, 2 * width),
-        like.new_empty(num_experts, width, hidden),
-    )
-    for expert in range(num_experts):
-        w_gate_up[expert, :, :width] = theirs[f"{prefix}.{expert}.gate_proj.weight"].T
-        w_gate_up[expert, :, width:] = theirs[f"{prefix}.{expert}.up_proj.weight"].T
-        w_down[expert] = theirs[f"{prefix}.{expert}.down_proj.weight"].T
-    return w_gate_up, w_down
+def is_no_weight(name: str) -> bool:
+    """Whether it is a buffer that old files hold, and that follows from the configuration."""
+    return _BUFFER.fullmatch(name) is not None
+
+
+def nonzero_bias(name: str, config: ModelConfig) -> str:
+    """Words about a selection bias that is in use."""
+    return f"{name}: not zero, and Hugging Face's {family(config)} has no selection bias"
+
+
+def untied_head() -> str:
+    """Words about a head of its own in a model that says that it has none."""
+    return "lm_head.weight: differs from the embedding, but tie_word_embeddings=true"
 
 
 def _plain_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -200,40 +261,21 @@ def _plain_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     return names
 
 
-def _stacked_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = {ours: shape for ours, (_, shape) in _plain_names(config).items()}
     for layer in config.moe_layers:
         shapes[f"layers.{layer}.moe.experts.w_gate_up"] = (experts, hidden, 2 * width)
         shapes[f"layers.{layer}.moe.experts.w_down"] = (experts, width, hidden)
     return shapes
 
 
-def _expert_shapes(config: ModelConfig, fused_layers: set[int]) -> dict[str, tuple[int, ...]]:
-    experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in config.moe_layers:
-        prefix = _experts_of(layer)
-        if layer in fused_layers:
-            shapes[f"{prefix}.gate_up_proj"] = (experts, 2 * width, hidden)
-            shapes[f"{prefix}.down_proj"] = (experts, hidden, width)
-            continue
-        for expert in range(experts):
-            shapes[f"{prefix}.{expert}.gate_proj.weight"] = (width, hidden)
-            shapes[f"{prefix}.{expert}.up_proj.weight"] = (width, hidden)
-            shapes[f"{prefix}.{expert}.down_proj.weight"] = (hidden, width)
-    return shapes
-
-
-def _bias_names(config: ModelConfig) -> list[str]:
-    return [f"layers.{layer}.moe.router.bias_E" for layer in config.moe_layers]
-
-
-def _experts_of(layer: int) -> str:
+def experts_of(layer: int) -> str:
+    """Under which name the experts of a layer stand, in Qwen3-MoE's words."""
     return f"model.layers.{layer}.mlp.experts"
 
 
-def _qwen_name(name: str) -> str:
+def one_name(name: str) -> str:
     """Mixtral's public name in Qwen3-MoE's words; any other name as it is."""
     name = name.replace(".block_sparse_moe.", ".mlp.")
     head, _, tail = name.removesuffix(".weight").rpartition(".")
@@ -242,7 +284,10 @@ def _qwen_name(name: str) -> str:
     return name
 
 
-def _mixtral_name(name: str) -> str:
+def public_name(name: str, config: ModelConfig) -> str:
+    """A name in Qwen3-MoE's words as the files of this family have it, one matrix per expert."""
+    if family(config) != "mixtral":
+        return name
     match = _EXPERT.fullmatch(name)
     if match:
         prefix, expert, kind = match.groups()

@@ -1,0 +1,106 @@
+"""`moe-dist export`: a checkpoint as a Hugging Face folder. Torch is imported when there is something to export."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from launcher.cli.checkpoint import Key, good_checkpoint, place_of, plainly
+from launcher.cli.paths import expanded
+from launcher.connect.exit_codes import EXIT_FAILED
+from moe_dist.config import ConfigError
+
+if TYPE_CHECKING:
+    from moe_dist.pretrained.verification import Checked
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT", callback=expanded, help="Run folder or URL (its newest step), or one checkpoint."
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", callback=expanded, help="Folder to make.")],
+    to: Annotated[Literal["hf"], typer.Option("--to", help="hf: as transformers, vLLM and SGLang load it.")] = "hf",
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Type of the weights; default: as saved.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, such as 500MB.")] = "5GB",
+    step: Annotated[int | None, typer.Option(min=0, help="Which step of a run; default: the newest.")] = None,
+    logits: Annotated[
+        bool,
+        typer.Option(
+            "--logits/--no-logits",
+            help="Load it in transformers and compare weights and logits; takes memory for the model twice.",
+        ),
+    ] = True,
+    encryption_key: Key = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, and prove it.
+
+    Qwen3-MoE and Mixtral, one matrix per expert as on the hub. Every tensor is read again and compared with the
+    checkpoint, then the folder is loaded by transformers: the same weights bit by bit, the same logits. Exit code 1,
+    and no folder, when anything differs; 2 when no family has what the run has.
+
+    [dim]Example:[/dim]  moe-dist export outputs/demo --to hf --output demo-hf --dtype bf16
+    """
+    max_shard_bytes = _bytes(max_shard_size)
+    with plainly():
+        found, manifest, keys = good_checkpoint(_one(source, step), encryption_key)
+        from moe_dist.pretrained.export import export as write
+
+        done = write(
+            found,
+            manifest,
+            keys,
+            Path(output),
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            logits=logits,
+            told=_print_check,
+        )
+    for note in done.notes:
+        print(f"{'note':<21}{note}")
+    if not done.is_proven:
+        print(f"{'not exported':<21}{output}: what was written is not what the checkpoint holds, and was removed")
+        raise typer.Exit(EXIT_FAILED)
+    size = f"{done.num_bytes / 1e6:,.1f} MB"
+    files = f"{done.num_files} file{'s' if done.num_files > 1 else ''}"
+    print(f"{'exported':<21}{found} to {output}: {done.model_type}, {size} of {done.dtype} in {files}")
+
+
+def _print_check(check: Checked) -> None:
+    for problem in check.problems[:20]:
+        print(f"{check.what:<21}{problem}", flush=True)
+    if len(check.problems) > 20:
+        print(f"{check.what:<21}and {len(check.problems) - 20} more")
+    if not check.problems:
+        print(f"{check.what:<21}{check.said}", flush=True)
+
+
+def _one(path: str, step: int | None) -> str:
+    """The path of one checkpoint: the newest of a run, or the step a person asks for."""
+    storage, steps = place_of(path)
+    if steps:
+        if step is not None and steps != [step]:
+            raise ConfigError(f"--step {step}: {path} is step {steps[0]}; give the run's folder, or leave --step out")
+        return path
+    there = storage.steps()
+    if not there or (step is not None and step not in there):
+        known = ", ".join(map(str, there)) or "none"
+        wanted = f"--step {step}: " if step is not None else ""
+        raise ConfigError(f"{wanted}{storage.where}: there is no such checkpoint; steps there: {known}")
+    return f"{storage.where}/checkpoint-{there[-1] if step is None else step}"
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS or not (size := int(float(match[1]) * _UNITS[match[2].upper()])):
+        raise ConfigError(f"--max-shard-size {text}: a number of bytes, such as 5GB or 500MB")
+    return size

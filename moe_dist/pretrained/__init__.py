@@ -1,0 +1,1 @@
+"""In from a Hugging Face folder, and out as one."""

@@ -1,0 +1,79 @@
+"""Safetensors files of a Hugging Face folder, written one tensor at a time: no file is ever whole in memory.
+
+Format: 8 bytes little-endian length, a JSON header, the values (huggingface/safetensors, README "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_dist.checkpoint.shards import NAMES
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Planned(NamedTuple):
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def plan_files(tensors: Sequence[Planned], max_bytes: int) -> dict[str, list[Planned]]:
+    """File name -> its tensors, in their order; a file is over `max_bytes` only when it holds one tensor alone."""
+    files: list[list[Planned]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if files[-1] and size + tensor.num_bytes > max_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(tensor)
+        size += tensor.num_bytes
+    if len(files) == 1:
+        return {SINGLE: files[0]}
+    return {f"model-{number:05d}-of-{len(files):05d}.safetensors": part for number, part in enumerate(files, 1)}
+
+
+def write_file(path: Path, tensors: Sequence[Planned], read: Callable[[str], Tensor]) -> None:
+    """Write one file and flush it to the disk. `read` gives a tensor as it was planned, contiguous."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        offsets = [position, position + tensor.num_bytes]
+        header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
+        position = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            values = read(tensor.name)
+            assert (tuple(values.shape), values.dtype) == (tensor.shape, tensor.dtype), tensor.name
+            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_index(folder: Path, files: dict[str, list[Planned]]) -> None:
+    """Which file holds which tensor; only where there are several files."""
+    if len(files) == 1:
+        return
+    total = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
+    weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,84 @@
+"""The weights of one of our checkpoints as Hugging Face has them, tensor by tensor, whatever layout wrote it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_dist.checkpoint.reading import CheckpointRef
+from moe_dist.checkpoint.shapes import weight_source
+from moe_dist.checkpoint.shards import TORCH_DTYPES
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
+from moe_dist.checkpoint.tools.inspecting import Tensors
+from moe_dist.config import ConfigError, ModelConfig
+from moe_dist.models.huggingface import (
+    Part,
+    nonzero_bias,
+    optional_names,
+    parts,
+    public_name,
+    selection_biases,
+)
+
+
+class SavedWeights:
+    """Reads boxes of a checkpoint's weights; no process group, and in memory never more than one Hugging Face tensor.
+
+    `parts`: what there is by public name, in the order of the files it is read from. `dtype`: of what is read; None:
+    as saved.
+    """
+
+    def __init__(
+        self, found: CheckpointRef, manifest: Manifest, keys: Keys, config: ModelConfig, dtype: torch.dtype | None
+    ) -> None:
+        """Raises ValueError where no Hugging Face family has what the run has."""
+        self.config, self.found = config, found
+        every = {name: part for name, part in parts(config).items() if name not in optional_names(config)}
+        self._tensors = Tensors(found, manifest, keys)
+        self._sources = {part.ours: weight_source(part.ours, manifest.tensors) for part in every.values()}
+        missing = [source for source in self._sources.values() if source not in manifest.tensors]
+        if missing:
+            raise CheckpointError(f"{found}: it has no tensor {missing[0]} ({len(missing)} are missing)")
+        entries = {ours: manifest.tensors[source] for ours, source in self._sources.items()}
+        saved = {TORCH_DTYPES[entry.dtype] for entry in entries.values()}
+        self.dtype = dtype if dtype is not None else max(saved, key=lambda kind: kind.itemsize)
+        self._refuse_selection_biases()
+        # A file of an object store or an encrypted one is fetched whole: each once, as far as tensors are not cut.
+        order = sorted(every, key=lambda name: entries[every[name].ours].boxes[0].file)
+        if all(len(entry.boxes) == 1 for entry in entries.values()):
+            every = {name: every[name] for name in order}
+        self.parts: dict[str, Part] = {public_name(name, config): part for name, part in every.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One Hugging Face tensor by public name. Raises ConfigError where its values are past what `dtype` holds."""
+        part = self.parts[name]
+        box = self._tensors.read_box(self._sources[part.ours], part.offset, part.size)
+        return self._rounded(part.to_theirs(box), name)
+
+    def read_ours(self) -> dict[str, Tensor]:
+        """All weights by our names, rounded to `dtype`, in float32: what a model of ours loads."""
+        whole = {
+            ours: self._rounded(self._tensors.read(source), ours).float() for ours, source in self._sources.items()
+        }
+        if self.config.tie_word_embeddings:
+            whole["lm_head.weight"] = whole["embed_tokens.weight"]
+        for name in selection_biases(self.config):
+            whole[name] = torch.zeros(self.config.num_experts)
+        return whole
+
+    def close(self) -> None:
+        """Let go of the open files."""
+        self._tensors.close()
+
+    def _rounded(self, values: Tensor, name: str) -> Tensor:
+        rounded = values.to(self.dtype)
+        if not torch.isfinite(torch.stack(torch.aminmax(rounded.float()))).all():
+            raise ConfigError(f"{name}: a value that is not finite in {self.dtype}; --dtype fp32 holds more")
+        return rounded
+
+    def _refuse_selection_biases(self) -> None:
+        for name in selection_biases(self.config):
+            source = weight_source(name, self._tensors.manifest.tensors)
+            if source in self._tensors.manifest.tensors and self._tensors.read(source).count_nonzero() > 0:
+                raise ValueError(nonzero_bias(name, self.config))
