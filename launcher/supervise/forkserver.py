@@ -71,7 +71,7 @@ class ForkServer:
             if not answer:
                 code = self._process.wait()
                 for rank in self._waiting:
-                    rank.returncode = code or 1
+                    rank.pid, rank.returncode = self._process.pid, code or 1
                 self._waiting.clear()
                 return
             self._waiting.pop(0).pid = int(answer)
@@ -89,7 +89,8 @@ class ForkServer:
 
 
 class ForkedRank:
-    """What `subprocess.Popen` is for a program, for a rank. `pid` is 0 until it has been forked."""
+    """What `subprocess.Popen` is for a program, for a rank. `pid` is 0 until it has been forked; of one that
+    never was it is the server's."""
 
     def __init__(self, server: ForkServer) -> None:
         self.pid, self._server = 0, server
