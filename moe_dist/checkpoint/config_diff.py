@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 FREE = (
     "checkpoint.",
     "launch.",
+    "model.from_pretrained",
     "monitor.",
     "parallel.",
     "data.dataloader",

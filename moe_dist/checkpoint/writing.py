@@ -185,6 +185,7 @@ class Commit:
         self.still_ours, self.then = still_ours, then
         self.state_text = json.dumps(trainer_state, indent=1).encode()
         self.config_sha256 = config_sha256(trainer_state["config"])
+        self.pretrained = (trainer_state.get("pretrained") or {}).get("files")
 
     def __call__(self, receipts: Sequence[Receipt]) -> str:
         saving = self.saving
@@ -224,6 +225,7 @@ class Commit:
             layout=saving.layout,
             config_sha256=self.config_sha256,
             metrics=self.metrics,
+            pretrained=self.pretrained,
             encryption=saving.keys.sealed,
             files=files,
             tensors={

@@ -150,6 +150,24 @@ def read_huggingface(file: Path, said: str) -> HuggingFaceModel:
     return HuggingFaceModel({f"model.{key}": value for key, value in model.items()}, balance, ignored, weights)
 
 
+def pretrained_config(folder: Path, said: str) -> HuggingFaceModel:
+    """The `config.json` of a folder whose weights are to be read. Raises ConfigError as `read_huggingface` does."""
+    found = read_huggingface(folder / "config.json", said)
+    if "quantization_config" in found.ignored:
+        raise ConfigError(f"{said}: its weights are quantised (quantization_config); take the bf16, fp16 or fp32 ones")
+    return found
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a tokenizer beside a model."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def model_of(found: HuggingFaceModel) -> ModelConfig:
+    """The model a `config.json` describes. Raises ValueError (pydantic's) for values that no model has."""
+    return ModelConfig.model_validate({key.removeprefix("model."): value for key, value in found.model.items()})
+
+
 def architecture_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
     """`key=value instead of value` for all in which two models do not compute the same from the same weights.
 
@@ -163,7 +181,7 @@ def architecture_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:
     values = model.model_dump(mode="json")
-    for key in ("attn_implementation", "attention_dropout", "initializer_range"):
+    for key in ("from_pretrained", "attn_implementation", "attention_dropout", "initializer_range"):
         del values[key]
     values |= {"num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
     values["expert"] = values["expert"].removesuffix("_loop")

@@ -38,7 +38,7 @@ _INSTEAD = {
     r"(use_)?(liger|unsloth)(_.*)?|torch_compile_(backend|mode)": "train.torch_compile",
     r"(eval|evaluation|save|logging)_strategy": _STEPS,
     r"model_name(_or_path)?|base_model|pretrained_model_name_or_path": (
-        "model.from takes the architecture of a folder with config.json; weights start afresh"
+        "model.from_pretrained takes architecture and weights of a folder; model.from the architecture alone"
     ),
     r"datasets?|dataset_(name|path|dir)|train_file|train_files": "data.source, with data.path or data.name",
     r"tokenizer_(name|path|type)(_or_path)?": "data.tokenizer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,10 +10,18 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from moe_dist.config.huggingface import HuggingFaceModel, read_huggingface
+from moe_dist.config.huggingface import (
+    HuggingFaceModel,
+    architecture_differences,
+    has_tokenizer,
+    model_of,
+    pretrained_config,
+    read_huggingface,
+)
 from moe_dist.config.names import FIELDS, SECTIONS, place, spellings, takes
 from moe_dist.config.paths import expand, plain
 from moe_dist.config.sections.all import Sections
+from moe_dist.config.sections.model import ModelConfig
 from moe_dist.config.wording import ConfigError, allowed, show
 from moe_dist.config.yaml_text import parse_yaml, read_yaml
 
@@ -20,6 +29,7 @@ Tree = TypeVar("Tree", bound=Sections)
 
 MAX_FILES = 100
 _KERNEL = "model.attn_implementation"  # how it is computed, not what
+_PRETRAINED = "model.from_pretrained"
 
 
 class Reading:
@@ -29,7 +39,8 @@ class Reading:
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.spellings: dict[str, str] = {}
-        self.balance_defaults: dict[str, Any] = {}
+        self.defaults: dict[str, Any] = {}
+        self.pretrained: HuggingFaceModel | None = None
         self._architecture = ""
         self._notice: Callable[[str], None] | None = notice
         self._noticed: set[str] = set()
@@ -74,25 +85,65 @@ class Reading:
                     both = f"{first}={show(other)} and {spelling}={show(value)}"
                     raise ConfigError(f"{both}: both mean {key}; allowed: one value ({origin})")
                 said[key] = (spelling, meant)
+        if "model.from" in said and said.get(_PRETRAINED, ("", None))[1] is not None:
+            raise ConfigError(f"model.from and {_PRETRAINED}: both take a whole model; give one of them ({origin})")
         if (source := said.pop("model.from", ("", None))[1]) is not None:
             if not isinstance(source := plain(source), str):
                 raise ConfigError(f"model.from={show(source)}: a config.json, or the folder it is in ({origin})")
             file = folder / expanded(source, f"model.from={show(source)} ({origin})")
             file = file / "config.json" if file.is_dir() else file
             self._replace_model(read_huggingface(file, f"model.from={show(source)}"), file)
+        if _PRETRAINED in said:
+            said[_PRETRAINED] = said[_PRETRAINED][0], self._start_from(said, origin, folder)
         self.values |= {key: value for key, (_, value) in said.items()}
         self.origins |= dict.fromkeys(said, origin)
         self.spellings |= {key: spelling for key, (spelling, _) in said.items()}
 
-    def _replace_model(self, found: HuggingFaceModel, file: Path) -> None:
-        """The whole architecture is the file's: what earlier files say of it would make neither model."""
+    def _start_from(self, said: Mapping[str, Any], origin: str, folder: Path) -> str | None:
+        """Take the whole architecture of a folder with weights; its full path. Later keys must agree with it.
+
+        A run's own config.yaml says all keys of the model: it needs the folder no more.
+        """
+        self.pretrained, self._architecture, source = None, "", plain(said[_PRETRAINED][1])
+        if source is None:
+            return None
+        if not isinstance(source, str) or "://" in source:
+            raise ConfigError(f"{_PRETRAINED}={show(source)}: a folder on this machine with config.json and weights")
+        place = Path(os.path.abspath(folder / expanded(source, f"{_PRETRAINED}={show(source)} ({origin})")))
+        if (place / "config.json").exists() or any(key not in said for key in FIELDS if key.startswith("model.")):
+            self.pretrained = pretrained_config(place, f"{_PRETRAINED}={show(source)}")
+            self._drop_model()
+            self.values |= self.pretrained.model
+            self.origins |= dict.fromkeys(self.pretrained.model, str(place / "config.json"))
+            self.defaults = dict(self.pretrained.balance)
+            if has_tokenizer(place):
+                self.defaults["data.tokenizer"] = str(place)
+        return str(place)
+
+    def check_pretrained(self, model: ModelConfig) -> None:
+        """Raises ConfigError naming the keys in which a model is not that of the folder its weights come from."""
+        if self.pretrained is None:
+            return
+        wrong = architecture_differences(model, model_of(self.pretrained))
+        if wrong:
+            raise ConfigError(
+                f"model: {', '.join(wrong)}, as {_PRETRAINED}={model.from_pretrained} has it: leave out what differs, "
+                "the weights are of no other model"
+            )
+
+    def _drop_model(self) -> list[str]:
         gone = [key for key in self.values if key.startswith("model.") and key != _KERNEL]
         for key in gone:
             del self.values[key], self.origins[key]
             self.spellings.pop(key, None)
+        return gone
+
+    def _replace_model(self, found: HuggingFaceModel, file: Path) -> None:
+        """The whole architecture is the file's: what earlier files say of it would make neither model."""
+        gone, self.pretrained = self._drop_model(), None
         self.values |= found.model
         self.origins |= dict.fromkeys(found.model, str(file))
-        self.balance_defaults, self._architecture = found.balance, str(file)
+        self.defaults, self._architecture = found.balance, str(file)
         dropped = [key.removeprefix("model.") for key in gone if key not in found.model]
         if dropped:
             self.notice(
@@ -103,7 +154,7 @@ class Reading:
         if found.weights:
             self.notice(
                 f"model.from takes the architecture alone: the weights beside it ({_few(found.weights)}) are not "
-                "read, training starts from random weights"
+                "read, training starts from random weights (model.from_pretrained reads them)"
             )
 
     def say_what_changes_the_architecture(self) -> None:
@@ -193,13 +244,17 @@ def _reworded(error: ValidationError, reading: Reading, origin: str) -> ConfigEr
     return ConfigError(f"{text} ({origin}){f' (and {more} more)' if more else ''}")
 
 
+def _is_no_model(tree: Mapping[str, Any]) -> bool:
+    return not {"model.from", _PRETRAINED, "from_pretrained"} & dict(spellings(tree, "")).keys()
+
+
 def validated(kind: type[Tree], reading: Reading, overrides: Sequence[str], origin: str) -> Tree:
     """A `kind` of what was read and the overrides. Raises ConfigError for anything wrong."""
     # A model.from replaces what came before; keys beside it, in whatever order, are meant to change it.
-    for tree in sorted(_override_tree(overrides), key=lambda tree: "model.from" not in dict(spellings(tree, ""))):
+    for tree in sorted(_override_tree(overrides), key=_is_no_model):
         reading.layer(tree, "command line", Path())
     reading.say_what_changes_the_architecture()
-    reading.values = reading.balance_defaults | reading.values
+    reading.values = reading.defaults | reading.values
     reading.origins = dict.fromkeys(reading.values, origin) | reading.origins
     reading.check_bools()
     nested: dict[str, Any] = {}
@@ -210,6 +265,8 @@ def validated(kind: type[Tree], reading: Reading, overrides: Sequence[str], orig
             inner = inner.setdefault(section, {})
         inner[leaf] = value
     try:
-        return kind.model_validate(nested)
+        made = kind.model_validate(nested)
     except ValidationError as error:
         raise _reworded(error, reading, origin) from None
+    reading.check_pretrained(made.model)
+    return made

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moe_dist.config import ModelConfig
-from moe_dist.config.huggingface import architecture_differences, read_huggingface
+from moe_dist.config.huggingface import architecture_differences, model_of, read_huggingface
 from moe_dist.models.huggingface import from_huggingface, optional_names, parts, public_name
 from moe_dist.models.transformer import Transformer
 from moe_dist.pretrained.safetensors_files import INDEX
@@ -59,8 +59,7 @@ def check_tensors(folder: Path, weights: SavedWeights) -> Checked:
 def check_config(folder: Path, config: ModelConfig) -> Checked:
     """`config.json` read as a stranger's, and compared with the run's model."""
     file = folder / "config.json"
-    read = read_huggingface(file, str(file))
-    found = ModelConfig.model_validate({key.removeprefix("model."): value for key, value in read.model.items()})
+    found = model_of(read_huggingface(file, str(file)))
     problems = [f"config.json: {line}" for line in architecture_differences(found, config)]
     return Checked("config.json", "is the run's model", problems)
 

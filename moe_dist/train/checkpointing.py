@@ -66,6 +66,8 @@ class Persistence:
             start.load_optimizer,
             start.earlier,
         )
+        self.pretrained: dict[str, Any] | None = None
+        """What the weights of step 0 were read from, of this start or of the one that the checkpoint is of."""
         self.saved_step = -1
         """Step of the last save begun, or of the checkpoint the run goes on from."""
         self.goes_on_from: str | None = None
@@ -162,6 +164,7 @@ class Persistence:
             setattr(counters, name, state["counters"][name])
         self._go_on_to_the_end(loaded, counters.step, message)
         self.acting.load_state_dict(state.get("acting"))
+        self.pretrained = state.get("pretrained")
 
     def _read(self, loaded: Loaded, moments: bool = True) -> None:
         self.checkpoints.read_tensors(loaded, self._state(moments))
@@ -294,6 +297,7 @@ class Persistence:
             "data": self.loader.state_dict(),
             "acting": self.acting.state_dict(),
             "corpus": self._corpus,
+            "pretrained": self.pretrained,
             "config": self.config.model_dump(mode="json"),
         }
         self.checkpoints.begin(counters.step, self._state(), trainer_state, metrics)

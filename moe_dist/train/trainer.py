@@ -19,6 +19,7 @@ from moe_dist.parallel.device import set_deterministic
 from moe_dist.parallel.engines.registry import build_engine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
+from moe_dist.pretrained.loading import load_pretrained
 from moe_dist.train.auto_balance import AutoBalance
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_loader, build_model, given
@@ -38,6 +39,7 @@ from moe_dist.train.run_setup import (
     merge_config,
     one_of,
     run_info,
+    starts_from_pretrained,
     take_run_folder,
 )
 from moe_dist.train.saving import Saving
@@ -139,6 +141,11 @@ class MoETrainer(TrainingLoop):
         self.first_step.at("building the model")
         self.loader = build_loader(config, self.datasets.train, mesh)
         self.model = build_model(config, mesh, self.clock, self._given)
+        pretrained = None
+        if starts_from_pretrained(config, mesh, self.start) and self._given is None:
+            self.first_step.at("reading the weights it starts from")
+            pretrained = load_pretrained(self.model, config.model, mesh)
+            sinks.message(str(pretrained))
         self.engine = build_engine(self.model, config, mesh)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
         self.step = TrainStep(self.model, mesh, self.engine, self.balancer, config, self.status)
@@ -156,6 +163,7 @@ class MoETrainer(TrainingLoop):
         )
         parts = (self.model, self.engine, self.loader, self.stopping, self.acting)
         self.persistence = Persistence(config, mesh, *parts, self.start, self.datasets, self.status.alive)
+        self.persistence.pretrained = None if pretrained is None else pretrained.provenance
         self.persistence.check_room()
         self.saving = Saving(
             *(config.checkpoint, self.persistence, self.counters, self.stopping, self.status),

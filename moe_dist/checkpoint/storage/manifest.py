@@ -100,6 +100,8 @@ class Manifest(Strict):
     """Of the configuration in trainer_state.json."""
     metrics: dict[str, float]
     """Such as eval_loss, when known at this step."""
+    pretrained: dict[str, Hash] | None = None
+    """Files of the Hugging Face model that the run has started from, and their SHA-256."""
     encryption: Sealed | None = None
     signature: Signature | None = None
     files: Annotated[dict[str, FileEntry], Field(min_length=1)]
@@ -193,6 +195,8 @@ def _holds(box: Box, cut: list[int], element: tuple[int, ...]) -> bool:
 def to_text(manifest: Manifest) -> bytes:
     """The canonical text, with its checksum."""
     body = manifest.model_dump(mode="json")
+    if manifest.pretrained is None:  # as manifests were before there was the key
+        del body["pretrained"]
     return _canonical(body | {"checksum": hashlib.sha256(_canonical(body)).hexdigest()})
 
 

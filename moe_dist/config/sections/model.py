@@ -71,6 +71,9 @@ def check_model(model: ModelConfig) -> ModelConfig:
 class ModelConfig(Section):
     """The transformer. Keys and defaults follow Hugging Face's Qwen3-MoE."""
 
+    from_pretrained: str | None = None
+    """Folder of a Hugging Face model that training starts from: its config.json is this section, its weights the first
+    ones (docs/pretrained.md); null: random weights."""
     vocab_size: Positive = 272
     """Rows of the embedding; at least the tokenizer's size."""
     hidden_size: Positive = 512

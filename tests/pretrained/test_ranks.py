@@ -1,0 +1,107 @@
+"""In over several ranks, and out again: each rank reads what it holds, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import MODELS, random_weights, write_folder
+from ranks import run_ranks
+from safetensors.torch import load_file
+from saved import TEXTS, found_at
+from tiny import mesh_of
+
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.config import load_mapping
+from moe_dist.models.huggingface import from_huggingface, parts, to_huggingface
+from moe_dist.pretrained.export import export
+from moe_dist.pretrained.loading import load_pretrained
+from moe_dist.train import MoETrainer
+from moe_dist.train.build import build_model
+
+pytestmark = pytest.mark.dist
+
+
+def bytes_read(folder: str, ep_size: int, pp_size: int) -> list[int]:
+    tree = {"model": {"from_pretrained": folder}, "parallel": {"ep_size": ep_size, "pp_size": pp_size}}
+    tree["train"] = {"gradient_accumulation_steps": 2}  # a pipeline needs them
+    config, mesh = load_mapping(tree, notice=lambda text: None), mesh_of(ep_size, pp_size=pp_size)
+    return load_pretrained(build_model(config, mesh), config.model, mesh).bytes_read
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["per-expert", "fused"])
+def test_a_rank_reads_its_own_bytes(fused: bool, tmp_path: Path) -> None:
+    """Exactly: with ep 2 half of the experts, with pp 2 one of two layers and one end."""
+    config = MODELS["qwen"]
+    folder = str(write_folder(tmp_path / "hf", config, random_weights(config, torch.bfloat16, fused), 3))
+    sizes = {name: 2 * torch.Size(part.shape).numel() for name, part in parts(config).items()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    dense = sum(sizes.values()) - experts
+    assert run_ranks(bytes_read, 2, folder, 1, 1)[0] == [dense + experts] * 2
+    assert run_ranks(bytes_read, 2, folder, 2, 1)[0] == [dense + experts // 2] * 2
+    first = sum(size for name, size in sizes.items() if ".layers.0." in name or "embed" in name)
+    assert run_ranks(bytes_read, 2, folder, 1, 2)[0] == [first, dense + experts - first]
+
+
+def train(folder: str, run: str, parallel: dict[str, Any]) -> list[float]:
+    trainer = MoETrainer(
+        {"model": {"from_pretrained": folder}, "parallel": parallel},
+        training_config={
+            "max_seq_length": 32,
+            "max_steps": 3,
+            "progress": "none",
+            "tensorboard": False,
+            "validation_split": 0.0,
+            "learning_rate": 1e-30,
+            "lr_scheduler_type": "constant",
+            "gradient_accumulation_steps": 2,
+        },
+        output_dir=run,
+        mesh=mesh_of(parallel.get("ep_size", 1), pp_size=parallel.get("pp_size", 1)),
+    )
+    return [trainer.train(TEXTS).initial_loss or 0.0]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["per-expert", "fused"])
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        ("qwen", {"ep_size": 2}),
+        ("mixtral", {"ep_size": 2, "zero_stage": 3}),
+        ("qwen", {"pp_size": 2}),
+        ("qwen-tied-dense-layer", {"ep_size": 2, "zero_stage": 1}),
+    ],
+)
+def test_there_and_back_is_bitwise_the_same(name: str, parallel: dict[str, Any], fused: bool, tmp_path: Path) -> None:
+    """Three steps at a rate of nothing on two ranks; a checkpoint; an export by one process."""
+    config = MODELS[name]
+    weights = random_weights(config, fused=fused)
+    folder = write_folder(tmp_path / "hf", config, weights, 3)
+    weights = to_huggingface(from_huggingface(weights, config), config)
+    run_ranks(train, 2, str(folder), str(tmp_path / "run"), parallel)
+    found = found_at(tmp_path / "run", 3)
+    done = export(found, found.storage.manifest(3), Keys(), tmp_path / "out")
+    assert [line for check in done.checks for line in check.problems] == []
+    back = load_file(tmp_path / "out" / "model.safetensors")
+    assert back.keys() == weights.keys()
+    assert [key for key in weights if not torch.equal(back[key], weights[key])] == []
+
+
+def refused(folder: str) -> str:
+    config = load_mapping({"model": {"from_pretrained": folder}, "parallel": {"ep_size": 2}})
+    with pytest.raises(ValueError) as caught:
+        load_pretrained(build_model(config, mesh_of(2)), config.model, mesh_of(2))
+    return str(caught.value)
+
+
+def test_every_rank_is_told_what_one_has_found(tmp_path: Path) -> None:
+    """A NaN in an expert that only rank 1 reads."""
+    config = MODELS["qwen"]
+    weights = random_weights(config)
+    name = "model.layers.0.mlp.experts.5.up_proj.weight"
+    weights[name][2, 1] = float("inf")
+    said = run_ranks(refused, 2, str(write_folder(tmp_path / "hf", config, weights)))
+    assert said[0] == said[1]
+    assert f"{name}: a value that is not finite" in said[0]
