@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from moe_dist.config.paths import PathText
 from moe_dist.config.sections.base import (
     NonNegative,
     Positive,
@@ -71,7 +72,7 @@ def check_model(model: ModelConfig) -> ModelConfig:
 class ModelConfig(Section):
     """The transformer. Keys and defaults follow Hugging Face's Qwen3-MoE."""
 
-    from_pretrained: str | None = None
+    from_pretrained: PathText | None = None
     """Folder of a Hugging Face model that training starts from: its config.json is this section, its weights the first
     ones (docs/pretrained.md); null: random weights."""
     vocab_size: Positive = 272
