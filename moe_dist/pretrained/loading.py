@@ -58,7 +58,7 @@ def load_pretrained(model: Transformer, config: ModelConfig, mesh: Mesh) -> Pret
         except Exception as error:  # of safetensors and of the system, for a file that has changed since
             problems.append(f"{entry.name}: cannot be read ({entry.file}): {error}")
             continue
-        if not torch.isfinite(torch.stack(torch.aminmax(values.float()))).all():
+        if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
             problems.append(f"{entry.name}: a value that is not finite ({entry.file})")
         target.copy_(part.to_ours(values))
     if config.tie_word_embeddings and HEAD in contents.tensors and not contents.problems and mesh.rank == 0:

@@ -73,7 +73,7 @@ class SavedWeights:
 
     def _rounded(self, values: Tensor, name: str) -> Tensor:
         rounded = values.to(self.dtype)
-        if not torch.isfinite(torch.stack(torch.aminmax(rounded.float()))).all():
+        if not torch.isfinite(torch.stack(torch.aminmax(rounded))).all():
             raise ConfigError(f"{name}: a value that is not finite in {self.dtype}; --dtype fp32 holds more")
         return rounded
 

@@ -143,6 +143,7 @@ def shrunken(config: Config, world_size: int, num_stages: int | None = None) -> 
         # Where experts come only in later layers, they come in the second half.
         dense = dense if len(dense) < num_layers else dense[: num_layers // 2]
     small: dict[str, Any] = {
+        "from_pretrained": None,
         "vocab_size": 64,
         "hidden_size": 32,
         "num_hidden_layers": num_layers,

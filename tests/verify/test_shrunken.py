@@ -71,3 +71,9 @@ def test_what_a_bug_needs_is_switched_on(switch: str) -> None:
     for plant in [name for name in BUGS if "auxiliary" in name or name.endswith(("_is_local", "_unknown"))]:
         training = Smallness(settings, 4, plant).training(Scenario(Case()))
         assert training.config.balance.aux_loss_coef > 0
+
+
+def test_the_weights_of_a_folder_are_not_those_of_the_small_model() -> None:
+    """With them, `verify` of such a run file would refuse its own small model. Seen red."""
+    config = Config.model_validate({"model": {"from_pretrained": "/some/folder"}})
+    assert shrunken(config, 4).model.from_pretrained is None
