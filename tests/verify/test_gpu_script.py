@@ -14,10 +14,11 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "bench" / "gpu.py"
 
 def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), "--out", str(out), "--device", "cpu", "--small", *arguments]
-    return subprocess.run(command, text=True, capture_output=True, timeout=280)
+    return subprocess.run(command, text=True, capture_output=True, timeout=850)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_part(tmp_path: Path) -> None:
     """Seen to fail with another seed after the kill: the losses are not bitwise those of the undisturbed run."""
     done = run(tmp_path, "--slack", "10")
