@@ -113,7 +113,9 @@ def load_each(root: Path, layouts: list[Layout], count: int, sources: list[Layou
 
 
 @pytest.mark.parametrize(
-    "layouts", [FEW, pytest.param(LAYOUTS, marks=pytest.mark.slow)], ids=lambda layouts: f"{len(layouts)}-layouts"
+    "layouts",
+    [FEW, pytest.param(LAYOUTS, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    ids=lambda layouts: f"{len(layouts)}-layouts",
 )
 def test_every_layout_into_every_other(tmp_path: Path, layouts: list[Layout]) -> None:
     """Trap 27, FAULTS row 9. All ordered pairs of layouts on 1 to 4 ranks: the same names, experts, weights,

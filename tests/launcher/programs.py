@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from processes import rank_of
+
 BIN = Path(sys.executable).parent
 HARD_LIMIT = 150.0
 """Seconds after which a command has failed, whatever it was to do; a busy machine needs a fraction of it."""
@@ -169,12 +171,8 @@ class Program:
         found = {}
         for pid in self.processes():
             with suppress(OSError):
-                for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                    if item.startswith(b"RANK="):
-                        found[int(item[5:])] = pid
-                name = Path(f"/proc/{pid}/comm").read_text().strip()
-                if name.startswith("moe-rank-"):  # forked: its environment is where only it can see it
-                    found[int(name[9:])] = pid
+                if (rank := rank_of(pid)) is not None:
+                    found[rank] = pid
         return found
 
     def processes(self) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from processes import rank_of
 from promql import evaluate, series
 
 from moe_dist.config import ConfigError
@@ -108,15 +109,14 @@ def training(folder: Path) -> Iterator[subprocess.Popen[str]]:
             process.wait(30)
 
 
-def session(leader: int) -> dict[int, str]:
+def session(leader: int) -> dict[int, int | None]:
     """Pids of the processes of a session, with the rank each was told."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
                 if int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == leader:
-                    told = re.search(rb"(?:^|\0)RANK=(\d+)\0", (entry / "environ").read_bytes())
-                    found[int(entry.name)] = told.group(1).decode() if told else ""
+                    found[int(entry.name)] = rank_of(int(entry.name))
     return found
 
 
@@ -147,14 +147,14 @@ def test_everything_planted_is_found_named_alerted_and_reported(tmp_path: Path) 
     with training(tmp_path) as process:
         until(lambda: named(run).keys() >= PLANTED, process, tmp_path)
         address = yaml.safe_load((run / "targets.json").read_text())[0]["targets"][0]
-        (victim,) = (pid for pid, rank in session(process.pid).items() if rank == "1")
+        (victim,) = (pid for pid, rank in session(process.pid).items() if rank == 1)
         os.kill(victim, signal.SIGSTOP)
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
             scraped = reply.read().decode()
         assert process.wait(HARD_LIMIT) == 1
         assert process.stderr is not None
         said = process.stderr.read().splitlines()
-        assert not {pid for pid, rank in session(process.pid).items() if rank}
+        assert not {pid for pid, rank in session(process.pid).items() if rank is not None}
     line = next(line for line in said if line.startswith("moe-dist: error: "))
     assert line.startswith(f"moe-dist: error: rank 1 (pid {victim}) has not moved for ")
     assert "SIGSTOP" in line
