@@ -99,6 +99,8 @@ def signals(soak: Soak, count: int, seconds: float) -> list[str]:
 def send(soak: Soak, process: subprocess.Popen[bytes], number: signal.Signals, draw: random.Random) -> None:
     """To the launcher, its process group, or one rank."""
     to = draw.choice(("launcher", "group", "rank"))
+    if number == signal.SIGINT and to == "rank":
+        to = "launcher"  # ranks do not hear of Ctrl-C
     ranks = soak.rank_pids(process)
     with suppress(ProcessLookupError):
         if to == "group":

@@ -44,9 +44,11 @@ class Signals:
     However many signals come, they are one request, `first`. Only a person who types Ctrl-C again has `insisted`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last_words: bool = False) -> None:
+        """`last_words`: this process ends after the block, and no signal must change how any more."""
         self.first: int | None = None
         self.insisted = False
+        self._last_words = last_words
         self._interrupts = Interrupts()
 
     def __enter__(self) -> Signals:
@@ -66,7 +68,7 @@ class Signals:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             # Once asked to, this process ends now, and one more signal must not change how: not even while Python ends.
-            signal.signal(number, signal.SIG_IGN if self.first else handler)
+            signal.signal(number, signal.SIG_IGN if self.first or self._last_words else handler)
 
 
 class Ranks:
