@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import fsspec
 import pytest
 import torch
+from patches import Replace
 from safetensors.torch import load_file
 from saved import TEXTS, trained
 
@@ -173,23 +174,21 @@ PLANTED: dict[str, tuple[Any, str, Any, str]] = {
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_seen_and_leave_nothing(
-    bug: str, run: Path, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
+    bug: str, run: Path, tmp_path: Path, say: Say, replace: Replace
 ) -> None:
     """Each was seen to leave a folder that looks whole, with exit code 0, before there were the checks."""
     module, name, planted, seen = PLANTED[bug]
-    monkeypatch.setattr(module, name, planted)
+    replace(module, name, planted)
     said = say(run, "-o", tmp_path / "out")
     assert said.code == 1, said
     assert seen in said.out
     assert not list(tmp_path.iterdir())
 
 
-def test_logits_alone_see_another_architecture(
-    run: Path, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_alone_see_another_architecture(run: Path, tmp_path: Path, say: Say, replace: Replace) -> None:
     """The last net: a configuration that all weights fit, and that only computing tells apart."""
-    monkeypatch.setattr(export, "huggingface_config", with_other_config(**ROPE))
-    monkeypatch.setattr(verification, "architecture_differences", lambda *models: [])
+    replace(export, "huggingface_config", with_other_config(**ROPE))
+    replace(verification, "architecture_differences", lambda *models: [])
     said = say(run, "-o", tmp_path / "out")
     assert said.code == 1
     assert "logits of prompt 0: relative difference" in said.out
@@ -216,7 +215,7 @@ def test_what_no_family_expresses_is_refused(
 
 
 def test_nothing_is_overwritten_and_a_stopped_export_does_not_look_whole(
-    run: Path, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, say: Say, replace: Replace
 ) -> None:
     (tmp_path / "out").mkdir()
     said = say(run, "-o", tmp_path / "out")
@@ -232,7 +231,7 @@ def test_nothing_is_overwritten_and_a_stopped_export_does_not_look_whole(
         assert not (path.parent / "config.json").exists()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "write_file", stops)
+    replace(export, "write_file", stops)
     with pytest.raises(OSError, match="No space left"):
         say(run, "-o", tmp_path / "third")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.partial", "out"]
@@ -251,7 +250,7 @@ def test_encrypted_and_in_an_object_store(tmp_path: Path, say: Say, monkeypatch:
 
 
 def test_memory_is_that_of_a_layer(
-    tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, say: Say, replace: Replace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Seen red with all tensors kept in a list: 39 MB above the start."""
     big = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 12, "num_hidden_layers": 8}
@@ -270,7 +269,7 @@ def test_memory_is_that_of_a_layer(
         return tensor
 
     saved_read = saved_weights.SavedWeights.read
-    monkeypatch.setattr(saved_weights.SavedWeights, "read", read)
+    replace(saved_weights.SavedWeights, "read", read)
     say(place, "-o", tmp_path / "warm", "--no-logits")
     seen.clear()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken again without being seen

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from folders import MODELS, random_weights, write_folder
+from patches import Replace
 from run_files import complaint, load
 from safetensors.torch import load_file, save_file
 from saved import TEXTS, found_at
@@ -184,7 +185,7 @@ def test_a_head_of_its_own_in_a_tied_model(tmp_path: Path) -> None:
         loaded(write_folder(tmp_path / "other", config, weights | head))
 
 
-def test_a_wrong_half_would_be_seen(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_half_would_be_seen(qwen: Path, replace: Replace) -> None:
     """The comparison above can fail: gate and up of one expert exchanged while reading."""
     right, where = loading.SliceReader.read, json.loads((qwen / INDEX).read_text())["weight_map"]
 
@@ -192,7 +193,7 @@ def test_a_wrong_half_would_be_seen(qwen: Path, monkeypatch: pytest.MonkeyPatch)
         name = entry.name.replace("1.mlp.experts.3.gate_proj", "1.mlp.experts.3.up_proj")
         return right(self, entry._replace(name=name, file=where[name]), first, count)
 
-    monkeypatch.setattr(loading.SliceReader, "read", swaps)
+    replace(loading.SliceReader, "read", swaps)
     back = to_huggingface(loaded(qwen), MODELS["qwen"])
     weights = random_weights(MODELS["qwen"])
     assert [name for name in weights if not torch.equal(back[name], weights[name])] == [

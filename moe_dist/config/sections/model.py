@@ -72,9 +72,6 @@ def check_model(model: ModelConfig) -> ModelConfig:
 class ModelConfig(Section):
     """The transformer. Keys and defaults follow Hugging Face's Qwen3-MoE."""
 
-    from_pretrained: PathText | None = None
-    """Folder of a Hugging Face model that training starts from: its config.json is this section, its weights the first
-    ones (docs/pretrained.md); null: random weights."""
     vocab_size: Positive = 272
     """Rows of the embedding; at least the tokenizer's size."""
     hidden_size: Positive = 512
@@ -133,6 +130,9 @@ class ModelConfig(Section):
     """Router class: a registered name, or `package.module:Class` of your own."""
     expert: str = "swiglu"
     """Expert class: a registered name, or `package.module:Class` of your own."""
+    from_pretrained: PathText | None = None
+    """Folder of a Hugging Face model that training starts from: its config.json is this section, its weights the first
+    ones (docs/pretrained.md); null: random weights."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     """Attention kernel: PyTorch's fused one, or plain matmuls (the specification)."""
 
