@@ -101,6 +101,7 @@ def test_files_have_the_numbers_they_had(tmp_path: Path) -> None:
         "    os._exit(7 + int(os.environ['RANK']))\n"
         "from launcher.rank import forkserver\n"
         "forkserver.run_rank, forkserver.IMPORTED = run_rank, ()\n"
+        "import time; time.sleep(1)  # as imports do: requests pile up\n"
         "forkserver.serve()\n"
     )
     real = subprocess.Popen
@@ -114,14 +115,17 @@ def test_files_have_the_numbers_they_had(tmp_path: Path) -> None:
     try:
         own = {name: value for name, value in here.items() if name != "GONE"}
         ranks = [server.fork(own | {"RANK": str(n), "OUT": str(writes[n])}, [writes[1 - n], writes[n]]) for n in (0, 1)]
+        late = [server.fork(own | {"RANK": str(n), "OUT": "2", "PAD": "x" * 20_000}, [2]) for n in range(40)]
         assert [rank.wait(30.0) for rank in ranks] == [7, 8]
         assert [os.read(file, 100) for file in reads] == [b"0 None", b"1 None"]
+        assert [rank.wait(30.0) for rank in late] == [
+            7 + n for n in range(40)
+        ]  # seen to hang: those after the first 200 kB
     finally:
         server.close()
         for file in (*reads, *writes):
             os.close(file)
-    late = server.fork if server.runs else None
-    assert late is None
+    assert not server.runs
 
 
 def test_where_ranks_are_not_forked(replace: Replace) -> None:
