@@ -62,6 +62,8 @@ def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
     )
     # Not in a finally: after an error peers may be gone, and destroying groups would wait for them.
     yield Mesh.create(layout, device, config.parallel.shard_size)
+    # A rank that leaves with a code other than 0 makes mpirun end the others: not before they have had their say.
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -54,6 +54,7 @@ from moe_dist.parallel.status import SLOT, Status
 if TYPE_CHECKING:
     from moe_dist.parallel.mesh import Mesh
     from moe_dist.parallel.proven import Proof as Proven
+    from moe_dist.train.result import TrainingResult
 
 _PR_SET_PDEATHSIG = 1
 
@@ -73,20 +74,26 @@ def train(config: Config, environment: Environment) -> int:
         with suppress(RuntimeError):  # until there is a log; and there may be no standard error either
             faulthandler.register(signal.SIGUSR2, all_threads=True)
         result = trainer.train()
-    if result.failed:
         if environment.rank == 0:
-            print(f"moe-dist: training stopped itself: {result.reason}", file=sys.stderr, flush=True)
+            _say_how_it_ended(result, config)
+    if result.failed:
         return EXIT_STOPPED
     if result.signal is None:
         return 0
-    if environment.rank == 0:
+    return EXIT_CTRL_C if result.signal == signal.SIGINT else EXIT_AGAIN
+
+
+def _say_how_it_ended(result: TrainingResult, config: Config) -> None:
+    """What a person has to know of an end that came before the last step."""
+    if result.failed:
+        print(f"moe-dist: training stopped itself: {result.reason}", file=sys.stderr, flush=True)
+    elif result.signal is not None:
         told = "" if config.checkpoint.resume == "auto" else "with checkpoint.resume=auto "
         again = f"is saved; {told}the same command goes on from it"
         kept = f"{result.checkpoint} {again}" if result.checkpoint else "not saved"
         text = f"{result.reason} after step {result.steps}: {kept}"
         if not tell_launcher(0, text):
             print(f"moe-dist: {text}", file=sys.stderr, flush=True)
-    return EXIT_CTRL_C if result.signal == signal.SIGINT else EXIT_AGAIN
 
 
 class PeerFailedError(RuntimeError):

@@ -231,8 +231,9 @@ class Cluster:
 
     def notice_after(self, seconds: int) -> None:
         """How long a node may be silent before Slurm takes it for lost."""
-        file = self.folder / "slurm.conf"
-        file.write_text(re.sub(r"\bSlurmdTimeout=\d+", f"SlurmdTimeout={seconds}", file.read_text()))
+        file, new = self.folder / "slurm.conf", self.folder / "slurm.conf.new"
+        new.write_text(re.sub(r"\bSlurmdTimeout=\d+", f"SlurmdTimeout={seconds}", file.read_text()))
+        new.replace(file)  # whatever of Slurm is started in this moment reads one or the other
         self.run("scontrol", "reconfigure")
 
     def crash(self, node: str) -> None:

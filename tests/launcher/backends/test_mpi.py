@@ -26,6 +26,15 @@ real = [
     ),
 ]
 
+SLOW_TO_SPEAK = """\
+import time
+from moe_dist.train.callbacks import Callback
+
+class Slow(Callback):
+    def on_run_end(self, run, result):
+        time.sleep(2 * (run.rank == 0))
+"""
+
 
 @pytest.mark.parametrize(
     ("environ", "expected"),
@@ -82,8 +91,9 @@ def ranks_of(program: Program) -> dict[int, int]:
 class TestReal:
     pytestmark = real
 
-    def start(self, config: Path, folder: Path, *options: str) -> Program:
-        return Program(MPIRUN, "-n", "2", BIN / "moe-dist", "train", config, f"train.output_dir={folder}", *options)
+    def start(self, config: Path, folder: Path, *options: str, **environment: str) -> Program:
+        command = (MPIRUN, "-n", "2", BIN / "moe-dist", "train", config, f"train.output_dir={folder}")
+        return Program(*command, *options, **environment)
 
     def test_trains_as_our_own_launcher_does(self, config: Path, tmp_path: Path, two_ranks: Run) -> None:
         program = self.start(config, tmp_path / "run")
@@ -105,7 +115,10 @@ class TestReal:
         assert program.out.count("profile.html") == 1
 
     def test_told_to_stop_it_saves(self, config: Path, tmp_path: Path) -> None:
-        program = self.start(config, tmp_path / "run", *FOREVER)
+        """The rank that speaks is the last to be done: mpirun ends all as soon as one leaves with code 75."""
+        (tmp_path / "slow.py").write_text(SLOW_TO_SPEAK)
+        options = (*FOREVER, "train.callbacks=[slow:Slow]")
+        program = self.start(config, tmp_path / "run", *options, PYTHONPATH=str(tmp_path))
         program.wait_for("step: 2/")
         os.kill(ranks_of(program)[0], signal.SIGUSR1)
         program.end()

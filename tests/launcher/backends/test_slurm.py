@@ -52,6 +52,16 @@ class Placed(Experts):
         return super().forward(rows, rows_per_expert)
 """
 
+# Its controller does not answer the first time that it is asked to put a job back.
+SCONTROL = """\
+#!/bin/sh
+if [ "$1" = requeue ] && mkdir "$SEEN/asked" 2>/dev/null; then
+    echo "scontrol: error: Unable to contact slurm controller (connect failure)" >&2
+    exit 1
+fi
+PATH=${PATH#*:} exec scontrol "$@"
+"""
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
@@ -87,7 +97,12 @@ class Work:
         done = self.cluster.run(
             *(BIN / "moe-dist", "launch", "slurm", self.run_file, *overrides),
             cwd=self.folder,
-            env={"PYTHONPATH": f"{ROOT}{os.pathsep}{self.folder}", "SEEN": str(self.seen), **surroundings},
+            env={
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{self.folder}",
+                "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+                "SEEN": str(self.seen),
+                **surroundings,
+            },
         )
         said = re.match(r"job (\d+) is submitted\n", done.stdout)
         assert said, done.stdout
@@ -195,7 +210,10 @@ def test_out_of_time_it_saves_goes_back_into_the_queue_and_goes_on(work: Work, t
 @pytest.mark.parametrize("way", [(), ("--srun",)], ids=["torchrun", "srun"])
 def test_told_to_save_ranks_do_and_go_on(work: Work, twin: Path, way: tuple[str, ...]) -> None:
     """As a person does it who needs the nodes. Exit code 75 of every rank is srun's, and the script's reason. That the
-    first start was to begin afresh does not matter to the second."""
+    first start was to begin afresh does not matter to the second, nor that the controller is away for a moment."""
+    (work.folder / "bin").mkdir()
+    (work.folder / "bin" / "scontrol").write_text(SCONTROL)
+    (work.folder / "bin" / "scontrol").chmod(0o755)
     work.submit(*LONG, "checkpoint.save_steps=0", *way, "checkpoint.resume=never")
     work.trains(6)
     work.cluster.run("scancel", "--batch", "--signal=USR1", work.number)
