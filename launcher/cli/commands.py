@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import typer
@@ -137,16 +138,24 @@ def check(
     ] = None,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print every key with its value.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same for programs on standard output.")] = False,
+    from_pretrained: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", callback=expanded, help="Start from its weights; print which rank reads which bytes."
+        ),
+    ] = None,
 ) -> None:
     """Validate CONFIG and print its layout, without starting anything.
 
-    Which ranks form which group, which experts live where, and how many parameters each rank holds.
+    Which ranks form which group, which experts live where, and how many parameters each rank holds. Where training
+    starts from a Hugging Face folder, every tensor of it is accounted for, from the headers of its files.
 
     [dim]Example:[/dim]  moe-dist check configs/demo.yaml --world-size 4
     """
     from launcher.cli.layout_table import facts, print_report
 
-    settings = load_config(config, context.args, notice=_notice)
+    overrides = [*context.args, *([] if from_pretrained is None else [f"model.from_pretrained={from_pretrained}"])]
+    settings = load_config(config, overrides, notice=_notice)
     if show_config and as_json:
         print(json.dumps(settings.model_dump(mode="json"), indent=1))
         return
@@ -159,10 +168,18 @@ def check(
             f"model.vocab_size={settings.model.vocab_size}: the tokenizer {settings.data.tokenizer} needs {needed}"
         )
     ranks = world_size or settings.launch.nproc_per_node
+    reading = None
+    if settings.model.from_pretrained is not None:
+        from launcher.cli.reading_table import plan_of, print_reading
+
+        reading = plan_of(settings, ranks)
     if as_json:
-        print(json.dumps(facts(settings, ranks), indent=1))
-    else:
-        print_report(settings, ranks)
+        plan = {} if reading is None else {"from_pretrained": [asdict(ranks_alike) for ranks_alike in reading]}
+        print(json.dumps(facts(settings, ranks) | plan, indent=1))
+        return
+    print_report(settings, ranks)
+    if reading is not None:
+        print_reading(settings, reading, in_detail=from_pretrained is not None)
 
 
 @app.command(cls=RunCommand, context_settings=_OVERRIDES)

@@ -5,7 +5,7 @@ and the output head counted whole, the router counted, and K of E experts per la
 models come out at their published figures: Qwen3-30B-A3B 30.53B / 3.35B, Qwen3-235B-A22B 235.09B / 22.19B,
 Qwen3-Coder-480B-A35B 480.15B / 35.47B, Mixtral-8x7B 46.70B / 12.88B (total / active).
 
-Counts are of the built-in `topk` router and `swiglu` expert; a class of your own may have more.
+They are sums over `shapes.py`. Counts are of the built-in router and experts; a class of your own may have more.
 Letters: V vocab_size, D hidden_size, H query heads, G key-value heads, C head width, E experts, K experts per
 token, F moe_intermediate_size.
 """
@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 from moe_dist.config import ModelConfig
+from moe_dist.models.shapes import SELECTION_BIAS, STACKED, Shapes, block_shapes
 
 
 class Split(Protocol):
@@ -89,37 +91,67 @@ class RankCounts:
         return self.dense + self.experts
 
 
-def _block(model: ModelConfig, layer: int) -> tuple[int, int, int, int, int, int]:
-    """(attention, experts, shared_experts, router, dense_mlp, norms) of one block."""
-    D, C = model.hidden_size, model.head_size
-    q_width, kv_width = model.num_attention_heads * C, model.kv_heads * C
-    attention = 2 * D * q_width + 2 * D * kv_width
-    if model.attention_bias:
-        attention += q_width + 2 * kv_width + D
-    norms = 2 * D + (2 * C if model.qk_norm else 0)
-    if not model.has_experts(layer):
-        return attention, 0, 0, 0, 3 * D * model.intermediate_size, norms
-    experts = model.num_experts * 3 * D * model.moe_intermediate_size
-    shared = 3 * D * model.shared_expert_intermediate_size
-    return attention, experts, shared, model.num_experts * D, 0, norms
+@dataclass(frozen=True)
+class _Block:
+    """Parameters of one block by part, and `multiplying`: of its matrices other than those of routed experts."""
+
+    attention: int = 0
+    experts: int = 0
+    shared: int = 0
+    router: int = 0
+    dense_mlp: int = 0
+    norms: int = 0
+    multiplying: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.experts + self.shared + self.router + self.dense_mlp + self.norms
+
+
+_PARTS = (
+    ("moe.experts.", "experts"),
+    ("moe.shared_expert", "shared"),
+    ("moe.router.", "router"),
+    ("mlp.", "dense_mlp"),
+    ("attention.", "attention"),
+)
+
+
+def _blocks(model: ModelConfig, layers: Sequence[int] | range) -> list[_Block]:
+    if model.router != "topk" or model.expert not in STACKED:
+        model = model.model_copy(update={"router": "topk", "expert": "swiglu"})
+    kinds = {experts: _block(block_shapes(model, experts)) for experts in {model.has_experts(i) for i in layers}}
+    return [kinds[model.has_experts(layer)] for layer in layers]
+
+
+def _block(shapes: Shapes) -> _Block:
+    sums: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name == SELECTION_BIAS:  # a buffer
+            continue
+        part = next((part for start, part in _PARTS if name.startswith(start) and "norm" not in name), "norms")
+        sums[part] = sums.get(part, 0) + prod(shape)
+        if len(shape) == 2 and part != "experts":
+            sums["multiplying"] = sums.get("multiplying", 0) + prod(shape)
+    return _Block(**sums)
 
 
 def parameter_counts(model: ModelConfig) -> ParameterCounts:
     """Parameters of the whole model, by part."""
     V, D = model.vocab_size, model.hidden_size
-    blocks = [_block(model, layer) for layer in range(model.num_hidden_layers)]
-    attention, experts, shared, router, dense_mlp, norms = (sum(part) for part in zip(*blocks, strict=True))
-    per_expert = 3 * D * model.moe_intermediate_size
+    blocks = _blocks(model, range(model.num_hidden_layers))
+    experts = sum(block.experts for block in blocks)
+    per_expert = experts // (len(model.moe_layers) * model.num_experts) if model.moe_layers else 0
     return ParameterCounts(
         embedding=V * D,
         head=0 if model.tie_word_embeddings else V * D,
-        attention=attention,
+        attention=sum(block.attention for block in blocks),
         experts=experts,
-        shared_experts=shared,
-        router=router,
-        dense_mlp=dense_mlp,
-        norms=norms + D,
-        per_expert=per_expert if model.num_experts else 0,
+        shared_experts=sum(block.shared for block in blocks),
+        router=sum(block.router for block in blocks),
+        dense_mlp=sum(block.dense_mlp for block in blocks),
+        norms=sum(block.norms for block in blocks) + D,
+        per_expert=per_expert,
         active_experts=len(model.moe_layers) * model.num_experts_per_tok * per_expert,
     )
 
@@ -138,9 +170,9 @@ def per_rank(model: ModelConfig, layout: Split, places: Sequence[Sequence[range]
     counts = []
     for place, stages in enumerate(places):
         layers = tuple(layer for stage in stages for layer in stage)
-        blocks = [_block(model, layer) for layer in layers]
-        experts = sum(block[1] for block in blocks)
-        dense = sum(sum(block) for block in blocks) - experts
+        blocks = _blocks(model, layers)
+        experts = sum(block.experts for block in blocks)
+        dense = sum(block.total for block in blocks) - experts
         first, last = 0 in layers, model.num_hidden_layers - 1 in layers
         tied_here = model.tie_word_embeddings and first and last
         dense += V * D * (first + last - tied_here) + D * last
@@ -160,11 +192,10 @@ def split_layers(model: ModelConfig, num_stages: int) -> list[range]:
         raise ValueError(f"pp_size={num_stages}: at most num_hidden_layers={num_layers}")
     V, D = model.vocab_size, model.hidden_size
     times, sizes = [], []
-    for layer in range(num_layers):
-        attention, experts, shared, router, dense_mlp, norms = _block(model, layer)
-        active = experts * model.num_experts_per_tok // model.num_experts if experts else 0
-        times.append(attention + active + shared + router + dense_mlp)
-        sizes.append(attention + experts + shared + router + dense_mlp + norms)
+    for block in _blocks(model, range(num_layers)):
+        active = block.experts * model.num_experts_per_tok // model.num_experts if block.experts else 0
+        times.append(block.total - block.experts - block.norms + active)
+        sizes.append(block.total)
     times[-1] += V * D
     sizes[0] += V * D
     sizes[-1] += V * D
@@ -201,27 +232,29 @@ def fairest_split(costs: list[int], times: list[int], limit: int, num_stages: in
 def matmul_parameters(model: ModelConfig) -> int:
     """Active parameters that multiply a token: `active` without the embedding's look-up, norms and biases.
 
-    The head counts whether or not it shares the embedding's weights.
+    The head counts whether or not it shares the embedding's weights. Biases of experts count with them.
     """
-    counts = parameter_counts(model)
-    q_width, kv_width = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
-    biases = model.num_hidden_layers * (q_width + 2 * kv_width + model.hidden_size) if model.attention_bias else 0
+    blocks = _blocks(model, range(model.num_hidden_layers))
     head = model.vocab_size * model.hidden_size
-    return counts.active - counts.embedding - counts.head + head - counts.norms - biases
+    return sum(block.multiplying for block in blocks) + parameter_counts(model).active_experts + head
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> int:
     """Floating-point operations of forward and backward for one token of a sequence of `seq_length` tokens.
 
-        6 * N + 12 * L * H * C * S
+        6 * N + sum over layers of 6 * H * (C + C') * S
 
-    N = `matmul_parameters` (2 operations per weight forward, 4 backward), L layers, H heads of width C, S
-    tokens. The attention term is that of the PaLM paper (Chowdhery et al. 2022, appendix B): scores and
-    weighted sum, 2 products of 2*H*C*S operations forward and twice that backward. Causality and document
-    masks are not credited, as is usual for model FLOP utilisation, and recomputation is not counted.
+    N = `matmul_parameters` (2 operations per weight forward, 4 backward), H heads whose keys are C and whose values are
+    C' wide, S tokens, or as many as a layer's window has. The attention term is that of the PaLM paper (Chowdhery et
+    al. 2022, appendix B): scores and weighted sum, 2 products of 2*H*C*S operations forward and twice that backward.
+    Causality and document masks are not credited, as is usual for model FLOP utilisation, and recomputation is not
+    counted.
     """
-    width = model.num_attention_heads * model.head_size
-    return 6 * matmul_parameters(model) + 12 * model.num_hidden_layers * width * seq_length
+    width = 2 * model.head_size
+    if model.kv_lora_rank is not None:
+        width = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+    seen = sum(min(seq_length, model.window(layer) or seq_length) for layer in range(model.num_hidden_layers))
+    return 6 * matmul_parameters(model) + 6 * model.num_attention_heads * width * seen
 
 
 def expert_share(model: ModelConfig, seq_length: int) -> float:

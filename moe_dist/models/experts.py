@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
 from moe_dist.config import ModelConfig
+from moe_dist.models.layers import ACTIVATIONS
 from moe_dist.models.noise import refuse_stray_noise
 from moe_dist.models.own_experts import Expert as Expert
 from moe_dist.models.own_experts import ExpertList, SeedOf, check_stack
@@ -22,7 +22,7 @@ from moe_dist.models.registry import Registry
 
 
 class Experts(nn.Module):
-    """SwiGLU experts as stacked 3-D weights, run by grouped matmuls.
+    """SwiGLU experts as stacked 3-D weights, run by grouped matmuls. `activation`: a name of `layers.ACTIVATIONS`.
 
     `w_gate_up` (e, D, 2F), gate first; `w_down` (e, F, D). This module holds the experts
     [first_expert, first_expert + num_local): all of them until `shard` keeps some. A subclass may have more parameters:
@@ -30,6 +30,7 @@ class Experts(nn.Module):
     """
 
     draws_noise = False
+    activation = "silu"
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -45,9 +46,10 @@ class Experts(nn.Module):
             dtype = self.w_down.dtype
         rows_RD, weights = rows_RD.to(dtype), (self.w_gate_up.to(dtype), self.w_down.to(dtype))
         if not _grouped_mm_takes(dtype, self.w_down.shape[1:]):
-            return loop_swiglu(rows_RD, *weights, rows_per_expert)
+            return loop_swiglu(rows_RD, *weights, rows_per_expert, self.activation)
         # offsets[-1] must be the number of rows: the kernel leaves what lies past it as it was in memory.
-        return _GroupedSwiGLU.apply(rows_RD, *weights, rows_per_expert.cumsum(0).to(torch.int32))
+        offsets = rows_per_expert.cumsum(0).to(torch.int32)
+        return _GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.activation)
 
     @property
     def kind(self) -> str:
@@ -78,31 +80,87 @@ class LoopExperts(Experts):
     """The specification of `Experts`: one expert after the other, plain matmuls."""
 
     def forward(self, rows_RD: Tensor, rows_per_expert: Tensor) -> Tensor:
-        return loop_swiglu(rows_RD, self.w_gate_up, self.w_down, rows_per_expert)
+        return loop_swiglu(rows_RD, self.w_gate_up, self.w_down, rows_per_expert, self.activation)
 
 
-def loop_swiglu(rows_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, rows_per_expert: Tensor) -> Tensor:
+class ClampedExperts(Experts):
+    """The experts of gpt-oss: biases on both matrices, and a gated unit whose inputs are clamped.
+
+    gate * sigmoid(1.702 gate) * (up + 1), gate at most 7 and up within 7 of zero. `b_gate_up` (e, 2F), `b_down` (e, D).
+    """
+
+    ALPHA, LIMIT = 1.702, 7.0
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__(num_experts, hidden_size, intermediate_size)
+        self.b_gate_up = nn.Parameter(torch.zeros(num_experts, 2 * intermediate_size))
+        self.b_down = nn.Parameter(torch.zeros(num_experts, hidden_size))
+
+    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(rows_RD.device.type):
+            dtype = torch.get_autocast_dtype(rows_RD.device.type)
+        else:
+            dtype = self.w_down.dtype
+        up, down = self.w_gate_up.to(dtype), self.w_down.to(dtype)
+        expert_R = torch.repeat_interleave(rows_per_expert, output_size=len(rows_RD))
+        is_grouped = len(rows_RD) > 0 and _grouped_mm_takes(dtype, self.w_down.shape[1:])
+        multiply = _grouped if is_grouped else _one_by_one
+        gate_up = multiply(rows_RD.to(dtype), up, rows_per_expert) + self.b_gate_up.to(dtype)[expert_R]
+        return multiply(self.unit(gate_up), down, rows_per_expert) + self.b_down.to(dtype)[expert_R]
+
+    def unit(self, gate_up: Tensor) -> Tensor:
+        """(R, 2F), gate first -> (R, F)."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=self.LIMIT), up.clamp(-self.LIMIT, self.LIMIT)
+        return gate * (gate * self.ALPHA).sigmoid() * (up + 1)
+
+
+def _grouped(rows_RX: Tensor, weights: Tensor, rows_per_expert: Tensor) -> Tensor:
+    return grouped_mm(rows_RX, weights, offs=rows_per_expert.cumsum(0).to(torch.int32))
+
+
+def _one_by_one(rows_RX: Tensor, weights: Tensor, rows_per_expert: Tensor) -> Tensor:
+    chunks = rows_RX.split(rows_per_expert.tolist())
+    return torch.cat([x @ weight for x, weight in zip(chunks, weights.unbind(0), strict=True)])
+
+
+def loop_swiglu(
+    rows_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, rows_per_expert: Tensor, activation: str = "silu"
+) -> Tensor:
     """SwiGLU of every expert for its rows, (R, D) -> (R, D), in any dtype and of any sizes. Waits for the device."""
     # unbind once: indexing weight[e] in the loop would build a full-size zero gradient per expert.
     weights = zip(w_gate_up.unbind(0), w_down.unbind(0), strict=True)
     chunks = rows_RD.split(rows_per_expert.tolist())
-    return torch.cat([swiglu(x @ gate_up) @ down for x, (gate_up, down) in zip(chunks, weights, strict=True)])
+    both = zip(chunks, weights, strict=True)
+    return torch.cat([swiglu(x @ gate_up, activation) @ down for x, (gate_up, down) in both])
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """silu(first half) * second half of the last dimension."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return ACTIVATIONS[activation](gate) * up
 
 
-def _swiglu_backward(grad_hidden: Tensor, gate_up: Tensor, hidden: Tensor, grad_gate_up: Tensor) -> None:
+def _swiglu_backward(
+    grad_hidden: Tensor, gate_up: Tensor, hidden: Tensor, grad_gate_up: Tensor, activation: str
+) -> None:
     """Write swiglu(gate_up) to `hidden` and its gradient to `grad_gate_up`; `grad_hidden` is used up."""
     gate, up = gate_up.chunk(2, dim=-1)
     grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-    torch.ops.aten.silu.out(gate, out=hidden)
+    forward, backward, how = _IN_PLACE[activation]
+    forward(gate, **how, out=hidden)
     torch.mul(grad_hidden, hidden, out=grad_up)
     hidden.mul_(up)
-    torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=grad_gate)
+    backward(grad_hidden.mul_(up), gate, **how, grad_input=grad_gate)
+
+
+_aten = torch.ops.aten
+# Activation -> (into a tensor that is there, its gradient likewise, how).
+_IN_PLACE: dict[str, tuple[Any, Any, dict[str, str]]] = {
+    "silu": (_aten.silu.out, _aten.silu_backward.grad_input, {}),
+    "gelu": (_aten.gelu.out, _aten.gelu_backward.grad_input, {"approximate": "none"}),
+    "gelu_tanh": (_aten.gelu.out, _aten.gelu_backward.grad_input, {"approximate": "tanh"}),
+}
 
 
 def _grouped_mm_takes(dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
@@ -118,31 +176,35 @@ class _GroupedSwiGLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor, activation: str
+    ) -> Tensor:
+        ctx.activation = activation
         if not len(rows_RD):
             ctx.save_for_backward(rows_RD, rows_RD, w_gate_up, w_down, offsets)
             return rows_RD.new_empty(rows_RD.shape)
         gate_up = grouped_mm(rows_RD, w_gate_up, offs=offsets)
         ctx.save_for_backward(rows_RD, gate_up, w_gate_up, w_down, offsets)
-        return grouped_mm(swiglu(gate_up), w_down, offs=offsets)
+        return grouped_mm(swiglu(gate_up, activation), w_down, offs=offsets)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         rows_RD, gate_up, w_gate_up, w_down, offsets = ctx.saved_tensors
-        want_rows, want_up, want_down, _ = ctx.needs_input_grad
+        want_rows, want_up, want_down, _, _ = ctx.needs_input_grad
         if not len(rows_RD):
             wanted = zip((rows_RD, w_gate_up, w_down), ctx.needs_input_grad, strict=False)
             d_rows, d_up, d_down = (torch.zeros_like(like) if want else None for like, want in wanted)
-            return d_rows, d_up, d_down, None
+            return d_rows, d_up, d_down, None, None
         grad_RD = grad_RD.contiguous()  # the kernel refuses expanded ones, as of a sum
         grad_hidden = grouped_mm(grad_RD, w_down.transpose(1, 2), offs=offsets)
         hidden, grad_gate_up = torch.empty_like(grad_hidden), torch.empty_like(gate_up)
-        _swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up)
+        _swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up, ctx.activation)
         return (
             grouped_mm(grad_gate_up, w_gate_up.transpose(1, 2), offs=offsets) if want_rows else None,
             grouped_mm(rows_RD.t(), grad_gate_up, offs=offsets) if want_up else None,
             grouped_mm(hidden.t(), grad_RD, offs=offsets) if want_down else None,
+            None,
             None,
         )
 
@@ -151,19 +213,25 @@ EXPERTS: Registry[Callable[..., nn.Module]] = Registry("model.expert", "expert")
 register_expert = EXPERTS.register
 EXPERTS.register("swiglu")(Experts)
 EXPERTS.register("swiglu_loop")(LoopExperts)
+EXPERTS.register("swiglu_clamped")(ClampedExperts)
 
 
 def build_experts(config: ModelConfig) -> Experts | ExpertList:
     """The configured experts of one layer, all of them.
 
-    Raises ValueError for stacked experts that hold what is not one per expert.
+    Raises ValueError for stacked experts that hold what is not one per expert, and for an activation that a class has
+    no use for.
     """
     kind: Any = EXPERTS.resolve(config.expert)
     sizes = (config.hidden_size, config.moe_intermediate_size)
+    takes_activation = isinstance(kind, type) and issubclass(kind, Experts) and kind is not ClampedExperts
+    if config.hidden_act != "silu" and not takes_activation:
+        raise ValueError(f"model.hidden_act={config.hidden_act}: model.expert={config.expert} has its own activation")
     if not (isinstance(kind, type) and issubclass(kind, Experts)):
         return refuse_stray_noise(ExpertList(lambda: kind(*sizes), config.num_experts))
     experts = kind(config.num_experts, *sizes)
-    if kind in (Experts, LoopExperts):
+    experts.activation = config.hidden_act
+    if kind in (Experts, LoopExperts, ClampedExperts):
         return experts
     check_stack(experts, config.num_experts)
     return refuse_stray_noise(experts)

@@ -87,10 +87,11 @@ class MoE(nn.Module):
         self.balance = LoadBalance(balance, config.num_experts, config.num_experts_per_tok, layer)
         self.capacity_factor, self.expert_dropout = balance.capacity_factor, balance.expert_dropout
         self.shared_expert = (
-            SwiGLU(config.hidden_size, config.shared_expert_intermediate_size)
+            SwiGLU(config.hidden_size, config.shared_expert_intermediate_size, config.hidden_act)
             if config.shared_expert_intermediate_size
             else None
         )
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(self, x_BSD: Tensor, context: RoutingContext = ALONE) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -103,7 +104,10 @@ class MoE(nn.Module):
             rows_RD = self.experts(rows_RD, plan.rows_per_expert, plan.sources)
         out_TD = self.dispatcher.combine(rows_RD, plan)
         if self.shared_expert is not None:
-            out_TD = out_TD + self.shared_expert(x_TD)
+            shared_TD = self.shared_expert(x_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
+            out_TD = out_TD + shared_TD
         if auxiliary_loss is not None:
             out_TD = inject_loss(out_TD, auxiliary_loss)
         return out_TD.view_as(x_BSD)

@@ -142,11 +142,13 @@ class Router(nn.Module):
     use_bias: bool | None
     weight: nn.Parameter
     """None where there are no sizes."""
+    logits_bias_E: nn.Parameter | None
     rule: TopKRouter
 
     def __init__(self, hidden_size: int | None = None, num_experts: int | None = None, top_k: int = 2) -> None:
         super().__init__()
         self.register_parameter("weight", None)
+        self.register_parameter("logits_bias_E", None)
         self.use_bias, self.jitter, self.logits_temperature = None, 0.0, 1.0
         self.fallback_expert: int | None = None
         self._bias_seen: tuple[tuple[int, int], bool] | None = None
@@ -190,7 +192,12 @@ class Router(nn.Module):
                 f"model.router: {type(self).__name__} has no weight: give super().__init__ its sizes, "
                 "or override logits or forward"
             )
-        return F.linear(x_TD, full(self.weight))
+        return F.linear(x_TD, full(self.weight), None if self.logits_bias_E is None else full(self.logits_bias_E))
+
+    def add_logits_bias(self) -> None:
+        """Give the linear map a bias, zeros, as `model.router_bias` asks."""
+        assert self.num_experts is not None
+        self.logits_bias_E = nn.Parameter(torch.zeros(self.num_experts))
 
     def forward(self, x_TD: Tensor) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -299,6 +306,8 @@ def build_router(config: ModelConfig, balance: BalanceConfig) -> Router:
     router = ROUTERS.resolve(config.router)(config.hidden_size, config.num_experts)
     if not hasattr(router, "rule"):
         router._set_sizes(config.hidden_size, config.num_experts)
+    if config.router_bias:
+        router.add_logits_bias()
     router.rule = TopKRouter(
         config.num_experts,
         config.num_experts_per_tok,

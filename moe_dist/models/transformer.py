@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, ModelConfig
-from moe_dist.models.attention import Attention
+from moe_dist.models.attention import build_attention
 from moe_dist.models.context import ALONE, RoutingContext
 from moe_dist.models.experts import ExpertList, Experts, build_experts
-from moe_dist.models.layers import RMSNorm, SwiGLU, rotary_table
+from moe_dist.models.layers import RMSNorm, SwiGLU
 from moe_dist.models.moe import MoE
 from moe_dist.models.recompute import recompute
+from moe_dist.models.rotary import rotary_table
 from moe_dist.models.router import Router, build_router
 from moe_dist.models.shapes import Shapes, decays
 
@@ -30,10 +31,10 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, balance: BalanceConfig, layer: int) -> None:
         super().__init__()
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config)
+        self.attention = build_attention(config, layer)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.moe = MoE(config, balance, layer) if config.has_experts(layer) else None
-        self.mlp = None if self.moe else SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp = None if self.moe else SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.recompute = "none"
 
     def forward(
@@ -118,17 +119,28 @@ class Stage(nn.Module):
             )
         if position_ids is None:
             position_ids = torch.arange(length, device=x.device)[None]
-        cos, sin = rotary_table(position_ids, self.config.head_size, self.config.rope_theta)
+        cos, sin = rotary_table(position_ids, self.config)
         rotary = (cos[:, None], sin[:, None])
-        mask = None if document_ids is None else document_mask(document_ids)
+        masks = self._masks(length, document_ids, x.device)
         x_BSD = x if self.embed_tokens is None else self.embed_tokens(x)
         for layer, block in self.layers.items():
             if noise is not None:
                 torch.manual_seed(noise + int(layer))
-            x_BSD = block(x_BSD, rotary, mask, context)
+            x_BSD = block(x_BSD, rotary, masks[self.config.window(int(layer))], context)
         if self.lm_head is None or self.norm is None:
             return x_BSD
         return self.lm_head(self.norm(x_BSD))
+
+    def _masks(self, length: int, document_ids: Tensor | None, device: torch.device) -> dict[int | None, Tensor | None]:
+        """Window of a layer -> its mask; None where it is plain causal attention."""
+        windows = {self.config.window(int(layer)) for layer in self.layers}
+        whole = None if document_ids is None else document_mask(document_ids)
+        masks: dict[int | None, Tensor | None] = dict.fromkeys(windows, whole)
+        for window in windows:
+            if window is not None and window < length:
+                near = window_mask(length, window, device)
+                masks[window] = near if whole is None else near & whole
+        return masks
 
 
 class Transformer(Stage):
@@ -252,10 +264,12 @@ class Transformer(Stage):
                 nn.init.ones_(module.weight)
             elif isinstance(module, Router) and not _inside_experts(name):
                 _set_buffers(module, lambda: build_router(self.config, BalanceConfig()), _seed(seed, name))
-                if any(key != "weight" for key, _ in module.named_parameters(recurse=False)):
+                if any(key not in ("weight", "logits_bias_E") for key, _ in module.named_parameters(recurse=False)):
                     _reset(module, name, _seed(seed, name))
                 elif module.weight is not None:
                     _normal(module.weight, std, _seed(seed, name))
+                if module.logits_bias_E is not None:
+                    nn.init.zeros_(module.logits_bias_E)
             elif isinstance(module, (nn.Linear, nn.Embedding)) and not _inside_experts(name):
                 _normal(module.weight, std, _seed(seed, name))
                 if isinstance(module, nn.Linear) and module.bias is not None:
@@ -272,6 +286,11 @@ def document_mask(document_ids: Tensor) -> Tensor:
     """(B, S) ids -> (B, 1, S, S) bool: a query sees keys of its own document that are not after it."""
     same = document_ids[:, :, None] == document_ids[:, None, :]
     return same.tril()[:, None]
+
+
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """(1, 1, S, S) bool: a query sees itself and the `window` - 1 keys before it."""
+    return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 def _seed(seed: int, name: str, expert: int | None = None) -> int:

@@ -83,7 +83,7 @@ def export(
             f"{staging}: left behind by an export that was stopped, unless one is writing it now; remove it"
         ) from None
     try:
-        planned = [Planned(name, part.shape, weights.dtype) for name, part in weights.parts.items()]
+        planned = [Planned(name, part.shape, weights.dtype_of(name)) for name, part in weights.parts.items()]
         files = plan_files(planned, max_shard_bytes)
         for name, tensors in files.items():
             write_file(staging / name, tensors, weights.read)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,14 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import ModelConfig
-from moe_dist.config.huggingface import architecture_differences, model_of, pretrained_config
+from moe_dist.config.families import families
 from moe_dist.models.experts import Experts
-from moe_dist.models.huggingface import Part, untied_head
+from moe_dist.models.tensor_names import Names, Part, untied_head
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.pretrained.source import DTYPES, Contents, Entry, SliceReader, read_contents
+from moe_dist.pretrained.source import WHOLE, Contents, Held, SliceReader, in_one_line, pieces, read_folder
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-MAX_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -45,79 +43,78 @@ class Pretrained:
 def load_pretrained(model: Transformer, config: ModelConfig, mesh: Mesh) -> Pretrained:
     """Set every weight of `model`, a rank's part that is whole, not sharded yet, from `config.from_pretrained`.
 
-    Selection biases stay as they are. A collective; raises ValueError on every rank, naming all tensors that are
-    missing, unexpected, ill-shaped, of another type, or not finite anywhere; the model is then of no use.
+    A selection bias that the family has no place for stays as it is. A collective; raises ValueError on every rank,
+    naming all tensors that are missing, unexpected, ill-shaped, of another type, or not finite anywhere; the model is
+    then of no use.
     """
     assert config.from_pretrained is not None
     folder = Path(config.from_pretrained)
-    contents = mesh.ask_rank_zero(lambda: _contents(folder, config))
+    contents = mesh.ask_rank_zero(lambda: read_folder(folder, config))
+    names = Names(config, families()[contents.family])
     reader, problems = SliceReader(folder), []
-    for target, entry, first, part in _slices(model, contents, config):
+    targets, held = {**dict(model.named_parameters()), **dict(model.named_buffers())}, _held(model)
+    for entry, first, count, part in pieces(contents, names, held):
         try:
-            values = reader.read(entry, first, part.shape[0])
+            values = reader.read(entry, first, count)
         except Exception as error:  # of safetensors and of the system, for a file that has changed since
             problems.append(f"{entry.name}: cannot be read ({entry.file}): {error}")
             continue
         if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
             problems.append(f"{entry.name}: a value that is not finite ({entry.file})")
-        target.copy_(part.to_ours(values))
+        _box(targets[part.ours].data, part, held(part.ours) or WHOLE).copy_(part.to_ours(values))
     if config.tie_word_embeddings and HEAD in contents.tensors and not contents.problems and mesh.rank == 0:
         head, embedding = (contents.tensors[name] for name in (HEAD, EMBEDDING))
         if not torch.equal(*(reader.read(entry, 0, config.vocab_size) for entry in (head, embedding))):
             problems.append(untied_head())
+    hashes = {} if contents.problems else _hashes(folder, contents, mesh)
+    problems += _changed(folder, hashes)
     found = sorted({line for lines in mesh.from_all(problems) for line in lines} | set(contents.problems))
     if found:
-        more = f"; and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
-        raise ValueError(f"model.from_pretrained={folder}: {'; '.join(found[:MAX_NAMED])}{more}")
-    read = mesh.from_all(reader.bytes_read)
-    return Pretrained(folder, len(contents.tensors), read, _provenance(folder, contents, mesh))
+        raise ValueError(f"model.from_pretrained={folder}: {in_one_line(found)}")
+    revision = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", str(folder))
+    provenance = {"folder": str(folder), "revision": revision[1] if revision else None, "files": hashes}
+    return Pretrained(folder, len(contents.tensors), mesh.from_all(reader.bytes_read), provenance)
 
 
-def _contents(folder: Path, config: ModelConfig) -> Contents:
-    """Raises ValueError when the folder's model is another, or has no weights that can be read."""
-    said = f"model.from_pretrained={folder}"
-    wrong = architecture_differences(config, model_of(pretrained_config(folder, said)))
-    if wrong:
-        raise ValueError(f"{said}: the run's model is another: {', '.join(wrong)}")
-    return read_contents(folder, config)
-
-
-def _slices(model: Transformer, contents: Contents, config: ModelConfig) -> Iterator[tuple[Tensor, Entry, int, Part]]:
-    """(where it goes, tensor of the folder, its first row to be read, what these rows are) for all this rank holds.
-
-    In the order of files, so that each is opened once. What the folder has not, or has in another shape, is left out.
-    """
-    targets = dict(model.named_parameters())  # of tied embeddings only once
-    held = {
-        f"{prefix}.{name}": (module.first_expert, module.num_local)
+def _held(model: Transformer) -> Held:
+    """What a rank's part of the model holds."""
+    stacks = {
+        f"{prefix}.{name}": range(module.first_expert, module.first_expert + module.num_local)
         for prefix, module in model.named_modules()
         if isinstance(module, Experts)
         for name, _ in module.named_parameters(recurse=False)
     }
-    wanted = contents.parts(config)
-    for name in sorted(wanted, key=lambda name: getattr(contents.tensors.get(name), "file", "")):
-        part, entry = wanted[name], contents.tensors.get(name)
-        if part.ours not in targets or entry is None or tuple(entry.shape) != part.shape or entry.dtype not in DTYPES:
-            continue
-        target = targets[part.ours].data
-        if part.ours not in held:
-            yield target, entry, 0, part
-        elif (cut := part.of_experts(*held[part.ours])) is not None:
-            mine, first = cut
-            start = (mine.offset[0] - held[part.ours][0], *mine.offset[1:])
-            box = target[tuple(slice(o, o + n) for o, n in zip(start, mine.size, strict=True))]
-            yield box, entry, first if len(mine.shape) == len(mine.size) else 0, mine
+    # Of tied embeddings only one; a selection bias is a buffer.
+    names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
+    return lambda ours: stacks.get(ours, WHOLE) if ours in names else None
 
 
-def _provenance(folder: Path, contents: Contents, mesh: Mesh) -> dict[str, Any]:
-    """Folder, revision where the hub's cache names it, and the hash of every file; each hashed by one rank."""
+def _box(tensor: Tensor, part: Part, experts: range) -> Tensor:
+    """Where in a rank's tensor a part of ours goes, as a view."""
+    if experts == WHOLE:
+        return tensor
+    start = (part.offset[0] - experts.start, *part.offset[1:])
+    return tensor[tuple(slice(o, o + n) for o, n in zip(start, part.size, strict=True))]
+
+
+def _hashes(folder: Path, contents: Contents, mesh: Mesh) -> dict[str, str]:
+    """SHA-256 of every file; each hashed by one rank. "" for one that cannot be read, which reading has named."""
     files = sorted({entry.file for entry in contents.tensors.values()} | {"config.json"})
     mine = {}
     for file in files[mesh.rank :: mesh.layout.world_size]:
-        with (folder / file).open("rb") as stream:
-            mine[file] = hashlib.file_digest(stream, "sha256").hexdigest()
-    hashes: dict[str, str] = {}
-    for some in mesh.from_all(mine):
-        hashes |= some
-    revision = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", str(folder))
-    return {"folder": str(folder), "revision": revision[1] if revision else None, "files": hashes}
+        try:
+            with (folder / file).open("rb") as stream:
+                mine[file] = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError:
+            mine[file] = ""
+    return {file: digest for some in mesh.from_all(mine) for file, digest in some.items()}
+
+
+def _changed(folder: Path, hashes: dict[str, str]) -> list[str]:
+    """Files of the hub's cache that are not what the hub has: there a large file is called as its content is hashed."""
+    names = {file: (folder / file).resolve().name for file in hashes}
+    return [
+        f"{file}: not what the hub has: its SHA-256 is {digest}, its name {names[file]}"
+        for file, digest in hashes.items()
+        if re.fullmatch(r"[0-9a-f]{64}", names[file]) and digest != names[file]
+    ]

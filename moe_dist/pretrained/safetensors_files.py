@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.checkpoint.shards import NAMES
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from moe_dist.pretrained.source import INDEX, SINGLE
 
 
 class Planned(NamedTuple):

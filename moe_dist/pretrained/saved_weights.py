@@ -12,14 +12,7 @@ from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
 from moe_dist.checkpoint.tools.inspecting import Tensors
 from moe_dist.config import ConfigError, ModelConfig
-from moe_dist.models.huggingface import (
-    Part,
-    nonzero_bias,
-    optional_names,
-    parts,
-    public_name,
-    selection_biases,
-)
+from moe_dist.models.tensor_names import Names, Part, nonzero_bias
 
 
 class SavedWeights:
@@ -33,8 +26,8 @@ class SavedWeights:
         self, found: CheckpointRef, manifest: Manifest, keys: Keys, config: ModelConfig, dtype: torch.dtype | None
     ) -> None:
         """Raises ValueError where no Hugging Face family has what the run has."""
-        self.config, self.found = config, found
-        every = {name: part for name, part in parts(config).items() if name not in optional_names(config)}
+        self.config, self.found, self.names = config, found, Names(config)
+        every = {name: part for name, part in self.names.parts().items() if name not in self.names.optional}
         self._tensors = Tensors(found, manifest, keys)
         self._sources = {part.ours: weight_source(part.ours, manifest.tensors) for part in every.values()}
         missing = [source for source in self._sources.values() if source not in manifest.tensors]
@@ -48,7 +41,7 @@ class SavedWeights:
         order = sorted(every, key=lambda name: entries[every[name].ours].boxes[0].file)
         if all(len(entry.boxes) == 1 for entry in entries.values()):
             every = {name: every[name] for name in order}
-        self.parts: dict[str, Part] = {public_name(name, config): part for name, part in every.items()}
+        self.parts: dict[str, Part] = every
 
     def read(self, name: str) -> Tensor:
         """One Hugging Face tensor by public name. Raises ConfigError where its values are past what `dtype` holds."""
@@ -56,14 +49,20 @@ class SavedWeights:
         box = self._tensors.read_box(self._sources[part.ours], part.offset, part.size)
         return self._rounded(part.to_theirs(box), name)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of a tensor by public name: `dtype`, but float32 for what the family keeps exact."""
+        return torch.float32 if name.endswith(self.names.family.exact or (" ",)) else self.dtype
+
     def read_ours(self) -> dict[str, Tensor]:
         """All weights by our names, rounded to `dtype`, in float32: what a model of ours loads."""
-        whole = {
-            ours: self._rounded(self._tensors.read(source), ours).float() for ours, source in self._sources.items()
-        }
+        whole = {}
+        for name, part in self.parts.items():
+            if part.ours not in whole:
+                values = self._tensors.read(self._sources[part.ours])
+                whole[part.ours] = self._rounded(values, name).float()
         if self.config.tie_word_embeddings:
             whole["lm_head.weight"] = whole["embed_tokens.weight"]
-        for name in selection_biases(self.config):
+        for name in self.names.biases:
             whole[name] = torch.zeros(self.config.num_experts)
         return whole
 
@@ -72,13 +71,13 @@ class SavedWeights:
         self._tensors.close()
 
     def _rounded(self, values: Tensor, name: str) -> Tensor:
-        rounded = values.to(self.dtype)
+        rounded = values.to(dtype := self.dtype_of(name))
         if not torch.isfinite(torch.stack(torch.aminmax(rounded))).all():
-            raise ConfigError(f"{name}: a value that is not finite in {self.dtype}; --dtype fp32 holds more")
+            raise ConfigError(f"{name}: a value that is not finite in {dtype}; --dtype fp32 holds more")
         return rounded
 
     def _refuse_selection_biases(self) -> None:
-        for name in selection_biases(self.config):
+        for name in self.names.biases:
             source = weight_source(name, self._tensors.manifest.tensors)
             if source in self._tensors.manifest.tensors and self._tensors.read(source).count_nonzero() > 0:
-                raise ValueError(nonzero_bias(name, self.config))
+                raise ValueError(nonzero_bias(name, self.names.family))

@@ -1,54 +1,97 @@
-"""A Hugging Face folder to read weights from: which file holds which tensor, and slices of them."""
+"""A Hugging Face folder to read weights from: which file holds which tensor, and slices of them. Imports no torch."""
 
 from __future__ import annotations
 
 import json
 import re
 import struct
+from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from moe_dist.config import ModelConfig
-from moe_dist.models.huggingface import (
-    Part,
-    fused_layers_of,
-    is_no_weight,
-    one_name,
-    optional_names,
-    parts,
-    public_name,
-)
-from moe_dist.pretrained.safetensors_files import INDEX, SINGLE
+from moe_dist.config.huggingface import architecture_differences, model_of, pretrained_config
+from moe_dist.models.tensor_names import Names, Part
 
-DTYPES = ("F32", "BF16", "F16")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"F32": 4, "BF16": 2, "F16": 2}
+"""Types that are read, and their bytes."""
 MAX_HEADER_BYTES = 100 * 2**20
 """As safetensors' own limit."""
 
 
 class Entry(NamedTuple):
-    """A tensor as a file's header has it. `name`: as in the file; `dtype`: safetensors' name."""
+    """A tensor as a file's header has it. `name`: as in the file; `dtype`: safetensors' name; `start`: first byte."""
 
     name: str
     file: str
     dtype: str
     shape: list[int]
+    start: int
+
+
+class Piece(NamedTuple):
+    """What a rank reads of one tensor: rows [first, first + num_rows), which are `part` of ours."""
+
+    entry: Entry
+    first: int
+    num_rows: int
+    part: Part
+
+    @property
+    def byte_range(self) -> tuple[int, int]:
+        """In the file, end past the last."""
+        row = prod(self.entry.shape[1:]) * DTYPES[self.entry.dtype]
+        start = self.entry.start + self.first * row
+        return start, start + self.num_rows * row
+
+
+WHOLE = range(0)
+Held = Callable[[str], range | None]
+"""One of our names -> which experts of that stack a rank holds; WHOLE for what is no stack; None: nothing of it."""
 
 
 class Contents(NamedTuple):
-    """All tensors of a folder, by their names in Qwen3-MoE's words; and what is wrong, each naming tensor or file."""
+    """All tensors of a folder by public name, and what is wrong, each naming tensor or file.
 
+    `family`: whose model_type it is.
+    """
+
+    family: str
     tensors: dict[str, Entry]
     problems: list[str]
 
-    def parts(self, config: ModelConfig) -> dict[str, Part]:
-        """Every tensor that a model of this configuration has, in the layout of this folder."""
-        return parts(config, fused_layers_of(self.tensors, config))
+    def parts(self, names: Names) -> dict[str, Part]:
+        """Every tensor that the model has, in the layout of this folder."""
+        return names.parts(names.fused_layers(self.tensors))
 
 
-def read_contents(folder: Path, config: ModelConfig) -> Contents:
+def read_folder(folder: Path, config: ModelConfig) -> Contents:
+    """Its headers, held against the run's model.
+
+    Raises ValueError when the folder's model is another, or has no weights that can be read.
+    """
+    said = f"model.from_pretrained={folder}"
+    found = pretrained_config(folder, said)
+    if wrong := architecture_differences(config, model_of(found)):
+        raise ValueError(f"{said}: the run's model is another: {', '.join(wrong)}")
+    return read_contents(folder, Names(config, found.family))
+
+
+def in_one_line(problems: list[str]) -> str:
+    """All of them, or the first 20 and how many more."""
+    more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+    return "; ".join(problems[:20]) + more
+
+
+def read_contents(folder: Path, names: Names) -> Contents:
     """Read the headers of all files and hold them against the model. Reads no values.
 
     Raises ValueError where there are no safetensors files: pickled weights are not opened.
@@ -58,25 +101,31 @@ def read_contents(folder: Path, config: ModelConfig) -> Contents:
     unread: set[str] = set()
     files, index = _files(folder, problems)
     for file in files:
+        if (target := leads_out(folder, file)) is not None:
+            problems.append(f"{file}: a link out of the folder, to {target}")
+            unread.add(file)
+            continue
         try:
             header = read_header(folder / file)
         except (OSError, ValueError) as error:
             problems.append(f"{file}: {error}")
             unread.add(file)
             continue
-        for name, (dtype, shape) in header.items():
-            if is_no_weight(name):
+        for name, (dtype, shape, start) in header.items():
+            if names.ignores(name):
                 continue
             if index is not None and index.get(name) != file:
                 problems.append(f"{name}: in {file}, in {INDEX} {index.get(name, 'not at all')}")
-            key = one_name(name)
+            key = names.public(name)
             if key in tensors:
                 problems.append(f"{name}: twice, in {tensors[key].file} and in {file}")
-            tensors[key] = Entry(name, file, dtype, shape)
-    contents = Contents(tensors, problems)
-    wanted, optional = contents.parts(config), optional_names(config)
-    shown = {name: tensors[name].name if name in tensors else public_name(name, config) for name in wanted}
-    lost = {one_name(name) for name, file in (index or {}).items() if file in unread}  # with their file, which is named
+            tensors[key] = Entry(name, file, dtype, shape, start)
+    contents = Contents(names.family.model_type, tensors, problems)
+    wanted, optional = contents.parts(names), names.optional
+    shown = {name: tensors[name].name if name in tensors else name for name in wanted}
+    lost = {
+        names.public(name) for name, file in (index or {}).items() if file in unread
+    }  # with their file, which is named
     if index is not None or not unread:
         missing = wanted.keys() - tensors.keys() - optional - lost
         problems += [f"{shown[name]}: missing" for name in wanted if name in missing]
@@ -89,6 +138,13 @@ def read_contents(folder: Path, config: ModelConfig) -> Contents:
         if entry is not None and entry.dtype not in DTYPES:
             problems.append(f"{shown[name]}: type {entry.dtype}; {', '.join(DTYPES)} are read ({entry.file})")
     return contents
+
+
+def leads_out(folder: Path, file: str) -> Path | None:
+    """Where a file of the folder really lies, if that is neither in it nor with the blobs of the hub's cache."""
+    place, target = folder.resolve(), (folder / file).resolve()
+    homes = [place, place.parents[1] / "blobs"] if place.parent.name == "snapshots" else [place]
+    return None if any(target.is_relative_to(home) for home in homes) else target
 
 
 def _files(folder: Path, problems: list[str]) -> tuple[list[str], dict[str, str] | None]:
@@ -115,8 +171,29 @@ def _files(folder: Path, problems: list[str]) -> tuple[list[str], dict[str, str]
     raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
 
 
-def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Name -> (dtype, shape) of a safetensors file. Raises ValueError for one that is not whole."""
+def pieces(contents: Contents, names: Names, held: Held) -> Iterator[Piece]:
+    """All that a rank reads, in the order of files, so that each is opened once.
+
+    What the folder has not, or has in another shape, is left out.
+    """
+    wanted = contents.parts(names)
+    for name in sorted(wanted, key=lambda name: getattr(contents.tensors.get(name), "file", "")):
+        part, entry = wanted[name], contents.tensors.get(name)
+        if entry is None or tuple(entry.shape) != part.shape or entry.dtype not in DTYPES:
+            continue
+        experts = held(part.ours)
+        if experts is None:
+            continue
+        if experts == WHOLE:
+            yield Piece(entry, 0, part.shape[0] if part.shape else 1, part)
+        elif (cut := part.of_experts(experts.start, len(experts))) is not None:
+            mine, first = cut
+            is_stack = len(mine.shape) == len(mine.size)
+            yield Piece(entry, first if is_stack else 0, mine.shape[0], mine)
+
+
+def read_header(file: Path) -> dict[str, tuple[str, list[int], int]]:
+    """Name -> (dtype, shape, first byte) of a safetensors file. Raises ValueError for one that is not whole."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -127,8 +204,13 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
     try:
         header = json.loads(text, object_pairs_hook=_no_repeats)
         header.pop("__metadata__", None)
-        found = {name: (str(entry["dtype"]), [int(n) for n in entry["shape"]]) for name, entry in header.items()}
-        with safe_open(file, framework="pt"):  # checks the offsets against the types, the shapes and the file's length
+        found = {
+            name: (str(entry["dtype"]), [int(n) for n in entry["shape"]], 8 + length + int(entry["data_offsets"][0]))
+            for name, entry in header.items()
+        }
+        with safe_open(
+            file, framework="numpy"
+        ):  # checks the offsets against the types, the shapes and the file's length
             return found
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"damaged: {error}") from error

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from moe_dist.config import ModelConfig
 from moe_dist.config.huggingface import architecture_differences, model_of, read_huggingface
-from moe_dist.models.huggingface import from_huggingface, optional_names, parts, public_name
+from moe_dist.models.huggingface import from_huggingface
+from moe_dist.models.tensor_names import Names
 from moe_dist.models.transformer import Transformer
-from moe_dist.pretrained.safetensors_files import INDEX
 from moe_dist.pretrained.saved_weights import SavedWeights
+from moe_dist.pretrained.source import INDEX
 
 MAX_LOGITS_ERROR = 1e-4
 """L2 of the difference over L2, in float32. Two implementations of a deep model differ by rounding in another order; a
 wrong weight is found by comparing weights, bit by bit."""
+_EXPERTS: dict[str, Any] = {"experts_implementation": "eager"}  # the grouped kernel of transformers refuses odd sizes
 NUM_PROMPTS, PROMPT_LENGTH = 4, 64
 
 
@@ -47,8 +49,8 @@ def check_tensors(folder: Path, weights: SavedWeights) -> Checked:
                     problems.append(f"{key}: not of the model ({name})")
                 elif not _same(file.get_tensor(key), weights.read(key)):
                     problems.append(f"{key}: not as in {weights.found} ({name})")
-    config = weights.config
-    wanted = [public_name(name, config) for name in parts(config) if name not in optional_names(config)]
+    names = Names(weights.config)  # of its own: what was left out while writing is missing here
+    wanted = [name for name in names.parts() if name not in names.optional]
     problems += [f"{name}: missing" for name in wanted if name not in where]
     if len(files) > 1 and json.loads((folder / INDEX).read_text("utf-8"))["weight_map"] != where:
         problems.append(f"{INDEX}: does not say where the tensors are")
@@ -79,6 +81,7 @@ def check_with_transformers(folder: Path, weights: SavedWeights) -> list[Checked
             folder,
             dtype=torch.float32,
             attn_implementation="eager",
+            **_EXPERTS,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -90,7 +93,7 @@ def check_with_transformers(folder: Path, weights: SavedWeights) -> list[Checked
         f"{kind}: {name}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
         for name in sorted(map(str, info.get(kind) or ()))
-        if name not in optional_names(config)
+        if name not in weights.names.optional
     ]
     ours = weights.read_ours()
     try:

@@ -157,6 +157,7 @@ def shrunken(config: Config, world_size: int, num_stages: int | None = None) -> 
         "decoder_sparse_step": 1,
         "mlp_only_layers": dense if num_experts else [],
         "shared_expert_intermediate_size": 16 if model.shared_expert_intermediate_size else 0,
+        **_small_attention(model, num_layers),
         "max_position_embeddings": 64,
         "initializer_range": 0.2,
     }
@@ -172,6 +173,26 @@ def shrunken(config: Config, world_size: int, num_stages: int | None = None) -> 
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"the small model to verify: {reason(error)}") from None
+
+
+def _small_attention(model: ModelConfig, num_layers: int) -> dict[str, Any]:
+    """Windows shorter than a sequence, in the pattern of the model; positions stretched from half a sequence; heads of
+    8, or latents of that width."""
+    types, scaling = model.layer_types, model.rope_scaling
+    small: dict[str, Any] = {
+        "sliding_window": None if model.sliding_window is None else 5,
+        "layer_types": [types[layer % len(types)] for layer in range(num_layers)] if types else [],
+        "partial_rotary_factor": 1.0 if model.partial_rotary_factor == 1 else 0.5,
+    }
+    if model.kv_lora_rank is not None:
+        small |= {"kv_lora_rank": 8, "q_lora_rank": None if model.q_lora_rank is None else 10, "head_dim": None}
+        small |= {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    if scaling is not None:
+        pairs = 2 if model.kv_lora_rank is not None or small["partial_rotary_factor"] < 1 else 4
+        lists = {key: value[:pairs] for key, value in scaling.items() if isinstance(value, list)}
+        lengths = {key: 8 for key in scaling if key == "original_max_position_embeddings"}
+        small["rope_scaling"] = scaling | lists | lengths
+    return small
 
 
 def _few_experts(model: ModelConfig, world_size: int) -> int:

@@ -22,6 +22,8 @@ NO_PATHS = {
     "data.ignored_columns",
     "data.split",
     "data.text_field",
+    "model.model_type",
+    "model.rope_scaling",
     "model.router",
     "model.expert",
     "monitor.prometheus.host",

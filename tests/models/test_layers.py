@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.config import ModelConfig
-from moe_dist.models.attention import Attention
-from moe_dist.models.layers import RMSNorm, SwiGLU, rotary_table, rotate
+from moe_dist.models.attention import build_attention
+from moe_dist.models.layers import RMSNorm, SwiGLU
+from moe_dist.models.precision import in_dtype
+from moe_dist.models.rotary import rotary_table, rotate
 from moe_dist.models.transformer import Transformer, document_mask
 
 
@@ -59,10 +61,14 @@ def test_swiglu_formula() -> None:
     assert layer.float()(torch.full((1, 6), 1e4)).isfinite().all()
 
 
+def rotary(size: int, theta: float = 10000.0) -> ModelConfig:
+    return ModelConfig(head_dim=size, rope_theta=theta)
+
+
 def test_rotation_is_complex_multiplication() -> None:
     positions = torch.arange(7)[None]
     x = torch.randn(1, 2, 7, 8)
-    cos, sin = rotary_table(positions, 8, 10000.0)
+    cos, sin = rotary_table(positions, rotary(8))
     ours = rotate(x, cos[:, None], sin[:, None])
     angles = positions[0].double()[:, None] * 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
     turned = torch.complex(x[..., :4].double(), x[..., 4:].double()) * torch.polar(torch.ones_like(angles), angles)
@@ -75,7 +81,7 @@ def test_scores_depend_on_distance_only_even_far_out(theta: float) -> None:
     query, key = torch.randn(2, 64)
 
     def score(position: int) -> Tensor:
-        cos, sin = rotary_table(torch.tensor([position, position + 5]), 64, theta)
+        cos, sin = rotary_table(torch.tensor([position, position + 5]), rotary(64, theta))
         return rotate(query, cos[0], sin[0]) @ rotate(key, cos[1], sin[1])
 
     assert math.isclose(score(0), score(131_072), abs_tol=2e-2)
@@ -84,7 +90,7 @@ def test_scores_depend_on_distance_only_even_far_out(theta: float) -> None:
 
 def test_long_positions_stay_near_float64() -> None:
     positions = torch.tensor([0, 1, 4095, 32_767, 262_143])
-    cos, sin = rotary_table(positions, 128, 1e6)
+    cos, sin = rotary_table(positions, rotary(128, 1e6))
     angles = positions.double()[:, None] * 1e6 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
     assert (cos[:, :64] - angles.cos()).abs().max() < 2e-2
     torch.testing.assert_close(cos.square() + sin.square(), torch.ones_like(cos))
@@ -96,15 +102,33 @@ def small(**changes: object) -> ModelConfig:
     return ModelConfig.model_validate(values | sizes | changes)
 
 
+LATENT = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10, "qk_norm": False}
+KINDS: dict[str, dict[str, object]] = {
+    "plain": {"qk_norm": False},
+    "normed": {},
+    "normed over all": {"qk_norm_per_head": False, "clip_qkv": 1.0},
+    "sinks": {"attention_sinks": True, "attention_bias": True},
+    "partial": {"partial_rotary_factor": 0.5, "qkv_bias": True},
+    "latent": LATENT | {"num_key_value_heads": 4},
+    "latent queries": LATENT | {"num_key_value_heads": 4, "q_lora_rank": 14, "rope_interleave": False},
+}
+
+
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_fused_attention_equals_the_plain_one(masked: bool, qk_norm: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_attention_equals_the_plain_one(masked: bool, kind: str) -> None:
+    with in_dtype(torch.float64):
+        _both_agree(small(**KINDS[kind]), small(**KINDS[kind], attn_implementation="eager"), masked)
+
+
+def _both_agree(config: ModelConfig, eager: ModelConfig, masked: bool) -> None:
     torch.manual_seed(0)
-    fused = Attention(small(qk_norm=qk_norm))
-    plain = Attention(small(qk_norm=qk_norm, attn_implementation="eager"))
+    fused, plain = build_attention(config, 0), build_attention(eager, 0)
+    for parameter in fused.parameters():
+        parameter.data.normal_(0, 0.3)
     plain.load_state_dict(fused.state_dict())
     x = torch.randn(3, 11, 32)
-    cos, sin = rotary_table(torch.arange(11)[None], 8, 10000.0)
+    cos, sin = rotary_table(torch.arange(11)[None], config)
     mask = document_mask(torch.randint(0, 3, (3, 11)).sort(-1).values) if masked else None
     outputs, gradients = [], []
     for attention in (fused, plain):

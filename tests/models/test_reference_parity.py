@@ -196,7 +196,10 @@ def test_wrong_states_are_named_in_one_error() -> None:
 
 def test_what_hugging_face_cannot_express_is_refused() -> None:
     wrong = ModelConfig.model_validate(QWEN.model_dump() | {"scoring_func": "sigmoid", "routed_scaling_factor": 2.5})
-    with pytest.raises(ValueError, match=r"scoring_func=sigmoid, routed_scaling_factor=2.5"):
+    said = (
+        r"nearest, qwen3_moe, has scoring_func='softmax' instead of 'sigmoid', routed_scaling_factor=1.0 instead of 2.5"
+    )
+    with pytest.raises(ValueError, match=said):
         huggingface_config(wrong)
     model = Transformer(QWEN)
     next(model.moe_layers()).router.bias_E[2] = 0.1

@@ -18,6 +18,7 @@ from saved import TEXTS, trained
 
 from launcher.cli import commands
 from moe_dist.models import huggingface
+from moe_dist.models.tensor_names import Names, Part
 from moe_dist.pretrained import export, safetensors_files, saved_weights, verification
 from moe_dist.train import MoETrainer
 
@@ -128,20 +129,24 @@ def test_dtype_step_and_newest(tmp_path: Path, say: Say) -> None:
     assert say(place, "-o", tmp_path / "x", "--max-shard-size", "5 boxes").code == 2
 
 
-def swapped(one: str, other: str) -> Callable[..., Any]:
+def swapped(one: str, other: str) -> type[Names]:
     """A table in which two tensors of every layer have changed places."""
 
-    def parts(*arguments: Any) -> Any:
-        right = huggingface.parts(*arguments)
-        mark = "\0"
-        names = {name: name.replace(one, mark).replace(other, one).replace(mark, other) for name in right}
-        return {name: right[names[name]] for name in right}
+    class Swapped(Names):
+        def parts(self, *arguments: Any) -> dict[str, Part]:
+            right, mark = super().parts(*arguments), "\0"
+            names = {name: name.replace(one, mark).replace(other, one).replace(mark, other) for name in right}
+            return {name: right[names[name]] for name in right}
 
-    return parts
+    return Swapped
 
 
-def without(piece: str) -> Callable[..., Any]:
-    return lambda *arguments: {name: part for name, part in huggingface.parts(*arguments).items() if piece not in name}
+def without(piece: str) -> type[Names]:
+    class Without(Names):
+        def parts(self, *arguments: Any) -> dict[str, Part]:
+            return {name: part for name, part in super().parts(*arguments).items() if piece not in name}
+
+    return Without
 
 
 def with_other_config(**keys: Any) -> Callable[..., Any]:
@@ -157,11 +162,11 @@ def writes_a_wrong_byte(path: Path, *arguments: Any) -> None:
 
 ROPE = {"rope_theta": 10000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 PLANTED: dict[str, tuple[Any, str, Any, str]] = {
-    "gate-and-up": (saved_weights, "parts", swapped("gate_proj", "up_proj"), "w_gate_up: not the checkpoint's"),
-    "two-experts": (saved_weights, "parts", swapped("experts.1.", "experts.3."), "w_down: not the checkpoint's"),
+    "gate-and-up": (saved_weights, "Names", swapped("gate_proj", "up_proj"), "w_gate_up: not the checkpoint's"),
+    "two-experts": (saved_weights, "Names", swapped("experts.1.", "experts.3."), "w_down: not the checkpoint's"),
     "expert-left-out": (
         saved_weights,
-        "parts",
+        "Names",
         without("layers.1.mlp.experts.4."),
         "experts.4.down_proj.weight: missing",
     ),
@@ -197,9 +202,9 @@ def test_logits_alone_see_another_architecture(run: Path, tmp_path: Path, say: S
 @pytest.mark.parametrize(
     ("model", "training", "reason"),
     [
-        ({"scoring_func": "sigmoid"}, {}, "scoring_func=sigmoid"),
-        ({"shared_expert_intermediate_size": 8}, {}, "shared_expert_intermediate_size=8"),
-        ({"router": "expert_choice"}, {}, "router=expert_choice"),
+        ({"scoring_func": "sigmoid"}, {}, "scoring_func='softmax' instead of 'sigmoid'"),
+        ({"shared_expert_intermediate_size": 8}, {}, "shared_expert_intermediate_size=0 instead of 8"),
+        ({"router": "expert_choice"}, {}, "router='topk' instead of 'expert_choice'"),
         ({}, {"bias_update_rate": 1e-3}, "bias_E: not zero, and Hugging Face's qwen3_moe has no selection bias"),
         ({}, {"router_temperature": 2.0}, "balance.router_temperature=2.0 is not 1"),
     ],

@@ -208,7 +208,8 @@ def test_the_section_is_the_folders(qwen: Path, tmp_path: Path) -> None:
     shutil.copytree(qwen, tmp_path / "hf")
     config, _ = load(tmp_path, "model: {from_pretrained: hf}")
     assert config.model.from_pretrained == str(tmp_path / "hf")  # relative to the file, and full from then on
-    same = MODELS["qwen"].model_copy(update={"from_pretrained": str(tmp_path / "hf")})
+    said = {"from_pretrained": str(tmp_path / "hf"), "model_type": "qwen3_moe"}
+    same = MODELS["qwen"].model_copy(update=said)
     assert config.model == same
     # Keys of base files are replaced, as by model.from; on the command line in any order.
     (tmp_path / "base.yaml").write_text("model: {num_experts: 64, hidden_size: 8}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import MODELS, random_weights, write_folder
+from folders import EVERY, MODELS, random_weights, write_folder
 from ranks import run_ranks
 from safetensors.torch import load_file
 from saved import TEXTS, found_at
@@ -15,7 +15,8 @@ from tiny import mesh_of
 
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.config import load_mapping
-from moe_dist.models.huggingface import from_huggingface, parts, to_huggingface
+from moe_dist.models.huggingface import from_huggingface, to_huggingface
+from moe_dist.models.tensor_names import Names
 from moe_dist.pretrained.export import export
 from moe_dist.pretrained.loading import load_pretrained
 from moe_dist.train import MoETrainer
@@ -36,7 +37,7 @@ def test_a_rank_reads_its_own_bytes(fused: bool, tmp_path: Path) -> None:
     """Exactly: with ep 2 half of the experts, with pp 2 one of two layers and one end."""
     config = MODELS["qwen"]
     folder = str(write_folder(tmp_path / "hf", config, random_weights(config, torch.bfloat16, fused), 3))
-    sizes = {name: 2 * torch.Size(part.shape).numel() for name, part in parts(config).items()}
+    sizes = {name: 2 * torch.Size(part.shape).numel() for name, part in Names(config).parts().items()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     dense = sum(sizes.values()) - experts
     assert run_ranks(bytes_read, 2, folder, 1, 1)[0] == [dense + experts] * 2
@@ -46,6 +47,7 @@ def test_a_rank_reads_its_own_bytes(fused: bool, tmp_path: Path) -> None:
 
 
 def train(folder: str, run: str, parallel: dict[str, Any]) -> list[float]:
+    mesh = mesh_of(parallel.get("ep_size", 1), pp_size=parallel.get("pp_size", 1))
     trainer = MoETrainer(
         {"model": {"from_pretrained": folder}, "parallel": parallel},
         training_config={
@@ -56,10 +58,10 @@ def train(folder: str, run: str, parallel: dict[str, Any]) -> list[float]:
             "validation_split": 0.0,
             "learning_rate": 1e-30,
             "lr_scheduler_type": "constant",
-            "gradient_accumulation_steps": 2,
+            "gradient_accumulation_steps": 4 // mesh.layout.dp_size,  # the same batch in every layout
         },
         output_dir=run,
-        mesh=mesh_of(parallel.get("ep_size", 1), pp_size=parallel.get("pp_size", 1)),
+        mesh=mesh,
     )
     return [trainer.train(TEXTS).initial_loss or 0.0]
 
@@ -68,19 +70,30 @@ def train(folder: str, run: str, parallel: dict[str, Any]) -> list[float]:
 @pytest.mark.parametrize(
     ("name", "parallel"),
     [
-        ("qwen", {"ep_size": 2}),
-        ("mixtral", {"ep_size": 2, "zero_stage": 3}),
-        ("qwen", {"pp_size": 2}),
-        ("qwen-tied-dense-layer", {"ep_size": 2, "zero_stage": 1}),
+        ("qwen3_moe-0", {"ep_size": 2}),
+        ("qwen3_moe-0", {"pp_size": 2}),
+        ("qwen3_moe-1", {"ep_size": 2, "zero_stage": 1}),
+        ("mixtral-2", {"ep_size": 2, "zero_stage": 3}),
+        ("qwen2_moe-3", {"pp_size": 2}),
+        ("olmoe-2", {"ep_size": 2, "zero_stage": 1}),
+        ("glm4_moe-3", {"ep_size": 2, "zero_stage": 3}),
+        ("deepseek_v3-4", {"ep_size": 2}),
+        ("deepseek_v3-3", {"pp_size": 2, "zero_stage": 3}),
+        ("gpt_oss-0", {"ep_size": 2, "zero_stage": 3}),
+        ("gpt_oss-2", {"pp_size": 2}),
     ],
 )
 def test_there_and_back_is_bitwise_the_same(name: str, parallel: dict[str, Any], fused: bool, tmp_path: Path) -> None:
-    """Three steps at a rate of nothing on two ranks; a checkpoint; an export by one process."""
-    config = MODELS[name]
+    """Three steps at a rate of nothing on two ranks; a checkpoint; an export by one process.
+
+    The first loss is that of one process: what is computed does not depend on the layout.
+    """
+    config = EVERY[name]
     weights = random_weights(config, fused=fused)
     folder = write_folder(tmp_path / "hf", config, weights, 3)
     weights = to_huggingface(from_huggingface(weights, config), config)
-    run_ranks(train, 2, str(folder), str(tmp_path / "run"), parallel)
+    losses = run_ranks(train, 2, str(folder), str(tmp_path / "run"), parallel)
+    assert losses[0] == pytest.approx(train(str(folder), str(tmp_path / "alone"), {}), rel=1e-5)
     found = found_at(tmp_path / "run", 3)
     done = export(found, found.storage.manifest(3), Keys(), tmp_path / "out")
     assert [line for check in done.checks for line in check.problems] == []
