@@ -219,14 +219,10 @@ EXPERTS.register("swiglu_clamped")(ClampedExperts)
 def build_experts(config: ModelConfig) -> Experts | ExpertList:
     """The configured experts of one layer, all of them.
 
-    Raises ValueError for stacked experts that hold what is not one per expert, and for an activation that a class has
-    no use for.
+    Raises ValueError for stacked experts that hold what is not one per expert.
     """
     kind: Any = EXPERTS.resolve(config.expert)
     sizes = (config.hidden_size, config.moe_intermediate_size)
-    takes_activation = isinstance(kind, type) and issubclass(kind, Experts) and kind is not ClampedExperts
-    if config.hidden_act != "silu" and not takes_activation:
-        raise ValueError(f"model.hidden_act={config.hidden_act}: model.expert={config.expert} has its own activation")
     if not (isinstance(kind, type) and issubclass(kind, Experts)):
         return refuse_stray_noise(ExpertList(lambda: kind(*sizes), config.num_experts))
     experts = kind(config.num_experts, *sizes)

@@ -17,7 +17,7 @@ from moe_dist.models.experts import Experts
 from moe_dist.models.tensor_names import Names, Part, untied_head
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.pretrained.source import WHOLE, Contents, Held, SliceReader, in_one_line, pieces, read_folder
+from moe_dist.pretrained.source import WHOLE, Contents, Held, SliceReader, in_one_line, pieces, read_folder, readable
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -53,7 +53,7 @@ def load_pretrained(model: Transformer, config: ModelConfig, mesh: Mesh) -> Pret
     names = Names(config, families()[contents.family])
     reader, problems = SliceReader(folder), []
     targets, held = {**dict(model.named_parameters()), **dict(model.named_buffers())}, _held(model)
-    for entry, first, count, part in pieces(contents, names, held):
+    for entry, first, count, part in pieces(readable(contents, names), held):
         try:
             values = reader.read(entry, first, count)
         except Exception as error:  # of safetensors and of the system, for a file that has changed since

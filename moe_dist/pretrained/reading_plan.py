@@ -10,7 +10,7 @@ from moe_dist.config import Config
 from moe_dist.config.families import families
 from moe_dist.models.tensor_names import Names
 from moe_dist.parallel.layout import Layout, layers_by_pp_rank
-from moe_dist.pretrained.source import WHOLE, Held, in_one_line, pieces, read_folder
+from moe_dist.pretrained.source import WHOLE, Held, Piece, in_one_line, pieces, read_folder, readable
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -38,22 +38,29 @@ def reading_plan(config: Config, layout: Layout) -> list[Reading]:
     names = Names(config.model, families()[contents.family])
     if contents.problems:
         raise ValueError(f"model.from_pretrained={config.model.from_pretrained}: {in_one_line(contents.problems)}")
-    plan = []
+    everything, plan = readable(contents, names), []
     for pp, places in enumerate(layers_by_pp_rank(config)):
         layers = {layer for stage in places for layer in stage}
+        held = _held(config, layers, WHOLE)
+        here = [(entry, part) for entry, part in everything if held(part.ours) is not None]
         for ep in range(layout.ep_size):
-            held = _held(config, layers, layout.experts_of(ep, config.model.num_experts))
-            found = list(pieces(contents, names, held))
-            ranges: dict[str, list[tuple[int, int]]] = {}
-            for piece in sorted(found, key=lambda piece: (piece.entry.file, piece.byte_range)):
-                start, end = piece.byte_range
-                mine = ranges.setdefault(piece.entry.file, [])
-                if mine and mine[-1][1] == start:
-                    start, _ = mine.pop()
-                mine.append((start, end))
+            experts = layout.experts_of(ep, config.model.num_experts)
+            found = list(pieces(here, _held(config, layers, experts)))
             ranks = [layout.rank_at(pp, edp, ep) for edp in range(layout.edp_size)]
-            plan.append(Reading(ranks, len(found), ranges))
+            plan.append(Reading(ranks, len(found), _merged(found)))
     return plan
+
+
+def _merged(found: list[Piece]) -> dict[str, list[tuple[int, int]]]:
+    """File -> byte ranges, those that touch as one. They come in the order of files."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for piece in found:
+        start, end = piece.byte_range
+        mine = ranges.setdefault(piece.entry.file, [])
+        if mine and mine[-1][1] == start:
+            start, _ = mine.pop()
+        mine.append((start, end))
+    return ranges
 
 
 def _held(config: Config, layers: set[int], experts: range) -> Held:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -171,21 +171,29 @@ def _files(folder: Path, problems: list[str]) -> tuple[list[str], dict[str, str]
     raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
 
 
-def pieces(contents: Contents, names: Names, held: Held) -> Iterator[Piece]:
-    """All that a rank reads, in the order of files, so that each is opened once.
+def readable(contents: Contents, names: Names) -> list[tuple[Entry, Part]]:
+    """Every tensor that the model has, and what it is of ours, in the order of files, so that each is opened once.
 
     What the folder has not, or has in another shape, is left out.
     """
-    wanted = contents.parts(names)
-    for name in sorted(wanted, key=lambda name: getattr(contents.tensors.get(name), "file", "")):
-        part, entry = wanted[name], contents.tensors.get(name)
-        if entry is None or tuple(entry.shape) != part.shape or entry.dtype not in DTYPES:
-            continue
+    found = [
+        (entry, part)
+        for name, part in contents.parts(names).items()
+        if (entry := contents.tensors.get(name)) is not None
+        and tuple(entry.shape) == part.shape
+        and entry.dtype in DTYPES
+    ]
+    return sorted(found, key=lambda pair: (pair[0].file, pair[0].start))
+
+
+def pieces(tensors: Iterable[tuple[Entry, Part]], held: Held) -> Iterator[Piece]:
+    """What a rank reads of these."""
+    for entry, part in tensors:
         experts = held(part.ours)
         if experts is None:
             continue
         if experts == WHOLE:
-            yield Piece(entry, 0, part.shape[0] if part.shape else 1, part)
+            yield Piece(entry, 0, part.shape[0], part)
         elif (cut := part.of_experts(experts.start, len(experts))) is not None:
             mine, first = cut
             is_stack = len(mine.shape) == len(mine.size)

@@ -194,7 +194,7 @@ class ModelConfig(Section):
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of initial weights."""
     hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
-    """Activation of the gated units."""
+    """Activation of the gated units; swiglu_clamped and expert classes of your own have theirs."""
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     """Router scores: softmax over all experts, or a sigmoid per expert (DeepSeek-V3)."""
     n_group: Positive = 1
