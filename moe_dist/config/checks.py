@@ -120,7 +120,7 @@ def check_pipeline(config: Sections) -> None:
     if model.tie_word_embeddings:
         raise ValueError(
             f"model.tie_word_embeddings=true: with parallel.pp_size={pp_size} the embedding is on the first stage and "
-            "the head on the last; set it to false"
+            "the head on the last; set it to false, or take pp_size=1"
         )
     _check_micro_batches(pp_size, schedule, num_stages, train.gradient_accumulation_steps)
     splits_backward = schedule in ("zero_bubble", "dualpipe_v")

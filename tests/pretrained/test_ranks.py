@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from folders import EVERY, MODELS, random_weights, write_folder
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -17,8 +18,11 @@ from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.config import load_mapping
 from moe_dist.models.huggingface import from_huggingface, to_huggingface
 from moe_dist.models.tensor_names import Names
+from moe_dist.models.transformer import Transformer
 from moe_dist.pretrained.export import export
 from moe_dist.pretrained.loading import load_pretrained
+from moe_dist.pretrained.saved_weights import SavedWeights
+from moe_dist.pretrained.source import SINGLE
 from moe_dist.train import MoETrainer
 from moe_dist.train.build import build_model
 
@@ -46,17 +50,17 @@ def test_a_rank_reads_its_own_bytes(fused: bool, tmp_path: Path) -> None:
     assert run_ranks(bytes_read, 2, folder, 1, 2)[0] == [first, dense + experts - first]
 
 
-def train(folder: str, run: str, parallel: dict[str, Any]) -> list[float]:
+def train(folder: str, run: str, parallel: dict[str, Any], steps: int = 3, rate: float = 1e-30) -> list[float]:
     mesh = mesh_of(parallel.get("ep_size", 1), pp_size=parallel.get("pp_size", 1))
     trainer = MoETrainer(
         {"model": {"from_pretrained": folder}, "parallel": parallel},
         training_config={
             "max_seq_length": 32,
-            "max_steps": 3,
+            "max_steps": steps,
             "progress": "none",
             "tensorboard": False,
             "validation_split": 0.0,
-            "learning_rate": 1e-30,
+            "learning_rate": rate,
             "lr_scheduler_type": "constant",
             "gradient_accumulation_steps": 4 // mesh.layout.dp_size,  # the same batch in every layout
         },
@@ -118,3 +122,47 @@ def test_every_rank_is_told_what_one_has_found(tmp_path: Path) -> None:
     said = run_ranks(refused, 2, str(write_folder(tmp_path / "hf", config, weights)))
     assert said[0] == said[1]
     assert f"{name}: a value that is not finite" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "parallel"),
+    [
+        ("qwen3_moe-3", 4, {"ep_size": 2, "pp_size": 2}),
+        ("glm4_moe-3", 4, {"ep_size": 2, "pp_size": 2, "zero_stage": 3}),
+        ("deepseek_v3-4", 2, {"ep_size": 2, "zero_stage": 3}),
+    ],
+)
+def test_trained_in_a_layout_it_goes_on_in_transformers(
+    name: str, ranks: int, parallel: dict[str, Any], tmp_path: Path
+) -> None:
+    """Five steps from a folder, an export, and `transformers.Trainer` from there: logits are ours, and so is its loss."""
+    transformers = pytest.importorskip("transformers")
+    config = EVERY[name]
+    folder = write_folder(tmp_path / "hf", config, random_weights(config), 3)
+    run_ranks(train, ranks, str(folder), str(tmp_path / "run"), parallel, 5, 1e-2)
+    found = found_at(tmp_path / "run", 5)
+    manifest = found.storage.manifest(5)
+    done = export(found, manifest, Keys(), tmp_path / "out")
+    assert done.is_proven, done.checks
+    weights = SavedWeights(found, manifest, Keys(), config, None)
+    ours = Transformer(config)
+    ours.load_state_dict(weights.read_ours())
+    weights.close()
+    before = random_weights(config)
+    same = [key for key, tensor in load_file(tmp_path / "out" / SINGLE).items() if torch.equal(tensor, before[key])]
+    assert [key for key in same if "correction_bias" not in key] == []  # that one moves by balance alone
+    kernels = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **kernels)
+    ids = torch.randint(0, config.vocab_size, (4, 24), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        expected, logits = theirs(ids).logits, ours(ids)
+    assert float((logits - expected).norm() / expected.norm()) < 1e-5
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    options = {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": []}
+    arguments = transformers.TrainingArguments(tmp_path / "more", **options, save_strategy="no", disable_tqdm=True)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    trainer = transformers.Trainer(theirs, arguments, train_dataset=rows)
+    trainer.train()
+    first, second = (entry["loss"] for entry in trainer.state.log_history[:2])
+    assert first == pytest.approx(float(loss), abs=1e-4)  # it rounds what it logs
+    assert second < first
