@@ -116,9 +116,20 @@ class Reading:
             self.values |= self.pretrained.model
             self.origins |= dict.fromkeys(self.pretrained.model, str(place / "config.json"))
             self.defaults = dict(self.pretrained.balance)
-            if has_tokenizer(place):
-                self.defaults["data.tokenizer"] = str(place)
+            if has_tokenizer(place) and "data.tokenizer" not in said:
+                self._take_tokenizer(place, origin)
         return str(place)
+
+    def _take_tokenizer(self, place: Path, origin: str) -> None:
+        """That of the folder, unless who says where to start from says another: ids mean what its tokenizer means."""
+        key, own = "data.tokenizer", str(place)
+        if (who := self.origins.get(key)) == origin:
+            return
+        if self.values.get(key, own) != own:
+            self.notice(
+                f"{key}={show(self.values[key])} ({who}) is not the tokenizer of {place.name}; its own is taken"
+            )
+        self.values[key], self.origins[key] = own, str(place / "config.json")
 
     def check_pretrained(self, model: ModelConfig) -> None:
         """Raises ConfigError naming the keys in which a model is not that of the folder its weights come from."""

@@ -260,6 +260,15 @@ def test_the_tokenizer_is_the_folders_unless_said_otherwise(qwen: Path, tmp_path
     assert load(tmp_path, "model: {from_pretrained: hf}")[0].data.tokenizer == str(tmp_path / "hf")
     said = "model: {from_pretrained: hf}\ndata: {tokenizer: bytes}"
     assert load(tmp_path, said)[0].data.tokenizer == "bytes"
+    # Seen red: configs/demo.yaml says bytes, and a model of 2,000 words was trained on bytes without a word about it.
+    (tmp_path / "base.yaml").write_text("data: {tokenizer: bytes}")
+    config, notices = load(tmp_path, "base: base.yaml\nmodel: {from_pretrained: hf}")
+    assert config.data.tokenizer == str(tmp_path / "hf")
+    assert any("data.tokenizer='bytes'" in line and "its own is taken" in line for line in notices), notices
+    start = f"from_pretrained={tmp_path / 'hf'}"
+    assert load(tmp_path, "data: {tokenizer: bytes}", (start,))[0].data.tokenizer == str(tmp_path / "hf")
+    for both in ((start, "data.tokenizer=bytes"), ("data.tokenizer=bytes", start)):
+        assert load(tmp_path, "{}", both)[0].data.tokenizer == "bytes"
 
 
 # ---- a run

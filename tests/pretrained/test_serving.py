@@ -87,7 +87,7 @@ def test_a_folder_has_what_its_loader_asks_for(name: str, keys: dict[str, Any], 
     folder = write_folder(tmp_path / "hf", config, random_weights(config))
     said = json.loads((folder / "config.json").read_text())
     assert {key: said.get(key) for key in keys} == keys
-    found = {pattern: 0 for pattern in NAMES[name]}
+    found = dict.fromkeys(NAMES[name], 0)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         for tensor in file.keys():  # noqa: SIM118 - not a dict
             (pattern,) = [pattern for pattern in NAMES[name] if re.fullmatch(pattern, tensor)]

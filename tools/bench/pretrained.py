@@ -33,11 +33,22 @@ def config_of(gigabytes: float) -> dict[str, Any]:
     per_layer = 2 * EXPERTS * 3 * HIDDEN * WIDTH
     layers = max(2, round(gigabytes * 1e9 / per_layer))
     return {
-        **{"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": VOCAB},
-        **{"hidden_size": HIDDEN, "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 4},
-        **{"head_dim": 64, "intermediate_size": WIDTH, "moe_intermediate_size": WIDTH, "num_experts": EXPERTS},
-        **{"num_experts_per_tok": 2, "norm_topk_prob": True, "max_position_embeddings": 512, "rope_theta": 1e6},
-        **{"torch_dtype": "bfloat16"},
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "intermediate_size": WIDTH,
+        "moe_intermediate_size": WIDTH,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 512,
+        "rope_theta": 1e6,
+        "torch_dtype": "bfloat16",
     }
 
 
