@@ -135,7 +135,7 @@ def test_every_rank_is_told_what_one_has_found(tmp_path: Path) -> None:
 def test_trained_in_a_layout_it_goes_on_in_transformers(
     name: str, ranks: int, parallel: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Five steps from a folder, an export, and `transformers.Trainer` from there: logits are ours, and so is its loss."""
+    """Five steps from a folder, an export, and `transformers.Trainer` from there: the same logits, and our loss."""
     transformers = pytest.importorskip("transformers")
     config = EVERY[name]
     folder = write_folder(tmp_path / "hf", config, random_weights(config), 3)

@@ -1,4 +1,4 @@
-"""What vLLM's loaders need of an exported folder, as a list: keys, names and shapes, each with where it is asked for."""
+"""What vLLM's loaders need of an exported folder: keys, names and shapes, each with where it is asked for."""
 
 from __future__ import annotations
 

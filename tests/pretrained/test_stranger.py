@@ -1,4 +1,4 @@
-"""A stranger's way: a folder saved by `transformers`, twenty steps on two ranks, an export, a pipeline that writes text."""
+"""A stranger's way: a folder saved by `transformers`, twenty steps on two ranks, an export, a pipeline of text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_readmes_way(tmp_path: Path) -> None:
     def run(*command: str) -> str:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        return done.stderr + done.stdout
 
     pytest.importorskip("transformers")
     run(sys.executable, "-c", "import json" + MAKE)

@@ -3,10 +3,11 @@
     python tools/bench/pretrained.py [--gigabytes 1] [--rounds 3] [--folder DIR]
 
 Makes a Qwen3-MoE of random bf16 weights (as `transformers` saves it: one matrix per expert, files of 200 MB), then each
-contender reads it in processes of its own, in turns: `AutoModelForCausalLM.from_pretrained`, and ours at world sizes 1, 2
-and 4 with as many experts groups. Figures are medians: seconds from before the model is built to weights in place, on the
-slowest rank; peak memory of a rank beyond what it had before, beside its own weights in float32; bytes of values that a
-rank reads. A ratio above 1: ours is faster. The page cache is warm for all: what is compared is the work, not the disk.
+contender reads it in processes of its own, in turns: `AutoModelForCausalLM.from_pretrained`, and ours at world sizes
+1, 2 and 4 with as many groups of experts. Figures are medians: seconds from before the model is built to weights in
+place, on the slowest rank; peak memory of a rank beyond what it had before, beside its own weights in float32; bytes of
+values that a rank reads. A ratio above 1: ours is faster. The page cache is warm for all: what is compared is the work,
+not the disk.
 """
 
 from __future__ import annotations
