@@ -71,6 +71,11 @@ def tokens_from_rows(rows_RD: Tensor, weights_TK: Tensor, permutation: Permutati
     return _TokensFromRows.apply(rows_RD, weights_TK, permutation)
 
 
+def sum_rows(rows_RD: Tensor, permutation: Permutation) -> Tensor:
+    """(R, D) -> (T, D): the sum of each token's rows, over k in order."""
+    return _SumRows.apply(rows_RD, permutation)
+
+
 def _sum_by_token(rows_RD: Tensor, permutation: Permutation, weights_TK: Tensor | None) -> Tensor:
     """(R, D) -> (T, D): each token's rows, weighted or as they are, summed over k in order.
 
@@ -113,6 +118,18 @@ class _RowsFromTokens(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
         return _sum_by_token(grad_RD.contiguous(), ctx.permutation, None), None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, permutation: Permutation) -> Tensor:
+        ctx.permutation = permutation
+        return _sum_by_token(rows_RD.contiguous(), permutation, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
+        return grad_TD.index_select(0, ctx.permutation.token_of_row), None
 
 
 class _TokensFromRows(torch.autograd.Function):

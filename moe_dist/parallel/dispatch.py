@@ -82,7 +82,7 @@ class AllToAllDispatcher:
             sources=None if seed is None else Sources(arriving, seeds),
         )
         sorted_rows = rows_from_tokens(x_TD, permutation)
-        arrived_RD = _AllToAll.apply(
+        arrived_RD = AllToAll.apply(
             sorted_rows, receive_splits, send_splits, self.group, self.clock, self.layer, "dispatch"
         )
         return _Reorder.apply(arrived_RD, arrival_of_row, row_of_arrival), plan
@@ -90,7 +90,7 @@ class AllToAllDispatcher:
     def combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
         """(R, D) -> (T, D): rows go home, are weighted by their routing weights and summed over k in order."""
         arrived_RD = _Reorder.apply(rows_RD, plan.row_of_arrival, plan.arrival_of_row)
-        sorted_rows = _AllToAll.apply(
+        sorted_rows = AllToAll.apply(
             arrived_RD, plan.send_splits, plan.receive_splits, self.group, self.clock, self.layer, "combine"
         )
         return tokens_from_rows(sorted_rows, plan.weights_TK, plan.permutation)
@@ -110,14 +110,25 @@ class AllToAllDispatcher:
             dist.all_to_all_single(incoming, outgoing, group=self.group)
         arriving = incoming[:, self._HEADER :]
         checks = torch.cat((incoming[:, : self._HEADER], arriving.sum(1, keepdim=True), totals), dim=1).tolist()
-        for peer, (layer, hidden, _, total, received, _) in enumerate(checks):
-            if (layer, hidden) != (self.layer, hidden_size) or total != received:
+        check_peers(checks, self.group, self.layer, hidden_size)
+        for peer, (_, _, _, total, received, _) in enumerate(checks):
+            if total != received:
                 raise DispatchMismatchError(
-                    f"expert dispatch in layer {self.layer}: rank {dist.get_global_rank(self.group, peer)} is at "
-                    f"layer {layer} with hidden size {hidden} and announced {total} rows as {received}; expected layer "
-                    f"{self.layer}, hidden size {hidden_size}. The ranks run different models or fell out of step."
+                    f"expert dispatch in layer {self.layer}: rank {dist.get_global_rank(self.group, peer)} announced "
+                    f"{total} rows as {received}. The ranks run different models or fell out of step."
                 )
         return arriving, [row[5] for row in checks], [row[3] for row in checks], [row[2] for row in checks]
+
+
+def check_peers(headers: list[list[int]], group: ProcessGroup, layer: int, hidden_size: int) -> None:
+    """Raises DispatchMismatchError naming who is elsewhere. `headers`: of every peer layer, hidden size, and more."""
+    for peer, (at, hidden, *_) in enumerate(headers):
+        if (at, hidden) != (layer, hidden_size):
+            raise DispatchMismatchError(
+                f"expert dispatch in layer {layer}: rank {dist.get_global_rank(group, peer)} is at layer {at} with "
+                f"hidden size {hidden}; expected layer {layer}, hidden size {hidden_size}. The ranks run different "
+                "models or fell out of step."
+            )
 
 
 def expert_order(arriving: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -136,7 +147,7 @@ def expert_order(arriving: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return arrival_of_row, row_of_arrival
 
 
-class _AllToAll(torch.autograd.Function):
+class AllToAll(torch.autograd.Function):
     """Rows to peers with uneven splits; backward sends gradients the same way back."""
 
     @staticmethod
@@ -159,7 +170,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
-        return _AllToAll.apply(grads[0], *ctx.arguments), None, None, None, None, None, None
+        return AllToAll.apply(grads[0], *ctx.arguments), None, None, None, None, None, None
 
 
 class _Reorder(torch.autograd.Function):

@@ -17,11 +17,13 @@ from moe_dist.models.registry import Registry
 from moe_dist.models.router import Routing
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch import AllToAllDispatcher
+from moe_dist.parallel.dispatch_dedup import DedupDispatcher
 from moe_dist.parallel.dispatch_specification import AllGatherDispatcher
 
 DISPATCHERS: Registry[Callable[..., Dispatcher]] = Registry("parallel.dispatcher", "dispatcher")
 """Called with (group, num_experts, layer, clock). With all experts on a rank there is `LocalDispatcher` instead."""
 DISPATCHERS.register("all_to_all")(AllToAllDispatcher)
+DISPATCHERS.register("dedup")(DedupDispatcher)
 DISPATCHERS.register("all_gather")(AllGatherDispatcher)
 
 
@@ -37,7 +39,7 @@ def build_dispatcher(
             "dispatch(x_TD, routing) -> (rows_RD, plan) and combine(rows_RD, plan) -> x_TD"
         )
     clock = clock or Clock(torch.device("cpu"))
-    if kind in (AllToAllDispatcher, AllGatherDispatcher):
+    if kind in (AllToAllDispatcher, DedupDispatcher, AllGatherDispatcher):
         return kind(group, num_experts, layer, clock)
     try:
         return _Checked(name, kind(group, num_experts, layer, clock), num_experts // group.size())

@@ -137,7 +137,10 @@ FEATURES: dict[str, dict[str, Settings]] = {
     },
     "embeddings": {"tied": {"model.tie_word_embeddings": True}},
     "document mask": {"no_document_mask": {"data.document_mask": False}},
-    "dispatcher": {"all_gather": {"parallel.dispatcher": "all_gather"}},
+    "dispatcher": {
+        "all_gather": {"parallel.dispatcher": "all_gather"},
+        "dedup": {"parallel.dispatcher": "dedup"},
+    },
     "micro-batches": {"even_batches": {"batch.even": True}},
     "domains": {"domains": {"batch.num_domains": 2}},
     "label smoothing": {"label_smoothing": {"train.label_smoothing_factor": 0.1}},

@@ -13,12 +13,14 @@ from ranks import RankFailure, run_ranks
 
 from moe_dist.models.router import Routing
 from moe_dist.parallel.dispatch import AllToAllDispatcher, expert_order
+from moe_dist.parallel.dispatch_dedup import DedupDispatcher
 from moe_dist.parallel.dispatch_specification import AllGatherDispatcher
 
 pytestmark = pytest.mark.dist
 HIDDEN = 8
 
 
+KINDS = {"all_to_all": AllToAllDispatcher, "dedup": DedupDispatcher}
 GROUPS = [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0, 1, 2], [3]], [[3, 1], [0], [2]]]
 """Expert-parallel groups side by side, of four, two, three ranks and one."""
 
@@ -30,7 +32,14 @@ def group_of(number: int) -> dist.ProcessGroup:
 
 
 def both_ways(
-    tokens: list[int], top_k: int, local_experts: int, dtype: str, skew: float, seed: int, groups: int = 0
+    tokens: list[int],
+    top_k: int,
+    local_experts: int,
+    dtype: str,
+    skew: float,
+    seed: int,
+    groups: int = 0,
+    kind_of: str = "all_to_all",
 ) -> float:
     """Largest difference between the two dispatchers on this rank, relative to the largest number compared."""
     group, rank = group_of(groups), dist.get_rank()
@@ -51,7 +60,7 @@ def both_ways(
     out_grad = torch.randn(num_tokens, HIDDEN, generator=generator).to(kind)
     results = []
     for dispatcher in (
-        AllToAllDispatcher(group, num_experts, layer=3),
+        KINDS[kind_of](group, num_experts, layer=3),
         AllGatherDispatcher(group, num_experts),
     ):
         leaves = [t.clone().requires_grad_() for t in (x, weights, mine)]
@@ -88,9 +97,10 @@ def both_ways(
     skew=st.sampled_from([0.0, 0.5, 10.0]),
     seed=st.integers(0, 1000),
     groups=st.sampled_from(range(len(GROUPS))),
+    kind=st.sampled_from(list(KINDS)),
 )
 def test_all_to_all_equals_all_gather(
-    tokens: list[int], local_experts: int, top_k: int, dtype: str, skew: float, seed: int, groups: int
+    tokens: list[int], local_experts: int, top_k: int, dtype: str, skew: float, seed: int, groups: int, kind: str
 ) -> None:
     """Random tokens per rank (also none), top-k, experts, skew (ranks and experts without a row), both dtypes, and
     groups of ranks side by side.
@@ -98,21 +108,22 @@ def test_all_to_all_equals_all_gather(
     Planted: reading arrived rows as if they were sorted by expert (no `_Reorder`), and exchanging counts with the whole
     world instead of the group, each turns it red.
     """
-    results = run_ranks(both_ways, 4, tokens, top_k, local_experts, dtype, skew, seed, groups)
+    results = run_ranks(both_ways, 4, tokens, top_k, local_experts, dtype, skew, seed, groups, kind)
     assert max(results) < (1e-5 if dtype == "float32" else 3e-2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [[0, 0, 0, 0], [5, 0, 0, 0], [0, 3, 0, 7]])
-def test_ranks_without_tokens(tokens: list[int]) -> None:
+def test_ranks_without_tokens(tokens: list[int], kind: str) -> None:
     """Trap 5: a rank that has nothing to compute takes part in every collective, forward and backward."""
-    assert max(run_ranks(both_ways, 4, tokens, 2, 2, "float32", 10.0, 1)) < 1e-5
+    assert max(run_ranks(both_ways, 4, tokens, 2, 2, "float32", 10.0, 1, 0, kind)) < 1e-5
 
 
-def out_of_step(odd_rank: int, what: str) -> str:
+def out_of_step(odd_rank: int, what: str, kind: str) -> str:
     rank = dist.get_rank()
     layer = 5 if rank == odd_rank and what == "layer" else 4
     hidden = HIDDEN * 2 if rank == odd_rank and what == "hidden" else HIDDEN
-    dispatcher = AllToAllDispatcher(dist.group.WORLD, 8, layer=layer)
+    dispatcher = KINDS[kind](dist.group.WORLD, 8, layer=layer)
     try:
         dispatcher.dispatch(torch.randn(6, hidden), Routing(torch.ones(6, 1), torch.arange(6)[:, None]))
     except RuntimeError as error:
@@ -120,13 +131,14 @@ def out_of_step(odd_rank: int, what: str) -> str:
     return ""
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("what", "words"), [("layer", "is at layer 5"), ("hidden", "hidden size 16")])
-def test_ranks_out_of_step_are_named(what: str, words: str) -> None:
+def test_ranks_out_of_step_are_named(what: str, words: str, kind: str) -> None:
     """Trap 26: counts carry the layer and the width, so every rank fails at once and names the odd one.
 
     Planted: without the comparison of headers this exchanged rows of different layers without a word.
     """
-    messages = run_ranks(out_of_step, 4, 2, what, timeout=30)
+    messages = run_ranks(out_of_step, 4, 2, what, kind, timeout=30)
     for rank, message in enumerate(messages):
         assert message, f"rank {rank} noticed nothing"
         if rank != 2:

@@ -49,7 +49,7 @@ class Own(LocalDispatcher):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("all_to_al", "one of all_to_all, all_gather, or package.module:Class of your own; did you mean all_to_all"),
+        ("all_to_al", "one of all_to_all, dedup, all_gather, or package.module:Class of your own; did you mean"),
         (":Class", "one of all_to_all"),
         ("package:", "one of all_to_all"),
         ("a b:c", "one of all_to_all"),

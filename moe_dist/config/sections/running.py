@@ -20,7 +20,7 @@ from moe_dist.config.sections.base import (
     Section,
 )
 
-DispatcherName = Annotated[str, AfterValidator(Choice("all_to_all", "all_gather"))]
+DispatcherName = Annotated[str, AfterValidator(Choice("all_to_all", "dedup", "all_gather"))]
 EngineName = Annotated[str, AfterValidator(Choice("torch", "deepspeed"))]
 
 

@@ -146,12 +146,12 @@ def half_gradients_of_experts_doubled(replace: Replace) -> None:
 
 def half_rows_doubled_on_the_way_back(replace: Replace) -> None:
     """Gradients of rows in bfloat16 come back twice as large."""
-    backward = dispatch._AllToAll.backward
+    backward = dispatch.AllToAll.backward
 
     def wrong(ctx: Any, *gradients: Tensor) -> Any:
         return backward(ctx, *(g * 2 if g.dtype == torch.bfloat16 else g for g in gradients))
 
-    replace(dispatch._AllToAll, "backward", wrong)
+    replace(dispatch.AllToAll, "backward", wrong)
 
 
 def half_gradients_added_up_in_half(replace: Replace) -> None:
