@@ -14,6 +14,7 @@ from rich.table import Table
 from moe_dist.config import Config
 from moe_dist.models.counts import flops_per_token, parameter_counts, per_rank
 from moe_dist.models.shapes import STACKED, decays, logical_shapes
+from moe_dist.parallel.dispatch_choice import chosen_dispatcher
 from moe_dist.parallel.layout import Axis, Layout, layers_by_pp_rank
 from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.train.run_summary import amount, byte_size, causality_warning, layout_lines, sentence
@@ -38,6 +39,9 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         console.print()
     for line in layout_lines(layout, config.model.num_experts):
         console.print(f"  {line}", soft_wrap=True)
+    dispatcher, why = chosen_dispatcher(config)
+    if layout.ep_size > 1:
+        console.print(f"  dispatcher: {dispatcher}{f' ({why})' if why else ''}", soft_wrap=True, markup=False)
     console.print()
     groups = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
     for column in ("axis", "size", "groups of ranks", "ranks of a group ..."):

@@ -104,10 +104,7 @@ class AllToAllDispatcher:
         totals = counts.sum(1, keepdim=True)
         header = totals.new_tensor([self.layer, hidden_size, seed]).expand(self.ep_size, 3)
         outgoing = torch.cat((header, totals, counts), dim=1).contiguous()
-        incoming = torch.empty_like(outgoing)
-        self.clock.count([1] * self.ep_size, outgoing[0].nbytes, self.group.rank())
-        with self.clock.measure(self.layer):
-            dist.all_to_all_single(incoming, outgoing, group=self.group)
+        incoming = exchange_headers(outgoing, self.group, self.clock, self.layer)
         arriving = incoming[:, self._HEADER :]
         checks = torch.cat((incoming[:, : self._HEADER], arriving.sum(1, keepdim=True), totals), dim=1).tolist()
         check_peers(checks, self.group, self.layer, hidden_size)
@@ -118,6 +115,15 @@ class AllToAllDispatcher:
                     f"{total} rows as {received}. The ranks run different models or fell out of step."
                 )
         return arriving, [row[5] for row in checks], [row[3] for row in checks], [row[2] for row in checks]
+
+
+def exchange_headers(outgoing: Tensor, group: ProcessGroup, clock: Clock, layer: int) -> Tensor:
+    """Row p of `outgoing` (ep, n) goes to peer p; row p of the answer has come from it."""
+    incoming = torch.empty_like(outgoing)
+    clock.count([1] * group.size(), outgoing[0].nbytes, group.rank())
+    with clock.measure(layer):
+        dist.all_to_all_single(incoming, outgoing, group=group)
+    return incoming
 
 
 def check_peers(headers: list[list[int]], group: ProcessGroup, layer: int, hidden_size: int) -> None:
@@ -147,6 +153,31 @@ def expert_order(arriving: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return arrival_of_row, row_of_arrival
 
 
+def exchange_rows(
+    received: Tensor, rows: Tensor, receive_splits: list[int], send_splits: list[int], group: ProcessGroup
+) -> None:
+    """Uneven all-to-all of contiguous rows.
+
+    On gloo as messages to and from each peer, all under way at once: its own uneven all-to-all sends to one peer at a
+    time and does not receive meanwhile, so that a link carries one direction after the other.
+    """
+    if dist.get_backend(group) != "gloo":
+        dist.all_to_all_single(received, rows, receive_splits, send_splits, group=group)
+        return
+    me, works = group.rank(), []
+    incoming, outgoing = received.split(receive_splits), rows.split(send_splits)
+    for step in range(1, group.size()):
+        source, target = (me - step) % group.size(), (me + step) % group.size()
+        if receive_splits[source]:
+            works.append(dist.irecv(incoming[source], group=group, group_src=source))
+        if send_splits[target]:
+            works.append(dist.isend(outgoing[target], group=group, group_dst=target))
+    incoming[me].copy_(outgoing[me])
+    for work in works:
+        assert work is not None
+        work.wait()
+
+
 class AllToAll(torch.autograd.Function):
     """Rows to peers with uneven splits; backward sends gradients the same way back."""
 
@@ -165,7 +196,7 @@ class AllToAll(torch.autograd.Function):
         received = rows.new_empty(sum(receive_splits), rows.shape[1])
         clock.count(send_splits, rows.shape[1] * rows.element_size(), group.rank())
         with clock.measure(layer, way):
-            dist.all_to_all_single(received, rows.contiguous(), receive_splits, send_splits, group=group)
+            exchange_rows(received, rows.contiguous(), receive_splits, send_splits, group)
         return received
 
     @staticmethod

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -29,7 +28,7 @@ from moe_dist.models.permute import (
 from moe_dist.models.recompute import once
 from moe_dist.models.router import Routing
 from moe_dist.parallel.comm_timer import Clock
-from moe_dist.parallel.dispatch import AllToAll, check_peers
+from moe_dist.parallel.dispatch import AllToAll, check_peers, exchange_headers
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,12 @@ class DedupDispatcher:
         rank_TK = ids_TK.div(self.num_local, rounding_mode="floor")  # ids of E, for no expert, are of rank ep
         to_ranks = sort_by_expert(_once_each(rank_TK, self.ep_size), self.ep_size, None)
         pairs_per_rank = count_ids(rank_TK.flatten(), self.ep_size)
-        send, receive, num_rows, seeds = once(
+        send, receive, sent_pairs, num_rows, seeds = once(
             lambda: self._exchange_counts(to_ranks.rows_per_expert, pairs_per_rank, x_TD.shape[1], seed or 0)
         )
         if sum(send) < to_ranks.num_rows:
             to_ranks = replace(to_ranks, pair_of_row=to_ranks.pair_of_row[: sum(send)], every_pair_has_a_row=False)
-        self.clock.count_rows(send, num_rows)
+        self.clock.count_rows(sent_pairs, num_rows)  # of the work that experts get; what travels is counted in bytes
         token_U = to_ranks.token_of_row
         rank_U = torch.repeat_interleave(to_ranks.rows_per_expert, output_size=sum(send))
         ids_UK, rank_UK = ids_TK.index_select(0, token_U), rank_TK.index_select(0, token_U)
@@ -117,18 +116,16 @@ class DedupDispatcher:
 
     def _exchange_counts(
         self, rows_per_rank: Tensor, pairs_per_rank: Tensor, hidden_size: int, seed: int
-    ) -> tuple[list[int], list[int], int, list[int]]:
-        """Rows sent to and received from each peer, pairs that come in all, and the seeds of peers."""
+    ) -> tuple[list[int], list[int], list[int], int, list[int]]:
+        """Rows sent to and received from each peer, pairs sent to each, pairs that come in all, the seeds of peers."""
         outgoing = torch.empty(self.ep_size, 5, dtype=torch.int64, device=rows_per_rank.device)
         outgoing[:, 0], outgoing[:, 1], outgoing[:, 2] = self.layer, hidden_size, seed
         outgoing[:, 3], outgoing[:, 4] = rows_per_rank, pairs_per_rank
-        incoming = torch.empty_like(outgoing)
-        self.clock.count([1] * self.ep_size, outgoing[0].nbytes, self.group.rank())
-        with self.clock.measure(self.layer):
-            dist.all_to_all_single(incoming, outgoing, group=self.group)
-        both = torch.cat((incoming, rows_per_rank[:, None]), dim=1).tolist()
+        incoming = exchange_headers(outgoing, self.group, self.clock, self.layer)
+        both = torch.cat((incoming, outgoing[:, 3:]), dim=1).tolist()
         check_peers(both, self.group, self.layer, hidden_size)
-        return [row[5] for row in both], [row[3] for row in both], sum(row[4] for row in both), [row[2] for row in both]
+        _, _, seeds, receive, pairs, send, sent_pairs = map(list, zip(*both, strict=True))
+        return send, receive, sent_pairs, sum(pairs), seeds
 
 
 def _once_each(rank_TK: Tensor, none: int) -> Tensor:

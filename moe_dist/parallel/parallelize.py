@@ -5,6 +5,7 @@ from __future__ import annotations
 from moe_dist.config import Config
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
+from moe_dist.parallel.dispatch_choice import chosen_dispatcher
 from moe_dist.parallel.dispatchers import build_dispatcher
 from moe_dist.parallel.mesh import Mesh
 
@@ -21,7 +22,7 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
         if ep_group is not None:
             local = mesh.layout.experts_of(mesh.ep_rank, moe.num_experts)
             moe.experts.shard(local.start, len(local))
-            name = config.parallel.dispatcher
+            name, _ = chosen_dispatcher(config)
             moe.reach_experts_by(build_dispatcher(name, ep_group, moe.num_experts, moe.layer, clock))
     model.gradient_checkpointing_enable(config.train.gradient_checkpointing)
     if config.train.torch_compile:

@@ -33,7 +33,7 @@ def placement(config: Config) -> str:
     words = [f"pp{parallel.pp_size}", parallel.schedule] if parallel.pp_size > 1 else []
     words += [f"ep{parallel.ep_size}", f"zero{parallel.zero_stage}"]
     words += [f"shard{parallel.shard_size}"] if parallel.shard_size is not None else []
-    words += [parallel.dispatcher] if parallel.ep_size > 1 and parallel.dispatcher != "all_to_all" else []
+    words += [parallel.dispatcher] if parallel.ep_size > 1 and parallel.dispatcher != "auto" else []
     return "-".join([*words, *([parallel.engine] if parallel.engine != "torch" else [])])
 
 

@@ -14,8 +14,10 @@ import torch
 from ranks import run_ranks
 from run_files import complaint, load
 
+from moe_dist.config import Config
 from moe_dist.models.moe import LocalDispatcher
 from moe_dist.models.router import Routing
+from moe_dist.parallel.dispatch_choice import chosen_dispatcher, rows_per_token
 from moe_dist.parallel.dispatchers import build_dispatcher
 from moe_dist.verify.trial import TrialResult, difference
 
@@ -49,10 +51,10 @@ class Own(LocalDispatcher):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("all_to_al", "one of all_to_all, dedup, all_gather, or package.module:Class of your own; did you mean"),
-        (":Class", "one of all_to_all"),
-        ("package:", "one of all_to_all"),
-        ("a b:c", "one of all_to_all"),
+        ("all_to_al", "one of auto, all_to_all, dedup, all_gather, or package.module:Class of your own; did you mean"),
+        (":Class", "one of auto"),
+        ("package:", "one of auto"),
+        ("a b:c", "one of auto"),
     ],
 )
 def test_a_name_that_cannot_be_is_refused_before_any_import(tmp_path: Path, name: str, said: str) -> None:
@@ -113,3 +115,40 @@ def test_the_guides_dispatcher_trains(tmp_path: Path) -> None:
     assert found.losses != plain.losses
     assert found.losses == pytest.approx(plain.losses, rel=1e-2)
     assert 0 < difference(found.gradients, plain.gradients) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("top_k", "ep_size", "chosen", "rows"),
+    [
+        (1, 4, "all_to_all", (0.75, 0.75)),  # nothing to save
+        (2, 2, "dedup", (1.0, 0.75)),
+        (2, 4, "dedup", (1.5, 1.3125)),
+        (2, 8, "all_to_all", (1.75, 1.640625)),  # 6 % of the rows
+        (8, 2, "dedup", (4.0, 0.99609375)),
+        (
+            8,
+            8,
+            "dedup",
+            (7.0, 4.594695),
+        ),
+        (
+            8,
+            64,
+            "all_to_all",
+            (7.875, 7.457535),
+        ),
+    ],
+)
+def test_auto_is_what_saves_rows(top_k: int, ep_size: int, chosen: str, rows: tuple[float, float]) -> None:
+    assert rows_per_token(top_k, ep_size) == pytest.approx(rows, rel=1e-4)
+    sizes = {"num_experts": 128, "num_experts_per_tok": top_k, "norm_topk_prob": top_k > 1}
+    tree = {"model": sizes, "parallel": {"ep_size": ep_size}}
+    name, why = chosen_dispatcher(Config.model_validate(tree))
+    assert name == chosen
+    assert f"{rows[1]:.2f} instead of {rows[0]:.2f} rows" in why
+    tree["parallel"]["dispatcher"] = "all_gather"
+    assert chosen_dispatcher(Config.model_validate(tree)) == ("all_gather", "")
+
+
+def test_auto_where_nothing_travels() -> None:
+    assert chosen_dispatcher(Config.model_validate({})) == ("all_to_all", "")

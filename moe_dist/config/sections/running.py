@@ -20,7 +20,7 @@ from moe_dist.config.sections.base import (
     Section,
 )
 
-DispatcherName = Annotated[str, AfterValidator(Choice("all_to_all", "dedup", "all_gather"))]
+DispatcherName = Annotated[str, AfterValidator(Choice("auto", "all_to_all", "dedup", "all_gather"))]
 EngineName = Annotated[str, AfterValidator(Choice("torch", "deepspeed"))]
 
 
@@ -63,9 +63,10 @@ class ParallelConfig(Section):
 
     ep_size: Positive = 1
     """Expert parallelism: ranks over which the experts of a layer are spread."""
-    dispatcher: DispatcherName = "all_to_all"
-    """How tokens reach experts on other ranks (ep_size above 1): all_to_all, all_gather (its specification, slow), or
-    `package.module:Class` of your own (docs/extending.md)."""
+    dispatcher: DispatcherName = "auto"
+    """How tokens reach experts on other ranks (ep_size above 1): all_to_all (a row for each expert of a token), dedup
+    (one for each rank that has any of them), auto (dedup where it saves a tenth of the rows), all_gather (the
+    specification of both, slow), or `package.module:Class` of your own (docs/extending.md)."""
     pp_size: Positive = 1
     """Pipeline parallelism: ranks over which the layers are spread, in stages of consecutive layers."""
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "dualpipe_v"] = "1f1b"

@@ -1,0 +1,59 @@
+"""Two hosts with one cable between them, made of network namespaces: real sockets, a real limit on the rate. Needs root
+and the `ip` and `tc` programs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+LOOPBACK = "loopback"
+BURST, LATENCY = "128kb", "50ms"
+
+
+@dataclass(frozen=True)
+class Link:
+    """How to start a program on either end: words before its command, and variables of its own."""
+
+    prefixes: list[list[str]]
+    surroundings: list[dict[str, str]]
+
+
+def is_possible() -> bool:
+    """Whether this machine can have such hosts."""
+    return os.geteuid() == 0 and all(shutil.which(name) for name in ("ip", "tc"))
+
+
+@contextmanager
+def link(rate: str) -> Iterator[Link]:
+    """`rate`: as `tc` writes it (1gbit, 100mbit), or `loopback` for two processes on this host."""
+    if rate == LOOPBACK:
+        yield Link([[], []], [{"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}] * 2)
+        return
+    mark = os.getpid() % 100000
+    hosts, cables = [f"bench{mark}a", f"bench{mark}b"], [f"bv{mark}a", f"bv{mark}b"]
+    try:
+        for host in hosts:
+            _do("ip", "netns", "add", host)
+        _do("ip", "link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
+        for number, (host, cable) in enumerate(zip(hosts, cables, strict=True), 1):
+            _do("ip", "link", "set", cable, "netns", host)
+            _do("ip", "-n", host, "addr", "add", f"10.78.0.{number}/24", "dev", cable)
+            _do("ip", "-n", host, "link", "set", cable, "up")
+            _do("ip", "-n", host, "link", "set", "lo", "up")
+            limit = ("root", "tbf", "rate", rate, "burst", BURST, "latency", LATENCY)
+            _do("ip", "netns", "exec", host, "tc", "qdisc", "add", "dev", cable, *limit)
+        yield Link(
+            [["ip", "netns", "exec", host] for host in hosts],
+            [{"MASTER_ADDR": "10.78.0.1", "GLOO_SOCKET_IFNAME": cable} for cable in cables],
+        )
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host], check=False, capture_output=True)
+
+
+def _do(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
