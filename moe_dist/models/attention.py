@@ -40,7 +40,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (
             RMSNorm(width, config.rms_norm_eps) if config.qk_norm else nn.Identity() for width in widths
         )
-        self.register_parameter("sinks", nn.Parameter(torch.empty(heads)) if config.attention_sinks else None)
+        self.sinks = nn.Parameter(torch.empty(heads)) if config.attention_sinks else None
 
     def reset_parameters(self) -> None:
         """Of what is this module's own: sinks begin at zero, as one more key of average score."""
