@@ -22,6 +22,8 @@ class SavedWeights:
     as saved.
     """
 
+    source = "as in the checkpoint"
+
     def __init__(
         self, found: CheckpointRef, manifest: Manifest, keys: Keys, config: ModelConfig, dtype: torch.dtype | None
     ) -> None:
