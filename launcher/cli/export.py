@@ -43,6 +43,10 @@ def export(
             help="Load it in transformers and compare weights and logits; takes memory for the model twice.",
         ),
     ] = True,
+    drop_experts: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Keep the N busiest experts of each layer, by the run's record of load."),
+    ] = None,
     encryption_key: Key = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, and prove it.
@@ -56,7 +60,14 @@ def export(
     max_shard_bytes = num_bytes(max_shard_size)
     with plainly():
         found, manifest, keys = good_checkpoint(_one(source, step), encryption_key)
+        from moe_dist.pretrained.export import Fewer
         from moe_dist.pretrained.export import export as write
+
+        fewer = None
+        if drop_experts is not None:
+            from moe_dist.train.held_out import loss_change
+
+            fewer = Fewer(drop_experts, run_of(source), loss_change)
 
         done = write(
             found,
@@ -66,6 +77,7 @@ def export(
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             logits=logits,
+            fewer=fewer,
             told=print_check,
         )
     for note in done.notes:
@@ -86,6 +98,12 @@ def print_check(check: Checked) -> None:
         print(f"{check.what:<21}and {len(check.problems) - 20} more")
     if not check.problems:
         print(f"{check.what:<21}{check.said}", flush=True)
+
+
+def run_of(source: str) -> Path:
+    """The run folder of a checkpoint in it, or itself."""
+    path = Path(source)
+    return path.parent if re.fullmatch(r"checkpoint-\d+", path.name) else path
 
 
 def _one(path: str, step: int | None) -> str:

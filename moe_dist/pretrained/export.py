@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,10 @@ from pydantic import ValidationError
 from moe_dist.checkpoint.reading import CheckpointRef, read_trainer_state
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
-from moe_dist.config import Config, ConfigError
+from moe_dist.config import Config, ConfigError, ModelConfig
 from moe_dist.data.tokenizer import load_tokenizer
 from moe_dist.models.huggingface import huggingface_config
+from moe_dist.pretrained.fewer_experts import FewerExperts, busiest
 from moe_dist.pretrained.model_card import model_card
 from moe_dist.pretrained.safetensors_files import write_json, write_weights
 from moe_dist.pretrained.saved_weights import SavedWeights
@@ -41,6 +43,17 @@ class Exported(NamedTuple):
         return not any(check.problems for check in self.checks)
 
 
+class Fewer(NamedTuple):
+    """How many experts of a layer stay, by the load that the folder of the run has on record.
+
+    `measure`: says what that costs, of the configuration and the state that the trainer saved.
+    """
+
+    number: int
+    run: Path
+    measure: Callable[[Config, Mapping[str, Any], FewerExperts], Checked]
+
+
 def export(
     found: CheckpointRef,
     manifest: Manifest,
@@ -50,20 +63,22 @@ def export(
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     logits: bool = True,
+    fewer: Fewer | None = None,
     told: Callable[[Checked], None] = lambda check: None,
 ) -> Exported:
     """Write the Hugging Face folder `output`, verify it, and only then give it its name.
 
     `dtype`: a key of DTYPES; None: as saved. `logits`: load it in `transformers` too, which needs memory for the model
-    twice in float32; all else holds one tensor at a time. `told` hears of every check as it ends. Where a check fails
-    nothing is left. Raises ConfigError for a run that no family can express, and for an `output` that is there.
+    twice in float32; all else holds one tensor at a time. `fewer`: leave experts out. `told` hears of every check as it
+    ends. Where a check fails nothing is left. Raises ConfigError for a run that no family can express, and for an
+    `output` that is there.
     """
     state = read_trainer_state(found, manifest, keys)
     config = _config_of(found, state)
     try:
-        values = huggingface_config(config.model)
-        weights = SavedWeights(found, manifest, keys, config.model, DTYPES[dtype] if dtype else None)
-    except CheckpointError:
+        weights = _weights(found, manifest, keys, config.model, DTYPES[dtype] if dtype else None, fewer)
+        values = huggingface_config(weights.config)
+    except (CheckpointError, ConfigError):
         raise
     except ValueError as error:
         raise ConfigError(f"{found}: {error}") from error
@@ -72,13 +87,13 @@ def export(
         files = write_weights(folder.path, weights, max_shard_bytes)
         ids, notes = _write_tokenizer(config, folder.path)
         kind = str(weights.dtype).removeprefix("torch.")
-        card = model_card(found, manifest, config, state, values["model_type"], kind)
+        card = model_card(weights, manifest, config, state, values["model_type"], kind)
         (folder.path / "README.md").write_text(card, encoding="utf-8")
         write_json(folder.path / "generation_config.json", ids)
         # The key of transformers 5, and the one before.
         write_json(folder.path / "config.json", values | ids | {"dtype": kind, "torch_dtype": kind})
         checks: list[Checked] = []
-        for check in all_checks(folder.path, weights, logits):
+        for check in _checks(folder.path, weights, logits, fewer and partial(fewer.measure, config, state)):
             checks.append(check)
             told(check)
         tensors = [tensor for file in files.values() for tensor in file]
@@ -89,12 +104,32 @@ def export(
         return exported
 
 
-def all_checks(folder: Path, weights: SavedWeights, logits: bool) -> Iterator[Checked]:
-    """What must hold of an exported folder, each check when it is asked for."""
+def _weights(
+    found: CheckpointRef,
+    manifest: Manifest,
+    keys: Keys,
+    model: ModelConfig,
+    dtype: torch.dtype | None,
+    fewer: Fewer | None,
+) -> SavedWeights:
+    if fewer is None:
+        return SavedWeights(found, manifest, keys, model, dtype)
+    return FewerExperts(found, manifest, keys, model, dtype, busiest(fewer.run, found.step, model, fewer.number))
+
+
+def _checks(
+    folder: Path, weights: SavedWeights, logits: bool, measure: Callable[[FewerExperts], Checked] | None
+) -> Iterator[Checked]:
+    """What must hold of an exported folder, and what leaving experts out has cost; each when it is asked for."""
     yield check_tensors(folder, weights)
-    yield check_config(folder, weights.config, "the run's model")
+    of = "the run's model"
+    if isinstance(weights, FewerExperts):
+        of += f" with {weights.kept.number} experts"
+    yield check_config(folder, weights.config, of)
     if logits:
         yield from check_with_transformers(folder, weights)
+        if measure is not None and isinstance(weights, FewerExperts):
+            yield measure(weights)
 
 
 def _config_of(found: CheckpointRef, state: dict[str, Any]) -> Config:

@@ -7,26 +7,28 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moe_dist import __version__
-from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.storage.manifest import Manifest
 from moe_dist.config import Config
 from moe_dist.models.counts import parameter_counts
 from moe_dist.versions import installed
 
 if TYPE_CHECKING:
+    from moe_dist.pretrained.saved_weights import SavedWeights
     from moe_dist.pretrained.upcycled_weights import UpcycledWeights
 
 
 def model_card(
-    found: CheckpointRef, manifest: Manifest, config: Config, state: dict[str, Any], model_type: str, dtype: str
+    weights: SavedWeights, manifest: Manifest, config: Config, state: dict[str, Any], model_type: str, dtype: str
 ) -> str:
     """Markdown with the hub's front matter. Neither prompts nor paths of the run's machine are in it."""
-    model, counts, done = config.model, parameter_counts(config.model), state["counters"]
+    model, counts, done = weights.config, parameter_counts(weights.config), state["counters"]
+    dropped = config.model.num_experts - model.num_experts
     layout = manifest.layout
     rows = {
         "architecture": f"{model_type}, {counts.total:,} parameters, {counts.active:,} active per token",
         "experts": f"{model.num_experts}, {model.num_experts_per_tok} per token, in {len(model.moe_layers)} of "
         f"{model.num_hidden_layers} layers",
+        "left out": f"{dropped} experts of each layer, those with the fewest tokens" if dropped else None,
         "weights": dtype,
         "step": f"{manifest.step:,}",
         "tokens seen": f"{done.get('tokens', 0):,}",
@@ -42,7 +44,7 @@ def model_card(
         "exported with": f"moe-dist {__version__}, PyTorch {installed('torch')}, Python {platform.python_version()}",
     }
     about = (
-        f"# {found.folder.replace('checkpoint-', 'Step ')} of a moe-dist run\n\n"
+        f"# {weights.found.folder.replace('checkpoint-', 'Step ')} of a moe-dist run\n\n"
         "A mixture-of-experts language model. What it may be used for, and under which licence, is for whoever "
         "publishes it to say."
     )
