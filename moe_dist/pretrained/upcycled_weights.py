@@ -168,7 +168,8 @@ class UpcycledWeights:
             return f"{self._short(self.dtype)} rounds weights in {self._short(rounded[0])}"
         scales = {recipe.scale(self.dense.config, part) for part in range(recipe.granularity)}
         uneven = [scale for scale in scales if math.frexp(scale)[0] != 0.5]
-        coarse = self.dtypes - {torch.float32}
+        mlps = {dtype_of(entry) for ours, entry in self.dense.entries.items() if ".mlp." in ours}
+        coarse = ({self.dtype} if self.dtype else mlps) - {torch.float32}
         if uneven and coarse:
             return f"{self._short(coarse.pop())} rounds weights times {uneven[0]:g}; --dtype fp32 does not"
         return None
