@@ -23,6 +23,7 @@ from launcher.cli.init import init
 from launcher.cli.launch import app as launch_app
 from launcher.cli.paths import expanded
 from launcher.cli.sweep import sweep
+from launcher.cli.upcycle import upcycle
 from launcher.connect.environment import (
     detect,
     join_slurm,
@@ -269,6 +270,7 @@ def profile(
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(sweep)
 app.command()(init)
 app.command()(export)
+app.command()(upcycle)
 
 
 @app.command()

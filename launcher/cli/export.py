@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+Dtype = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Type of the weights; default: as they are.")
+]
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest file, such as 500MB.")]
+
 
 def export(
     source: Annotated[
@@ -28,10 +33,8 @@ def export(
     ],
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", callback=expanded, help="Folder to make.")],
     to: Annotated[Literal["hf"], typer.Option("--to", help="hf: as transformers, vLLM and SGLang load it.")] = "hf",
-    dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Type of the weights; default: as saved.")
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, such as 500MB.")] = "5GB",
+    dtype: Dtype = None,
+    max_shard_size: MaxShardSize = "5GB",
     step: Annotated[int | None, typer.Option(min=0, help="Which step of a run; default: the newest.")] = None,
     logits: Annotated[
         bool,
@@ -40,6 +43,10 @@ def export(
             help="Load it in transformers and compare weights and logits; takes memory for the model twice.",
         ),
     ] = True,
+    drop_experts: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Keep the N busiest experts of each layer, by the run's record of load."),
+    ] = None,
     encryption_key: Key = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, and prove it.
@@ -50,10 +57,17 @@ def export(
 
     [dim]Example:[/dim]  moe-dist export outputs/demo --to hf --output demo-hf --dtype bf16
     """
-    max_shard_bytes = _bytes(max_shard_size)
+    max_shard_bytes = num_bytes(max_shard_size)
     with plainly():
         found, manifest, keys = good_checkpoint(_one(source, step), encryption_key)
+        from moe_dist.pretrained.export import Fewer
         from moe_dist.pretrained.export import export as write
+
+        fewer = None
+        if drop_experts is not None:
+            from moe_dist.train.held_out import loss_change
+
+            fewer = Fewer(drop_experts, run_of(source), loss_change)
 
         done = write(
             found,
@@ -63,7 +77,8 @@ def export(
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             logits=logits,
-            told=_print_check,
+            fewer=fewer,
+            told=print_check,
         )
     for note in done.notes:
         print(f"{'note':<21}{note}")
@@ -75,13 +90,20 @@ def export(
     print(f"{'exported':<21}{found} to {output}: {done.model_type}, {size} of {done.dtype} in {files}")
 
 
-def _print_check(check: Checked) -> None:
+def print_check(check: Checked) -> None:
+    """What a check has found, a line for each problem."""
     for problem in check.problems[:20]:
         print(f"{check.what:<21}{problem}", flush=True)
     if len(check.problems) > 20:
         print(f"{check.what:<21}and {len(check.problems) - 20} more")
     if not check.problems:
         print(f"{check.what:<21}{check.said}", flush=True)
+
+
+def run_of(source: str) -> Path:
+    """The run folder of a checkpoint in it, or itself."""
+    path = Path(source)
+    return path.parent if re.fullmatch(r"checkpoint-\d+", path.name) else path
 
 
 def _one(path: str, step: int | None) -> str:
@@ -99,7 +121,8 @@ def _one(path: str, step: int | None) -> str:
     return f"{storage.where}/checkpoint-{there[-1] if step is None else step}"
 
 
-def _bytes(text: str) -> int:
+def num_bytes(text: str) -> int:
+    """What `--max-shard-size` says. Raises ConfigError for what is no size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS or not (size := int(float(match[1]) * _UNITS[match[2].upper()])):
         raise ConfigError(f"--max-shard-size {text}: a number of bytes, such as 5GB or 500MB")

@@ -26,7 +26,7 @@ def family_of(config: ModelConfig) -> Family:
 
     Raises ValueError naming what the nearest one has otherwise.
     """
-    nearest: dict[int, str] = {}
+    nearest: dict[int, list[str]] = {}
     for family in sorted(families().values(), key=lambda family: family.model_type != config.model_type):
         try:
             wrong = differences(family, config)
@@ -34,10 +34,9 @@ def family_of(config: ModelConfig) -> Family:
             continue
         if not wrong:
             return family
-        nearest.setdefault(len(wrong), f"{family.model_type}, has {', '.join(wrong)}")
-    raise ValueError(
-        "no Hugging Face family is this model" + (f"; the nearest, {nearest[min(nearest)]}" if nearest else "")
-    )
+        nearest.setdefault(len(wrong), []).append(f"{family.model_type}, has {', '.join(wrong)}")
+    said = f"; the nearest, {'; or '.join(nearest[min(nearest)])}" if nearest else ""
+    raise ValueError(f"no Hugging Face family is this model{said}")
 
 
 class Part(NamedTuple):

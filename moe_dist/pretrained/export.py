@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,19 +14,17 @@ from pydantic import ValidationError
 from moe_dist.checkpoint.reading import CheckpointRef, read_trainer_state
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
-from moe_dist.config import Config, ConfigError
+from moe_dist.config import Config, ConfigError, ModelConfig
 from moe_dist.data.tokenizer import load_tokenizer
 from moe_dist.models.huggingface import huggingface_config
+from moe_dist.pretrained.fewer_experts import FewerExperts, busiest
 from moe_dist.pretrained.model_card import model_card
-from moe_dist.pretrained.safetensors_files import Planned, plan_files, write_file, write_index
+from moe_dist.pretrained.safetensors_files import write_json, write_weights
 from moe_dist.pretrained.saved_weights import SavedWeights
+from moe_dist.pretrained.staging import copy_tokenizer, new_folder
 from moe_dist.pretrained.verification import Checked, check_config, check_tensors, check_with_transformers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
-)
 
 
 class Exported(NamedTuple):
@@ -46,6 +43,17 @@ class Exported(NamedTuple):
         return not any(check.problems for check in self.checks)
 
 
+class Fewer(NamedTuple):
+    """How many experts of a layer stay, by the load that the folder of the run has on record.
+
+    `measure`: says what that costs, of the configuration and the state that the trainer saved.
+    """
+
+    number: int
+    run: Path
+    measure: Callable[[Config, Mapping[str, Any], FewerExperts], Checked]
+
+
 def export(
     found: CheckpointRef,
     manifest: Manifest,
@@ -55,64 +63,73 @@ def export(
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     logits: bool = True,
+    fewer: Fewer | None = None,
     told: Callable[[Checked], None] = lambda check: None,
 ) -> Exported:
     """Write the Hugging Face folder `output`, verify it, and only then give it its name.
 
     `dtype`: a key of DTYPES; None: as saved. `logits`: load it in `transformers` too, which needs memory for the model
-    twice in float32; all else holds one tensor at a time. `told` hears of every check as it ends. Where a check fails
-    nothing is left. Raises ConfigError for a run that no family can express, and for an `output` that is there.
+    twice in float32; all else holds one tensor at a time. `fewer`: leave experts out. `told` hears of every check as it
+    ends. Where a check fails nothing is left. Raises ConfigError for a run that no family can express, and for an
+    `output` that is there.
     """
-    if os.path.lexists(output):
-        raise ConfigError(f"--output {output}: is there already, and nothing is ever overwritten; give another folder")
     state = read_trainer_state(found, manifest, keys)
     config = _config_of(found, state)
     try:
-        values = huggingface_config(config.model)
-        weights = SavedWeights(found, manifest, keys, config.model, DTYPES[dtype] if dtype else None)
-    except CheckpointError:
+        weights = _weights(found, manifest, keys, config.model, DTYPES[dtype] if dtype else None, fewer)
+        values = huggingface_config(weights.config)
+    except (CheckpointError, ConfigError):
         raise
     except ValueError as error:
         raise ConfigError(f"{found}: {error}") from error
     _refuse_temperature(found, config)
-    staging = output.with_name(f"{output.name}.partial")
-    try:
-        staging.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(
-            f"{staging}: left behind by an export that was stopped, unless one is writing it now; remove it"
-        ) from None
-    try:
-        planned = [Planned(name, part.shape, weights.dtype_of(name)) for name, part in weights.parts.items()]
-        files = plan_files(planned, max_shard_bytes)
-        for name, tensors in files.items():
-            write_file(staging / name, tensors, weights.read)
-        write_index(staging, files)
-        ids, notes = _write_tokenizer(config, staging)
+    with closing(weights), new_folder(output, "an export") as folder:
+        files = write_weights(folder.path, weights, max_shard_bytes)
+        ids, notes = _write_tokenizer(config, folder.path)
         kind = str(weights.dtype).removeprefix("torch.")
-        card = model_card(found, manifest, config, state, values["model_type"], kind)
-        (staging / "README.md").write_text(card, encoding="utf-8")
-        _write_json(staging / "generation_config.json", ids)
+        card = model_card(weights, manifest, config, state, values["model_type"], kind)
+        (folder.path / "README.md").write_text(card, encoding="utf-8")
+        write_json(folder.path / "generation_config.json", ids)
         # The key of transformers 5, and the one before.
-        _write_json(staging / "config.json", values | ids | {"dtype": kind, "torch_dtype": kind})
+        write_json(folder.path / "config.json", values | ids | {"dtype": kind, "torch_dtype": kind})
         checks: list[Checked] = []
-        for check in (lambda: [check_tensors(staging, weights)], lambda: [check_config(staging, config.model)]):
-            checks += check()
-            told(checks[-1])
-        if logits:
-            for one in check_with_transformers(staging, weights):
-                checks.append(one)
-                told(one)
-        num_bytes = sum(tensor.num_bytes for tensor in planned)
-        exported = Exported(values["model_type"], len(planned), len(files), num_bytes, kind, checks, notes)
+        for check in _checks(folder.path, weights, logits, fewer and partial(fewer.measure, config, state)):
+            checks.append(check)
+            told(check)
+        tensors = [tensor for file in files.values() for tensor in file]
+        num_bytes = sum(tensor.num_bytes for tensor in tensors)
+        exported = Exported(values["model_type"], len(tensors), len(files), num_bytes, kind, checks, notes)
         if exported.is_proven:
-            if os.path.lexists(output):
-                raise ConfigError(f"--output {output}: has been made in the meantime; give another folder")
-            staging.rename(output)
+            folder.publish()
         return exported
-    finally:
-        weights.close()
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _weights(
+    found: CheckpointRef,
+    manifest: Manifest,
+    keys: Keys,
+    model: ModelConfig,
+    dtype: torch.dtype | None,
+    fewer: Fewer | None,
+) -> SavedWeights:
+    if fewer is None:
+        return SavedWeights(found, manifest, keys, model, dtype)
+    return FewerExperts(found, manifest, keys, model, dtype, busiest(fewer.run, found.step, model, fewer.number))
+
+
+def _checks(
+    folder: Path, weights: SavedWeights, logits: bool, measure: Callable[[FewerExperts], Checked] | None
+) -> Iterator[Checked]:
+    """What must hold of an exported folder, and what leaving experts out has cost; each when it is asked for."""
+    yield check_tensors(folder, weights)
+    of = "the run's model"
+    if isinstance(weights, FewerExperts):
+        of += f" with {weights.kept.number} experts"
+    yield check_config(folder, weights.config, of)
+    if logits:
+        yield from check_with_transformers(folder, weights)
+        if measure is not None and isinstance(weights, FewerExperts):
+            yield measure(weights)
 
 
 def _config_of(found: CheckpointRef, state: dict[str, Any]) -> Config:
@@ -142,9 +159,8 @@ def _write_tokenizer(config: Config, folder: Path) -> tuple[dict[str, Any], list
     name = config.data.tokenizer
     source = Path(name).expanduser()
     notes = []
-    for file in TOKENIZER_FILES:
-        if name != "bytes" and (source / file).is_file():
-            shutil.copyfile(source / file, folder / file)
+    if name != "bytes":
+        copy_tokenizer(source, folder)
     if name == "bytes":
         notes.append("tokens are UTF-8 bytes (data.tokenizer=bytes): Hugging Face has no such tokenizer, none is there")
     elif not source.is_dir():
@@ -154,7 +170,3 @@ def _write_tokenizer(config: Config, folder: Path) -> tuple[dict[str, Any], list
     except (ValueError, ImportError) as error:
         return {}, [*notes, f"the ids of its special tokens are not in config.json: {error}"]
     return {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}, notes
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

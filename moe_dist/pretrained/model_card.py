@@ -1,28 +1,34 @@
-"""README.md of an exported model, from what its checkpoint knows."""
+"""README.md of a folder that was made here, from what is known of how."""
 
 from __future__ import annotations
 
 import platform
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from moe_dist import __version__
-from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.storage.manifest import Manifest
 from moe_dist.config import Config
 from moe_dist.models.counts import parameter_counts
 from moe_dist.versions import installed
 
+if TYPE_CHECKING:
+    from moe_dist.pretrained.saved_weights import SavedWeights
+    from moe_dist.pretrained.upcycled_weights import UpcycledWeights
+
 
 def model_card(
-    found: CheckpointRef, manifest: Manifest, config: Config, state: dict[str, Any], model_type: str, dtype: str
+    weights: SavedWeights, manifest: Manifest, config: Config, state: dict[str, Any], model_type: str, dtype: str
 ) -> str:
     """Markdown with the hub's front matter. Neither prompts nor paths of the run's machine are in it."""
-    model, counts, done = config.model, parameter_counts(config.model), state["counters"]
+    model, counts, done = weights.config, parameter_counts(weights.config), state["counters"]
+    dropped = config.model.num_experts - model.num_experts
     layout = manifest.layout
     rows = {
         "architecture": f"{model_type}, {counts.total:,} parameters, {counts.active:,} active per token",
         "experts": f"{model.num_experts}, {model.num_experts_per_tok} per token, in {len(model.moe_layers)} of "
         f"{model.num_hidden_layers} layers",
+        "left out": f"{dropped} experts of each layer, those with the fewest tokens" if dropped else None,
         "weights": dtype,
         "step": f"{manifest.step:,}",
         "tokens seen": f"{done.get('tokens', 0):,}",
@@ -37,13 +43,49 @@ def model_card(
         "run": f"{manifest.run}, saved {manifest.created}",
         "exported with": f"moe-dist {__version__}, PyTorch {installed('torch')}, Python {platform.python_version()}",
     }
+    about = (
+        f"# {weights.found.folder.replace('checkpoint-', 'Step ')} of a moe-dist run\n\n"
+        "A mixture-of-experts language model. What it may be used for, and under which licence, is for whoever "
+        "publishes it to say."
+    )
+    return _card(about, rows)
+
+
+def upcycled_card(weights: UpcycledWeights, model_type: str, dtype: str) -> str:
+    """The same of a dense model with its MLPs as experts."""
+    model, dense, recipe = weights.config, weights.dense, weights.recipe
+    before, after = parameter_counts(dense.config), parameter_counts(model)
+    shared = recipe.num_shared(dense.config)
+    rows = {
+        "made of": f"{dense.folder.resolve().name}: {dense.found.family.model_type}, {before.total:,} parameters",
+        "architecture": f"{model_type}, {after.total:,} parameters, {after.active:,} active per token",
+        "experts": f"{model.num_experts}, {model.num_experts_per_tok} per token, in every layer",
+        "an expert": "a copy of the layer's MLP"
+        if recipe.granularity == 1
+        else f"one of {recipe.granularity} slices of the layer's MLP; {model.num_experts // recipe.granularity} "
+        "experts have the same",
+        "shared expert": f"{shared} of {recipe.granularity} slices of the MLP" if shared else None,
+        "drawn anew": f"{recipe.noise:.0%} of each expert's units" if recipe.noise else None,
+        "router": f"drawn with deviation {model.initializer_range:g}, seed {recipe.seed}; weights of a token's experts "
+        + ("sum to 1" if recipe.norm_topk_prob else "are those of the softmax over all"),
+        "first pass": weights.inequality or "equals the dense model's",
+        "weights": dtype,
+        "made with": f"moe-dist {__version__}, PyTorch {installed('torch')}, Python {platform.python_version()}",
+    }
+    about = (
+        f"# {dense.folder.resolve().name} with experts\n\n"
+        "A dense language model whose MLPs have become experts; nothing has been trained since. Licence and limits are "
+        "those of the dense model."
+    )
+    return _card(about, rows)
+
+
+def _card(about: str, rows: Mapping[str, str | None]) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         "tags:\n- mixture-of-experts\n- moe-dist\n---\n\n"
-        f"# {found.folder.replace('checkpoint-', 'Step ')} of a moe-dist run\n\n"
-        "A mixture-of-experts language model. What it may be used for, and under which licence, is for whoever "
-        f"publishes it to say.\n\n| | |\n|---|---|\n{table}\n\n"
+        f"{about}\n\n| | |\n|---|---|\n{table}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")\n```\n'
     )

@@ -9,14 +9,15 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from moe_dist.checkpoint.shards import NAMES
+from moe_dist.models.tensor_names import Part
 from moe_dist.pretrained.source import INDEX, SINGLE
 
 
@@ -30,6 +31,36 @@ class Planned(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Weights(Protocol):
+    """What a folder is made of: tensors by public name, each read or made when asked for, the same each time."""
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """In the order in which they are best read."""
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """As it is written."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, contiguous."""
+
+
+def write_weights(folder: Path, weights: Weights, max_bytes: int) -> dict[str, list[Planned]]:
+    """Write all tensors into files of at most `max_bytes`, and the index of several. Returns file name -> tensors."""
+    files = plan_files(
+        [Planned(name, part.shape, weights.dtype_of(name)) for name, part in weights.parts.items()], max_bytes
+    )
+    for name, tensors in files.items():
+        write_file(folder / name, tensors, weights.read)
+    write_index(folder, files)
+    return files
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """One of the folder's small files."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def plan_files(tensors: Sequence[Planned], max_bytes: int) -> dict[str, list[Planned]]:

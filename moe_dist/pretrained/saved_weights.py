@@ -12,6 +12,7 @@ from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
 from moe_dist.checkpoint.tools.inspecting import Tensors
 from moe_dist.config import ConfigError, ModelConfig
+from moe_dist.models.shapes import logical_shapes
 from moe_dist.models.tensor_names import Names, Part, nonzero_bias
 
 
@@ -21,6 +22,8 @@ class SavedWeights:
     `parts`: what there is by public name, in the order of the files it is read from. `dtype`: of what is read; None:
     as saved.
     """
+
+    source = "as in the checkpoint"
 
     def __init__(
         self, found: CheckpointRef, manifest: Manifest, keys: Keys, config: ModelConfig, dtype: torch.dtype | None
@@ -46,8 +49,7 @@ class SavedWeights:
     def read(self, name: str) -> Tensor:
         """One Hugging Face tensor by public name. Raises ConfigError where its values are past what `dtype` holds."""
         part = self.parts[name]
-        box = self._tensors.read_box(self._sources[part.ours], part.offset, part.size)
-        return self._rounded(part.to_theirs(box), name)
+        return self._rounded(part.to_theirs(self._box(part.ours, part.offset, part.size)), name)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Of a tensor by public name: `dtype`, but float32 for what the family keeps exact."""
@@ -55,11 +57,11 @@ class SavedWeights:
 
     def read_ours(self) -> dict[str, Tensor]:
         """All weights by our names, rounded to `dtype`, in float32: what a model of ours loads."""
-        whole = {}
+        whole, shapes = {}, logical_shapes(self.config)
         for name, part in self.parts.items():
             if part.ours not in whole:
-                values = self._tensors.read(self._sources[part.ours])
-                whole[part.ours] = self._rounded(values, name).float()
+                shape = shapes[part.ours]
+                whole[part.ours] = self._rounded(self._box(part.ours, (0,) * len(shape), shape), name).float()
         if self.config.tie_word_embeddings:
             whole["lm_head.weight"] = whole["embed_tokens.weight"]
         for name in self.names.biases:
@@ -69,6 +71,10 @@ class SavedWeights:
     def close(self) -> None:
         """Let go of the open files."""
         self._tensors.close()
+
+    def _box(self, ours: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        """Part of one of our weights, as saved."""
+        return self._tensors.read_box(self._sources[ours], offset, size)
 
     def _rounded(self, values: Tensor, name: str) -> Tensor:
         rounded = values.to(dtype := self.dtype_of(name))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
@@ -16,14 +16,24 @@ from moe_dist.config.huggingface import architecture_differences, model_of, read
 from moe_dist.models.huggingface import from_huggingface
 from moe_dist.models.tensor_names import Names
 from moe_dist.models.transformer import Transformer
+from moe_dist.pretrained.safetensors_files import Weights
 from moe_dist.pretrained.saved_weights import SavedWeights
 from moe_dist.pretrained.source import INDEX
+from moe_dist.versions import installed
 
 MAX_LOGITS_ERROR = 1e-4
 """L2 of the difference over L2, in float32. Two implementations of a deep model differ by rounding in another order; a
 wrong weight is found by comparing weights, bit by bit."""
 _EXPERTS: dict[str, Any] = {"experts_implementation": "eager"}  # the grouped kernel of transformers refuses odd sizes
 NUM_PROMPTS, PROMPT_LENGTH = 4, 64
+
+
+class ComparedWeights(Weights, Protocol):
+    """What a folder should hold."""
+
+    config: ModelConfig
+    source: str
+    """How the weights should be, in words."""
 
 
 class Checked(NamedTuple):
@@ -34,8 +44,8 @@ class Checked(NamedTuple):
     problems: list[str]
 
 
-def check_tensors(folder: Path, weights: SavedWeights) -> Checked:
-    """Every tensor read again and compared with the checkpoint's, one at a time."""
+def check_tensors(folder: Path, weights: ComparedWeights) -> Checked:
+    """Every tensor read again and compared with what it should be, one at a time."""
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     problems: list[str] = []
     where: dict[str, str] = {}
@@ -48,22 +58,22 @@ def check_tensors(folder: Path, weights: SavedWeights) -> Checked:
                 if key not in weights.parts:
                     problems.append(f"{key}: not of the model ({name})")
                 elif not _same(file.get_tensor(key), weights.read(key)):
-                    problems.append(f"{key}: not as in {weights.found} ({name})")
+                    problems.append(f"{key}: not {weights.source} ({name})")
     names = Names(weights.config)  # of its own: what was left out while writing is missing here
     wanted = [name for name in names.parts() if name not in names.optional]
     problems += [f"{name}: missing" for name in wanted if name not in where]
     if len(files) > 1 and json.loads((folder / INDEX).read_text("utf-8"))["weight_map"] != where:
         problems.append(f"{INDEX}: does not say where the tensors are")
     count = len(wanted)
-    return Checked("tensors", f"{count} of {count} read again, as in the checkpoint", problems)
+    return Checked("tensors", f"{count} of {count} read again, {weights.source}", problems)
 
 
-def check_config(folder: Path, config: ModelConfig) -> Checked:
-    """`config.json` read as a stranger's, and compared with the run's model."""
+def check_config(folder: Path, config: ModelConfig, whose: str) -> Checked:
+    """`config.json` read as a stranger's, and compared with a model, which is `whose`."""
     file = folder / "config.json"
     found = model_of(read_huggingface(file, str(file)))
     problems = [f"config.json: {line}" for line in architecture_differences(found, config)]
-    return Checked("config.json", "is the run's model", problems)
+    return Checked("config.json", f"is {whose}", problems)
 
 
 def check_with_transformers(folder: Path, weights: SavedWeights) -> list[Checked]:
@@ -71,30 +81,12 @@ def check_with_transformers(folder: Path, weights: SavedWeights) -> list[Checked
 
     Needs memory for both models in float32.
     """
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
     config = weights.config
-    what = f"transformers {transformers.__version__}"
+    what = with_transformers()
     try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            **_EXPERTS,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # whatever it raises for a folder that it cannot load
-        return [Checked(what, "", [" ".join(f"cannot load it: {error}".split())])]
-    theirs, info = loaded
-    problems = [
-        f"{kind}: {name}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        for name in sorted(map(str, info.get(kind) or ()))
-        if name not in weights.names.optional
-    ]
+        theirs, problems = load_with_transformers(folder, weights.names.optional)
+    except ValueError as error:
+        return [Checked(what, "", [str(error)])]
     ours = weights.read_ours()
     try:
         state = from_huggingface(theirs.state_dict(), config)
@@ -106,23 +98,69 @@ def check_with_transformers(folder: Path, weights: SavedWeights) -> list[Checked
     return [Checked(what, said, problems), _check_logits(theirs, ours, config)]
 
 
+def with_transformers() -> str:
+    """Which one it is."""
+    return f"transformers {installed('transformers')}"
+
+
+def load_with_transformers(folder: Path, optional: Collection[str] = ()) -> tuple[Any, list[str]]:
+    """The model in float32, and tensors that it did not find or had no use for, but for `optional` ones.
+
+    Raises ValueError where it cannot be loaded.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            **_EXPERTS,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever it raises for a folder that it cannot load
+        raise ValueError(" ".join(f"cannot load it: {error}".split())) from error
+    model, info = loaded
+    problems = [
+        f"{kind}: {name}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for name in sorted(map(str, info.get(kind) or ()))
+        if name not in optional
+    ]
+    return model.eval(), problems
+
+
+def prompts_for(config: ModelConfig) -> Tensor:
+    """(NUM_PROMPTS, S) random tokens, always the same."""
+    length = min(PROMPT_LENGTH, config.max_position_embeddings)
+    return torch.randint(config.vocab_size, (NUM_PROMPTS, length), generator=torch.Generator().manual_seed(0))
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """L2 of the difference over L2."""
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
 def _check_logits(theirs: Any, ours: dict[str, Tensor], config: ModelConfig) -> Checked:
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device="cpu").load_state_dict(ours)
     model.eval()
-    theirs.eval()
-    length = min(PROMPT_LENGTH, config.max_position_embeddings)
-    prompts = torch.randint(config.vocab_size, (NUM_PROMPTS, length), generator=torch.Generator().manual_seed(0))
+    prompts = prompts_for(config)
     problems, errors = [], []
     with torch.no_grad():
         for number, prompt in enumerate(prompts):
             expected, found = model(prompt[None]), theirs(prompt[None]).logits
-            errors.append(float((found - expected).norm() / expected.norm().clamp(min=1e-30)))
+            errors.append(relative_difference(found, expected))
             if not errors[-1] <= MAX_LOGITS_ERROR:
                 problems.append(f"logits of prompt {number}: relative difference {errors[-1]:.1e}")
     numbers = " ".join(f"{error:.1e}" for error in errors)
-    return Checked("logits", f"{NUM_PROMPTS} prompts of {length} tokens: relative difference {numbers}", problems)
+    return Checked(
+        "logits", f"{NUM_PROMPTS} prompts of {prompts.shape[1]} tokens: relative difference {numbers}", problems
+    )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

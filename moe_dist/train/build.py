@@ -115,11 +115,49 @@ def given(data: DataConfig) -> DataConfig:
 def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None = None) -> Datasets:
     """Samples of the configured source, or of `dataset` (texts, token lists, a `datasets` dataset)."""
     data = config.data
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = _tokenizer(config)
+    corpus, held_out = _documents(config, dataset)
+    sizes: dict[str, Any] = {"max_seq_length": data.max_seq_length}
+    train: PackedDataset | StreamingPackedDataset
+    if data.streaming:
+        train = StreamingPackedDataset(corpus, tokenizer, repeat=True, **sizes)
+    else:
+        train = pack(corpus, tokenizer, cache_dir=cache_dir, **sizes)
+    validation = None if held_out is None else _held_out(config, held_out, tokenizer, cache_dir)
+    if isinstance(train, PackedDataset):
+        _check_labels(train, "the training data")
+    files = {"train": corpus.files, "validation": held_out.files if held_out is not None else ()}
+    return Datasets(tokenizer, train, validation, files)
+
+
+def build_validation(config: Config) -> PackedDataset | None:
+    """The held-out samples of the configured source alone, as `build_datasets` has them; None where there are none."""
+    tokenizer = _tokenizer(config)
+    _, held_out = _documents(config, None)
+    return None if held_out is None else _held_out(config, held_out, tokenizer, None)
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
-            f"model.vocab_size={config.model.vocab_size}: the tokenizer {data.tokenizer} needs {tokenizer.vocab_size}"
+            f"model.vocab_size={config.model.vocab_size}: the tokenizer {config.data.tokenizer} needs "
+            f"{tokenizer.vocab_size}"
         )
+    return tokenizer
+
+
+def _held_out(config: Config, held_out: Corpus, tokenizer: Tokenizer, cache_dir: Path | None) -> PackedDataset:
+    validation = pack(
+        held_out, tokenizer, keep_tail=True, cache_dir=cache_dir, max_seq_length=config.data.max_seq_length
+    )
+    _check_labels(validation, "the validation set", config.num_evaluated)
+    return validation
+
+
+def _documents(config: Config, dataset: Any) -> tuple[Corpus, Corpus | None]:
+    """For training, and held out."""
+    data = config.data
     options: dict[str, Any] = {"text_field": data.text_field, "on_error": data.on_error}
     options["ignored_columns"] = data.ignored_columns
     if dataset is None and ":" in data.source:
@@ -154,20 +192,7 @@ def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None =
                 data.validation_split,
             )
             held_out = None
-    sizes: dict[str, Any] = {"max_seq_length": data.max_seq_length}
-    train: PackedDataset | StreamingPackedDataset
-    if data.streaming:
-        train = StreamingPackedDataset(corpus, tokenizer, repeat=True, **sizes)
-    else:
-        train = pack(corpus, tokenizer, cache_dir=cache_dir, **sizes)
-    validation = None
-    if held_out is not None:
-        validation = pack(held_out, tokenizer, keep_tail=True, cache_dir=cache_dir, **sizes)
-        _check_labels(validation, "the validation set", config.num_evaluated)
-    if isinstance(train, PackedDataset):
-        _check_labels(train, "the training data")
-    files = {"train": corpus.files, "validation": held_out.files if held_out is not None else ()}
-    return Datasets(tokenizer, train, validation, files)
+    return corpus, held_out
 
 
 def _check_labels(dataset: PackedDataset, name: str, num_samples: int | None = None) -> None:

@@ -153,8 +153,11 @@ def with_other_config(**keys: Any) -> Callable[..., Any]:
     return lambda config: huggingface.huggingface_config(config) | keys
 
 
+write_file = safetensors_files.write_file
+
+
 def writes_a_wrong_byte(path: Path, *arguments: Any) -> None:
-    safetensors_files.write_file(path, *arguments)
+    write_file(path, *arguments)
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
@@ -172,8 +175,8 @@ PLANTED: dict[str, tuple[Any, str, Any, str]] = {
     ),
     "rope-theta": (export, "huggingface_config", with_other_config(**ROPE), "rope_theta=10000.0 instead of 50000.0"),
     "not-renormalised": (export, "huggingface_config", with_other_config(norm_topk_prob=False), "norm_topk_prob=false"),
-    "wrong-byte": (export, "write_file", writes_a_wrong_byte, "not as in"),
-    "file-left-out": (export, "write_file", lambda path, *rest: None, "missing"),
+    "wrong-byte": (safetensors_files, "write_file", writes_a_wrong_byte, "not as in"),
+    "file-left-out": (safetensors_files, "write_file", lambda path, *rest: None, "missing"),
 }
 
 
@@ -236,7 +239,7 @@ def test_nothing_is_overwritten_and_a_stopped_export_does_not_look_whole(
         assert not (path.parent / "config.json").exists()
         raise OSError(28, "No space left on device")
 
-    replace(export, "write_file", stops)
+    replace(safetensors_files, "write_file", stops)
     with pytest.raises(OSError, match="No space left"):
         say(run, "-o", tmp_path / "third")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.partial", "out"]
