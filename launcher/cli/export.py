@@ -27,7 +27,10 @@ def export(
         ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", callback=expanded, help="Folder to make.")],
-    to: Annotated[Literal["hf"], typer.Option("--to", help="hf: as transformers, vLLM and SGLang load it.")] = "hf",
+    to: Annotated[
+        Literal["hf", "safetensors"],
+        typer.Option("--to", help="hf: as transformers, vLLM and SGLang load it; safetensors: our own names."),
+    ] = "hf",
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Type of the weights; default: as saved.")
     ] = None,
@@ -42,11 +45,11 @@ def export(
     ] = True,
     encryption_key: Key = None,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder, and prove it.
+    """Write a checkpoint as a folder that others load, and prove it.
 
-    Qwen3-MoE and Mixtral, one matrix per expert as on the hub. Every tensor is read again and compared with the
-    checkpoint, then the folder is loaded by transformers: the same weights bit by bit, the same logits. Exit code 1,
-    and no folder, when anything differs; 2 when no family has what the run has.
+    Every tensor is read again and compared with the checkpoint. A Hugging Face folder is then loaded by transformers:
+    the same weights bit by bit, the same logits. Exit code 1, and no folder, when anything differs; 2 when no Hugging
+    Face family has what the run has: --to safetensors writes any run, for moe-dist checkpoint import.
 
     [dim]Example:[/dim]  moe-dist export outputs/demo --to hf --output demo-hf --dtype bf16
     """
@@ -60,6 +63,7 @@ def export(
             manifest,
             keys,
             Path(output),
+            to=to,
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             logits=logits,

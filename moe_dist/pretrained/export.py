@@ -1,11 +1,9 @@
-"""A checkpoint of ours as a folder that `transformers`, vLLM and SGLang load, proven after writing."""
+"""A checkpoint of ours as a folder for `transformers`, vLLM and SGLang, or under our own names; proven when written."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,21 +11,27 @@ import torch
 from pydantic import ValidationError
 
 from moe_dist.checkpoint.reading import CheckpointRef, read_trainer_state
+from moe_dist.checkpoint.shapes import MODEL, configuration_problems
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
 from moe_dist.config import Config, ConfigError
-from moe_dist.data.tokenizer import load_tokenizer
 from moe_dist.models.huggingface import huggingface_config
 from moe_dist.pretrained.model_card import model_card
+from moe_dist.pretrained.own_format import MODEL_TYPE, OwnWeights, own_config, read_own_config
 from moe_dist.pretrained.safetensors_files import Planned, plan_files, write_file, write_index
 from moe_dist.pretrained.saved_weights import SavedWeights
-from moe_dist.pretrained.verification import Checked, check_config, check_tensors, check_with_transformers
+from moe_dist.pretrained.staging import refuse_existing, staged
+from moe_dist.pretrained.tokenizer_files import write_tokenizer
+from moe_dist.pretrained.verification import (
+    Checked,
+    Weights,
+    check_config,
+    check_tensors,
+    check_with_transformers,
+    public_names,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
-)
 
 
 class Exported(NamedTuple):
@@ -46,78 +50,56 @@ class Exported(NamedTuple):
         return not any(check.problems for check in self.checks)
 
 
+class Source(NamedTuple):
+    """A checkpoint to export, and what it was saved with."""
+
+    found: CheckpointRef
+    manifest: Manifest
+    keys: Keys
+    config: Config
+    state: dict[str, Any]
+
+    @property
+    def temperature(self) -> float:
+        """What its router logits are divided by."""
+        return self.config.balance.temperature_at(self.found.step)
+
+
+Told = Callable[[Checked], None]
+
+
 def export(
     found: CheckpointRef,
     manifest: Manifest,
     keys: Keys,
     output: Path,
     *,
+    to: str = "hf",
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     logits: bool = True,
-    told: Callable[[Checked], None] = lambda check: None,
+    told: Told = lambda check: None,
 ) -> Exported:
-    """Write the Hugging Face folder `output`, verify it, and only then give it its name.
+    """Write the folder `output`, verify it, and only then give it its name.
 
-    `dtype`: a key of DTYPES; None: as saved. `logits`: load it in `transformers` too, which needs memory for the model
-    twice in float32; all else holds one tensor at a time. `told` hears of every check as it ends. Where a check fails
-    nothing is left. Raises ConfigError for a run that no family can express, and for an `output` that is there.
+    `to`: `hf`, or `safetensors` for our own names. `dtype`: a key of DTYPES; None: as saved. `logits`: load a Hugging
+    Face folder in `transformers` too, which needs memory for the model twice in float32; all else holds one tensor at a
+    time. `told` hears of every check as it ends. Where a check fails nothing is left. Raises ConfigError for a run
+    that cannot be written so, and for an `output` that is there.
     """
-    if os.path.lexists(output):
-        raise ConfigError(f"--output {output}: is there already, and nothing is ever overwritten; give another folder")
+    refuse_existing(output)
+    source = read_source(found, manifest, keys)
+    kind = DTYPES[dtype] if dtype else None
+    if to == "safetensors":
+        return _export_own(source, output, kind, max_shard_bytes, told)
+    return _export_huggingface(source, output, kind, max_shard_bytes, logits, told)
+
+
+def read_source(found: CheckpointRef, manifest: Manifest, keys: Keys) -> Source:
+    """Raises ConfigError for a configuration that this version does not know."""
     state = read_trainer_state(found, manifest, keys)
-    config = _config_of(found, state)
     try:
-        values = huggingface_config(config.model)
-        weights = SavedWeights(found, manifest, keys, config.model, DTYPES[dtype] if dtype else None)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{found}: {error}") from error
-    _refuse_temperature(found, config)
-    staging = output.with_name(f"{output.name}.partial")
-    try:
-        staging.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(
-            f"{staging}: left behind by an export that was stopped, unless one is writing it now; remove it"
-        ) from None
-    try:
-        planned = [Planned(name, part.shape, weights.dtype_of(name)) for name, part in weights.parts.items()]
-        files = plan_files(planned, max_shard_bytes)
-        for name, tensors in files.items():
-            write_file(staging / name, tensors, weights.read)
-        write_index(staging, files)
-        ids, notes = _write_tokenizer(config, staging)
-        kind = str(weights.dtype).removeprefix("torch.")
-        card = model_card(found, manifest, config, state, values["model_type"], kind)
-        (staging / "README.md").write_text(card, encoding="utf-8")
-        _write_json(staging / "generation_config.json", ids)
-        # The key of transformers 5, and the one before.
-        _write_json(staging / "config.json", values | ids | {"dtype": kind, "torch_dtype": kind})
-        checks: list[Checked] = []
-        for check in (lambda: [check_tensors(staging, weights)], lambda: [check_config(staging, config.model)]):
-            checks += check()
-            told(checks[-1])
-        if logits:
-            for one in check_with_transformers(staging, weights):
-                checks.append(one)
-                told(one)
-        num_bytes = sum(tensor.num_bytes for tensor in planned)
-        exported = Exported(values["model_type"], len(planned), len(files), num_bytes, kind, checks, notes)
-        if exported.is_proven:
-            if os.path.lexists(output):
-                raise ConfigError(f"--output {output}: has been made in the meantime; give another folder")
-            staging.rename(output)
-        return exported
-    finally:
-        weights.close()
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _config_of(found: CheckpointRef, state: dict[str, Any]) -> Config:
-    try:
-        return Config.model_validate(state["config"])
+        return Source(found, manifest, keys, Config.model_validate(state["config"]), state)
     except (KeyError, ValidationError) as error:
         raise ConfigError(
             f"{found}: the configuration it was saved with is not one that this version knows; go on from it by one "
@@ -125,36 +107,106 @@ def _config_of(found: CheckpointRef, state: dict[str, Any]) -> Config:
         ) from error
 
 
-def _refuse_temperature(found: CheckpointRef, config: Config) -> None:
+def _export_huggingface(
+    source: Source, output: Path, dtype: torch.dtype | None, max_shard_bytes: int, logits: bool, told: Told
+) -> Exported:
+    found, config = source.found, source.config
+    try:
+        values = huggingface_config(config.model)
+        weights = SavedWeights(found, source.manifest, source.keys, config.model, dtype)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{found}: {error}") from error
+    _refuse_temperature(source)
+
+    def checks(folder: Path) -> Iterator[Checked]:
+        yield check_tensors(folder, weights, public_names(config.model))
+        yield check_config(folder, config.model)
+        if logits:
+            yield from check_with_transformers(folder, weights)
+
+    def write_config(folder: Path, ids: dict[str, Any], kind: str) -> None:
+        write_json(folder / "generation_config.json", ids)
+        # The key of transformers 5, and the one before.
+        write_json(folder / "config.json", values | ids | {"dtype": kind, "torch_dtype": kind})
+
+    return _write(source, output, weights, values["model_type"], max_shard_bytes, write_config, checks, told)
+
+
+def _export_own(source: Source, output: Path, dtype: torch.dtype | None, max_shard_bytes: int, told: Told) -> Exported:
+    wrong, unknown = configuration_problems(source.manifest, source.state["config"])
+    if wrong:
+        raise CheckpointError(f"{source.found}: {wrong[0]}")
+    weights = OwnWeights(source.found, source.manifest, source.keys, source.config.model, dtype)
+    tied = {f"{MODEL}lm_head.weight"} if source.config.model.tie_word_embeddings else set()
+    wanted = [
+        name.removeprefix(MODEL) for name in source.manifest.tensors if name.startswith(MODEL) and name not in tied
+    ]
+    values = own_config(source.config.model, source.temperature)
+
+    def checks(folder: Path) -> Iterator[Checked]:
+        yield check_tensors(folder, weights, wanted)
+        is_same = read_own_config(folder / "config.json") == (source.config.model, source.temperature)
+        problems = [] if is_same else ["config.json: is another model"]
+        yield Checked("config.json", "is the run's model", problems)
+
+    def write_config(folder: Path, ids: dict[str, Any], kind: str) -> None:
+        write_json(folder / "config.json", values | {"dtype": kind})
+
+    done = _write(source, output, weights, MODEL_TYPE, max_shard_bytes, write_config, checks, told)
+    return done._replace(notes=[*done.notes, *([unknown] if unknown else [])])
+
+
+def _write(
+    source: Source,
+    output: Path,
+    weights: Weights,
+    model_type: str,
+    max_shard_bytes: int,
+    write_config: Callable[[Path, dict[str, Any], str], None],
+    checks: Callable[[Path], Iterable[Checked]],
+    told: Told,
+) -> Exported:
+    """Weights first, then what makes it a model: what is stopped in between looks like none."""
+    try:
+        with staged(output) as staging:
+            folder = staging.folder
+            planned = [Planned(name, shape, weights.dtype_of(name)) for name, shape in weights.shapes.items()]
+            files = plan_files(planned, max_shard_bytes)
+            for name, tensors in files.items():
+                write_file(folder / name, tensors, weights.blocks)
+            write_index(folder, files)
+            ids, notes = write_tokenizer(source.config, folder)
+            kind = str(weights.dtype).removeprefix("torch.")
+            card = model_card(source.found, source.manifest, source.config, source.state, model_type, kind)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            write_config(folder, ids, kind)
+            done: list[Checked] = []
+            for check in checks(folder):
+                done.append(check)
+                told(check)
+            num_bytes = sum(tensor.num_bytes for tensor in planned)
+            exported = Exported(model_type, len(planned), len(files), num_bytes, kind, done, notes)
+            if exported.is_proven:
+                staging.publish()
+            return exported
+    finally:
+        weights.close()
+
+
+def _refuse_temperature(source: Source) -> None:
     """Router logits that are still divided by something: Hugging Face's models do not divide."""
-    balance = config.balance
-    moving = balance.router_temperature_steps
-    if balance.router_temperature != 1.0 and (not moving or found.step < moving):
+    balance = source.config.balance
+    if source.temperature != 1.0:
+        moving = balance.router_temperature_steps
         still = f", which it would be from step {moving} on" if moving else ""
         raise ConfigError(
-            f"{found}: balance.router_temperature={balance.router_temperature} is not 1 at this step{still}, and no "
-            "Hugging Face model divides router logits"
+            f"{source.found}: balance.router_temperature={balance.router_temperature} is not 1 at this step{still}, "
+            "and no Hugging Face model divides router logits"
         )
 
 
-def _write_tokenizer(config: Config, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Copy a tokenizer that is a folder. Returns the ids of special tokens, and what people should know."""
-    name = config.data.tokenizer
-    source = Path(name).expanduser()
-    notes = []
-    for file in TOKENIZER_FILES:
-        if name != "bytes" and (source / file).is_file():
-            shutil.copyfile(source / file, folder / file)
-    if name == "bytes":
-        notes.append("tokens are UTF-8 bytes (data.tokenizer=bytes): Hugging Face has no such tokenizer, none is there")
-    elif not source.is_dir():
-        notes.append(f"the tokenizer {name} is no folder here: its files are not in the export")
-    try:
-        tokenizer = load_tokenizer(name)
-    except (ValueError, ImportError) as error:
-        return {}, [*notes, f"the ids of its special tokens are not in config.json: {error}"]
-    return {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}, notes
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """As people read it."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -28,6 +28,9 @@ class FolderWeights(Protocol):
     shapes: Shapes
     files: list[str]
 
+    def dtype_of(self, name: str) -> str:
+        """As a checkpoint has it, by safetensors' name."""
+
     def read(self, name: str, first: int, count: int) -> Tensor:
         """Rows [first, first + count) of a weight, in the type of the file.
 
@@ -81,6 +84,10 @@ class HuggingFaceWeights:
                     raise ValueError(f"{self.folder}: {untied_head()}")
         else:
             self._parts[HEAD] = self._parts[EMBEDDING]
+
+    def dtype_of(self, name: str) -> str:
+        """Float32 whatever the file has: full precision, as a trainer saves."""
+        return "F32"
 
     def read(self, name: str, first: int, count: int) -> Tensor:
         """As `FolderWeights.read`. A selection bias that the family has no place for is zero."""

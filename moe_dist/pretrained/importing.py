@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ from moe_dist.checkpoint.manager import check_room
 from moe_dist.checkpoint.reading import CheckpointRef, whole
 from moe_dist.checkpoint.run_folder import CONFIG, with_header
 from moe_dist.checkpoint.shapes import MODEL
-from moe_dist.checkpoint.shards import NAMES, TORCH_DTYPES, Piece, Shard
+from moe_dist.checkpoint.shards import TORCH_DTYPES, Piece, Shard
 from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.storage.hashing import write_hashed
@@ -21,8 +23,11 @@ from moe_dist.checkpoint.storage.manifest import Box, CheckpointError
 from moe_dist.checkpoint.tools.inspecting import Tensors
 from moe_dist.checkpoint.writing import Commit, Receipt, Saving
 from moe_dist.config import Config, ConfigError, dump_config, load_mapping
+from moe_dist.config.huggingface import MODEL_TYPE, has_tokenizer
 from moe_dist.pretrained.folder_weights import FolderWeights, HuggingFaceWeights, in_rows
+from moe_dist.pretrained.own_format import OwnFolderWeights, read_own_config
 from moe_dist.pretrained.provenance import changed, provenance, sha256_of
+from moe_dist.pretrained.staging import refuse_existing
 
 SHARD_BYTES = 2**30
 """Values of one file of the checkpoint, in memory while it is written."""
@@ -45,18 +50,34 @@ def import_checkpoint(folder: Path, output: Path, shard_bytes: int = SHARD_BYTES
     are checked, and every value is read again and compared with the folder's. Raises ConfigError for a folder that
     cannot be read and for an `output` that is there; then nothing is left.
     """
-    if os.path.lexists(output):
-        raise ConfigError(f"--output {output}: is there already, and nothing is ever overwritten; give another folder")
-    tree = {"model": {"from_pretrained": str(folder)}, "train": {"output_dir": str(output)}}
+    refuse_existing(output)
+    folder = Path(os.path.abspath(folder))
+    is_own = _model_type(folder) == MODEL_TYPE
+    tree: dict[str, Any] = {"train": {"output_dir": str(output)}}
+    if is_own:
+        model, temperature = read_own_config(folder / "config.json")
+        tree |= {"model": model.model_dump(mode="json"), "balance": {"router_temperature": temperature}}
+        if has_tokenizer(folder):
+            tree["data"] = {"tokenizer": str(folder)}
+    else:
+        tree["model"] = {"from_pretrained": str(folder)}
     config = load_mapping(tree, notice=lambda text: None)
+    weights: FolderWeights
     try:
-        weights = HuggingFaceWeights(folder, config.model)
+        weights = (OwnFolderWeights if is_own else HuggingFaceWeights)(folder, config.model)
         hashes = sha256_of(folder, weights.files)
         if wrong := changed(folder, hashes):
             raise ValueError("; ".join(wrong))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return _write(weights, config, provenance(folder, hashes), output, shard_bytes)
+
+
+def _model_type(folder: Path) -> Any:
+    """What its config.json says; None where that cannot be read, which whoever reads on says."""
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        return json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+    return None
 
 
 def _write(weights: FolderWeights, config: Config, origin: dict[str, Any], output: Path, shard_bytes: int) -> Imported:
@@ -70,7 +91,7 @@ def _write(weights: FolderWeights, config: Config, origin: dict[str, Any], outpu
         check_room(storage, sum(4 * torch.Size(shape).numel() for shape in weights.shapes.values()))
         storage.begin(staging, lock.generation)
         receipt = _write_shards(weights, saving, shard_bytes)
-        shapes = {f"{MODEL}{name}": ("F32", shape) for name, shape in weights.shapes.items()}
+        shapes = {f"{MODEL}{name}": (weights.dtype_of(name), shape) for name, shape in weights.shapes.items()}
         Commit(saving, shapes, _state(config, origin), {}, lambda: None, lambda: None)([receipt])
         committed = True
         if wrong := whole(found) or _differences(weights, found, shard_bytes):
@@ -119,7 +140,7 @@ def _files(weights: FolderWeights, shard_bytes: int) -> list[list[Piece]]:
     for name, first, count in in_rows(weights.shapes, shard_bytes):
         shape = weights.shapes[name]
         offset, size = ((first, *(0 for _ in shape[1:])), (count, *shape[1:])) if shape else ((), ())
-        piece = Piece(f"{MODEL}{name}", offset, size, NAMES[torch.float32], shape)
+        piece = Piece(f"{MODEL}{name}", offset, size, weights.dtype_of(name), shape)
         if files[-1] and filled + piece.num_bytes > shard_bytes:
             files.append([])
             filled = 0
@@ -135,7 +156,7 @@ def _differences(weights: FolderWeights, found: CheckpointRef, max_bytes: int) -
     for name, first, count in in_rows(weights.shapes, min(max_bytes, 2**26)):
         shape = weights.shapes[name]
         offset, size = ((first, *(0 for _ in shape[1:])), (count, *shape[1:])) if shape else ((), ())
-        expected = weights.read(name, first, count).to(TORCH_DTYPES["F32"])
+        expected = weights.read(name, first, count).to(TORCH_DTYPES[weights.dtype_of(name)])
         if not torch.equal(expected.view(size), saved.read_box(f"{MODEL}{name}", offset, size)):
             wrong[name] = f"{found}: {MODEL}{name} is not the folder's"
         saved.close()  # files come one after the other: none is needed again, and each that is open takes memory

@@ -9,8 +9,22 @@ from moe_dist import __version__
 from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.storage.manifest import Manifest
 from moe_dist.config import Config
+from moe_dist.config.huggingface import MODEL_TYPE
 from moe_dist.models.counts import parameter_counts
 from moe_dist.versions import installed
+
+_TRANSFORMERS = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
+```
+"""
+_OWN = """Tensors have the names and the layout of moe-dist, and `config.json` is the `model` section of a run file.
+
+```
+moe-dist checkpoint import FOLDER --output RUN
+```
+"""
 
 
 def model_card(
@@ -18,7 +32,7 @@ def model_card(
 ) -> str:
     """Markdown with the hub's front matter. Neither prompts nor paths of the run's machine are in it."""
     model, counts, done = config.model, parameter_counts(config.model), state["counters"]
-    layout = manifest.layout
+    layout, is_own = manifest.layout, model_type == MODEL_TYPE
     rows = {
         "architecture": f"{model_type}, {counts.total:,} parameters, {counts.active:,} active per token",
         "experts": f"{model.num_experts}, {model.num_experts_per_tok} per token, in {len(model.moe_layers)} of "
@@ -39,11 +53,10 @@ def model_card(
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        f"---\nlibrary_name: {'moe-dist' if is_own else 'transformers'}\npipeline_tag: text-generation\n"
         "tags:\n- mixture-of-experts\n- moe-dist\n---\n\n"
         f"# {found.folder.replace('checkpoint-', 'Step ')} of a moe-dist run\n\n"
         "A mixture-of-experts language model. What it may be used for, and under which licence, is for whoever "
         f"publishes it to say.\n\n| | |\n|---|---|\n{table}\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")\n```\n'
+        f"{_OWN if is_own else _TRANSFORMERS}"
     )

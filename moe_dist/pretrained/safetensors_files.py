@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +47,8 @@ def plan_files(tensors: Sequence[Planned], max_bytes: int) -> dict[str, list[Pla
     return {f"model-{number:05d}-of-{len(files):05d}.safetensors": part for number, part in enumerate(files, 1)}
 
 
-def write_file(path: Path, tensors: Sequence[Planned], read: Callable[[str], Tensor]) -> None:
-    """Write one file and flush it to the disk. `read` gives a tensor as it was planned, contiguous."""
+def write_file(path: Path, tensors: Sequence[Planned], blocks: Callable[[str], Iterable[Tensor]]) -> None:
+    """Write one file and flush it to the disk. `blocks` gives a tensor as it was planned, in contiguous parts."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:
@@ -60,9 +60,11 @@ def write_file(path: Path, tensors: Sequence[Planned], read: Callable[[str], Ten
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            values = read(tensor.name)
-            assert (tuple(values.shape), values.dtype) == (tensor.shape, tensor.dtype), tensor.name
-            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+            written = 0
+            for values in blocks(tensor.name):
+                assert (values.shape[1:], values.dtype) == (tensor.shape[1:], tensor.dtype), tensor.name
+                written += file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+            assert written == tensor.num_bytes, tensor.name
         file.flush()
         os.fsync(file.fileno())
 

@@ -251,6 +251,10 @@ class SliceReader:
         """Rows [first, first + count) of a tensor; only their bytes are read."""
         if self._name != entry.file:
             self._file, self._name = safe_open(self.folder / entry.file, framework="pt"), entry.file
-        values: Tensor = self._file.get_slice(entry.name)[first : first + count]
+        values: Tensor
+        if entry.shape:
+            values = self._file.get_slice(entry.name)[first : first + count]
+        else:
+            values = self._file.get_tensor(entry.name)
         self.bytes_read += values.nbytes
         return values

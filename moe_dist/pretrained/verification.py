@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.config import ModelConfig
 from moe_dist.config.huggingface import architecture_differences, model_of, read_huggingface
 from moe_dist.models.huggingface import from_huggingface
@@ -34,8 +35,31 @@ class Checked(NamedTuple):
     problems: list[str]
 
 
-def check_tensors(folder: Path, weights: SavedWeights) -> Checked:
-    """Every tensor read again and compared with the checkpoint's, one at a time."""
+class Weights(Protocol):
+    """Weights of a checkpoint as an export has them: `shapes` by name."""
+
+    found: CheckpointRef
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of one tensor as it is written."""
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """One tensor: its rows, a part at a time."""
+
+    def close(self) -> None:
+        """Let go of the open files."""
+
+
+def public_names(config: ModelConfig) -> list[str]:
+    """What a Hugging Face folder must have, by a table of its own: what was left out while writing is missed."""
+    names = Names(config)
+    return [name for name in names.parts() if name not in names.optional]
+
+
+def check_tensors(folder: Path, weights: Weights, wanted: Sequence[str]) -> Checked:
+    """Every tensor read again and compared with the checkpoint's, one part at a time. `wanted`: those it must have."""
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     problems: list[str] = []
     where: dict[str, str] = {}
@@ -45,17 +69,26 @@ def check_tensors(folder: Path, weights: SavedWeights) -> Checked:
                 if key in where:
                     problems.append(f"{key}: in {where[key]} and in {name}")
                 where[key] = name
-                if key not in weights.parts:
+                if key not in weights.shapes:
                     problems.append(f"{key}: not of the model ({name})")
-                elif not _same(file.get_tensor(key), weights.read(key)):
+                elif not _same_in_file(file, key, weights):
                     problems.append(f"{key}: not as in {weights.found} ({name})")
-    names = Names(weights.config)  # of its own: what was left out while writing is missing here
-    wanted = [name for name in names.parts() if name not in names.optional]
     problems += [f"{name}: missing" for name in wanted if name not in where]
     if len(files) > 1 and json.loads((folder / INDEX).read_text("utf-8"))["weight_map"] != where:
         problems.append(f"{INDEX}: does not say where the tensors are")
     count = len(wanted)
     return Checked("tensors", f"{count} of {count} read again, as in the checkpoint", problems)
+
+
+def _same_in_file(file: Any, key: str, weights: Weights) -> bool:
+    rows, first = file.get_slice(key), 0
+    if tuple(rows.get_shape()) != weights.shapes[key]:
+        return False
+    for block in weights.blocks(key):
+        if not _same(rows[first : first + len(block)] if block.ndim else file.get_tensor(key), block):
+            return False
+        first += len(block) if block.ndim else 1
+    return True
 
 
 def check_config(folder: Path, config: ModelConfig) -> Checked:

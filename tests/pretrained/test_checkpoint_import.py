@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from command_line import Say
 from folders import EVERY, MODELS, kind_of, random_weights, write_folder
 from patches import Replace
 from ranks import run_ranks
 from saved import TEXTS, found_at
 from tiny import mesh_of
 
-from launcher.cli import commands
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.tools.inspecting import Tensors, digests
 from moe_dist.models.huggingface import from_huggingface
@@ -25,31 +23,6 @@ from moe_dist.pretrained import importing
 from moe_dist.pretrained.folder_weights import HuggingFaceWeights
 from moe_dist.pretrained.importing import import_checkpoint
 from moe_dist.train import MoETrainer
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Say = Callable[..., Said]
-
-
-@pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
-    def call(*words: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["moe-dist", "checkpoint", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            code = commands.run()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Said(code, *capsys.readouterr())
-
-    return call
-
 
 OPTIONS: dict[str, Any] = {
     "max_seq_length": 32,
@@ -95,16 +68,16 @@ def test_every_weight_is_the_folders(name: str, fused: bool, tmp_path: Path) -> 
 def test_the_checkpoint_verifies_and_nothing_is_overwritten(tmp_path: Path, say: Say) -> None:
     config = MODELS["qwen"]
     write_folder(tmp_path / "hf", config, random_weights(config))
-    said = say("import", tmp_path / "hf", "--output", tmp_path / "run")
+    said = say("checkpoint", "import", tmp_path / "hf", "--output", tmp_path / "run")
     assert said.code == 0, said
     assert "verified, every value is that of" in said.out
-    assert say("verify", tmp_path / "run").code == 0
-    assert "0  complete" in say("ls", tmp_path / "run").out
+    assert say("checkpoint", "verify", tmp_path / "run").code == 0
+    assert "0  complete" in say("checkpoint", "ls", tmp_path / "run").out
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".run.lock", "checkpoint-0", "config.yaml"]
-    said = say("import", tmp_path / "hf", "--output", tmp_path / "run")
+    said = say("checkpoint", "import", tmp_path / "hf", "--output", tmp_path / "run")
     assert (said.code, said.err.count("\n")) == (2, 1)
     assert "is there already" in said.err
-    said = say("import", tmp_path / "nowhere", "--output", tmp_path / "other")
+    said = say("checkpoint", "import", tmp_path / "nowhere", "--output", tmp_path / "other")
     assert (said.code, said.err.count("\n")) == (2, 1)
     assert not (tmp_path / "other").exists()
 
@@ -133,7 +106,7 @@ def test_what_is_wrong_leaves_nothing(damage: str, tmp_path: Path, say: Say, rep
 
         replace(importing, "_write_shards", writes_another)
     write_folder(tmp_path / "hf", config, weights)
-    said = say("import", tmp_path / "hf", "--output", tmp_path / "run")
+    said = say("checkpoint", "import", tmp_path / "hf", "--output", tmp_path / "run")
     assert said.code == 2
     assert wanted.get(damage, "w_down is not the folder's") in said.err
     assert said.err.count("\n") == 1
