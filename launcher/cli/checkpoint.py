@@ -227,7 +227,10 @@ def reshard(
 @app.command("import")
 def import_(
     folder: Annotated[
-        str, typer.Argument(metavar="DIR", callback=expanded, help="Hugging Face folder, or one of --to safetensors.")
+        str,
+        typer.Argument(
+            metavar="DIR", callback=expanded, help="As model.from_pretrained; or an export of --to safetensors."
+        ),
     ],
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="RUN", callback=expanded, help="Run folder to make.")
@@ -241,10 +244,12 @@ def import_(
     [dim]Example:[/dim]  moe-dist checkpoint import path/to/Qwen3-30B-A3B --output outputs/tuned
     """
     from launcher.cli.checkpoint_table import size
+    from moe_dist.config.model_source import local_folder
     from moe_dist.pretrained.importing import import_checkpoint
 
+    place = local_folder(folder, Path(folder), folder, lambda text: print(text, file=sys.stderr))
     with plainly():
-        done = import_checkpoint(Path(folder), Path(output))
+        done = import_checkpoint(place, Path(output))
     amount = f"{size(done.num_bytes)} in {done.num_files} file{'s' if done.num_files > 1 else ''}"
     print(f"{done.found}: {done.num_tensors} tensors, {amount}; verified, every value is that of {folder}")
     print(f"go on with: moe-dist train {output}/config.yaml")

@@ -15,7 +15,7 @@ from moe_dist.models.experts import Experts
 from moe_dist.models.tensor_names import Names, Part, untied_head
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.pretrained.provenance import changed, provenance, sha256_of
+from moe_dist.pretrained.provenance import changed, provenance, revision_of, sha256_of
 from moe_dist.pretrained.source import WHOLE, Contents, Held, SliceReader, in_one_line, pieces, read_folder
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -48,6 +48,12 @@ def load_pretrained(model: Transformer, config: ModelConfig, mesh: Mesh) -> Pret
     """
     assert config.from_pretrained is not None
     folder = Path(config.from_pretrained)
+    revisions = {revision for revision in mesh.from_all(revision_of(folder)) if revision}
+    if len(revisions) > 1:  # two hosts have asked the hub at different times
+        raise ValueError(
+            f"model.from_pretrained={folder}: ranks have several revisions ({', '.join(sorted(revisions))}); name one "
+            "for all: org/name@revision"
+        )
     contents = mesh.ask_rank_zero(lambda: read_folder(folder, config))
     names = Names(config, families()[contents.family])
     reader, problems = SliceReader(folder), []
