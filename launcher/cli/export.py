@@ -10,6 +10,7 @@ import typer
 
 from launcher.cli.checkpoint import Key, good_checkpoint, place_of, plainly
 from launcher.cli.paths import expanded
+from launcher.cli.push import check_before_push, exported_folder, push_folder
 from launcher.connect.exit_codes import EXIT_FAILED
 from moe_dist.config import ConfigError
 
@@ -28,11 +29,19 @@ def export(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="RUN|CHECKPOINT", callback=expanded, help="Run folder or URL (its newest step), or one checkpoint."
+            metavar="RUN|CHECKPOINT",
+            callback=expanded,
+            help="Run folder or URL (its newest step), or one checkpoint. With --push and without --output: a folder "
+            "that was exported before.",
         ),
     ],
-    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", callback=expanded, help="Folder to make.")],
-    to: Annotated[Literal["hf"], typer.Option("--to", help="hf: as transformers, vLLM and SGLang load it.")] = "hf",
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="DIR", callback=expanded, help="Folder to make.")
+    ] = None,
+    to: Annotated[
+        Literal["hf", "safetensors"],
+        typer.Option("--to", help="hf: as transformers, vLLM and SGLang load it; safetensors: our own names."),
+    ] = "hf",
     dtype: Dtype = None,
     max_shard_size: MaxShardSize = "5GB",
     step: Annotated[int | None, typer.Option(min=0, help="Which step of a run; default: the newest.")] = None,
@@ -48,16 +57,30 @@ def export(
         typer.Option(min=1, metavar="N", help="Keep the N busiest experts of each layer, by the run's record of load."),
     ] = None,
     encryption_key: Key = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Upload it to the Hugging Face Hub when it is proven.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A model that --push makes is private.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch to push to; default: main.")] = None,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder, and prove it.
+    """Write a checkpoint as a folder that others load, and prove it.
 
-    Qwen3-MoE and Mixtral, one matrix per expert as on the hub. Every tensor is read again and compared with the
-    checkpoint, then the folder is loaded by transformers: the same weights bit by bit, the same logits. Exit code 1,
-    and no folder, when anything differs; 2 when no family has what the run has.
+    Every tensor is read again and compared with the checkpoint. A Hugging Face folder is then loaded by transformers:
+    the same weights bit by bit, the same logits. Exit code 1, and no folder, when anything differs; 2 when no Hugging
+    Face family has what the run has: --to safetensors writes any run, for moe-dist checkpoint import.
 
     [dim]Example:[/dim]  moe-dist export outputs/demo --to hf --output demo-hf --dtype bf16
     """
     max_shard_bytes = num_bytes(max_shard_size)
+    if push is None and (private or revision):
+        raise ConfigError(f"--{'private' if private else 'revision'}: only with --push ORG/NAME")
+    if push is not None:
+        check_before_push(push)
+    if output is None:
+        if push is None:
+            raise ConfigError("--output DIR: the folder to make is missing")
+        push_folder(exported_folder(source), push, private, revision)
+        return
     with plainly():
         found, manifest, keys = good_checkpoint(_one(source, step), encryption_key)
         from moe_dist.pretrained.export import Fewer
@@ -74,6 +97,7 @@ def export(
             manifest,
             keys,
             Path(output),
+            to=to,
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             logits=logits,
@@ -88,6 +112,8 @@ def export(
     size = f"{done.num_bytes / 1e6:,.1f} MB"
     files = f"{done.num_files} file{'s' if done.num_files > 1 else ''}"
     print(f"{'exported':<21}{found} to {output}: {done.model_type}, {size} of {done.dtype} in {files}")
+    if push is not None:
+        push_folder(Path(output), push, private, revision)
 
 
 def print_check(check: Checked) -> None:

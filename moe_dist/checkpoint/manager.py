@@ -15,7 +15,7 @@ import torch
 from moe_dist.checkpoint.lock import RunLock
 from moe_dist.checkpoint.ownership import Ownership
 from moe_dist.checkpoint.reading import CheckpointRef, choose, locate, problems, read_trainer_state
-from moe_dist.checkpoint.shapes import missing_weights, moment_problems
+from moe_dist.checkpoint.shapes import OPTIMIZER, missing_weights, moment_problems
 from moe_dist.checkpoint.shards import Shard, ShardReader, split
 from moe_dist.checkpoint.state import LogicalState, SavePlan, read_into
 from moe_dist.checkpoint.storage import Storage, step_folder
@@ -50,6 +50,11 @@ class Loaded:
     found: CheckpointRef
     manifest: Manifest
     trainer_state: dict[str, Any]
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether it is a model from elsewhere: weights of step 0, and nothing that a trainer has made."""
+        return self.manifest.step == 0 and not any(name.startswith(OPTIMIZER) for name in self.manifest.tensors)
 
 
 class Checkpoints:

@@ -21,6 +21,8 @@ _BOOKKEEPING = same(
     "task_specific_params tokenizer_class torch_dtype torchscript transformers_version unsloth_fixed "
     "unsloth_version use_bfloat16 use_cache"
 ).keys()
+MODEL_TYPE = "moe_dist"
+"""In the config.json of a folder that has our own names and layout."""
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "consolidated*.pt*")
 
 
@@ -53,6 +55,11 @@ def read_huggingface(file: Path, said: str) -> HuggingFaceModel:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not valid JSON: {error}") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind == MODEL_TYPE:
+        raise ConfigError(
+            f"{said}: a model under the names of moe-dist ({file}): moe-dist checkpoint import {file.parent} "
+            "--output RUN makes a run folder that starts from it"
+        )
     family = families().get(kind) if isinstance(kind, str) else None
     if family is None:
         raise ConfigError(f"{said}: model_type={show(kind)} ({file}); allowed: {', '.join(sorted(families()))}")

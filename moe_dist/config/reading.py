@@ -18,6 +18,7 @@ from moe_dist.config.huggingface import (
     pretrained_config,
     read_huggingface,
 )
+from moe_dist.config.model_source import local_folder
 from moe_dist.config.names import FIELDS, SECTIONS, place, spellings, takes
 from moe_dist.config.paths import expand, plain
 from moe_dist.config.sections.all import Sections
@@ -107,9 +108,13 @@ class Reading:
         self.pretrained, self._architecture, source = None, "", plain(said[_PRETRAINED][1])
         if source is None:
             return None
-        if not isinstance(source, str) or "://" in source:
-            raise ConfigError(f"{_PRETRAINED}={show(source)}: a folder on this machine with config.json and weights")
-        place = Path(os.path.abspath(folder / expanded(source, f"{_PRETRAINED}={show(source)} ({origin})")))
+        if not isinstance(source, str):
+            raise ConfigError(
+                f"{_PRETRAINED}={show(source)}: a folder with config.json and weights, org/name, or a URL"
+            )
+        source = expanded(source, f"{_PRETRAINED}={show(source)} ({origin})")
+        place = Path(os.path.abspath(folder / source))
+        place = local_folder(source, place, f"{_PRETRAINED}={show(source)}", self.notice)
         if (place / "config.json").exists() or any(key not in said for key in FIELDS if key.startswith("model.")):
             self.pretrained = pretrained_config(place, f"{_PRETRAINED}={show(source)}")
             self._drop_model()

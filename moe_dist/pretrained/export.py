@@ -1,10 +1,9 @@
-"""A checkpoint of ours as a folder that `transformers`, vLLM and SGLang load, proven after writing."""
+"""A checkpoint of ours as a folder for `transformers`, vLLM and SGLang, or under our own names; proven when written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +11,25 @@ import torch
 from pydantic import ValidationError
 
 from moe_dist.checkpoint.reading import CheckpointRef, read_trainer_state
+from moe_dist.checkpoint.shapes import MODEL, configuration_problems
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
 from moe_dist.config import Config, ConfigError, ModelConfig
-from moe_dist.data.tokenizer import load_tokenizer
 from moe_dist.models.huggingface import huggingface_config
 from moe_dist.pretrained.fewer_experts import FewerExperts, busiest
 from moe_dist.pretrained.model_card import model_card
+from moe_dist.pretrained.own_format import MODEL_TYPE, OwnWeights, own_config, read_own_config
 from moe_dist.pretrained.safetensors_files import write_json, write_weights
 from moe_dist.pretrained.saved_weights import SavedWeights
-from moe_dist.pretrained.staging import copy_tokenizer, new_folder
-from moe_dist.pretrained.verification import Checked, check_config, check_tensors, check_with_transformers
+from moe_dist.pretrained.staging import new_folder, refuse_existing
+from moe_dist.pretrained.tokenizer_files import write_tokenizer
+from moe_dist.pretrained.verification import (
+    Checked,
+    check_config,
+    check_tensors,
+    check_with_transformers,
+    public_names,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,87 +61,61 @@ class Fewer(NamedTuple):
     measure: Callable[[Config, Mapping[str, Any], FewerExperts], Checked]
 
 
+class Source(NamedTuple):
+    """A checkpoint to export, and what it was saved with."""
+
+    found: CheckpointRef
+    manifest: Manifest
+    keys: Keys
+    config: Config
+    state: dict[str, Any]
+
+    @property
+    def temperature(self) -> float:
+        """What its router logits are divided by."""
+        return self.config.balance.temperature_at(self.found.step)
+
+
+Told = Callable[[Checked], None]
+
+
 def export(
     found: CheckpointRef,
     manifest: Manifest,
     keys: Keys,
     output: Path,
     *,
+    to: str = "hf",
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     logits: bool = True,
     fewer: Fewer | None = None,
-    told: Callable[[Checked], None] = lambda check: None,
+    told: Told = lambda check: None,
 ) -> Exported:
-    """Write the Hugging Face folder `output`, verify it, and only then give it its name.
+    """Write the folder `output`, verify it, and only then give it its name.
 
-    `dtype`: a key of DTYPES; None: as saved. `logits`: load it in `transformers` too, which needs memory for the model
-    twice in float32; all else holds one tensor at a time. `fewer`: leave experts out. `told` hears of every check as it
-    ends. Where a check fails nothing is left. Raises ConfigError for a run that no family can express, and for an
-    `output` that is there.
+    `to`: `hf`; `safetensors` for our own names; `onnx`. `dtype`: a key of DTYPES; None: as saved. `logits`: load a
+    Hugging Face folder in `transformers` too, which needs memory for the model twice in float32, and ONNX takes that
+    several times; all else holds one tensor at a time. `told` hears of every check as it ends. Where a check fails
+    nothing is left. Raises ConfigError for a run that cannot be written so, and for an `output` that is there.
     """
+    refuse_existing(output)
+    source = read_source(found, manifest, keys)
+    kind = DTYPES[dtype] if dtype else None
+    if to == "onnx":
+        return _export_onnx(source, output, kind, told)
+    if to == "safetensors":
+        if fewer is not None:
+            raise ConfigError("--drop-experts: only with --to hf")
+        return _export_own(source, output, kind, max_shard_bytes, told)
+    return _export_huggingface(source, output, kind, max_shard_bytes, logits, fewer, told)
+
+
+def read_source(found: CheckpointRef, manifest: Manifest, keys: Keys) -> Source:
+    """Raises ConfigError for a configuration that this version does not know."""
     state = read_trainer_state(found, manifest, keys)
-    config = _config_of(found, state)
     try:
-        weights = _weights(found, manifest, keys, config.model, DTYPES[dtype] if dtype else None, fewer)
-        values = huggingface_config(weights.config)
-    except (CheckpointError, ConfigError):
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{found}: {error}") from error
-    _refuse_temperature(found, config)
-    with closing(weights), new_folder(output, "an export") as folder:
-        files = write_weights(folder.path, weights, max_shard_bytes)
-        ids, notes = _write_tokenizer(config, folder.path)
-        kind = str(weights.dtype).removeprefix("torch.")
-        card = model_card(weights, manifest, config, state, values["model_type"], kind)
-        (folder.path / "README.md").write_text(card, encoding="utf-8")
-        write_json(folder.path / "generation_config.json", ids)
-        # The key of transformers 5, and the one before.
-        write_json(folder.path / "config.json", values | ids | {"dtype": kind, "torch_dtype": kind})
-        checks: list[Checked] = []
-        for check in _checks(folder.path, weights, logits, fewer and partial(fewer.measure, config, state)):
-            checks.append(check)
-            told(check)
-        tensors = [tensor for file in files.values() for tensor in file]
-        num_bytes = sum(tensor.num_bytes for tensor in tensors)
-        exported = Exported(values["model_type"], len(tensors), len(files), num_bytes, kind, checks, notes)
-        if exported.is_proven:
-            folder.publish()
-        return exported
-
-
-def _weights(
-    found: CheckpointRef,
-    manifest: Manifest,
-    keys: Keys,
-    model: ModelConfig,
-    dtype: torch.dtype | None,
-    fewer: Fewer | None,
-) -> SavedWeights:
-    if fewer is None:
-        return SavedWeights(found, manifest, keys, model, dtype)
-    return FewerExperts(found, manifest, keys, model, dtype, busiest(fewer.run, found.step, model, fewer.number))
-
-
-def _checks(
-    folder: Path, weights: SavedWeights, logits: bool, measure: Callable[[FewerExperts], Checked] | None
-) -> Iterator[Checked]:
-    """What must hold of an exported folder, and what leaving experts out has cost; each when it is asked for."""
-    yield check_tensors(folder, weights)
-    of = "the run's model"
-    if isinstance(weights, FewerExperts):
-        of += f" with {weights.kept.number} experts"
-    yield check_config(folder, weights.config, of)
-    if logits:
-        yield from check_with_transformers(folder, weights)
-        if measure is not None and isinstance(weights, FewerExperts):
-            yield measure(weights)
-
-
-def _config_of(found: CheckpointRef, state: dict[str, Any]) -> Config:
-    try:
-        return Config.model_validate(state["config"])
+        return Source(found, manifest, keys, Config.model_validate(state["config"]), state)
     except (KeyError, ValidationError) as error:
         raise ConfigError(
             f"{found}: the configuration it was saved with is not one that this version knows; go on from it by one "
@@ -142,31 +123,137 @@ def _config_of(found: CheckpointRef, state: dict[str, Any]) -> Config:
         ) from error
 
 
-def _refuse_temperature(found: CheckpointRef, config: Config) -> None:
+def _export_huggingface(
+    source: Source,
+    output: Path,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    logits: bool,
+    fewer: Fewer | None,
+    told: Told,
+) -> Exported:
+    found, config = source.found, source.config
+    try:
+        weights = _weights(source, dtype, fewer)
+        values = huggingface_config(weights.config)
+    except (CheckpointError, ConfigError):
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{found}: {error}") from error
+    _refuse_temperature(source)
+
+    def checks(folder: Path) -> Iterator[Checked]:
+        yield check_tensors(folder, weights, public_names(weights.config))
+        of = "the run's model"
+        if isinstance(weights, FewerExperts):
+            of += f" with {weights.kept.number} experts"
+        yield check_config(folder, weights.config, of)
+        if logits:
+            yield from check_with_transformers(folder, weights)
+            if fewer is not None and isinstance(weights, FewerExperts):
+                yield fewer.measure(config, source.state, weights)
+
+    def write_config(folder: Path, ids: dict[str, Any], kind: str) -> None:
+        write_json(folder / "generation_config.json", ids)
+        # The key of transformers 5, and the one before.
+        write_json(folder / "config.json", values | ids | {"dtype": kind, "torch_dtype": kind})
+
+    with closing(weights):
+        kind = values["model_type"]
+        return _write(source, output, weights, weights.config, kind, max_shard_bytes, write_config, checks, told)
+
+
+def _weights(source: Source, dtype: torch.dtype | None, fewer: Fewer | None) -> SavedWeights:
+    where, model = (source.found, source.manifest, source.keys), source.config.model
+    if fewer is None:
+        return SavedWeights(*where, model, dtype)
+    return FewerExperts(*where, model, dtype, busiest(fewer.run, source.found.step, model, fewer.number))
+
+
+def _export_own(source: Source, output: Path, dtype: torch.dtype | None, max_shard_bytes: int, told: Told) -> Exported:
+    wrong, unknown = configuration_problems(source.manifest, source.state["config"])
+    if wrong:
+        raise CheckpointError(f"{source.found}: {wrong[0]}")
+    weights = OwnWeights(source.found, source.manifest, source.keys, source.config.model, dtype)
+    tied = {f"{MODEL}lm_head.weight"} if source.config.model.tie_word_embeddings else set()
+    wanted = [
+        name.removeprefix(MODEL) for name in source.manifest.tensors if name.startswith(MODEL) and name not in tied
+    ]
+    values = own_config(source.config.model, source.temperature)
+
+    def checks(folder: Path) -> Iterator[Checked]:
+        yield check_tensors(folder, weights, wanted)
+        is_same = read_own_config(folder / "config.json") == (source.config.model, source.temperature)
+        problems = [] if is_same else ["config.json: is another model"]
+        yield Checked("config.json", "is the run's model", problems)
+
+    def write_config(folder: Path, ids: dict[str, Any], kind: str) -> None:
+        write_json(folder / "config.json", values | {"dtype": kind})
+
+    model = source.config.model
+    with closing(weights):
+        done = _write(source, output, weights, model, MODEL_TYPE, max_shard_bytes, write_config, checks, told)
+    return done._replace(notes=[*done.notes, *([unknown] if unknown else [])])
+
+
+def _export_onnx(source: Source, output: Path, dtype: torch.dtype | None, told: Told) -> Exported:
+    from moe_dist.pretrained.onnx_export import build, refuse_onnx, write_onnx
+
+    if dtype not in (None, torch.float32):
+        raise ConfigError("--dtype: an ONNX model is written in float32; round it with tools of ONNX Runtime")
+    refuse_onnx(source.config)
+    with new_folder(output, "an export") as folder:
+        model = build(source.found, source.manifest, source.keys, source.config)
+        num_tensors = len(model.state_dict())
+        num_bytes, checks = write_onnx(model, folder.path)
+        for check in checks:
+            told(check)
+        _, notes = write_tokenizer(source.config, folder.path)
+        files = len(list(folder.path.glob("model.onnx*")))
+        exported = Exported("onnx", num_tensors, files, num_bytes, "float32", checks, notes)
+        if exported.is_proven:
+            folder.publish()
+        return exported
+
+
+def _write(
+    source: Source,
+    output: Path,
+    weights: SavedWeights | OwnWeights,
+    model: ModelConfig,
+    model_type: str,
+    max_shard_bytes: int,
+    write_config: Callable[[Path, dict[str, Any], str], None],
+    checks: Callable[[Path], Iterable[Checked]],
+    told: Told,
+) -> Exported:
+    """Weights first, then what makes it a model: what is stopped in between looks like none."""
+    with new_folder(output, "an export") as folder:
+        files = write_weights(folder.path, weights, max_shard_bytes)
+        ids, notes = write_tokenizer(source.config, folder.path)
+        kind = str(weights.dtype).removeprefix("torch.")
+        card = model_card(source.found, source.manifest, source.config, model, source.state, model_type, kind)
+        (folder.path / "README.md").write_text(card, encoding="utf-8")
+        write_config(folder.path, ids, kind)
+        done: list[Checked] = []
+        for check in checks(folder.path):
+            done.append(check)
+            told(check)
+        tensors = [tensor for part in files.values() for tensor in part]
+        num_bytes = sum(tensor.num_bytes for tensor in tensors)
+        exported = Exported(model_type, len(tensors), len(files), num_bytes, kind, done, notes)
+        if exported.is_proven:
+            folder.publish()
+        return exported
+
+
+def _refuse_temperature(source: Source) -> None:
     """Router logits that are still divided by something: Hugging Face's models do not divide."""
-    balance = config.balance
-    moving = balance.router_temperature_steps
-    if balance.router_temperature != 1.0 and (not moving or found.step < moving):
+    balance = source.config.balance
+    if source.temperature != 1.0:
+        moving = balance.router_temperature_steps
         still = f", which it would be from step {moving} on" if moving else ""
         raise ConfigError(
-            f"{found}: balance.router_temperature={balance.router_temperature} is not 1 at this step{still}, and no "
-            "Hugging Face model divides router logits"
+            f"{source.found}: balance.router_temperature={balance.router_temperature} is not 1 at this step{still}, "
+            "and no Hugging Face model divides router logits"
         )
-
-
-def _write_tokenizer(config: Config, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Copy a tokenizer that is a folder. Returns the ids of special tokens, and what people should know."""
-    name = config.data.tokenizer
-    source = Path(name).expanduser()
-    notes = []
-    if name != "bytes":
-        copy_tokenizer(source, folder)
-    if name == "bytes":
-        notes.append("tokens are UTF-8 bytes (data.tokenizer=bytes): Hugging Face has no such tokenizer, none is there")
-    elif not source.is_dir():
-        notes.append(f"the tokenizer {name} is no folder here: its files are not in the export")
-    try:
-        tokenizer = load_tokenizer(name)
-    except (ValueError, ImportError) as error:
-        return {}, [*notes, f"the ids of its special tokens are not in config.json: {error}"]
-    return {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}, notes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from moe_dist.models.experts import Experts
 from moe_dist.models.tensor_names import Names, Part, untied_head
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.pretrained.provenance import changed, provenance, revision_of, sha256_of
 from moe_dist.pretrained.source import WHOLE, Contents, Held, SliceReader, in_one_line, pieces, read_folder, readable
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -49,6 +48,12 @@ def load_pretrained(model: Transformer, config: ModelConfig, mesh: Mesh) -> Pret
     """
     assert config.from_pretrained is not None
     folder = Path(config.from_pretrained)
+    revisions = {revision for revision in mesh.from_all(revision_of(folder)) if revision}
+    if len(revisions) > 1:  # two hosts have asked the hub at different times
+        raise ValueError(
+            f"model.from_pretrained={folder}: ranks have several revisions ({', '.join(sorted(revisions))}); name one "
+            "for all: org/name@revision"
+        )
     contents = mesh.ask_rank_zero(lambda: read_folder(folder, config))
     names = Names(config, families()[contents.family])
     reader, problems = SliceReader(folder), []
@@ -67,13 +72,11 @@ def load_pretrained(model: Transformer, config: ModelConfig, mesh: Mesh) -> Pret
         if not torch.equal(*(reader.read(entry, 0, config.vocab_size) for entry in (head, embedding))):
             problems.append(untied_head())
     hashes = {} if contents.problems else _hashes(folder, contents, mesh)
-    problems += _changed(folder, hashes)
+    problems += changed(folder, hashes)
     found = sorted({line for lines in mesh.from_all(problems) for line in lines} | set(contents.problems))
     if found:
         raise ValueError(f"model.from_pretrained={folder}: {in_one_line(found)}")
-    revision = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", str(folder))
-    provenance = {"folder": str(folder), "revision": revision[1] if revision else None, "files": hashes}
-    return Pretrained(folder, len(contents.tensors), mesh.from_all(reader.bytes_read), provenance)
+    return Pretrained(folder, len(contents.tensors), mesh.from_all(reader.bytes_read), provenance(folder, hashes))
 
 
 def _held(model: Transformer) -> Held:
@@ -99,22 +102,5 @@ def _box(tensor: Tensor, part: Part, experts: range) -> Tensor:
 
 def _hashes(folder: Path, contents: Contents, mesh: Mesh) -> dict[str, str]:
     """SHA-256 of every file; each hashed by one rank. "" for one that cannot be read, which reading has named."""
-    files = sorted({entry.file for entry in contents.tensors.values()} | {"config.json"})
-    mine = {}
-    for file in files[mesh.rank :: mesh.layout.world_size]:
-        try:
-            with (folder / file).open("rb") as stream:
-                mine[file] = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError:
-            mine[file] = ""
+    mine = sha256_of(folder, contents.files[mesh.rank :: mesh.layout.world_size])
     return {file: digest for some in mesh.from_all(mine) for file, digest in some.items()}
-
-
-def _changed(folder: Path, hashes: dict[str, str]) -> list[str]:
-    """Files of the hub's cache that are not what the hub has: there a large file is called as its content is hashed."""
-    names = {file: (folder / file).resolve().name for file in hashes}
-    return [
-        f"{file}: not what the hub has: its SHA-256 is {digest}, its name {names[file]}"
-        for file, digest in hashes.items()
-        if re.fullmatch(r"[0-9a-f]{64}", names[file]) and digest != names[file]
-    ]

@@ -7,21 +7,45 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moe_dist import __version__
+from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.storage.manifest import Manifest
-from moe_dist.config import Config
+from moe_dist.config import Config, ModelConfig
+from moe_dist.config.huggingface import MODEL_TYPE
 from moe_dist.models.counts import parameter_counts
 from moe_dist.versions import installed
 
 if TYPE_CHECKING:
-    from moe_dist.pretrained.saved_weights import SavedWeights
     from moe_dist.pretrained.upcycled_weights import UpcycledWeights
 
 
+_TRANSFORMERS = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
+```
+"""
+_OWN = """Tensors have the names and the layout of moe-dist, and `config.json` is the `model` section of a run file.
+
+```
+moe-dist checkpoint import FOLDER --output RUN
+```
+"""
+
+
 def model_card(
-    weights: SavedWeights, manifest: Manifest, config: Config, state: dict[str, Any], model_type: str, dtype: str
+    found: CheckpointRef,
+    manifest: Manifest,
+    config: Config,
+    model: ModelConfig,
+    state: dict[str, Any],
+    model_type: str,
+    dtype: str,
 ) -> str:
-    """Markdown with the hub's front matter. Neither prompts nor paths of the run's machine are in it."""
-    model, counts, done = weights.config, parameter_counts(weights.config), state["counters"]
+    """Markdown with the hub's front matter. Neither prompts nor paths of the run's machine are in it.
+
+    `model`: what is written of `config.model`; it may have fewer experts.
+    """
+    counts, done = parameter_counts(model), state["counters"]
     dropped = config.model.num_experts - model.num_experts
     layout = manifest.layout
     rows = {
@@ -44,11 +68,11 @@ def model_card(
         "exported with": f"moe-dist {__version__}, PyTorch {installed('torch')}, Python {platform.python_version()}",
     }
     about = (
-        f"# {weights.found.folder.replace('checkpoint-', 'Step ')} of a moe-dist run\n\n"
+        f"# {found.folder.replace('checkpoint-', 'Step ')} of a moe-dist run\n\n"
         "A mixture-of-experts language model. What it may be used for, and under which licence, is for whoever "
         "publishes it to say."
     )
-    return _card(about, rows)
+    return _card(about, rows, is_own=model_type == MODEL_TYPE)
 
 
 def upcycled_card(weights: UpcycledWeights, model_type: str, dtype: str) -> str:
@@ -80,12 +104,11 @@ def upcycled_card(weights: UpcycledWeights, model_type: str, dtype: str) -> str:
     return _card(about, rows)
 
 
-def _card(about: str, rows: Mapping[str, str | None]) -> str:
+def _card(about: str, rows: Mapping[str, str | None], *, is_own: bool = False) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        f"---\nlibrary_name: {'moe-dist' if is_own else 'transformers'}\npipeline_tag: text-generation\n"
         "tags:\n- mixture-of-experts\n- moe-dist\n---\n\n"
         f"{about}\n\n| | |\n|---|---|\n{table}\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")\n```\n'
+        f"{_OWN if is_own else _TRANSFORMERS}"
     )

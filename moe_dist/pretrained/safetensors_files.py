@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from moe_dist.checkpoint.shards import NAMES
-from moe_dist.models.tensor_names import Part
 from moe_dist.pretrained.source import INDEX, SINGLE
 
 
@@ -37,23 +36,23 @@ class Weights(Protocol):
     """What a folder is made of: tensors by public name, each read or made when asked for, the same each time."""
 
     @property
-    def parts(self) -> Mapping[str, Part]:
-        """In the order in which they are best read."""
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """By name, in the order in which they are best read."""
 
     def dtype_of(self, name: str) -> torch.dtype:
         """As it is written."""
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, contiguous."""
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The tensor, its rows a part at a time, each contiguous."""
 
 
 def write_weights(folder: Path, weights: Weights, max_bytes: int) -> dict[str, list[Planned]]:
     """Write all tensors into files of at most `max_bytes`, and the index of several. Returns file name -> tensors."""
     files = plan_files(
-        [Planned(name, part.shape, weights.dtype_of(name)) for name, part in weights.parts.items()], max_bytes
+        [Planned(name, shape, weights.dtype_of(name)) for name, shape in weights.shapes.items()], max_bytes
     )
     for name, tensors in files.items():
-        write_file(folder / name, tensors, weights.read)
+        write_file(folder / name, tensors, weights.blocks)
     write_index(folder, files)
     return files
 
@@ -78,8 +77,8 @@ def plan_files(tensors: Sequence[Planned], max_bytes: int) -> dict[str, list[Pla
     return {f"model-{number:05d}-of-{len(files):05d}.safetensors": part for number, part in enumerate(files, 1)}
 
 
-def write_file(path: Path, tensors: Sequence[Planned], read: Callable[[str], Tensor]) -> None:
-    """Write one file and flush it to the disk. `read` gives a tensor as it was planned, contiguous."""
+def write_file(path: Path, tensors: Sequence[Planned], blocks: Callable[[str], Iterable[Tensor]]) -> None:
+    """Write one file and flush it to the disk. `blocks` gives a tensor as it was planned, in contiguous parts."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:
@@ -91,9 +90,11 @@ def write_file(path: Path, tensors: Sequence[Planned], read: Callable[[str], Ten
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            values = read(tensor.name)
-            assert (tuple(values.shape), values.dtype) == (tensor.shape, tensor.dtype), tensor.name
-            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+            written = 0
+            for values in blocks(tensor.name):
+                assert (values.shape[1:], values.dtype) == (tensor.shape[1:], tensor.dtype), tensor.name
+                written += file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+            assert written == tensor.num_bytes, tensor.name
         file.flush()
         os.fsync(file.fileno())
 

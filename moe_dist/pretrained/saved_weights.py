@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,11 @@ class SavedWeights:
         if all(len(entry.boxes) == 1 for entry in entries.values()):
             every = {name: every[name] for name in order}
         self.parts: dict[str, Part] = every
+        self.shapes = {name: part.shape for name, part in every.items()}
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """One: the whole tensor."""
+        yield self.read(name)
 
     def read(self, name: str) -> Tensor:
         """One Hugging Face tensor by public name. Raises ConfigError where its values are past what `dtype` holds."""

@@ -68,6 +68,11 @@ class Contents(NamedTuple):
     tensors: dict[str, Entry]
     problems: list[str]
 
+    @property
+    def files(self) -> list[str]:
+        """Names of all that the model is read from."""
+        return sorted({entry.file for entry in self.tensors.values()} | {"config.json"})
+
     def parts(self, names: Names) -> dict[str, Part]:
         """Every tensor that the model has, in the layout of this folder."""
         return names.parts(names.fused_layers(self.tensors))
@@ -96,30 +101,7 @@ def read_contents(folder: Path, names: Names) -> Contents:
 
     Raises ValueError where there are no safetensors files: pickled weights are not opened.
     """
-    tensors: dict[str, Entry] = {}
-    problems: list[str] = []
-    unread: set[str] = set()
-    files, index = _files(folder, problems)
-    for file in files:
-        if (target := leads_out(folder, file)) is not None:
-            problems.append(f"{file}: a link out of the folder, to {target}")
-            unread.add(file)
-            continue
-        try:
-            header = read_header(folder / file)
-        except (OSError, ValueError) as error:
-            problems.append(f"{file}: {error}")
-            unread.add(file)
-            continue
-        for name, (dtype, shape, start) in header.items():
-            if names.ignores(name):
-                continue
-            if index is not None and index.get(name) != file:
-                problems.append(f"{name}: in {file}, in {INDEX} {index.get(name, 'not at all')}")
-            key = names.public(name)
-            if key in tensors:
-                problems.append(f"{name}: twice, in {tensors[key].file} and in {file}")
-            tensors[key] = Entry(name, file, dtype, shape, start)
+    tensors, problems, index, unread = read_headers(folder, names.ignores, names.public)
     contents = Contents(names.family.model_type, tensors, problems)
     wanted, optional = contents.parts(names), names.optional
     shown = {name: tensors[name].name if name in tensors else name for name in wanted}
@@ -138,6 +120,40 @@ def read_contents(folder: Path, names: Names) -> Contents:
         if entry is not None and entry.dtype not in DTYPES:
             problems.append(f"{shown[name]}: type {entry.dtype}; {', '.join(DTYPES)} are read ({entry.file})")
     return contents
+
+
+def read_headers(
+    folder: Path, ignores: Callable[[str], bool], public: Callable[[str], str]
+) -> tuple[dict[str, Entry], list[str], dict[str, str] | None, set[str]]:
+    """All tensors by public name, what is wrong, the index where there is one, and files that could not be read.
+
+    Raises ValueError where there are no safetensors files.
+    """
+    tensors: dict[str, Entry] = {}
+    problems: list[str] = []
+    unread: set[str] = set()
+    files, index = _files(folder, problems)
+    for file in files:
+        if (target := leads_out(folder, file)) is not None:
+            problems.append(f"{file}: a link out of the folder, to {target}")
+            unread.add(file)
+            continue
+        try:
+            header = read_header(folder / file)
+        except (OSError, ValueError) as error:
+            problems.append(f"{file}: {error}")
+            unread.add(file)
+            continue
+        for name, (dtype, shape, start) in header.items():
+            if ignores(name):
+                continue
+            if index is not None and index.get(name) != file:
+                problems.append(f"{name}: in {file}, in {INDEX} {index.get(name, 'not at all')}")
+            key = public(name)
+            if key in tensors:
+                problems.append(f"{name}: twice, in {tensors[key].file} and in {file}")
+            tensors[key] = Entry(name, file, dtype, shape, start)
+    return tensors, problems, index, unread
 
 
 def leads_out(folder: Path, file: str) -> Path | None:
@@ -243,6 +259,10 @@ class SliceReader:
         """Rows [first, first + count) of a tensor; only their bytes are read."""
         if self._name != entry.file:
             self._file, self._name = safe_open(self.folder / entry.file, framework="pt"), entry.file
-        values: Tensor = self._file.get_slice(entry.name)[first : first + count]
+        values: Tensor
+        if entry.shape:
+            values = self._file.get_slice(entry.name)[first : first + count]
+        else:
+            values = self._file.get_tensor(entry.name)
         self.bytes_read += values.nbytes
         return values

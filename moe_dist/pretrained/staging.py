@@ -10,18 +10,11 @@ from pathlib import Path
 
 from moe_dist.config import ConfigError
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
-)
 
-
-def copy_tokenizer(source: Path, folder: Path) -> int:
-    """Copy the files of a tokenizer that there are; returns how many."""
-    there = [file for file in TOKENIZER_FILES if (source / file).is_file()]
-    for file in there:
-        shutil.copyfile(source / file, folder / file)
-    return len(there)
+def refuse_existing(output: Path) -> None:
+    """Raises ConfigError for a path at which there is something."""
+    if os.path.lexists(output):
+        raise ConfigError(f"--output {output}: is there already, and nothing is ever overwritten; give another folder")
 
 
 class NewFolder:
@@ -43,8 +36,7 @@ def new_folder(output: Path, made_by: str) -> Iterator[NewFolder]:
 
     Raises ConfigError for an `output` that is there, and for what a process that was killed has left behind.
     """
-    if os.path.lexists(output):
-        raise ConfigError(f"--output {output}: is there already, and nothing is ever overwritten; give another folder")
+    refuse_existing(output)
     folder = NewFolder(output)
     try:
         folder.path.mkdir(parents=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -152,6 +153,7 @@ class UpcycledWeights:
         self.parts: dict[str, Part] = {
             name: part for name, part in self.names.parts().items() if name not in self.names.optional
         }
+        self.shapes = {name: part.shape for name, part in self.parts.items()}
         self._reader = SliceReader(dense.folder)
         self._layer, self._matrices = -1, dict[str, Tensor]()
 
@@ -182,6 +184,10 @@ class UpcycledWeights:
     def dtype_of(self, name: str) -> torch.dtype:
         """Of a tensor by public name."""
         return self.dtype or dtype_of(self.dense.entries[self._origin(self.parts[name])])
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """One: the whole tensor."""
+        yield self.read(name)
 
     def read(self, name: str) -> Tensor:
         """One tensor by public name. Raises ConfigError where a value is not finite, or past what `dtype` holds."""

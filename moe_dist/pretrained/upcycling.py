@@ -15,7 +15,8 @@ from moe_dist.config import ModelConfig
 from moe_dist.models.huggingface import huggingface_config
 from moe_dist.pretrained.model_card import upcycled_card
 from moe_dist.pretrained.safetensors_files import write_json, write_weights
-from moe_dist.pretrained.staging import copy_tokenizer, new_folder
+from moe_dist.pretrained.staging import new_folder
+from moe_dist.pretrained.tokenizer_files import copy_tokenizer
 from moe_dist.pretrained.upcycled_weights import Dense, Recipe, UpcycledWeights, read_dense
 from moe_dist.pretrained.verification import (
     NUM_PROMPTS,
@@ -24,6 +25,7 @@ from moe_dist.pretrained.verification import (
     check_tensors,
     load_with_transformers,
     prompts_for,
+    public_names,
     relative_difference,
     with_transformers,
 )
@@ -96,7 +98,7 @@ def _token_ids(dense: Dense) -> dict[str, Any]:
 
 
 def _checks(folder: Path, weights: UpcycledWeights, logits: bool) -> Iterator[Checked]:
-    yield check_tensors(folder, weights)
+    yield check_tensors(folder, weights, public_names(weights.config))
     yield check_config(folder, weights.config, "the model asked for")
     if logits:
         yield check_against_dense(folder, weights)

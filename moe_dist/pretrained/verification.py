@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -31,7 +31,6 @@ NUM_PROMPTS, PROMPT_LENGTH = 4, 64
 class ComparedWeights(Weights, Protocol):
     """What a folder should hold."""
 
-    config: ModelConfig
     source: str
     """How the weights should be, in words."""
 
@@ -44,8 +43,14 @@ class Checked(NamedTuple):
     problems: list[str]
 
 
-def check_tensors(folder: Path, weights: ComparedWeights) -> Checked:
-    """Every tensor read again and compared with what it should be, one at a time."""
+def public_names(config: ModelConfig) -> list[str]:
+    """What a Hugging Face folder must have, by a table of its own: what was left out while writing is missed."""
+    names = Names(config)
+    return [name for name in names.parts() if name not in names.optional]
+
+
+def check_tensors(folder: Path, weights: ComparedWeights, wanted: Sequence[str]) -> Checked:
+    """Every tensor read again and compared with what it should be, one part at a time. `wanted`: those it must have."""
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     problems: list[str] = []
     where: dict[str, str] = {}
@@ -55,17 +60,26 @@ def check_tensors(folder: Path, weights: ComparedWeights) -> Checked:
                 if key in where:
                     problems.append(f"{key}: in {where[key]} and in {name}")
                 where[key] = name
-                if key not in weights.parts:
+                if key not in weights.shapes:
                     problems.append(f"{key}: not of the model ({name})")
-                elif not _same(file.get_tensor(key), weights.read(key)):
+                elif not _same_in_file(file, key, weights):
                     problems.append(f"{key}: not {weights.source} ({name})")
-    names = Names(weights.config)  # of its own: what was left out while writing is missing here
-    wanted = [name for name in names.parts() if name not in names.optional]
     problems += [f"{name}: missing" for name in wanted if name not in where]
     if len(files) > 1 and json.loads((folder / INDEX).read_text("utf-8"))["weight_map"] != where:
         problems.append(f"{INDEX}: does not say where the tensors are")
     count = len(wanted)
     return Checked("tensors", f"{count} of {count} read again, {weights.source}", problems)
+
+
+def _same_in_file(file: Any, key: str, weights: Weights) -> bool:
+    rows, first = file.get_slice(key), 0
+    if tuple(rows.get_shape()) != weights.shapes[key]:
+        return False
+    for block in weights.blocks(key):
+        if not _same(rows[first : first + len(block)] if block.ndim else file.get_tensor(key), block):
+            return False
+        first += len(block) if block.ndim else 1
+    return True
 
 
 def check_config(folder: Path, config: ModelConfig, whose: str) -> Checked:

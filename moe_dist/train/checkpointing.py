@@ -14,7 +14,8 @@ from moe_dist.checkpoint.run_folder import move_earlier_run
 from moe_dist.checkpoint.state import LogicalState
 from moe_dist.checkpoint.storage import open_storage, same_storage, step_folder
 from moe_dist.checkpoint.storage.manifest import STATE_FILE, CheckpointError
-from moe_dist.config import Config
+from moe_dist.config import Config, ModelConfig
+from moe_dist.config.huggingface import architecture_differences
 from moe_dist.data.identity import difference
 from moe_dist.data.loader import GlobalLoader
 from moe_dist.models.counts import parameter_counts
@@ -143,6 +144,8 @@ class Persistence:
 
     def _go_on_from(self, found: CheckpointRef, counters: Counters, message: Callable[[str], None]) -> Loaded:
         loaded = self.checkpoints.read_state(found)
+        if loaded.is_imported:
+            return self._start_with(loaded, message)
         try:
             self._go_on_with(loaded, counters, message)
         except (KeyError, TypeError, AttributeError, IndexError) as error:  # of the right form, and nonsense
@@ -153,6 +156,18 @@ class Persistence:
             message("the optimizer's moments start afresh (checkpoint.load_optimizer=false)")
         self.saved_step = counters.step
         message(f"resumed from {found} at step {counters.step}")
+        return loaded
+
+    def _start_with(self, loaded: Loaded, message: Callable[[str], None]) -> Loaded:
+        """The first weights out of a checkpoint that no trainer has written: all else is as in a new run."""
+        saved = ModelConfig.model_validate(loaded.trainer_state["config"]["model"])
+        if wrong := architecture_differences(self.config.model, saved):
+            raise CheckpointError(f"{loaded.found}: the run's model is another: {', '.join(wrong)}")
+        self.pretrained = loaded.trainer_state.get("pretrained")
+        self._read(loaded, moments=False)
+        self.saved_step = 0
+        origin = (self.pretrained or {}).get("folder")
+        message(f"starts from {loaded.found}" + (f", the weights of {origin}" if origin else ""))
         return loaded
 
     def _go_on_with(self, loaded: Loaded, counters: Counters, message: Callable[[str], None]) -> None:

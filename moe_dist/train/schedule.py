@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from moe_dist.config import BalanceConfig, OptimizerConfig
+from moe_dist.config import OptimizerConfig
 from moe_dist.models.shares import ceil_share
 
 
@@ -34,11 +34,3 @@ def learning_rate(config: OptimizerConfig, step: float, total_steps: int | None,
     if config.lr_scheduler_type == "cosine_with_restarts" and cycles < config.num_cycles:
         progress = cycles % 1.0
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def router_temperature(config: BalanceConfig, step: int) -> float:
-    """What router logits are divided by after `step` steps: `router_temperature`, moving linearly to 1."""
-    if not config.router_temperature_steps:
-        return config.router_temperature
-    left = max(0.0, 1.0 - step / config.router_temperature_steps)
-    return 1.0 + left * (config.router_temperature - 1.0)

@@ -19,7 +19,6 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
 from moe_dist.train.balance import Balancer
 from moe_dist.train.loss import cross_entropy_sum
-from moe_dist.train.schedule import router_temperature
 
 if TYPE_CHECKING:
     from moe_dist.parallel.pipeline import PipelinedTransformer
@@ -91,7 +90,7 @@ class TrainStep:
 
     def set_temperature(self, step: int) -> None:
         """The routers' temperature after `step` steps, for training and for whatever looks at the model then."""
-        temperature = router_temperature(self.config.balance, step)
+        temperature = self.config.balance.temperature_at(step)
         for moe in self.model.moe_layers():
             moe.router.set_temperature(temperature)
 

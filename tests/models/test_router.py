@@ -17,7 +17,6 @@ from moe_dist.models.experts import Expert
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import ROUTERS, Router, Routing, TopK, TopKRouter, build_router, register_router
 from moe_dist.models.transformer import Transformer
-from moe_dist.train.schedule import router_temperature
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL = ModelConfig(**SIZES, moe_intermediate_size=8, num_experts=4)
@@ -209,8 +208,8 @@ def test_temperature_divides_logits() -> None:
 def test_temperature_moves_to_one() -> None:
     """Seen to fail with the temperature left where it starts."""
     config = BalanceConfig(router_temperature=3.0, router_temperature_steps=4)
-    assert [router_temperature(config, step) for step in range(6)] == [3.0, 2.5, 2.0, 1.5, 1.0, 1.0]
-    assert router_temperature(BalanceConfig(router_temperature=3.0), 9) == 3.0
+    assert [config.temperature_at(step) for step in range(6)] == [3.0, 2.5, 2.0, 1.5, 1.0, 1.0]
+    assert BalanceConfig(router_temperature=3.0).temperature_at(9) == 3.0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

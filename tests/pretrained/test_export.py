@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import fsspec
 import pytest
 import torch
+from command_line import Say
 from patches import Replace
 from safetensors.torch import load_file
 from saved import TEXTS, trained
 
-from launcher.cli import commands
 from moe_dist.models import huggingface
 from moe_dist.models.tensor_names import Names, Part
 from moe_dist.pretrained import export, safetensors_files, saved_weights, verification
@@ -45,30 +44,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Say = Callable[..., Said]
-
-
-@pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
-    def call(*words: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["moe-dist", "export", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            code = commands.run()
-        except SystemExit as end:  # typer.Exit of a command that is not standalone returns its code
-            code = int(end.code or 0)
-        return Said(code, *capsys.readouterr())
-
-    return call
-
-
 def a_run(place: Path, model: dict[str, Any] | None = None, **training: Any) -> Path:
     """A run of one step with a checkpoint."""
     options = {"max_seq_length": 32, "max_steps": 1, "progress": "none", "tensorboard": False, "seed": 3}
@@ -88,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_transformers_loads_the_checkpoint(variant: str, tmp_path: Path, say: Say) -> None:
     place = a_run(tmp_path / "run", VARIANTS[variant])
-    said = say(place, "--to", "hf", "--output", tmp_path / "out", "--max-shard-size", "8KB")
+    said = say("export", place, "--to", "hf", "--output", tmp_path / "out", "--max-shard-size", "8KB")
     assert said.code == 0, said
     errors = [float(word) for word in said.out.split("relative difference ")[1].splitlines()[0].split()]
     assert len(errors) == 4
@@ -115,18 +90,18 @@ def test_transformers_loads_the_checkpoint(variant: str, tmp_path: Path, say: Sa
 
 def test_dtype_step_and_newest(tmp_path: Path, say: Say) -> None:
     place = a_run(tmp_path / "run", max_steps=2, save_steps=1, learning_rate=0.1, lr_scheduler_type="constant")
-    assert say(place, "-o", tmp_path / "two").code == 0
-    said = say(place, "-o", tmp_path / "one", "--step", "1", "--dtype", "bf16")
+    assert say("export", place, "-o", tmp_path / "two").code == 0
+    said = say("export", place, "-o", tmp_path / "one", "--step", "1", "--dtype", "bf16")
     assert said.code == 0, said
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert {tensor.dtype for tensor in one.values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in two.values()} == {torch.float32}
     assert json.loads((tmp_path / "one" / "config.json").read_text())["dtype"] == "bfloat16"
     assert not torch.equal(one["lm_head.weight"], two["lm_head.weight"].bfloat16())
-    said = say(place, "-o", tmp_path / "three", "--step", "7")
+    said = say("export", place, "-o", tmp_path / "three", "--step", "7")
     assert said.code == 2
     assert "steps there: 1, 2" in said.err
-    assert say(place, "-o", tmp_path / "x", "--max-shard-size", "5 boxes").code == 2
+    assert say("export", place, "-o", tmp_path / "x", "--max-shard-size", "5 boxes").code == 2
 
 
 def swapped(one: str, other: str) -> type[Names]:
@@ -187,7 +162,7 @@ def test_planted_bugs_are_seen_and_leave_nothing(
     """Each was seen to leave a folder that looks whole, with exit code 0, before there were the checks."""
     module, name, planted, seen = PLANTED[bug]
     replace(module, name, planted)
-    said = say(run, "-o", tmp_path / "out")
+    said = say("export", run, "-o", tmp_path / "out")
     assert said.code == 1, said
     assert seen in said.out
     assert not list(tmp_path.iterdir())
@@ -197,7 +172,7 @@ def test_logits_alone_see_another_architecture(run: Path, tmp_path: Path, say: S
     """The last net: a configuration that all weights fit, and that only computing tells apart."""
     replace(export, "huggingface_config", with_other_config(**ROPE))
     replace(verification, "architecture_differences", lambda *models: [])
-    said = say(run, "-o", tmp_path / "out")
+    said = say("export", run, "-o", tmp_path / "out")
     assert said.code == 1
     assert "logits of prompt 0: relative difference" in said.out
 
@@ -215,7 +190,7 @@ def test_logits_alone_see_another_architecture(run: Path, tmp_path: Path, say: S
 def test_what_no_family_expresses_is_refused(
     model: dict[str, Any], training: dict[str, Any], reason: str, tmp_path: Path, say: Say
 ) -> None:
-    said = say(a_run(tmp_path / "run", model, **training), "-o", tmp_path / "out")
+    said = say("export", a_run(tmp_path / "run", model, **training), "-o", tmp_path / "out")
     assert said.code == 2
     assert reason in said.err
     assert said.err.count("\n") == 1
@@ -226,11 +201,11 @@ def test_nothing_is_overwritten_and_a_stopped_export_does_not_look_whole(
     run: Path, tmp_path: Path, say: Say, replace: Replace
 ) -> None:
     (tmp_path / "out").mkdir()
-    said = say(run, "-o", tmp_path / "out")
+    said = say("export", run, "-o", tmp_path / "out")
     assert (said.code, list((tmp_path / "out").iterdir())) == (2, [])
     assert "is there already" in said.err
     (tmp_path / "new.partial").mkdir()  # of an export that was killed
-    said = say(run, "-o", tmp_path / "new")
+    said = say("export", run, "-o", tmp_path / "new")
     assert said.code == 2
     assert "new.partial: left behind by an export that was stopped" in said.err
     assert not (tmp_path / "new").exists()
@@ -241,7 +216,7 @@ def test_nothing_is_overwritten_and_a_stopped_export_does_not_look_whole(
 
     replace(safetensors_files, "write_file", stops)
     with pytest.raises(OSError, match="No space left"):
-        say(run, "-o", tmp_path / "third")
+        say("export", run, "-o", tmp_path / "third")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.partial", "out"]
 
 
@@ -249,9 +224,9 @@ def test_encrypted_and_in_an_object_store(tmp_path: Path, say: Say, monkeypatch:
     monkeypatch.setenv("EXPORT_KEY", bytes(range(32)).hex())
     url = f"memory://export-{tmp_path.name}"
     a_run(tmp_path / "run", encryption_key="env:EXPORT_KEY", folder=url)
-    said = say(url, "-o", tmp_path / "out", "--encryption-key", "env:EXPORT_KEY")
+    said = say("export", url, "-o", tmp_path / "out", "--encryption-key", "env:EXPORT_KEY")
     assert said.code == 0, said
-    said = say(tmp_path / "run", "-o", tmp_path / "same")
+    said = say("export", tmp_path / "run", "-o", tmp_path / "same")
     assert said.code == 2
     assert "encrypt" in said.err
     fsspec.filesystem("memory").store.clear()
@@ -278,16 +253,16 @@ def test_memory_is_that_of_a_layer(
 
     saved_read = saved_weights.SavedWeights.read
     replace(saved_weights.SavedWeights, "read", read)
-    say(place, "-o", tmp_path / "warm", "--no-logits")
+    say("export", place, "-o", tmp_path / "warm", "--no-logits")
     seen.clear()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken again without being seen
-    assert say(place, "-o", tmp_path / "out", "--no-logits").code == 0
+    assert say("export", place, "-o", tmp_path / "out", "--no-logits").code == 0
     assert len(seen) > 2 * 8 * 12 * 3
     assert max(seen) - seen[0] < weights / 4  # two layers of the eight
 
 
 def test_checkpoints_of_others_are_not_touched(say: Say, tmp_path: Path) -> None:
     """The run of `saved` has a selection bias in use."""
-    said = say(trained() / "checkpoint-4", "-o", tmp_path / "out")
+    said = say("export", trained() / "checkpoint-4", "-o", tmp_path / "out")
     assert said.code == 2
     assert "checkpoint-4: layers.0.moe.router.bias_E: not zero" in said.err

@@ -210,8 +210,9 @@ class ModelConfig(Section):
     expert: str = "swiglu"
     """Expert class: a registered name, or `package.module:Class` of your own."""
     from_pretrained: PathText | None = None
-    """Folder of a Hugging Face model that training starts from: its config.json is this section, its weights the first
-    ones (docs/pretrained.md); null: random weights."""
+    """Hugging Face model that training starts from: a folder, `org/name` or `org/name@revision` on the hub, or a URL of
+    an object store; its config.json is this section, its weights the first ones (docs/pretrained.md); null: random
+    weights."""
     model_type: str | None = None
     """Hugging Face family that the model came from, and that an export is written as where that can be; null: whichever
     fits."""

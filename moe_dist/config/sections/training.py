@@ -224,6 +224,13 @@ class BalanceConfig(Section):
 
     _something_to_act_with = model_validator(mode="after")(check_balance)
 
+    def temperature_at(self, step: int) -> float:
+        """What router logits are divided by after `step` steps: `router_temperature`, moving linearly to 1."""
+        if not self.router_temperature_steps:
+            return self.router_temperature
+        left = max(0.0, 1.0 - step / self.router_temperature_steps)
+        return 1.0 + left * (self.router_temperature - 1.0)
+
     @property
     def aux_loss_coef(self) -> float:
         return self.router_aux_loss_coef if self.use_auxiliary_loss else 0.0
