@@ -82,14 +82,16 @@ def export(
 ) -> Exported:
     """Write the folder `output`, verify it, and only then give it its name.
 
-    `to`: `hf`, or `safetensors` for our own names. `dtype`: a key of DTYPES; None: as saved. `logits`: load a Hugging
-    Face folder in `transformers` too, which needs memory for the model twice in float32; all else holds one tensor at a
-    time. `told` hears of every check as it ends. Where a check fails nothing is left. Raises ConfigError for a run
-    that cannot be written so, and for an `output` that is there.
+    `to`: `hf`; `safetensors` for our own names; `onnx`. `dtype`: a key of DTYPES; None: as saved. `logits`: load a
+    Hugging Face folder in `transformers` too, which needs memory for the model twice in float32, and ONNX takes that
+    several times; all else holds one tensor at a time. `told` hears of every check as it ends. Where a check fails
+    nothing is left. Raises ConfigError for a run that cannot be written so, and for an `output` that is there.
     """
     refuse_existing(output)
     source = read_source(found, manifest, keys)
     kind = DTYPES[dtype] if dtype else None
+    if to == "onnx":
+        return _export_onnx(source, output, kind, told)
     if to == "safetensors":
         return _export_own(source, output, kind, max_shard_bytes, told)
     return _export_huggingface(source, output, kind, max_shard_bytes, logits, told)
@@ -156,6 +158,26 @@ def _export_own(source: Source, output: Path, dtype: torch.dtype | None, max_sha
 
     done = _write(source, output, weights, MODEL_TYPE, max_shard_bytes, write_config, checks, told)
     return done._replace(notes=[*done.notes, *([unknown] if unknown else [])])
+
+
+def _export_onnx(source: Source, output: Path, dtype: torch.dtype | None, told: Told) -> Exported:
+    from moe_dist.pretrained.onnx_export import build, refuse_onnx, write_onnx
+
+    if dtype not in (None, torch.float32):
+        raise ConfigError("--dtype: an ONNX model is written in float32; round it with tools of ONNX Runtime")
+    refuse_onnx(source.config)
+    with staged(output) as staging:
+        model = build(source.found, source.manifest, source.keys, source.config)
+        num_tensors = len(model.state_dict())
+        num_bytes, checks = write_onnx(model, staging.folder)
+        for check in checks:
+            told(check)
+        _, notes = write_tokenizer(source.config, staging.folder)
+        files = len(list(staging.folder.glob("model.onnx*")))
+        exported = Exported("onnx", num_tensors, files, num_bytes, "float32", checks, notes)
+        if exported.is_proven:
+            staging.publish()
+        return exported
 
 
 def _write(
