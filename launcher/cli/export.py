@@ -39,8 +39,10 @@ def export(
         str | None, typer.Option("--output", "-o", metavar="DIR", callback=expanded, help="Folder to make.")
     ] = None,
     to: Annotated[
-        Literal["hf", "safetensors"],
-        typer.Option("--to", help="hf: as transformers, vLLM and SGLang load it; safetensors: our own names."),
+        Literal["hf", "safetensors", "onnx"],
+        typer.Option(
+            "--to", help="hf: as transformers, vLLM and SGLang load it; safetensors: our own names; onnx: one model."
+        ),
     ] = "hf",
     dtype: Dtype = None,
     max_shard_size: MaxShardSize = "5GB",

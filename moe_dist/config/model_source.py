@@ -6,21 +6,17 @@ fetched is executed. Imports nothing of the network until there is something to 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moe_dist.config.host_cache import PATTERNS, one_at_a_time
 from moe_dist.config.wording import ConfigError
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
-PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "spiece.model", "vocab.txt", "merges.txt", "*.jinja"]
-"""Files that are fetched: weights, configuration, tokenizer. No code, and nothing pickled."""
 _IGNORED = ["*/*", "consolidated*"]
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before a hub that is busy is asked again."""
@@ -123,26 +119,3 @@ def _status(error: BaseException) -> int | None:
         if isinstance(status, int):
             return status
     return None
-
-
-def cache_folder() -> Path:
-    """Where this host keeps what it has fetched: `moe-dist` in XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe-dist"
-
-
-@contextmanager
-def one_at_a_time(what: str) -> Iterator[bool]:
-    """One process of this host is in here for the same thing. Gives whether another was before."""
-    folder = cache_folder() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / hashlib.sha256(what.encode()).hexdigest()[:32], os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            waited = False
-        except BlockingIOError:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            waited = True
-        yield waited
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config.model_source import PATTERNS, cache_folder, one_at_a_time
+from moe_dist.config.host_cache import PATTERNS, cache_folder, one_at_a_time
 from moe_dist.config.wording import ConfigError
 
 CHUNK = 2**24

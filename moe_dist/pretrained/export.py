@@ -102,11 +102,11 @@ def export(
     refuse_existing(output)
     source = read_source(found, manifest, keys)
     kind = DTYPES[dtype] if dtype else None
+    if to != "hf" and fewer is not None:
+        raise ConfigError("--drop-experts: only with --to hf")
     if to == "onnx":
         return _export_onnx(source, output, kind, told)
     if to == "safetensors":
-        if fewer is not None:
-            raise ConfigError("--drop-experts: only with --to hf")
         return _export_own(source, output, kind, max_shard_bytes, told)
     return _export_huggingface(source, output, kind, max_shard_bytes, logits, fewer, told)
 

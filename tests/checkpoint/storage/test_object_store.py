@@ -6,13 +6,10 @@ The server is moto's, over HTTP on loopback; the store is reached as anybody's i
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import fsspec
 import pytest
 from patches import Replace
 from ranks import free_port
+from s3_server import s3_server
 from saved import MODEL, TEXTS, TRAINING, found_at, state, train, trained
 
 from launcher.cli import commands
@@ -42,29 +40,8 @@ pytest.importorskip("s3fs", reason="s3:// needs the package s3fs")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """A real HTTP server in a process of its own; `s3://` leads there by the environment alone."""
-    port = free_port()
-    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    started = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            assert started.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-                patch.setenv(name, "test")
-            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            fsspec.filesystem("s3").mkdir("bucket")
-            yield f"http://127.0.0.1:{port}"
-            fsspec.filesystem("s3").clear_instance_cache()
-    finally:
-        started.kill()
-        started.wait(10)
+    with s3_server() as url:
+        yield url
 
 
 @pytest.fixture(params=["s3", "memory"])
