@@ -18,7 +18,7 @@ from saved import TEXTS, found_at
 
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.tools.inspecting import Tensors, digests
-from moe_dist.pretrained import export, own_format
+from moe_dist.pretrained import export, own_format, safetensors_files
 from moe_dist.pretrained.importing import import_checkpoint
 from moe_dist.train import MoETrainer
 
@@ -104,7 +104,7 @@ def wrong_byte(path: Path, *arguments: Any) -> None:
     path.write_bytes(content)
 
 
-written = export.write_file
+written = safetensors_files.write_file
 LEFT_OUT = "layers.0.moe.router.bias_E"
 
 
@@ -115,17 +115,17 @@ class Forgetful(own_format.OwnWeights):
 
 
 @pytest.mark.parametrize(
-    ("name", "planted", "seen"),
+    ("module", "name", "planted", "seen"),
     [
-        ("write_file", wrong_byte, "not as in"),
-        ("OwnWeights", Forgetful, f"{LEFT_OUT}: missing"),
-        ("own_config", lambda model, temperature: own_format.own_config(model, 3.0), "is another model"),
+        (safetensors_files, "write_file", wrong_byte, "not as in"),
+        (export, "OwnWeights", Forgetful, f"{LEFT_OUT}: missing"),
+        (export, "own_config", lambda model, temperature: own_format.own_config(model, 3.0), "is another model"),
     ],
 )
 def test_planted_bugs_are_seen_and_leave_nothing(
-    name: str, planted: Any, seen: str, run: Path, tmp_path: Path, say: Say, replace: Replace
+    module: Any, name: str, planted: Any, seen: str, run: Path, tmp_path: Path, say: Say, replace: Replace
 ) -> None:
-    replace(export, name, planted)
+    replace(module, name, planted)
     said = say("export", run, "--to", "safetensors", "-o", tmp_path / "out")
     assert said.code == 1, said
     assert seen in said.out
