@@ -84,6 +84,8 @@ def patiently(do: Callable[[], Any]) -> Any:
 def hub_problem(error: BaseException) -> str:
     """An error of the hub's client in a few words on one line."""
     status, kinds = _status(error), {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
+    if "LocalTokenNotFoundError" in kinds:
+        return "there is no token: set HF_TOKEN"
     if "GatedRepoError" in kinds:
         return "the hub asks who wants it (gated): accept its terms there, and set HF_TOKEN"
     if status in (401, 403) and not _has(error, "Repository Not Found"):

@@ -237,7 +237,7 @@ def test_the_section_is_the_folders(qwen: Path, tmp_path: Path) -> None:
         ("model: {from_pretrained: hf, shared_expert_intermediate_size: 8}", "shared_expert_intermediate_size=8"),
         ("model: {from_pretrained: hf, from: hf}", "model.from and model.from_pretrained: both take a whole model"),
         ("model: {from_pretrained: 'nowhere://bucket/hf'}", "cannot be read: Protocol not known: nowhere"),
-        ("model: {from_pretrained: 7}", "a folder with weights, org/name on the hub, or a URL"),
+        ("model: {from_pretrained: 7}", "a folder with config.json and weights, org/name, or a URL"),
         ("model: {from_pretrained: quantised}", "its weights are quantised"),
         ("model: {from_pretrained: nowhere}", "from_pretrained='nowhere': no such file"),
     ],

@@ -10,6 +10,7 @@ import fsspec
 import pytest
 import torch
 from folders import MODELS, random_weights, write_folder
+from patches import Replace
 from s3_server import s3_server
 
 from moe_dist.config import ConfigError, load_mapping, model_url
@@ -76,7 +77,7 @@ def test_fetched_once_and_a_new_version_goes_elsewhere(url: str, tmp_path: Path)
     assert torch.equal(loaded(place)[1]["lm_head.weight"], WEIGHTS["lm_head.weight"])
 
 
-def test_a_download_goes_on_where_it_broke_off(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_goes_on_where_it_broke_off(url: str, monkeypatch: pytest.MonkeyPatch, replace: Replace) -> None:
     monkeypatch.setattr(model_url, "CHUNK", 1000)
     filesystem = fsspec.core.url_to_fs(url)[0]
     cat, asked = filesystem.cat_file, list[tuple[str, int]]()
@@ -87,7 +88,7 @@ def test_a_download_goes_on_where_it_broke_off(url: str, monkeypatch: pytest.Mon
             raise OSError("connection reset")
         return cat(path, start=start, end=end, **rest)
 
-    monkeypatch.setattr(filesystem, "cat_file", breaks)
+    replace(filesystem, "cat_file", breaks)
     with pytest.raises(ConfigError, match=r"from_pretrained='.*': cannot be read: connection reset"):
         loaded(url)
     place, weights, _ = loaded(url)
