@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config.host_cache import PATTERNS, one_at_a_time
+from moe_dist.config.host_cache import PATTERNS, WAITING, one_at_a_time
 from moe_dist.config.wording import ConfigError
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
@@ -56,7 +56,7 @@ def _from_hub(name: str, revision: str | None, said: str, notice: Callable[[str]
         )
         return Path(found)
 
-    with one_at_a_time(f"{name}@{revision}") as waited:
+    with one_at_a_time(f"{name}@{revision}", lambda: notice(f"{said}: {WAITING}")) as waited:
         try:
             if waited:  # another process of this host has just fetched it
                 try:

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config.host_cache import PATTERNS, cache_folder, one_at_a_time
+from moe_dist.config.host_cache import PATTERNS, WAITING, cache_folder, one_at_a_time
 from moe_dist.config.wording import ConfigError
 
 CHUNK = 2**24
@@ -29,7 +29,7 @@ def fetch(url: str, said: str, notice: Callable[[str], None]) -> Path:
         import fsspec  # type: ignore[import-untyped]
 
         filesystem, root = fsspec.core.url_to_fs(url)
-        with one_at_a_time(url):
+        with one_at_a_time(url, lambda: notice(f"{said}: {WAITING}")):
             return _fetch(filesystem, str(root).rstrip("/"), url, said, notice)
     except ConfigError:
         raise

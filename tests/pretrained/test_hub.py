@@ -15,6 +15,8 @@ import torch
 from folders import MODELS, random_weights, write_folder
 from hub_server import CUT, TOKEN, Fault, Hub, Server
 
+from moe_dist.config.host_cache import WAITING, one_at_a_time
+
 ROOT = Path(__file__).parents[2]
 NAME = "acme/tiny-moe"
 
@@ -26,26 +28,38 @@ def hub() -> Iterator[Hub]:
 
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def run(hub: Hub, tmp_path: Path) -> Run:
+def start(hub: Hub, tmp_path: Path) -> Start:
     """A command with that hub, in a process of its own: the hub's client reads its environment when it is imported."""
 
-    def call(*words: object, token: str | None = TOKEN, **environment: str) -> subprocess.CompletedProcess[str]:
+    def call(*words: object, token: str = TOKEN, **environment: str) -> subprocess.Popen[str]:
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf-home"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
         own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
-        own |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
-        own |= {} if token is None else {"HF_TOKEN": token}
-        command = [sys.executable, "-c", FAST, *map(str, words)]
-        return subprocess.run(
-            command,
+        own |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_TOKEN": token}
+        return subprocess.Popen(
+            [sys.executable, "-c", FAST, *map(str, words)],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT), **own, **environment},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=100,
         )
+
+    return call
+
+
+@pytest.fixture
+def run(start: Start) -> Run:
+    def call(*words: object, **options: str) -> subprocess.CompletedProcess[str]:
+        process = start(*words, **options)
+        try:
+            out, err = process.communicate(timeout=100)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     return call
 
@@ -164,16 +178,21 @@ def test_what_cannot_be_had_is_one_line(
     assert f"from_pretrained='{NAME}'" in errors[0]
 
 
-def test_processes_of_one_host_fetch_it_once(hub: Hub, run: Run, folder: Path, run_file: Path) -> None:
-    """Four at a time, as ranks that torchrun has started: one downloads, the others take it from the cache."""
-    from concurrent.futures import ThreadPoolExecutor
-
+def test_processes_of_one_host_fetch_it_once(
+    hub: Hub, run: Run, start: Start, folder: Path, run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that finds another at it waits, and then asks the hub nothing. Without the lock the hub is asked again."""
     hub.files[NAME, "main"] = of(folder)
-    with ThreadPoolExecutor(4) as pool:
-        said = list(pool.map(lambda _: run("check", run_file), range(4)))
-    assert [one.returncode for one in said] == [0] * 4, said[0].stderr
-    fetched = [path for method, path in hub.asked if method == "GET" and "/resolve/" in path]
-    assert len(fetched) == len(set(fetched)) == 4
+    assert run("check", run_file).returncode == 0
+    asked = len(hub.asked)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with one_at_a_time(f"{NAME}@None", lambda: None) as waited:
+        assert not waited
+        process = start("check", run_file)
+        assert process.stderr is not None
+        assert WAITING in process.stderr.readline()
+    process.communicate(timeout=100)
+    assert (process.returncode, len(hub.asked)) == (0, asked)
 
 
 # ---- out
@@ -200,8 +219,8 @@ def test_a_push_goes_on_and_sends_nothing_twice(hub: Hub, run: Run, folder: Path
     assert said.stderr.count("\n") == 1, said.stderr
     assert f"{folder} is whole, and this goes on: moe-dist export {folder} --push {NAME}" in said.stderr
     assert len(hub.lfs) <= 1
-    hub.faults = [Fault("POST", pattern, 503, 2) for pattern in ("create", "preupload", "batch", "commit")]
-    hub.faults += [Fault("GET", "/tree/", 503, 2), Fault("GET", "whoami", 503, 2), Fault("PUT", "/lfs/", CUT)]
+    hub.faults = [Fault("POST", pattern, 503, 2) for pattern in ("create", "commit")]
+    hub.faults += [Fault("POST", "preupload", 503), Fault("GET", "whoami", 503, 2), Fault("PUT", "/lfs/", CUT)]
     said = run("export", folder, "--push", NAME)
     assert said.returncode == 0, said.stderr
     assert all(fault.count == 0 for fault in hub.faults), hub.faults
