@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from moe_dist.models import auxiliary, moe, recompute
+from moe_dist.models import auxiliary, moe, recompute, transformer
 from moe_dist.models.attention import Attention
 from moe_dist.models.context import Load, RoutingContext
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import Router
-from moe_dist.models.transformer import Block, Transformer
+from moe_dist.models.transformer import Block, Stage, Transformer
 from moe_dist.parallel import dispatch_specification
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import evaluation
@@ -182,6 +182,19 @@ def domains_lost_in_a_pipeline(replace: Replace) -> None:
         return [b | {"context": dataclasses.replace(b["context"], domain_ids_BS=None)} for b in batches]
 
     _in_every_pipeline(replace, change)
+
+
+def window_of_one_more_in_later_stages(replace: Replace) -> None:
+    """`triu` from the other end, where a stage has no embedding."""
+    masks, right = Stage._masks, transformer.window_mask
+
+    def wrong(self: Stage, *arguments: Any) -> Any:
+        if self.embed_tokens is not None:
+            return masks(self, *arguments)
+        with patch.object(transformer, "window_mask", lambda length, window, device: right(length, window + 1, device)):
+            return masks(self, *arguments)
+
+    replace(Stage, "_masks", wrong)
 
 
 def documents_kept_apart_in_a_pipeline(replace: Replace) -> None:

@@ -16,6 +16,7 @@ from moe_dist.models.context import RoutingContext
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import ExpertChoiceRouter, Router, TopK, TopKRouter
 from moe_dist.models.transformer import Transformer
+from moe_dist.parallel import dispatch_dedup
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import build
@@ -169,6 +170,23 @@ def experts_of_the_tenth_layer_in_reverse(replace: Replace) -> None:
         return dispatch(self, x_TD, routing)
 
     replace(AllToAllDispatcher, "dispatch", wrong)
+
+
+def deduplicated_tokens_sent_again(replace: Replace) -> None:
+    """A token with two experts on a rank goes there twice, and each time to both."""
+    replace(dispatch_dedup, "_once_each", lambda rank_TK, none: rank_TK.sort(dim=1).values)
+
+
+def weights_of_other_ranks_learn_nothing(replace: Replace) -> None:
+    """Gradients of routing weights that travelled with a token stay where they are."""
+    backward = dispatch_dedup._Arrived.backward
+
+    def wrong(ctx: Any, *gradients: Tensor) -> Any:
+        _, receive, group, *_ = ctx.back
+        mine = [part * (peer == group.rank()) for peer, part in enumerate(gradients[0].split(receive))]
+        return backward(ctx, torch.cat(mine))
+
+    replace(dispatch_dedup._Arrived, "backward", wrong)
 
 
 def capacity_counts_padding(replace: Replace) -> None:
