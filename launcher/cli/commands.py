@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from launcher.backends.command import for_world
 from launcher.cli import checkpoint
+from launcher.cli.checkpoint_import import import_
 from launcher.cli.completion import RunCommand
 from launcher.cli.export import export
 from launcher.cli.init import init
@@ -54,6 +55,7 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 failed, 2 the configuration or data cannot be used, 3 training stopped itself, "
     "75 stopped on request and saved, 130 Ctrl-C.",
 )
+checkpoint.app.command("import")(import_)
 app.add_typer(checkpoint.app)
 app.add_typer(launch_app)
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
