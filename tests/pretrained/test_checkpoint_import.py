@@ -144,6 +144,7 @@ def own_bytes() -> int:
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_file(tmp_path: Path, replace: Replace) -> None:
     """Seen red with the limit of a file at 1 GiB: 81 MB above the start, for weights of 77 MB."""
     big = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 24, "num_hidden_layers": 16}

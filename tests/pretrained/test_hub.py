@@ -198,6 +198,7 @@ def test_processes_of_one_host_fetch_it_once(
 # ---- out
 
 
+@pytest.mark.slow
 def test_out_and_in_again(hub: Hub, run: Run, folder: Path, run_file: Path, tmp_path: Path) -> None:
     """Into a branch of a private model; what the hub has is compared, and comes back the same."""
     said = run("export", folder, "--push", NAME, "--private", "--revision", "tuned")
@@ -211,6 +212,7 @@ def test_out_and_in_again(hub: Hub, run: Run, folder: Path, run_file: Path, tmp_
     assert snapshot(tmp_path).name == commit
 
 
+@pytest.mark.slow
 def test_a_push_goes_on_and_sends_nothing_twice(hub: Hub, run: Run, folder: Path) -> None:
     """Refused in the middle; then 503 at each step and a connection that breaks: every content is taken once."""
     hub.faults.append(Fault("PUT", "/lfs/", 403, 1))
@@ -263,6 +265,7 @@ def test_what_cannot_be_pushed_is_one_line(
     assert hub.received == []
 
 
+@pytest.mark.slow
 def test_provenance_has_the_commit(hub: Hub, run: Run, folder: Path, tmp_path: Path) -> None:
     hub.files[NAME, "main"] = of(folder)
     said = run("checkpoint", "import", NAME, "--output", "run")

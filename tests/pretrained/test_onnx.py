@@ -64,6 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_onnx_runtime_computes_the_same(run: Path, tmp_path: Path, say: Say) -> None:
     """Two lengths and a batch of one, none of them that of the tracing."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
@@ -85,6 +86,7 @@ def test_onnx_runtime_computes_the_same(run: Path, tmp_path: Path, say: Say) -> 
         assert float(difference.norm() / expected.norm()) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_difference_ends_with_1_and_nothing_is_left(run: Path, tmp_path: Path, say: Say, replace: Replace) -> None:
     """Planted: gate and up in the other order."""
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
