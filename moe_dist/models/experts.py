@@ -56,6 +56,11 @@ class Experts(nn.Module):
         """Name of the class, for errors."""
         return type(self).__name__
 
+    @property
+    def casts_rows(self) -> bool:
+        """Whether `forward` begins by casting rows to the dtype of autocast: then they may travel in it."""
+        return type(self).forward in (Experts.forward, ClampedExperts.forward)
+
     def shard(self, first: int, count: int) -> None:
         """Keep only `count` experts from global id `first` on."""
         start = first - self.first_expert

@@ -48,12 +48,15 @@ class AllToAllDispatcher:
     (one small all-to-all and the layer's one host synchronisation), then sends the rows with uneven splits. Any
     rank may send or receive nothing. `layer` travels with the counts, so ranks that fell out of step fail at once,
     by name, instead of reading each other's rows; so does the seed of the noise that experts draw for the rows.
+    `casts`: experts begin by casting rows to the dtype of autocast, so they are cast before they travel.
     """
 
     _HEADER = 4  # layer, hidden size, seed of noise, rows for this peer
 
-    def __init__(self, group: ProcessGroup, num_experts: int, layer: int, clock: Clock | None = None) -> None:
-        self.group, self.num_experts, self.layer = group, num_experts, layer
+    def __init__(
+        self, group: ProcessGroup, num_experts: int, layer: int, clock: Clock | None = None, *, casts: bool = False
+    ) -> None:
+        self.group, self.num_experts, self.layer, self.casts = group, num_experts, layer, casts
         self.ep_size = group.size()
         if num_experts % self.ep_size:
             raise ValueError(f"ep_size={self.ep_size}: must divide num_experts={num_experts}")
@@ -81,7 +84,7 @@ class AllToAllDispatcher:
             rows_per_expert=arriving.sum(0),
             sources=None if seed is None else Sources(arriving, seeds),
         )
-        sorted_rows = rows_from_tokens(x_TD, permutation)
+        sorted_rows = as_it_travels(rows_from_tokens(x_TD, permutation), self.casts)
         arrived_RD = AllToAll.apply(
             sorted_rows, receive_splits, send_splits, self.group, self.clock, self.layer, "dispatch"
         )
@@ -115,6 +118,12 @@ class AllToAllDispatcher:
                     f"{total} rows as {received}. The ranks run different models or fell out of step."
                 )
         return arriving, [row[5] for row in checks], [row[3] for row in checks], [row[2] for row in checks]
+
+
+def as_it_travels(rows: Tensor, casts: bool) -> Tensor:
+    """Rows in the dtype in which experts will compute, where that is known to be all they do with them."""
+    kind = rows.device.type
+    return rows.to(torch.get_autocast_dtype(kind)) if casts and torch.is_autocast_enabled(kind) else rows
 
 
 def exchange_headers(outgoing: Tensor, group: ProcessGroup, clock: Clock, layer: int) -> Tensor:

@@ -28,7 +28,7 @@ from moe_dist.models.permute import (
 from moe_dist.models.recompute import once
 from moe_dist.models.router import Routing
 from moe_dist.parallel.comm_timer import Clock
-from moe_dist.parallel.dispatch import AllToAll, check_peers, exchange_headers
+from moe_dist.parallel.dispatch import AllToAll, as_it_travels, check_peers, exchange_headers
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ class DedupDispatcher:
     `AllToAllDispatcher`, whose sums over k it makes in two parts: over the experts of a rank there, over ranks here.
     """
 
-    def __init__(self, group: ProcessGroup, num_experts: int, layer: int, clock: Clock | None = None) -> None:
-        self.group, self.num_experts, self.layer = group, num_experts, layer
+    def __init__(
+        self, group: ProcessGroup, num_experts: int, layer: int, clock: Clock | None = None, *, casts: bool = False
+    ) -> None:
+        self.group, self.num_experts, self.layer, self.casts = group, num_experts, layer, casts
         self.ep_size = group.size()
         if num_experts % self.ep_size:
             raise ValueError(f"ep_size={self.ep_size}: must divide num_experts={num_experts}")
@@ -83,7 +85,8 @@ class DedupDispatcher:
         weights_UK = routing.weights_TK.index_select(0, token_U)
         local_AK, weights_AK = self._send_choices(local_UK, weights_UK, send, receive)
         ways = (receive, send, self.group, self.clock, self.layer)
-        arrived_AD = AllToAll.apply(rows_from_tokens(x_TD, to_ranks), *ways, "dispatch")
+        rows_UD = as_it_travels(rows_from_tokens(x_TD, to_ranks), self.casts)
+        arrived_AD = AllToAll.apply(rows_UD, *ways, "dispatch")
         to_experts = sort_by_expert(local_AK, self.num_local, num_rows)
         sources = None if seed is None else self._sources(local_AK, receive, seeds)
         plan = DedupPlan(to_ranks, to_experts, weights_AK, send, receive, sources)

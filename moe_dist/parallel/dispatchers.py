@@ -28,9 +28,12 @@ DISPATCHERS.register("all_gather")(AllGatherDispatcher)
 
 
 def build_dispatcher(
-    name: str, group: ProcessGroup, num_experts: int, layer: int, clock: Clock | None = None
+    name: str, group: ProcessGroup, num_experts: int, layer: int, clock: Clock | None = None, *, casts: bool = False
 ) -> Dispatcher:
-    """Of one layer, whose experts are spread over `group`. Raises ValueError for a class that is no dispatcher."""
+    """Of one layer, whose experts are spread over `group`. `casts`: they begin by casting rows to autocast's dtype.
+
+    Raises ValueError for a class that is no dispatcher.
+    """
     kind: Any = DISPATCHERS.resolve(name)
     missing = [verb for verb in ("dispatch", "combine") if not callable(getattr(kind, verb, None))]
     if missing:
@@ -39,7 +42,9 @@ def build_dispatcher(
             "dispatch(x_TD, routing) -> (rows_RD, plan) and combine(rows_RD, plan) -> x_TD"
         )
     clock = clock or Clock(torch.device("cpu"))
-    if kind in (AllToAllDispatcher, DedupDispatcher, AllGatherDispatcher):
+    if kind in (AllToAllDispatcher, DedupDispatcher):
+        return kind(group, num_experts, layer, clock, casts=casts)
+    if kind is AllGatherDispatcher:
         return kind(group, num_experts, layer, clock)
     try:
         return _Checked(name, kind(group, num_experts, layer, clock), num_experts // group.size())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_dist.config import Config
+from moe_dist.models.experts import Experts
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch_choice import chosen_dispatcher
@@ -23,7 +24,8 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
             local = mesh.layout.experts_of(mesh.ep_rank, moe.num_experts)
             moe.experts.shard(local.start, len(local))
             name, _ = chosen_dispatcher(config)
-            moe.reach_experts_by(build_dispatcher(name, ep_group, moe.num_experts, moe.layer, clock))
+            casts = isinstance(moe.experts, Experts) and moe.experts.casts_rows
+            moe.reach_experts_by(build_dispatcher(name, ep_group, moe.num_experts, moe.layer, clock, casts=casts))
     model.gradient_checkpointing_enable(config.train.gradient_checkpointing)
     if config.train.torch_compile:
         for block in model.blocks():

@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ranks import RankFailure, run_ranks
 
+from moe_dist.models.experts import Experts
 from moe_dist.models.router import Routing
+from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch import AllToAllDispatcher, expert_order
 from moe_dist.parallel.dispatch_dedup import DedupDispatcher
 from moe_dist.parallel.dispatch_specification import AllGatherDispatcher
@@ -164,3 +166,42 @@ def test_expert_order() -> None:
     order, inverse = expert_order(arriving, 7)
     assert order.tolist() == [0, 1, 3, 4, 5, 6, 2]
     assert order[inverse].tolist() == list(range(7))
+
+
+def under_autocast(kind: str, casts: bool) -> tuple[list[torch.Tensor], int]:
+    """What a token, its gradient, and those of weights and experts are; and bytes sent to the other rank."""
+    rank, clock = dist.get_rank(), Clock(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(rank)
+    dispatcher = KINDS[kind](dist.group.WORLD, 8, 0, clock, casts=casts)
+    x = torch.randn(40, HIDDEN, generator=generator).requires_grad_()
+    weights = torch.rand(40, 3, generator=generator).requires_grad_()
+    ids = torch.rand(40, 8, generator=generator).topk(3).indices
+    torch.manual_seed(5)
+    experts = Experts(8, HIDDEN, 16)
+    for parameter in experts.parameters():
+        parameter.data.normal_()
+    experts.shard(4 * rank, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows, plan = dispatcher.dispatch(x, Routing(weights, ids, complete=True))
+        out = dispatcher.combine(experts(rows, plan.rows_per_expert), plan)
+    out.float().square().sum().backward()
+    found = [out.detach(), x.grad, weights.grad, *(parameter.grad for parameter in experts.parameters())]
+    assert all(tensor is not None for tensor in found)
+    return [tensor for tensor in found if tensor is not None], clock.take_traffic().bytes_to[1 - rank]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_travel_as_experts_compute(kind: str) -> None:
+    """Half the bytes of a dispatch in float32, there and back in backward. By `all_to_all` nothing changes, bit by bit;
+    by `dedup` gradients of a token's rows are summed before they are cast, or after."""
+    assert Experts(8, HIDDEN, 16).casts_rows
+    for (before, wide), (after, narrow) in zip(
+        run_ranks(under_autocast, 2, kind, False), run_ranks(under_autocast, 2, kind, True), strict=True
+    ):
+        assert narrow < 0.8 * wide
+        torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
+        if kind == "all_to_all":
+            torch.testing.assert_close(after, before, rtol=0, atol=0)
+        else:
+            for one, other in zip(after[1:], before[1:], strict=True):
+                assert float((one - other).norm() / other.norm()) < 1e-2
