@@ -160,9 +160,10 @@ class Smallness:
     def _put_together(self, scenario: Scenario) -> Config:
         """The configuration, without a look at whether it fits together."""
         layers, words = scenario.num_layers, scenario.features
-        if words and "all_gather" in words and words & LOW_PRECISION:
+        other = sorted({"all_gather", "dedup"} & words) if words and words & LOW_PRECISION else []
+        if other:
             raise ConfigError(
-                "parallel.dispatcher=all_gather: it sums in another order than one process, which in bfloat16 sends "
+                f"parallel.dispatcher={other[0]}: it sums in another order than one process, which in bfloat16 sends "
                 "tokens to other experts; allowed: all_to_all"
             )
         small = self.of(layers) if words is None else self._plain(layers)
