@@ -26,5 +26,6 @@ def chosen_dispatcher(config: Config) -> tuple[str, str]:
         return "all_to_all", ""
     pairs, once = rows_per_token(top_k, ep_size)
     saves = 1 - once / pairs
-    chosen = "dedup" if saves >= LEAST_SAVED else "all_to_all"
-    return chosen, f"{once:.2f} instead of {pairs:.2f} rows of a token leave its rank with dedup, {saves:.0%} fewer"
+    if saves < LEAST_SAVED:
+        return "all_to_all", f"dedup would spare {saves:.0%} of the rows that leave a rank"
+    return "dedup", f"{once:.2f} instead of {pairs:.2f} rows of a token leave its rank, {saves:.0%} fewer"

@@ -145,7 +145,9 @@ def test_auto_is_what_saves_rows(top_k: int, ep_size: int, chosen: str, rows: tu
     tree = {"model": sizes, "parallel": {"ep_size": ep_size}}
     name, why = chosen_dispatcher(Config.model_validate(tree))
     assert name == chosen
-    assert f"{rows[1]:.2f} instead of {rows[0]:.2f} rows" in why
+    saved = f"{1 - rows[1] / rows[0]:.0%}"
+    assert (f"{rows[1]:.2f} instead of {rows[0]:.2f} rows" if chosen == "dedup" else "dedup would spare") in why
+    assert saved in why
     tree["parallel"]["dispatcher"] = "all_gather"
     assert chosen_dispatcher(Config.model_validate(tree)) == ("all_gather", "")
 
