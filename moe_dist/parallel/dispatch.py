@@ -170,7 +170,7 @@ def exchange_rows(
     On gloo as messages to and from each peer, all under way at once: its own uneven all-to-all sends to one peer at a
     time and does not receive meanwhile, so that a link carries one direction after the other.
     """
-    if dist.get_backend(group) != "gloo":
+    if dist.get_backend(group) != "gloo" or rows.device.type != "cpu":  # its messages know no other memory
         dist.all_to_all_single(received, rows, receive_splits, send_splits, group=group)
         return
     me, works = group.rank(), []
