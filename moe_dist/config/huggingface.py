@@ -92,13 +92,18 @@ def _model(family: Family, raw: dict[str, Any], where: str) -> tuple[dict[str, A
         if key in rest and key not in _EXPERTS:
             model[ours] = rest.pop(key)
     act = model.get("hidden_act", "silu")
-    if act not in ACTIVATIONS:
+    if not isinstance(act, str) or act not in ACTIVATIONS:
         raise refuse("hidden_act", act, f"one of {', '.join(ACTIVATIONS)}")
     model["hidden_act"] = ACTIVATIONS[act]
     if noise := rest.get("router_jitter_noise"):
         raise refuse("router_jitter_noise", noise, "only 0; balance.router_jitter is noise for the router alone")
     rest.pop("router_jitter_noise", None)
-    family.read(rest, model, refuse)
+    try:
+        family.read(rest, model, refuse)
+    except TypeError as error:  # a number that is text, or the like
+        raise ConfigError(
+            f"model_type={family.model_type}: a value of another type than it should be: {error}{where}"
+        ) from None
     for key, values in family.only.items():
         if key in rest and (value := rest.pop(key)) not in values:
             raise refuse(key, value, f"only {show(values[0])}")

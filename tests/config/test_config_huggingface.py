@@ -39,6 +39,12 @@ GLM: dict[str, object] = json.loads("""{
     "num_experts_per_tok": 2, "max_position_embeddings": 1024, "rope_theta": 1e6, "partial_rotary_factor": 0.5,
     "attention_bias": true, "num_nextn_predict_layers": 1, "rope_scaling": null}""")
 
+DEEPSEEK: dict[str, object] = json.loads("""{
+    "model_type": "deepseek_v3", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
+    "moe_intermediate_size": 32, "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+    "kv_lora_rank": 16, "q_lora_rank": null, "rope_theta": 1e4, "max_position_embeddings": 1024}""")
+
 
 def hugging(folder: Path, contents: dict[str, object]) -> str:
     (folder / "hf").mkdir(exist_ok=True)
@@ -123,6 +129,8 @@ def test_mixtral_config_json(tmp_path: Path) -> None:
         ({**QWEN3, "layer_types": ["full_attention", "sliding_attention"]}, "only full_attention"),
         ({**QWEN3, "kv_lora_rank": 5}, "kv_lora_rank=5: unknown key in a qwen3_moe model"),
         ({**QWEN3, "hidden_act": "relu"}, "hidden_act='relu': one of silu, swish, gelu, gelu_pytorch_tanh"),
+        ({**QWEN3, "hidden_act": ["silu"]}, "hidden_act=['silu']: one of silu"),
+        ({**DEEPSEEK, "qk_nope_head_dim": "64"}, "model_type=deepseek_v3: a value of another type"),
         ({k: v for k, v in QWEN3.items() if k != "hidden_size"}, "has no hidden_size"),
         ({k: v for k, v in MIXTRAL.items() if k != "rope_theta"}, "has no rope_theta"),
         ({**QWEN3, "num_experts_per_tok": 9}, "model.num_experts_per_tok=9: at most num_experts=8"),
