@@ -181,6 +181,10 @@ class Router(nn.Module):
             use = self._bias_seen[1]
         return self.bias_E if use else None
 
+    def settle_bias(self) -> None:
+        """Decide by its values of today whether the bias is added, for who cannot look at values later."""
+        self.use_bias = self.selection_bias is not None
+
     def set_temperature(self, temperature: float) -> None:
         """Divide logits by it from the next pass on, as the schedule of `balance.router_temperature` says."""
         self.logits_temperature = temperature

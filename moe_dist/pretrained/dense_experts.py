@@ -26,8 +26,7 @@ class DenseMoE(nn.Module):
         if isinstance(moe.experts, Experts) and type(moe.experts) not in (Experts, LoopExperts, ClampedExperts):
             raise ConfigError(f"model.expert: {type(moe.experts).__name__} cannot be written as ONNX")
         self.moe = moe
-        # Decided now, with the weights that are there: tracing cannot look at values.
-        moe.router.use_bias = moe.router.selection_bias is not None
+        moe.router.settle_bias()  # tracing cannot look at values
 
     def forward(self, x_BSD: Tensor, context: RoutingContext) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
