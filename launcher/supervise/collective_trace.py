@@ -14,6 +14,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from moe_dist.parallel.dispatch import exchange_rows
+
 
 class Calls:
     """What the thread that makes this has to do with collectives. `leave_out`: a group, as the one of a pipeline, whose
@@ -50,9 +52,13 @@ def counted(leave_out: dist.ProcessGroup | None = None) -> dict[str, int]:
 
 
 def inside(thread: int) -> str | None:
-    """The function of torch.distributed in which a thread is, None when it is somewhere else."""
+    """The function of torch.distributed in which a thread is, or our exchange of rows; None when it is elsewhere."""
     frame = sys._current_frames().get(thread)
     found = None
+    if (
+        frame is not None and frame.f_code is exchange_rows.__code__
+    ):  # waits for messages, which is no function of theirs
+        return exchange_rows.__name__
     # From the innermost frame on: a pipeline's schedule has everything else inside it.
     while frame is not None and "/torch/distributed/" in frame.f_code.co_filename:
         if found is None or frame.f_code.co_filename == distributed_c10d.__file__:

@@ -177,10 +177,9 @@ def exchange_rows(
     incoming, outgoing = received.split(receive_splits), rows.split(send_splits)
     for step in range(1, group.size()):
         source, target = (me - step) % group.size(), (me + step) % group.size()
-        if receive_splits[source]:
-            works.append(dist.irecv(incoming[source], group=group, group_src=source))
-        if send_splits[target]:
-            works.append(dist.isend(outgoing[target], group=group, group_dst=target))
+        # Empty ones too: by the number of its calls a rank is known that keeps the others waiting.
+        works.append(dist.irecv(incoming[source], group=group, group_src=source))
+        works.append(dist.isend(outgoing[target], group=group, group_dst=target))
     incoming[me].copy_(outgoing[me])
     for work in works:
         assert work is not None
