@@ -55,9 +55,8 @@ def inside(thread: int) -> str | None:
     """The function of torch.distributed in which a thread is, or our exchange of rows; None when it is elsewhere."""
     frame = sys._current_frames().get(thread)
     found = None
-    if (
-        frame is not None and frame.f_code is exchange_rows.__code__
-    ):  # waits for messages, which is no function of theirs
+    # It waits for messages there, in no function of theirs.
+    if frame is not None and frame.f_code is exchange_rows.__code__:
         return exchange_rows.__name__
     # From the innermost frame on: a pipeline's schedule has everything else inside it.
     while frame is not None and "/torch/distributed/" in frame.f_code.co_filename:

@@ -22,7 +22,7 @@ from moe_dist.models.registry import Registry
 
 
 class Experts(nn.Module):
-    """SwiGLU experts as stacked 3-D weights, run by grouped matmuls. `activation`: a name of `layers.ACTIVATIONS`.
+    """SwiGLU experts as stacked 3-D weights, run by grouped matmuls. `hidden_act`: a name of `layers.ACTIVATIONS`.
 
     `w_gate_up` (e, D, 2F), gate first; `w_down` (e, F, D). This module holds the experts
     [first_expert, first_expert + num_local): all of them until `shard` keeps some. A subclass may have more parameters:
@@ -30,11 +30,11 @@ class Experts(nn.Module):
     """
 
     draws_noise = False
-    activation = "silu"
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.first_expert, self.num_local = 0, num_experts
+        self.hidden_act = "silu"
         self.w_gate_up = nn.Parameter(torch.empty(num_experts, hidden_size, 2 * intermediate_size))
         self.w_down = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
 
@@ -46,10 +46,10 @@ class Experts(nn.Module):
             dtype = self.w_down.dtype
         rows_RD, weights = rows_RD.to(dtype), (self.w_gate_up.to(dtype), self.w_down.to(dtype))
         if not _grouped_mm_takes(dtype, self.w_down.shape[1:]):
-            return loop_swiglu(rows_RD, *weights, rows_per_expert, self.activation)
+            return loop_swiglu(rows_RD, *weights, rows_per_expert, self.hidden_act)
         # offsets[-1] must be the number of rows: the kernel leaves what lies past it as it was in memory.
         offsets = rows_per_expert.cumsum(0).to(torch.int32)
-        return _GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.activation)
+        return _GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.hidden_act)
 
     @property
     def kind(self) -> str:
@@ -85,7 +85,7 @@ class LoopExperts(Experts):
     """The specification of `Experts`: one expert after the other, plain matmuls."""
 
     def forward(self, rows_RD: Tensor, rows_per_expert: Tensor) -> Tensor:
-        return loop_swiglu(rows_RD, self.w_gate_up, self.w_down, rows_per_expert, self.activation)
+        return loop_swiglu(rows_RD, self.w_gate_up, self.w_down, rows_per_expert, self.hidden_act)
 
 
 class ClampedExperts(Experts):
@@ -231,7 +231,8 @@ def build_experts(config: ModelConfig) -> Experts | ExpertList:
     if not (isinstance(kind, type) and issubclass(kind, Experts)):
         return refuse_stray_noise(ExpertList(lambda: kind(*sizes), config.num_experts))
     experts = kind(config.num_experts, *sizes)
-    experts.activation = config.hidden_act
+    if kind in (Experts, LoopExperts):  # a subclass may have something else of that name
+        experts.hidden_act = config.hidden_act
     if kind in (Experts, LoopExperts, ClampedExperts):
         return experts
     check_stack(experts, config.num_experts)

@@ -41,17 +41,11 @@ class AllToAllPlan:
     sources: Sources | None
 
 
-class AllToAllDispatcher:
-    """Experts are spread in contiguous blocks over the ranks of `group`.
+class SpreadExperts:
+    """What every dispatcher knows whose experts are spread in contiguous blocks over the ranks of `group`.
 
-    `dispatch` sorts this rank's pairs by global expert, tells every peer how many rows come for each of its experts
-    (one small all-to-all and the layer's one host synchronisation), then sends the rows with uneven splits. Any
-    rank may send or receive nothing. `layer` travels with the counts, so ranks that fell out of step fail at once,
-    by name, instead of reading each other's rows; so does the seed of the noise that experts draw for the rows.
-    `casts`: experts begin by casting rows to the dtype of autocast, so they are cast before they travel.
+    `casts`: they begin by casting rows to the dtype of autocast, so rows are cast before they travel.
     """
-
-    _HEADER = 4  # layer, hidden size, seed of noise, rows for this peer
 
     def __init__(
         self, group: ProcessGroup, num_experts: int, layer: int, clock: Clock | None = None, *, casts: bool = False
@@ -60,7 +54,20 @@ class AllToAllDispatcher:
         self.ep_size = group.size()
         if num_experts % self.ep_size:
             raise ValueError(f"ep_size={self.ep_size}: must divide num_experts={num_experts}")
+        self.num_local = num_experts // self.ep_size
         self.clock = clock or Clock(torch.device("cpu"))
+
+
+class AllToAllDispatcher(SpreadExperts):
+    """Experts are spread in contiguous blocks over the ranks of `group`.
+
+    `dispatch` sorts this rank's pairs by global expert, tells every peer how many rows come for each of its experts
+    (one small all-to-all and the layer's one host synchronisation), then sends the rows with uneven splits. Any
+    rank may send or receive nothing. `layer` travels with the counts, so ranks that fell out of step fail at once,
+    by name, instead of reading each other's rows; so does the seed of the noise that experts draw for the rows.
+    """
+
+    _HEADER = 4  # layer, hidden size, seed of noise, rows for this peer
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, AllToAllPlan]:
         """(T, D) -> (R, D) rows of all peers for this rank's experts, sorted by local expert, and the plan."""

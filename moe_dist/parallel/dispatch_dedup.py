@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from moe_dist.models.noise import Sources
 from moe_dist.models.permute import (
@@ -27,8 +26,7 @@ from moe_dist.models.permute import (
 )
 from moe_dist.models.recompute import once
 from moe_dist.models.router import Routing
-from moe_dist.parallel.comm_timer import Clock
-from moe_dist.parallel.dispatch import AllToAll, as_it_travels, check_peers, exchange_headers
+from moe_dist.parallel.dispatch import AllToAll, SpreadExperts, as_it_travels, check_peers, exchange_headers
 
 
 @dataclass(frozen=True)
@@ -51,20 +49,10 @@ class DedupPlan:
         return self.to_experts.rows_per_expert
 
 
-class DedupDispatcher:
+class DedupDispatcher(SpreadExperts):
     """Experts are spread in contiguous blocks over the ranks of `group`; the same verbs and gradients as
     `AllToAllDispatcher`, whose sums over k it makes in two parts: over the experts of a rank there, over ranks here.
     """
-
-    def __init__(
-        self, group: ProcessGroup, num_experts: int, layer: int, clock: Clock | None = None, *, casts: bool = False
-    ) -> None:
-        self.group, self.num_experts, self.layer, self.casts = group, num_experts, layer, casts
-        self.ep_size = group.size()
-        if num_experts % self.ep_size:
-            raise ValueError(f"ep_size={self.ep_size}: must divide num_experts={num_experts}")
-        self.num_local = num_experts // self.ep_size
-        self.clock = clock or Clock(torch.device("cpu"))
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, DedupPlan]:
         """(T, D) -> (R, D) rows of all peers for this rank's experts, sorted by local expert, and the plan."""

@@ -50,7 +50,7 @@ class DenseMoE(nn.Module):
         gate_up = x_TD[None] @ experts.w_gate_up
         if isinstance(experts, ClampedExperts):
             return experts.unit(gate_up + experts.b_gate_up[:, None]) @ experts.w_down + experts.b_down[:, None]
-        return swiglu(gate_up, experts.activation) @ experts.w_down
+        return swiglu(gate_up, experts.hidden_act) @ experts.w_down
 
 
 class DenseTransformer(nn.Module):

@@ -169,3 +169,17 @@ def test_dtype_of_an_expert_without_rows_is_that_of_the_others() -> None:
             assert out.dtype == torch.bfloat16
             out.float().sum().backward()
     assert all(p.grad is not None for p in experts.parameters())
+
+
+class Named(Experts):
+    """Has an `activation` of its own, a module."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__(num_experts, hidden_size, intermediate_size)
+        self.activation = nn.GELU()
+
+
+def test_an_own_stack_keeps_its_attributes() -> None:
+    """Seen red: `model.hidden_act` was written over an attribute that only happened to have that name."""
+    experts = build_experts(own(Named).model_copy(update={"hidden_act": "gelu"}))
+    assert isinstance(experts.activation, nn.GELU)
