@@ -38,12 +38,12 @@ class RankSet:
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.connections: list[Connection] = []
         self.processes = []
-        port = free_port()
+        store = self.folder / "store"  # a port would be anybody's between its choice and its use
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             log = self.folder / f"rank-{rank}.log"
             process = context.Process(
-                target=_serve, args=(theirs, rank, world_size, port, str(log)), daemon=True, name=f"rank-{rank}"
+                target=_serve, args=(theirs, rank, world_size, str(store), str(log)), daemon=True, name=f"rank-{rank}"
             )
             process.start()
             theirs.close()
@@ -119,7 +119,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(connection: Connection, rank: int, world_size: int, port: int, log: str) -> None:
+def _serve(connection: Connection, rank: int, world_size: int, store: str, log: str) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -131,7 +131,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, log: s
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
         "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
+        init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=GROUP_TIMEOUT),

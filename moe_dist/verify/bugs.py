@@ -97,6 +97,14 @@ _OF_LAYOUTS: dict[str, Bug] = {
     "expert_gradient_times_ep": Bug(where=_both(_ep, _whole)),
     "expert_gradient_averaged_over_edp": Bug(where=_both(_few_experts, _whole)),
     "expert_gradient_averaged_over_active_replicas": Bug(where=_both(_whole, lambda layout: layout.pp_size == 1)),
+    "gradients_sent_before_the_last_micro_batch": Bug(
+        without=("late_reduction",),
+        where=_both(_whole, lambda layout: layout.pp_size == 1 and layout.accumulation > 1 and layout.ep_size > 1),
+    ),
+    "buckets_sent_without_their_last_gradient": Bug(
+        without=("late_reduction",),
+        where=_both(_whole, lambda layout: layout.pp_size == 1 and layout.ep_size > 1),
+    ),
     "loss_by_local_tokens": Bug(without=("even_batches",), where=_replicas),
     "auxiliary_loss_by_local_tokens": Bug(settings=_AUXILIARY, without=("no_aux_loss",), where=_replicas),
     "auxiliary_loss_times_micro_batches": Bug(settings=_AUXILIARY, without=("no_aux_loss",)),

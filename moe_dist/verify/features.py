@@ -141,6 +141,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
         "all_gather": {"parallel.dispatcher": "all_gather"},
         "dedup": {"parallel.dispatcher": "dedup"},
     },
+    "reduction": {"late_reduction": {"parallel.overlap_grad_reduce": False}},
     "micro-batches": {"even_batches": {"batch.even": True}},
     "domains": {"domains": {"batch.num_domains": 2}},
     "label smoothing": {"label_smoothing": {"train.label_smoothing_factor": 0.1}},

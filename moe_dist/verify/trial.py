@@ -16,7 +16,6 @@ from moe_dist.models.precision import in_dtype
 from moe_dist.parallel.dtensor_layout import like_parameter, local_offset
 from moe_dist.parallel.engines.optimizer import local
 from moe_dist.parallel.engines.registry import build_engine
-from moe_dist.parallel.engines.replicated import ReplicatedEngine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import schedule
 from moe_dist.train.balance import Balancer
@@ -68,6 +67,8 @@ def micro_batches(config: Config, count: int, step: int = 0, kind: Batches | Non
     return batches
 
 
+BUCKET_MB = 0.004
+"""Gradients of the small models here still travel in many buckets, so that their order matters."""
 _Piece = tuple[tuple[int, ...], tuple[int, ...], Tensor]
 """Part of a logical tensor: its whole shape, where the part begins, the part."""
 
@@ -76,12 +77,11 @@ class Trial:
     """Everything a training step needs, built for one rank."""
 
     def __init__(self, config: Config, mesh: Mesh, num_domains: int = 0) -> None:
+        few = config.parallel.model_copy(update={"bucket_cap_mb": BUCKET_MB})
+        config = config.model_copy(update={"parallel": few})
         self.config, self.mesh = config, mesh
         self.model = build_model(config, mesh)
         self.engine: Any = build_engine(self.model, config, mesh)
-        if isinstance(self.engine, ReplicatedEngine):
-            # Many buckets, so their order matters; each costs time.
-            self.engine.bucket_bytes = self.engine.dense.flat.nbytes // 16
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
         self.step = TrainStep(self.model, mesh, self.engine, self.balancer, config)
 

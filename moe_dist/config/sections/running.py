@@ -77,6 +77,11 @@ class ParallelConfig(Section):
     """0: every replica holds everything; 1: optimizer state is sharded over replicas; 2: gradients; 3: parameters."""
     shard_size: Positive | None = None
     """Shard inside groups of this many replicas and replicate across them (hybrid sharding); default: all replicas."""
+    overlap_grad_reduce: bool = True
+    """Sum gradients over replicas while backward computes others; false: after it (zero_stage 0; above it they always
+    travel during backward, and under a pipeline at its end)."""
+    bucket_cap_mb: PositiveFloat = 4.0
+    """Gradients travel in pieces of about this size (zero_stage 0)."""
     cpu_offload: bool = False
     """Keep sharded parameters, gradients and optimizer state in host memory (CUDA, zero_stage 3)."""
     elastic: bool = False

@@ -2,58 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from moe_dist.config import Config
 from moe_dist.models.precision import full_dtype
 from moe_dist.models.transformer import Transformer
+from moe_dist.parallel.engines.gradient_buffer import GradientBuffer
 from moe_dist.parallel.engines.optimizer import LogicalOptimizer, TorchEngine
 from moe_dist.parallel.mesh import Mesh
-
-
-class GradientBuffer:
-    """Float32 gradients of some parameters, side by side in one flat tensor.
-
-    A float32 parameter's `.grad` is a view into it, so it is zero and never None, whatever part of the model a
-    batch used; that keeps optimizer state moving and collectives matched on every rank. Gradients of bfloat16
-    parameters are added to their view as soon as they are complete, so accumulation keeps float32 precision.
-    """
-
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device) -> None:
-        self.parameters = dict(named_parameters)
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        self.flat = torch.zeros(sum(sizes), dtype=full_dtype(), device=device)
-        views = zip(self.parameters.items(), self.flat.split(sizes), strict=True)
-        self.views = {name: view.view(parameter.shape) for (name, parameter), view in views}
-        for name, parameter in self.parameters.items():
-            if parameter.dtype == full_dtype():
-                parameter.grad = self.views[name]
-            else:
-                parameter.register_post_accumulate_grad_hook(_move_gradient_to(self.views[name]))
-
-    def zero(self) -> None:
-        """Start the next optimizer step."""
-        self.flat.zero_()
-
-    def all_reduce(self, group: ProcessGroup | None, bucket_bytes: int) -> None:
-        """SUM over the ranks that hold the same parameters, in buckets that travel at the same time."""
-        if group is None:
-            return
-        buckets = self.flat.split(max(1, bucket_bytes // self.flat.element_size()))
-        for work in [dist.all_reduce(bucket, group=group, async_op=True) for bucket in buckets]:
-            work.wait()
-
-    def squared_norm(self) -> Tensor:
-        """Sum of squares, 0-dim float64."""
-        if not self.views:
-            return torch.zeros((), dtype=torch.float64, device=self.flat.device)
-        norms = torch._foreach_norm(list(self.views.values()))
-        return torch.stack(norms).double().square().sum()
 
 
 class ReplicatedEngine(TorchEngine):
@@ -64,15 +21,18 @@ class ReplicatedEngine(TorchEngine):
     loss is divided by the tokens of the global batch, every reduction is a SUM.
     """
 
-    def __init__(self, model: Transformer, config: Config, mesh: Mesh, bucket_mb: float = 32.0) -> None:
+    def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
         super().__init__(model, mesh)
         if config.train.pure_bf16:
             model.round_weights(torch.bfloat16)
         expert_names = model.expert_parameter_names()
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.bucket_bytes = int(bucket_mb * 2**20)
-        self.dense = GradientBuffer([item for item in trained if item[0] not in expert_names], mesh.device)
-        self.experts = GradientBuffer([item for item in trained if item[0] in expert_names], mesh.device)
+        bucket_bytes = int(config.parallel.bucket_cap_mb * 2**20)
+        self.overlaps = config.parallel.overlap_grad_reduce
+        dense = [item for item in trained if item[0] not in expert_names]
+        experts = [item for item in trained if item[0] in expert_names]
+        self.dense = GradientBuffer(dense, mesh.device, mesh.group("dp"), bucket_bytes)
+        self.experts = GradientBuffer(experts, mesh.device, mesh.group("edp"), bucket_bytes)
         self.optimizer = LogicalOptimizer(self, config.optimizer)
 
     @property
@@ -89,7 +49,13 @@ class ReplicatedEngine(TorchEngine):
         return self.views
 
     def before_backward(self, is_last: bool) -> None:
-        """Called before each micro-batch: nothing to prepare, `reduce` comes after the last."""
+        """Called before each micro-batch: during backward of the last, gradients travel as soon as they are complete.
+
+        Not for a pipeline, whose backward passes take turns with forward ones: there all is left to `reduce`.
+        """
+        if is_last and self.overlaps:
+            self.dense.reduce_early()
+            self.experts.reduce_early()
 
     def zero_grad(self) -> None:
         """Every gradient stays where it is, and is zero."""
@@ -98,8 +64,10 @@ class ReplicatedEngine(TorchEngine):
 
     def reduce(self) -> None:
         """Sum over replicas. Call once per optimizer step, after the last micro-batch."""
-        self.dense.all_reduce(self.mesh.group("dp"), self.bucket_bytes)
-        self.experts.all_reduce(self.mesh.group("edp"), self.bucket_bytes)
+        self.dense.send_rest()
+        self.experts.send_rest()
+        self.dense.wait()
+        self.experts.wait()
 
     def norm(self) -> Tensor:
         """L2 norm over every logical parameter once, 0-dim float64, the same number on every rank."""
@@ -111,12 +79,3 @@ class ReplicatedEngine(TorchEngine):
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(full_dtype())
         self.dense.flat.mul_(factor)
         self.experts.flat.mul_(factor)
-
-
-def _move_gradient_to(view: Tensor) -> Callable[[Tensor], None]:
-    def move(parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            view.add_(parameter.grad)
-            parameter.grad = None
-
-    return move

@@ -18,8 +18,9 @@ from moe_dist.models.experts import ExpertList, Experts
 from moe_dist.models.router import Router
 from moe_dist.parallel.engines import deepspeed
 from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
+from moe_dist.parallel.engines.gradient_buffer import GradientBuffer
 from moe_dist.parallel.engines.optimizer import LogicalOptimizer
-from moe_dist.parallel.engines.replicated import GradientBuffer, ReplicatedEngine
+from moe_dist.parallel.engines.replicated import ReplicatedEngine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import step
 from moe_dist.train.balance import Balancer
@@ -47,11 +48,16 @@ def expert_gradient_averaged_over_edp(replace: Replace) -> None:
 
 
 def expert_gradient_averaged_over_active_replicas(replace: Replace) -> None:
-    reduce = GradientBuffer.all_reduce
+    send_rest, reduce_early = GradientBuffer.send_rest, GradientBuffer.reduce_early
 
-    def wrong(self: GradientBuffer, group: Any, bucket_bytes: int) -> None:
+    def early(self: GradientBuffer) -> None:
+        if not any(".experts." in name for name in self.views):
+            reduce_early(self)
+
+    def wrong(self: GradientBuffer) -> None:
+        group = self.group
         if group is None or not any(".experts." in name for name in self.views):
-            return reduce(self, group, bucket_bytes)
+            return send_rest(self)
         for view in self.views.values():
             active = (view.flatten(1).abs().sum(1) > 0).float()
             dist.all_reduce(active, group=group)
@@ -60,7 +66,34 @@ def expert_gradient_averaged_over_active_replicas(replace: Replace) -> None:
             view.mul_((group.size() / active.clamp(min=1)).view(-1, *[1] * (view.ndim - 1)))
         return None
 
-    replace(GradientBuffer, "all_reduce", wrong)
+    replace(GradientBuffer, "reduce_early", early)
+    replace(GradientBuffer, "send_rest", wrong)
+
+
+def gradients_sent_before_the_last_micro_batch(replace: Replace) -> None:
+    """Every micro-batch sends its gradients as they come; those of later ones stay where they are."""
+    before = ReplicatedEngine.before_backward
+    replace(ReplicatedEngine, "before_backward", lambda self, is_last: before(self, is_last=True))
+
+
+def buckets_sent_without_their_last_gradient(replace: Replace) -> None:
+    """The gradient of a bucket that comes last is counted as there from the start."""
+    begin, arrived = GradientBuffer.reduce_early, GradientBuffer._arrived
+
+    def early(self: GradientBuffer) -> None:
+        begin(self)
+        for names, missing in zip(self.members, self._missing, strict=False):
+            if len(names) > 1:
+                missing.remove(names[-1])
+
+    def wrong(self: GradientBuffer, name: str, bucket: int) -> None:
+        if name in self._missing[bucket]:
+            arrived(self, name, bucket)
+            for work in self._works:
+                work.wait()
+
+    replace(GradientBuffer, "reduce_early", early)
+    replace(GradientBuffer, "_arrived", wrong)
 
 
 def loss_by_local_tokens(replace: Replace) -> None:
@@ -243,7 +276,8 @@ def auxiliary_loss_scaled_by_the_schedule(replace: Replace) -> None:
 def gradients_of_a_stage_reduced_twice(replace: Replace) -> None:
     def again(gradients: ReplicatedEngine) -> None:
         if gradients.mesh.layout.pp_size > 1 and gradients.mesh.pp_rank == 0:
-            gradients.dense.all_reduce(gradients.mesh.group("dp"), gradients.bucket_bytes)
+            gradients.dense.send_rest()
+            gradients.dense.wait()
 
     _after_reduce(replace, again)
 

@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel import dispatch
-from moe_dist.parallel.engines import fsdp, replicated
+from moe_dist.parallel.engines import fsdp, gradient_buffer
 from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.engines.fsdp import FSDPEngine
+from moe_dist.parallel.engines.gradient_buffer import GradientBuffer
 from moe_dist.parallel.engines.optimizer import LogicalOptimizer, local
-from moe_dist.parallel.engines.replicated import GradientBuffer, ReplicatedEngine
+from moe_dist.parallel.engines.replicated import ReplicatedEngine
 from moe_dist.train import step
 from moe_dist.train.balance import Balancer
 from moe_dist.train.step import TrainStep
@@ -134,12 +135,12 @@ def half_gradients_of_experts_doubled(replace: Replace) -> None:
         if parameter.grad is not None:
             parameter.grad.mul_(2)
 
-    def wrong(self: GradientBuffer, named: Any, device: torch.device) -> None:
+    def wrong(self: GradientBuffer, named: Any, *others: Any) -> None:
         parameters: dict[str, nn.Parameter] = dict(named)
         for name, parameter in parameters.items():
             if ".experts." in name and parameter.dtype == torch.bfloat16:
                 parameter.register_post_accumulate_grad_hook(double)
-        make(self, parameters.items(), device)
+        make(self, parameters.items(), *others)
 
     replace(GradientBuffer, "__init__", wrong)
 
@@ -164,15 +165,12 @@ def half_gradients_added_up_in_half(replace: Replace) -> None:
             if parameter.dtype == torch.bfloat16:
                 parameter.grad = None
 
-    def wrong(view: Tensor) -> Callable[[Tensor], None]:
-        def copy(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                view.copy_(parameter.grad)
-
-        return copy
+    def copy(view: Tensor, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            view.copy_(parameter.grad)
 
     replace(GradientBuffer, "zero", begin)
-    replace(replicated, "_move_gradient_to", wrong)
+    replace(gradient_buffer, "_add_gradient", copy)
 
 
 def half_gradients_reduced_in_half(replace: Replace) -> None:

@@ -1,0 +1,129 @@
+"""Gradients side by side in one flat tensor, summed over replicas in buckets, while backward still computes others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from moe_dist.models.precision import full_dtype
+
+
+class GradientBuffer:
+    """Float32 gradients of some parameters, side by side in one flat tensor.
+
+    A float32 parameter's `.grad` is a view into it, so it is zero and never None, whatever part of the model a
+    batch used; that keeps optimizer state moving and collectives matched on every rank. Gradients of bfloat16
+    parameters are added to their view as soon as they are complete, so accumulation keeps float32 precision.
+
+    `group`: ranks that hold the same parameters, over which gradients are summed; None: there are no others. What
+    backward completes first, the parameters that come last, lies first. Buckets are sent in that order on every rank,
+    one that is ready early waits for those before it: ranks whose batches use different experts still call the same.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        device: torch.device,
+        group: ProcessGroup | None = None,
+        bucket_bytes: int = 4 * 2**20,
+    ) -> None:
+        self.parameters, self.group = dict(named_parameters), group
+        backwards = list(reversed(self.parameters.items()))
+        sizes = [parameter.numel() for _, parameter in backwards]
+        self.flat = torch.zeros(sum(sizes), dtype=full_dtype(), device=device)
+        views = {name: view.view(p.shape) for (name, p), view in zip(backwards, self.flat.split(sizes), strict=True)}
+        self.views = {name: views[name] for name in self.parameters}
+        self.members = _in_buckets(backwards, bucket_bytes // self.flat.element_size())
+        self.buckets = self.flat.split([sum(self.parameters[name].numel() for name in names) for names in self.members])
+        self._missing: list[set[str]] = []
+        self._works: list[dist.Work] = []
+        self._sent = 0
+        for number, names in enumerate(self.members):
+            for name in names:
+                self._watch(name, number)
+
+    def _watch(self, name: str, bucket: int) -> None:
+        parameter, view = self.parameters[name], self.views[name]
+        complete = parameter.dtype == view.dtype
+        if complete:
+            parameter.grad = view
+        if not complete or self.group is not None:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient(name, bucket, None if complete else view))
+
+    def _on_gradient(self, name: str, bucket: int, view: Tensor | None) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            if view is not None and parameter.grad is not None:
+                _add_gradient(view, parameter)
+            if self._missing:
+                self._arrived(name, bucket)
+
+        return take
+
+    def _arrived(self, name: str, bucket: int) -> None:
+        if name not in self._missing[bucket]:
+            raise RuntimeError(
+                f"{name}: backward gave it a second gradient after the first was counted as whole. "
+                "parallel.overlap_grad_reduce=false sends gradients after backward"
+            )
+        self._missing[bucket].remove(name)
+        while self._sent < len(self.buckets) and not self._missing[self._sent]:
+            self._send_next()
+
+    def _send_next(self) -> None:
+        work = dist.all_reduce(self.buckets[self._sent], group=self.group, async_op=True)
+        assert work is not None
+        self._works.append(work)
+        self._sent += 1
+
+    def zero(self) -> None:
+        """Start the next optimizer step."""
+        self.wait()
+        self.flat.zero_()
+
+    def reduce_early(self) -> None:
+        """The backward pass that comes now is the step's last: a bucket travels as soon as it is complete."""
+        if self.group is not None:
+            self._missing = [set(names) for names in self.members]
+
+    def send_rest(self) -> None:
+        """What has not been sent: all of it without `reduce_early`, else parameters that got no gradient."""
+        self._missing = []
+        while self.group is not None and self._sent < len(self.buckets):
+            self._send_next()
+
+    def wait(self) -> None:
+        """Until everything that was sent is summed over the group."""
+        for work in self._works:
+            work.wait()
+        self._works, self._missing, self._sent = [], [], 0
+
+    def squared_norm(self) -> Tensor:
+        """Sum of squares, 0-dim float64."""
+        if not self.views:
+            return torch.zeros((), dtype=torch.float64, device=self.flat.device)
+        norms = torch._foreach_norm(list(self.views.values()))
+        return torch.stack(norms).double().square().sum()
+
+
+def _in_buckets(parameters: Iterable[tuple[str, nn.Parameter]], elements: int) -> list[list[str]]:
+    """Names in their order, in groups of at least so many elements; the last may have fewer."""
+    buckets: list[list[str]] = []
+    filled = elements
+    for name, parameter in parameters:
+        if filled >= elements:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(name)
+        filled += parameter.numel()
+    return buckets
+
+
+def _add_gradient(view: Tensor, parameter: Tensor) -> None:
+    """The gradient of a parameter of lower precision, to those before it."""
+    assert parameter.grad is not None
+    view.add_(parameter.grad)
+    parameter.grad = None
