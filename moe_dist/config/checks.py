@@ -23,6 +23,7 @@ def check_sections(config: Sections) -> Sections:
                 f"{evaluate} above 0 and checkpoint.save_steps={save} to be a multiple of it"
             )
     check_routing(config)
+    check_adapters(config)
     if parallel.ep_size > 1 and model.num_experts % parallel.ep_size:
         raise ValueError(
             f"parallel.ep_size={parallel.ep_size}: must divide model.num_experts={model.num_experts} "
@@ -75,6 +76,25 @@ def check_routing(config: Sections) -> None:
                     f"balance.{key}={getattr(balance, key)}: with model.router={EXPERT_CHOICE} every expert takes as "
                     "many tokens as it has places, the best first; leave it out, or take model.router=topk"
                 )
+
+
+def check_adapters(config: Sections) -> None:
+    """A frozen model stays what it is: nothing else moves it."""
+    lora, balance = config.lora, config.balance
+    if not lora.r:
+        return
+    if balance.bias_update_rate:
+        raise ValueError(
+            f"balance.bias_update_rate={balance.bias_update_rate:g}: moves a selection bias of the model, which "
+            f"lora.r={lora.r} freezes; set it to 0"
+        )
+    if balance.freeze_router and "gate" in lora.target_modules:
+        raise ValueError("balance.freeze_router=true: lora.target_modules has gate, the router; leave one of them out")
+    if lora.target_modules == ["lm_head"] and config.parallel.pp_size > 1:
+        raise ValueError(
+            "lora.target_modules=[lm_head]: with parallel.pp_size="
+            f"{config.parallel.pp_size} the first stages would have nothing to train; add q_proj, or take pp_size=1"
+        )
 
 
 def check_held_out(config: Sections) -> None:
