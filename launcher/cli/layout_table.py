@@ -55,6 +55,14 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         groups.add_row(axis, str(len(members[0])), escape(shown + more), meaning)
     console.print(groups)
     console.print()
+    if config.lora.r:
+        adapters = sum(adapter_counts(config.model, config.lora))
+        for line in (
+            sentence_of_adapters(config.model, config.lora),
+            trainable_line(adapters, counts.total + adapters),
+        ):
+            console.print(f"  {line}", soft_wrap=True, markup=False)
+        console.print()
     numbers = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
     numbers.add_row("parameters", f"{counts.total:,}", amount(counts.total))
     numbers.add_row(
@@ -62,10 +70,6 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         f"{counts.active:,}",
         f"{amount(counts.active)}, {100 * counts.active / counts.total:.1f} %",
     )
-    if config.lora.r:
-        adapters = sum(adapter_counts(config.model, config.lora))
-        numbers.add_row("trained", f"{adapters:,}", trainable_line(adapters, counts.total + adapters))
-        numbers.add_row("", "", sentence_of_adapters(config.model, config.lora))
     places = layers_by_pp_rank(config)
     held = state_bytes(config, layout)
     for stage, ranges, state in zip(per_rank(config.model, layout, places), places, held, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from moe_dist.config.deepspeed import check_deepspeed
 from moe_dist.config.sections.all import Sections
+from moe_dist.config.sections.lora import ALL_LINEAR, BUILT_IN_EXPERTS, BUILT_IN_ROUTERS, EXPERT_TARGETS, TARGETS
 from moe_dist.config.sections.model import EXPERT_CHOICE, divisors
 from moe_dist.versions import too_old_to_split_backward
 
@@ -88,8 +89,16 @@ def check_adapters(config: Sections) -> None:
             f"balance.bias_update_rate={balance.bias_update_rate:g}: moves a selection bias of the model, which "
             f"lora.r={lora.r} freezes; set it to 0"
         )
-    if balance.freeze_router and "gate" in lora.target_modules:
+    words = [*TARGETS] if lora.target_modules == ALL_LINEAR else lora.target_modules
+    if balance.freeze_router and "gate" in words:
         raise ValueError("balance.freeze_router=true: lora.target_modules has gate, the router; leave one of them out")
+    own = {"gate": ("router", BUILT_IN_ROUTERS)} | dict.fromkeys(EXPERT_TARGETS, ("expert", BUILT_IN_EXPERTS))
+    for word, (key, known) in own.items():
+        if config.model.moe_layers and word in words and getattr(config.model, key) not in known:
+            raise ValueError(
+                f"lora.target_modules={lora.target_modules}: model.{key}={getattr(config.model, key)} is a class of "
+                f"its own, which adapters do not know; name modules without {word}"
+            )
     if lora.target_modules == ["lm_head"] and config.parallel.pp_size > 1:
         raise ValueError(
             "lora.target_modules=[lm_head]: with parallel.pp_size="

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from moe_dist.config import ConfigError, LoraConfig, ModelConfig
 from moe_dist.config.sections.lora import ALL_LINEAR, TARGETS
-from moe_dist.models.shapes import STACKED, Shapes, logical_shapes
+from moe_dist.config.sections.model import EXPERT_CHOICE
+from moe_dist.models.shapes import Shapes, logical_shapes
 
 _MODULES: dict[str, tuple[str, ...]] = {
     **{word: (f"attention.{word}",) for word in ("q_proj", "k_proj", "v_proj", "o_proj")},
@@ -56,22 +57,13 @@ class Target(NamedTuple):
 def targets(model: ModelConfig, lora: LoraConfig) -> list[Target]:
     """Every weight that gets an adapter, in the order of layers; none with `lora.r` 0.
 
-    Raises ConfigError for a word that names nothing in this model, or what has a class of its own.
+    Raises ConfigError for a word that names nothing in this model.
     """
     if not lora.r:
         return []
     all_of_them = lora.target_modules == ALL_LINEAR
     words = [word for word in _MODULES if "." not in word] if all_of_them else list(lora.target_modules)
-    own = {"gate": ("router", model.router not in ("topk", "expert_choice"))}
-    own |= {word: ("expert", model.expert not in STACKED) for word in _MODULES if word.startswith("experts")}
-    for word in words:
-        key, is_own = own.get(word, ("", False))
-        if is_own and model.moe_layers:
-            raise ConfigError(
-                f"lora.target_modules={word}: model.{key}={getattr(model, key)} is a class of its own, which adapters "
-                "do not know; name other modules"
-            )
-    if model.router == "expert_choice":  # the same weights, by another rule
+    if model.router == EXPERT_CHOICE:  # the same weights, by another rule
         model = model.model_copy(update={"router": "topk"})
     wanted = {word: _MODULES.get(word, ()) for word in words}
     found: dict[str, list[Target]] = {word: [] for word in words}

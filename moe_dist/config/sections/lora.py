@@ -9,13 +9,17 @@ from pydantic import field_validator, model_validator
 
 from moe_dist.config.paths import PathText
 from moe_dist.config.sections.base import NonNegative, PositiveFloat, Probability, Section
+from moe_dist.config.sections.model import EXPERT_CHOICE
 
 ALL_LINEAR = "all-linear"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+EXPERT_TARGETS = ("experts", "experts.gate_up_proj", "experts.down_proj")
+BUILT_IN_ROUTERS, BUILT_IN_EXPERTS = ("topk", EXPERT_CHOICE), ("swiglu", "swiglu_loop", "swiglu_clamped")
+"""Values of `model.router` and `model.expert` whose weights adapters know."""
 TARGETS = (
     *ATTENTION,
     *("gate_proj", "up_proj", "down_proj", "shared_expert_gate", "gate"),
-    *("experts", "experts.gate_up_proj", "experts.down_proj", "lm_head"),
+    *(*EXPERT_TARGETS, "lm_head"),
 )
 """Words of `lora.target_modules`, those of Hugging Face's modules; `gate` is the router, `experts` all routed ones."""
 _OTHER_WORDS = {"router": "gate", "mlp.gate": "gate", "kv_a_proj": "kv_a_proj_with_mqa"}
