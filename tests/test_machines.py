@@ -19,6 +19,7 @@ MACHINES = {
     "demo": (2, 4 * GB),
     "finetune": (2, 4 * GB),
     "mixtral_8x7b": (8, 141 * GB),
+    "finetune_mixtral": (4, 141 * GB),
     "distributed": (4, 4 * GB),
     "moe_16x": (2, 4 * GB),
     "moe_32x": (8, 24 * GB),

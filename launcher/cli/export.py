@@ -58,6 +58,9 @@ def export(
         int | None,
         typer.Option(min=1, metavar="N", help="Keep the N busiest experts of each layer, by the run's record of load."),
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a run with adapters: the model with them added, not the adapters alone.")
+    ] = False,
     encryption_key: Key = None,
     push: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Upload it to the Hugging Face Hub when it is proven.")
@@ -70,6 +73,8 @@ def export(
     Every tensor is read again and compared with the checkpoint. A Hugging Face folder is then loaded by transformers:
     the same weights bit by bit, the same logits. Exit code 1, and no folder, when anything differs; 2 when no Hugging
     Face family has what the run has: --to safetensors writes any run, for moe-dist checkpoint import.
+
+    A run with adapters (lora.r) becomes a folder for peft, or with --merge a model as any other.
 
     [dim]Example:[/dim]  moe-dist export outputs/demo --to hf --output demo-hf --dtype bf16
     """
@@ -104,6 +109,7 @@ def export(
             max_shard_bytes=max_shard_bytes,
             logits=logits,
             fewer=fewer,
+            merge=merge,
             told=print_check,
         )
     for note in done.notes:

@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_dist.config import Config
+from moe_dist.models.adapter_shapes import adapter_counts, adapter_shapes, trainable_line
+from moe_dist.models.adapter_shapes import sentence as sentence_of_adapters
 from moe_dist.models.counts import flops_per_token, parameter_counts, per_rank
 from moe_dist.models.shapes import STACKED, decays, logical_shapes
 from moe_dist.parallel.dispatch_choice import chosen_dispatcher
@@ -53,6 +55,14 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         groups.add_row(axis, str(len(members[0])), escape(shown + more), meaning)
     console.print(groups)
     console.print()
+    if config.lora.r:
+        adapters = sum(adapter_counts(config.model, config.lora))
+        for line in (
+            sentence_of_adapters(config.model, config.lora),
+            trainable_line(adapters, counts.total + adapters),
+        ):
+            console.print(f"  {line}", soft_wrap=True, markup=False)
+        console.print()
     numbers = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
     numbers.add_row("parameters", f"{counts.total:,}", amount(counts.total))
     numbers.add_row(
@@ -125,9 +135,11 @@ def decay_groups(config: Config) -> dict[str, dict[str, int]]:
     model = config.model
     if model.router == "topk" and model.expert in STACKED:
         shapes = {name: shape for name, shape in logical_shapes(model).items() if not name.endswith(".bias_E")}
+        if config.lora.r:
+            shapes = adapter_shapes(model, config.lora)
         if model.tie_word_embeddings:
-            del shapes["lm_head.weight"]
-        if config.balance.freeze_router:
+            shapes.pop("lm_head.weight", None)
+        if config.balance.freeze_router and not config.lora.r:
             shapes = {name: shape for name, shape in shapes.items() if ".router." not in name}
         decayed = {name for name, shape in shapes.items() if decays(name, len(shape) - (".moe.experts." in name))}
     else:
@@ -137,6 +149,7 @@ def decay_groups(config: Config) -> dict[str, dict[str, int]]:
 
         with torch.device("meta"):
             built = Transformer(model, config.balance)
+            built.add_adapters(config.lora)
         shapes = {name: tuple(p.shape) for name, p in built.named_parameters() if p.requires_grad}
         decayed = built.decayed_names()
     groups: dict[str, dict[str, int]] = {f"weight decay {config.optimizer.weight_decay:g}": {}, "no weight decay": {}}

@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_dist.checkpoint.storage.manifest import Manifest
-from moe_dist.config import ModelConfig
+from moe_dist.config import LoraConfig, ModelConfig
+from moe_dist.models.adapter_shapes import adapter_shapes
 from moe_dist.models.shapes import logical_shapes
 
 Shape = tuple[int, ...]
@@ -89,6 +90,17 @@ def moment_problems(manifest: Manifest) -> list[str]:
     return [f"{wrong[0]}{more}{why}; {SAVE_WEIGHTS}"]
 
 
+def has_adapters_alone(tensors: Container[str], lora: LoraConfig) -> bool:
+    """Whether a checkpoint of a run with adapters has left out the model, which lies where the run started from."""
+    return bool(lora.r) and f"{MODEL}embed_tokens.weight" not in tensors
+
+
+def expected_shapes(model: ModelConfig, lora: LoraConfig, tensors: Container[str]) -> dict[str, Shape]:
+    """What a checkpoint of such a run has, by names of the model."""
+    adapters = adapter_shapes(model, lora)
+    return adapters if has_adapters_alone(tensors, lora) else logical_shapes(model) | adapters
+
+
 def configuration_problems(manifest: Manifest, config: Mapping[str, Any]) -> tuple[list[str], str | None]:
     """Weights that are not those of the configuration they were saved with, and what could not be compared.
 
@@ -96,9 +108,11 @@ def configuration_problems(manifest: Manifest, config: Mapping[str, Any]) -> tup
     """
     try:
         model = ModelConfig.model_validate(config.get("model"))
+        lora = LoraConfig.model_validate(config.get("lora") or {})
     except ValidationError:
         return [], "the configuration it was saved with is not one that this version knows: shapes were not compared"
-    expected, found = logical_shapes(model), shapes_of(manifest)
+    found = shapes_of(manifest)
+    expected = expected_shapes(model, lora, found)
     own = {".moe.experts.": ("expert", model.expert), ".moe.router.": ("router", model.router)}
     unknown = {part: key for part, key in own.items() if not any(part in name for name in expected)}
     known = {name: shape for name, shape in found.items() if not any(part in name for part in unknown)}

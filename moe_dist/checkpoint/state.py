@@ -36,7 +36,7 @@ class LogicalState:
     def __init__(self, model: Transformer, engine: Engine, mesh: Mesh, moments: bool = True) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.put_back: list[tuple[list[Tensor], Tensor]] = []
-        self.model_shapes = model.logical_shapes
+        self.model_shapes = model.saved_shapes
         parameters, stacked = engine.held_parameters(every_name=True), model.stacked_names()
         masters = {parameters[name]: master for name, master in model.masters.items()}
 
@@ -46,6 +46,8 @@ class LogicalState:
             return like_parameter(tensor, parameters[name], name in stacked, mesh)
 
         for name, tensor in model.state_dict().items():
+            if name not in self.model_shapes and name in model.logical_shapes:
+                continue  # frozen, and read again from where it came from
             if name in parameters:
                 tensor = masters.get(parameters[name], tensor)
             self.tensors[f"model.{name}"] = logical(name, tensor)

@@ -13,6 +13,7 @@ from moe_dist.config.loading import load_config, load_mapping
 from moe_dist.config.names import ALIASES, FIELDS, HOMES, SECTIONS
 from moe_dist.config.sections.base import Section
 from moe_dist.config.sections.data import DataConfig
+from moe_dist.config.sections.lora import LoraConfig
 from moe_dist.config.sections.model import ModelConfig
 from moe_dist.config.sections.running import (
     CheckpointConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "LaunchConfig",
+    "LoraConfig",
     "ModelConfig",
     "MonitorConfig",
     "OptimizerConfig",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from moe_dist.config.deepspeed import check_deepspeed
 from moe_dist.config.sections.all import Sections
+from moe_dist.config.sections.lora import ALL_LINEAR, BUILT_IN_EXPERTS, BUILT_IN_ROUTERS, EXPERT_TARGETS, TARGETS
 from moe_dist.config.sections.model import EXPERT_CHOICE, divisors
 from moe_dist.versions import too_old_to_split_backward
 
@@ -23,6 +24,7 @@ def check_sections(config: Sections) -> Sections:
                 f"{evaluate} above 0 and checkpoint.save_steps={save} to be a multiple of it"
             )
     check_routing(config)
+    check_adapters(config)
     if parallel.ep_size > 1 and model.num_experts % parallel.ep_size:
         raise ValueError(
             f"parallel.ep_size={parallel.ep_size}: must divide model.num_experts={model.num_experts} "
@@ -75,6 +77,33 @@ def check_routing(config: Sections) -> None:
                     f"balance.{key}={getattr(balance, key)}: with model.router={EXPERT_CHOICE} every expert takes as "
                     "many tokens as it has places, the best first; leave it out, or take model.router=topk"
                 )
+
+
+def check_adapters(config: Sections) -> None:
+    """A frozen model stays what it is: nothing else moves it."""
+    lora, balance = config.lora, config.balance
+    if not lora.r:
+        return
+    if balance.bias_update_rate:
+        raise ValueError(
+            f"balance.bias_update_rate={balance.bias_update_rate:g}: moves a selection bias of the model, which "
+            f"lora.r={lora.r} freezes; set it to 0"
+        )
+    words = [*TARGETS] if lora.target_modules == ALL_LINEAR else lora.target_modules
+    if balance.freeze_router and "gate" in words:
+        raise ValueError("balance.freeze_router=true: lora.target_modules has gate, the router; leave one of them out")
+    own = {"gate": ("router", BUILT_IN_ROUTERS)} | dict.fromkeys(EXPERT_TARGETS, ("expert", BUILT_IN_EXPERTS))
+    for word, (key, known) in own.items():
+        if config.model.moe_layers and word in words and getattr(config.model, key) not in known:
+            raise ValueError(
+                f"lora.target_modules={lora.target_modules}: model.{key}={getattr(config.model, key)} is a class of "
+                f"its own, which adapters do not know; name modules without {word}"
+            )
+    if lora.target_modules == ["lm_head"] and config.parallel.pp_size > 1:
+        raise ValueError(
+            "lora.target_modules=[lm_head]: with parallel.pp_size="
+            f"{config.parallel.pp_size} the first stages would have nothing to train; add q_proj, or take pp_size=1"
+        )
 
 
 def check_held_out(config: Sections) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-_ALL_WEIGHTS = (
-    "all weights are trained; `moe-dist init -t finetune` goes on from those of an earlier run, "
-    "balance.freeze_router keeps its router"
+_ADAPTERS = (
+    "lora.r above 0 trains adapters beside a frozen model (docs/finetuning.md); balance.freeze_router keeps a router"
 )
 _TRACKERS = "monitor.tensorboard, monitor.prometheus.port and metrics.jsonl, which is always written"
 _SHARES = "parallel.ep_size, parallel.pp_size and parallel.zero_stage share out a model"
@@ -16,7 +15,7 @@ _MASKS = "rows of input_ids with labels or completion_mask; docs/data.md has the
 # Whole names, in lower case: a key, or a section.
 _INSTEAD = {
     r"report_to|(use_)?(wandb|mlflow|comet|comet_ml|neptune|swanlab|trackio|clearml|aim)(_.*)?": _TRACKERS,
-    r"q?lora(_.*)?|peft(_.*)?|use_(peft|dora|rslora|lora)|adapter|finetuning_type|freeze_(?!router).*": _ALL_WEIGHTS,
+    r"qlora(_.*)?|peft(_.*)?|use_(peft|dora|lora)|adapter|finetuning_type|freeze_(?!router).*": _ADAPTERS,
     r"load_in_[48]bit|quantization(_.*)?|bnb(_.*)?|fp8(_.*)?|amp(_.*)?|fp16_.*|half_precision_backend": _PRECISION,
     r"(push_to_)?hub(_.*)?|push_to_hub": "checkpoint.folder takes a folder or a URL such as s3://bucket/run",
     r"fsdp(_.*)?": "parallel.zero_stage shards by FSDP2, over parallel.shard_size ranks",

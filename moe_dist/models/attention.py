@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
-from moe_dist.models.layers import RMSNorm
+from moe_dist.models.layers import Linear, RMSNorm
 from moe_dist.models.precision import full
 from moe_dist.models.rotary import rotate, rotate_neighbours, score_factor
 
@@ -31,10 +31,10 @@ class Attention(nn.Module):
         self.groups, self.window = heads // kv_heads, config.window(layer)
         self.eager = config.attn_implementation == "eager"
         bias = config.attention_bias or config.qkv_bias
-        self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
-        self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = Linear(config.hidden_size, heads * size, bias=bias)
+        self.k_proj = Linear(config.hidden_size, kv_heads * size, bias=bias)
+        self.v_proj = Linear(config.hidden_size, kv_heads * size, bias=bias)
+        self.o_proj = Linear(heads * size, config.hidden_size, bias=config.attention_bias)
         self.norms_heads = config.qk_norm_per_head
         widths = (size, size) if self.norms_heads else (heads * size, kv_heads * size)
         self.q_norm, self.k_norm = (
@@ -99,15 +99,15 @@ class LatentAttention(nn.Module):
         self.turn = rotate_neighbours if config.rope_interleave else rotate
         self.factor = score_factor(config)
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, heads * (plain + turned), bias=False)
+            self.q_proj = Linear(hidden, heads * (plain + turned), bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=config.attention_bias)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=config.attention_bias)
             self.q_a_norm = RMSNorm(config.q_lora_rank, self.NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * (plain + turned), bias=False)
-        self.kv_a_proj = nn.Linear(hidden, self.rank + turned, bias=config.attention_bias)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * (plain + turned), bias=False)
+        self.kv_a_proj = Linear(hidden, self.rank + turned, bias=config.attention_bias)
         self.kv_a_norm = RMSNorm(self.rank, self.NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.rank, heads * (plain + value), bias=False)
-        self.o_proj = nn.Linear(heads * value, hidden, bias=config.attention_bias)
+        self.kv_b_proj = Linear(self.rank, heads * (plain + value), bias=False)
+        self.o_proj = Linear(heads * value, hidden, bias=config.attention_bias)
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """As `Attention.forward`."""

@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
 from moe_dist.config import ModelConfig
+from moe_dist.models.grouped import StackedLowRank, grouped_mm_takes, multiply_one_by_one, multiply_rows
 from moe_dist.models.layers import ACTIVATIONS
-from moe_dist.models.noise import refuse_stray_noise
+from moe_dist.models.noise import Sources, refuse_stray_noise
 from moe_dist.models.own_experts import Expert as Expert
 from moe_dist.models.own_experts import ExpertList, SeedOf, check_stack
 from moe_dist.models.registry import Registry
@@ -29,27 +30,64 @@ class Experts(nn.Module):
     each is stacked too, (num_experts, ...), whatever its other dimensions, and none is in an inner module.
     """
 
-    draws_noise = False
+    lora_gate_up: StackedLowRank | None
+    lora_down: StackedLowRank | None
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.first_expert, self.num_local = 0, num_experts
         self.hidden_act = "silu"
+        self.lora_gate_up = self.lora_down = None
         self.w_gate_up = nn.Parameter(torch.empty(num_experts, hidden_size, 2 * intermediate_size))
         self.w_down = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor) -> Tensor:
-        """(R, D) -> (R, D). `rows_per_expert` (e,) int64 sums to R: rows come sorted by local expert."""
-        if torch.is_autocast_enabled(rows_RD.device.type):
-            dtype = torch.get_autocast_dtype(rows_RD.device.type)
-        else:
-            dtype = self.w_down.dtype
+    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None = None) -> Tensor:
+        """(R, D) -> (R, D). `rows_per_expert` (e,) int64 sums to R: rows come sorted by local expert, and where
+        `draws_noise` by `sources` within it."""
+        dtype = self.compute_dtype(rows_RD)
         rows_RD, weights = rows_RD.to(dtype), (self.w_gate_up.to(dtype), self.w_down.to(dtype))
-        if not _grouped_mm_takes(dtype, self.w_down.shape[1:]):
+        if self.is_adapted:
+            return self.in_parts(rows_RD, rows_per_expert, sources)
+        if not grouped_mm_takes(dtype, self.w_down.shape[1:]):
             return loop_swiglu(rows_RD, *weights, rows_per_expert, self.hidden_act)
         # offsets[-1] must be the number of rows: the kernel leaves what lies past it as it was in memory.
         offsets = rows_per_expert.cumsum(0).to(torch.int32)
         return _GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.hidden_act)
+
+    def in_parts(self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None) -> Tensor:
+        """As `forward`, one step after the other: with biases and adapters, where there are any."""
+        gate_up = self._project("gate_up", rows_RD, rows_per_expert, sources)
+        return self._project("down", self.unit(gate_up), rows_per_expert, sources)
+
+    def unit(self, gate_up: Tensor) -> Tensor:
+        """(R, 2F), gate first -> (R, F)."""
+        return swiglu(gate_up, self.hidden_act)
+
+    def _project(self, stack: str, rows_RX: Tensor, rows_per_expert: Tensor, sources: Sources | None) -> Tensor:
+        out = self.multiply(rows_RX, getattr(self, f"w_{stack}").to(rows_RX.dtype), rows_per_expert)
+        if (bias := getattr(self, f"b_{stack}", None)) is not None:
+            out = out + bias.to(out.dtype)[torch.repeat_interleave(rows_per_expert, output_size=len(out))]
+        lora = getattr(self, f"lora_{stack}")
+        return out if lora is None else out + lora(rows_RX, rows_per_expert, sources, self.first_expert, self.multiply)
+
+    multiply = staticmethod(multiply_rows)
+
+    def compute_dtype(self, rows_RD: Tensor) -> torch.dtype:
+        """That of autocast, or of the weights."""
+        if torch.is_autocast_enabled(rows_RD.device.type):
+            return torch.get_autocast_dtype(rows_RD.device.type)
+        return self.w_down.dtype
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether there are adapters beside the weights."""
+        return self.lora_gate_up is not None or self.lora_down is not None
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether `forward` needs to know the sources of its rows."""
+        adapters = (self.lora_gate_up, self.lora_down)
+        return self.training and any(adapter is not None and adapter.dropout for adapter in adapters)
 
     @property
     def kind(self) -> str:
@@ -64,9 +102,10 @@ class Experts(nn.Module):
     def shard(self, first: int, count: int) -> None:
         """Keep only `count` experts from global id `first` on."""
         start = first - self.first_expert
-        for name, parameter in list(self.named_parameters(recurse=False)):
-            kept = parameter.detach()[start : start + count].clone()
-            setattr(self, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        for holder in (self, self.lora_gate_up, self.lora_down):
+            for name, parameter in list(holder.named_parameters(recurse=False)) if holder is not None else ():
+                kept = parameter.detach()[start : start + count].clone()
+                setattr(holder, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
         self.first_expert, self.num_local = first, count
 
     @torch.no_grad()
@@ -74,7 +113,7 @@ class Experts(nn.Module):
         """Each expert from its own seed, equal in every layout: matrices normal, vectors and numbers zero."""
         for index in range(self.num_local):
             generator = torch.Generator().manual_seed(seed_of(self.first_expert + index))
-            for parameter in self.parameters():
+            for parameter in self.parameters(recurse=False):
                 if parameter.ndim > 2:
                     parameter[index].copy_(torch.empty(parameter.shape[1:]).normal_(0.0, std, generator=generator))
                 else:
@@ -84,7 +123,11 @@ class Experts(nn.Module):
 class LoopExperts(Experts):
     """The specification of `Experts`: one expert after the other, plain matmuls."""
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor) -> Tensor:
+    multiply = staticmethod(multiply_one_by_one)
+
+    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None = None) -> Tensor:
+        if self.is_adapted:
+            return self.in_parts(rows_RD, rows_per_expert, sources)
         return loop_swiglu(rows_RD, self.w_gate_up, self.w_down, rows_per_expert, self.hidden_act)
 
 
@@ -101,32 +144,14 @@ class ClampedExperts(Experts):
         self.b_gate_up = nn.Parameter(torch.zeros(num_experts, 2 * intermediate_size))
         self.b_down = nn.Parameter(torch.zeros(num_experts, hidden_size))
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(rows_RD.device.type):
-            dtype = torch.get_autocast_dtype(rows_RD.device.type)
-        else:
-            dtype = self.w_down.dtype
-        up, down = self.w_gate_up.to(dtype), self.w_down.to(dtype)
-        expert_R = torch.repeat_interleave(rows_per_expert, output_size=len(rows_RD))
-        is_grouped = len(rows_RD) > 0 and _grouped_mm_takes(dtype, self.w_down.shape[1:])
-        multiply = _grouped if is_grouped else _one_by_one
-        gate_up = multiply(rows_RD.to(dtype), up, rows_per_expert) + self.b_gate_up.to(dtype)[expert_R]
-        return multiply(self.unit(gate_up), down, rows_per_expert) + self.b_down.to(dtype)[expert_R]
+    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None = None) -> Tensor:
+        return self.in_parts(rows_RD.to(self.compute_dtype(rows_RD)), rows_per_expert, sources)
 
     def unit(self, gate_up: Tensor) -> Tensor:
         """(R, 2F), gate first -> (R, F)."""
         gate, up = gate_up.chunk(2, dim=-1)
         gate, up = gate.clamp(max=self.LIMIT), up.clamp(-self.LIMIT, self.LIMIT)
         return gate * (gate * self.ALPHA).sigmoid() * (up + 1)
-
-
-def _grouped(rows_RX: Tensor, weights: Tensor, rows_per_expert: Tensor) -> Tensor:
-    return grouped_mm(rows_RX, weights, offs=rows_per_expert.cumsum(0).to(torch.int32))
-
-
-def _one_by_one(rows_RX: Tensor, weights: Tensor, rows_per_expert: Tensor) -> Tensor:
-    chunks = rows_RX.split(rows_per_expert.tolist())
-    return torch.cat([x @ weight for x, weight in zip(chunks, weights.unbind(0), strict=True)])
 
 
 def loop_swiglu(
@@ -166,11 +191,6 @@ _IN_PLACE: dict[str, tuple[Any, Any, dict[str, str]]] = {
     "gelu": (_aten.gelu.out, _aten.gelu_backward.grad_input, {"approximate": "none"}),
     "gelu_tanh": (_aten.gelu.out, _aten.gelu_backward.grad_input, {"approximate": "tanh"}),
 }
-
-
-def _grouped_mm_takes(dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
-    """Whether the kernel has this dtype, and strides of these sizes are whole multiples of 16 bytes."""
-    return dtype in (torch.float32, torch.bfloat16, torch.float16) and all(n * dtype.itemsize % 16 == 0 for n in sizes)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):

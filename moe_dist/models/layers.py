@@ -12,6 +12,36 @@ from torch import Tensor, nn
 from moe_dist.models.precision import full
 
 
+class LowRank(nn.Module):
+    """The adapter of one linear map: scale * B A dropout(x), (..., in) -> (..., out). Hu et al. 2021.
+
+    `A` (r, in), `B` (out, r), https://arxiv.org/abs/2106.09685.
+    """
+
+    def __init__(self, num_in: int, num_out: int, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.empty(rank, num_in)), nn.Parameter(torch.empty(num_out, rank))
+        self.scale, self.dropout = scale, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))
+        return F.linear(narrow, self.B.to(x.dtype)) * self.scale
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` with a place for an adapter, `lora`, which adds to what the map gives."""
+
+    lora: LowRank | None
+
+    def __init__(self, num_in: int, num_out: int, bias: bool = True) -> None:
+        super().__init__(num_in, num_out, bias)
+        self.lora = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out if self.lora is None else out + self.lora(x)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32.
 
@@ -44,9 +74,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "silu") -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:

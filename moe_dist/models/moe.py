@@ -16,7 +16,7 @@ from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.auxiliary import LoadBalance, inject_loss
 from moe_dist.models.context import ALONE, RoutingContext
 from moe_dist.models.experts import build_experts
-from moe_dist.models.layers import SwiGLU
+from moe_dist.models.layers import Linear, SwiGLU
 from moe_dist.models.noise import Sources, draw_seed
 from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_expert, tokens_from_rows
 from moe_dist.models.precision import full
@@ -91,7 +91,7 @@ class MoE(nn.Module):
             if config.shared_expert_intermediate_size
             else None
         )
-        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
+        self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(self, x_BSD: Tensor, context: RoutingContext = ALONE) -> Tensor:
         """(B, S, D) -> (B, S, D)."""

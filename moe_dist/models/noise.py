@@ -74,3 +74,38 @@ def _random_state(device: torch.device) -> list[Tensor]:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
+
+
+_MULTIPLIERS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+"""Of splitmix64 (https://doi.org/10.1145/2660193.2660195), as signed numbers."""
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """int64, every bit of which depends on every bit of the value: the last step of splitmix64."""
+    values = (values ^ (values >> 30 & 2**34 - 1)) * _MULTIPLIERS[1]
+    values = (values ^ (values >> 27 & 2**37 - 1)) * _MULTIPLIERS[2]
+    return values ^ (values >> 31 & 2**33 - 1)
+
+
+def keep_mask(sources: Sources, first_expert: int, rows_RX: Tensor, probability: float) -> Tensor:
+    """Which elements dropout keeps, (R, X) in the dtype of the rows: 1.0 with `1 - probability`, else 0.0.
+
+    An element's number is a function of its micro-batch's seed, the expert's global id, its row's place among the rows
+    that the expert has of that micro-batch, and the column: the same wherever and together with whatever it runs.
+    Nothing waits for the device.
+    """
+    device, num_rows = rows_RX.device, len(rows_RX)
+    sizes = sources.rows_SE.t()  # in the order of rows: by expert, then by source
+    num_experts, num_sources = sizes.shape
+    seeds = torch.tensor(sources.seeds, dtype=torch.int64, device=device)
+    experts = torch.arange(first_expert, first_expert + num_experts, device=device)
+    chunk_keys = _mixed(_mixed(seeds[None, :] * _MULTIPLIERS[0]) + experts[:, None]).flatten()
+    ends = sizes.flatten().cumsum(0)
+    chunk_of_row = torch.repeat_interleave(
+        torch.arange(num_experts * num_sources, device=device), sizes.flatten(), output_size=num_rows
+    )
+    place = torch.arange(num_rows, device=device) - (ends - sizes.flatten())[chunk_of_row]
+    row_keys = _mixed(chunk_keys[chunk_of_row] + place)
+    columns = torch.arange(1, rows_RX.shape[1] + 1, device=device) * _MULTIPLIERS[0]
+    numbers = _mixed(row_keys[:, None] + columns) >> 33 & 2**31 - 1
+    return (numbers >= int(probability * 2**31)).to(rows_RX.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.config.sections.model import EXPERT_CHOICE
+from moe_dist.models.layers import LowRank
 from moe_dist.models.permute import count_ids
 from moe_dist.models.precision import full, full_dtype
 from moe_dist.models.recompute import once
@@ -149,6 +150,7 @@ class Router(nn.Module):
         super().__init__()
         self.register_parameter("weight", None)
         self.register_parameter("logits_bias_E", None)
+        self.lora: LowRank | None = None
         self.use_bias, self.jitter, self.logits_temperature = None, 0.0, 1.0
         self.fallback_expert: int | None = None
         self._bias_seen: tuple[tuple[int, int], bool] | None = None
@@ -196,7 +198,8 @@ class Router(nn.Module):
                 f"model.router: {type(self).__name__} has no weight: give super().__init__ its sizes, "
                 "or override logits or forward"
             )
-        return F.linear(x_TD, full(self.weight), None if self.logits_bias_E is None else full(self.logits_bias_E))
+        logits_TE = F.linear(x_TD, full(self.weight), None if self.logits_bias_E is None else full(self.logits_bias_E))
+        return logits_TE if self.lora is None else logits_TE + self.lora(x_TD)
 
     def add_logits_bias(self) -> None:
         """Give the linear map a bias, zeros, as `model.router_bias` asks."""

@@ -13,11 +13,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from moe_dist.config import BalanceConfig, ModelConfig
+from moe_dist.config import BalanceConfig, LoraConfig, ModelConfig
+from moe_dist.models.adapter_shapes import adapter_shapes
 from moe_dist.models.attention import build_attention
 from moe_dist.models.context import ALONE, RoutingContext
 from moe_dist.models.experts import ExpertList, Experts, build_experts
-from moe_dist.models.layers import RMSNorm, SwiGLU
+from moe_dist.models.grouped import StackedLowRank
+from moe_dist.models.layers import Linear, LowRank, RMSNorm, SwiGLU
+from moe_dist.models.lora import add_adapters, initialize_adapters
 from moe_dist.models.moe import MoE
 from moe_dist.models.recompute import recompute
 from moe_dist.models.rotary import rotary_table
@@ -162,10 +165,14 @@ class Transformer(Stage):
             nn.ModuleDict({str(i): Block(config, balance or BalanceConfig(), i) for i in numbers}),
             nn.Embedding(config.vocab_size, config.hidden_size) if is_first else None,
             RMSNorm(config.hidden_size, config.rms_norm_eps) if is_last else None,
-            nn.Linear(config.hidden_size, config.vocab_size, bias=False) if is_last else None,
+            Linear(config.hidden_size, config.vocab_size, bias=False) if is_last else None,
         )
         if config.tie_word_embeddings:
             self._tie()
+        self.lora: LoraConfig | None = None
+        """Of its adapters; None: it has none, and all of it is trained."""
+        self.saves_adapters_alone = False
+        """Whether the frozen weights lie in a folder that a checkpoint can name, and need not be in it."""
         self.masters: dict[str, Tensor] = {}
         """Of parameters of lower precision by name: the weights in full precision, which the optimizer moves, and
         which checkpoints hold as the weights. Parameters follow them."""
@@ -174,6 +181,12 @@ class Transformer(Stage):
     def stages(self) -> list[Stage]:
         """The parts of this model that run by themselves: here the whole."""
         return [self]
+
+    def add_adapters(self, lora: LoraConfig) -> None:
+        """Freeze all weights, and train the adapters of `lora` beside them; nothing with `lora.r` 0."""
+        if lora.r:
+            add_adapters(self, self.config, lora)
+            self.lora = lora
 
     def _tie(self) -> None:
         if self.embed_tokens is not None and self.lm_head is not None:
@@ -204,7 +217,7 @@ class Transformer(Stage):
         return {
             f"{prefix}.{name}"
             for prefix, module in self.named_modules()
-            if isinstance(module, Experts)
+            if isinstance(module, (Experts, StackedLowRank))
             for name, _ in module.named_parameters(recurse=False)
         }
 
@@ -215,7 +228,16 @@ class Transformer(Stage):
         """
         with torch.device("meta"):
             whole = Transformer(self.config)
+            if self.lora is not None:
+                whole.add_adapters(self.lora)
         return {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+
+    @property
+    def saved_shapes(self) -> Shapes:
+        """Those of `logical_shapes` that a checkpoint holds."""
+        if self.lora is None or not self.saves_adapters_alone:
+            return self.logical_shapes
+        return adapter_shapes(self.config, self.lora)
 
     def decayed_names(self) -> set[str]:
         """Names of parameters that weight decay shrinks, decided by what they are, whatever module holds them."""
@@ -224,18 +246,30 @@ class Transformer(Stage):
             for prefix, module in self.named_modules()
             if "norm" not in type(module).__name__.lower()
             for name, parameter in module.named_parameters(recurse=False)
-            if decays(f"{prefix}.{name}", parameter.ndim - isinstance(module, Experts))
+            if decays(f"{prefix}.{name}", parameter.ndim - isinstance(module, (Experts, StackedLowRank)))
         }
 
     def round_weights(self, dtype: torch.dtype) -> None:
-        """Compute in `dtype`, with what the weights are now as `masters`. Routers keep full precision."""
-        exact = {
-            parameter for module in self.modules() if isinstance(module, Router) for parameter in module.parameters()
-        }
+        """Compute in `dtype`, with what the weights are now as `masters`, of those that are trained. Routers keep full
+        precision."""
+        self.round_frozen(dtype)
+        exact = self._of_routers()
         for name, parameter in self.named_parameters():
-            if parameter not in exact:
+            if parameter not in exact and not (self.lora is not None and not parameter.requires_grad):
                 self.masters[name] = parameter.data
                 parameter.data = parameter.data.to(dtype)
+
+    def round_frozen(self, dtype: torch.dtype) -> None:
+        """Hold in `dtype` what is frozen beside adapters, without a copy in full precision; but not routers."""
+        exact = self._of_routers()
+        for parameter in self.parameters() if self.lora is not None else ():
+            if parameter not in exact and not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
+    def _of_routers(self) -> set[nn.Parameter]:
+        return {
+            parameter for module in self.modules() if isinstance(module, Router) for parameter in module.parameters()
+        }
 
     @torch.no_grad()
     def follow_masters(self) -> None:
@@ -274,8 +308,12 @@ class Transformer(Stage):
                 _normal(module.weight, std, _seed(seed, name))
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, (LowRank, StackedLowRank)):
+                continue
             elif any(True for _ in module.parameters(recurse=False)) and not _inside_experts(name):
                 _reset(module, name, _seed(seed, name))
+        if self.lora is not None:
+            initialize_adapters(self, self.lora, partial(_seed, seed))
         if self.config.tie_word_embeddings:
             self._tie()
             if self.embed_tokens is not None:

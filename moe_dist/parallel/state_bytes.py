@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_dist.config import Config, OptimizerConfig
+from moe_dist.config import Config, ConfigError, OptimizerConfig
+from moe_dist.models.adapter_shapes import adapter_counts
 from moe_dist.models.counts import per_rank
 from moe_dist.parallel.layout import Layout, layers_by_pp_rank
 
@@ -34,8 +35,25 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
+def adapters_of_places(config: Config) -> list[tuple[int, int]]:
+    """For every place in the pipeline the weights of its layers' adapters: outside experts, of all experts.
+
+    Raises ConfigError for a place without any: it would have nothing to train.
+    """
+    places = layers_by_pp_rank(config)
+    counts = [adapter_counts(config.model, config.lora, [n for layers in stages for n in layers]) for stages in places]
+    if config.lora.r and not all(map(any, counts)):
+        raise ConfigError(
+            f"lora.target_modules={config.lora.target_modules}: with parallel.pp_size={config.parallel.pp_size} stage "
+            f"{[any(count) for count in counts].index(False)} would have nothing to train; add q_proj, or take "
+            "pp_size=1"
+        )
+    return counts
+
+
 def state_bytes(config: Config, layout: Layout) -> list[StateBytes]:
-    """For every place in the pipeline, what each of its ranks holds.
+    """For every place in the pipeline, what each of its ranks holds. Beside adapters the model is frozen: of its
+    weights there are no gradients and no moments, and with `train.pure_bf16` no copies in float32.
 
     Without what sharding pads, activations, communication buffers and what is gathered while a step runs.
     """
@@ -45,12 +63,20 @@ def state_bytes(config: Config, layout: Layout) -> list[StateBytes]:
     over_experts = max(1, over // layout.ep_size)
     kept = moments(config.optimizer)
     found = []
-    for place in per_rank(config.model, layout, layers_by_pp_rank(config)):
+    places = per_rank(config.model, layout, layers_by_pp_rank(config))
+    for place, (dense, experts) in zip(places, adapters_of_places(config), strict=True):
         whole, part = place.total, place.dense // over + place.experts // over_experts
+        frozen = 0
+        if config.lora.r:
+            experts //= layout.ep_size
+            frozen, whole, part = whole, dense + experts, dense // over + experts // over_experts
         if parallel.engine == "deepspeed":
-            found.append(StateBytes(4 * whole, 4 * part, 4 * part * (1 + kept)))
+            found.append(StateBytes(4 * (frozen + whole), 4 * part, 4 * part * (1 + kept)))
         elif parallel.zero_stage == 0 and config.train.pure_bf16:
-            found.append(StateBytes(2 * whole, 4 * whole, 4 * whole * (1 + kept)))
+            found.append(StateBytes(2 * (frozen + whole), 4 * whole, 4 * whole * (1 + kept)))
         else:
-            found.append(StateBytes(4 * part, 4 * part, 4 * part * kept))
+            if frozen:
+                frozen = place.dense // over + place.experts // over_experts
+            each = 2 if config.train.pure_bf16 else 4
+            found.append(StateBytes(each * frozen + 4 * part, 4 * part, 4 * part * kept))
     return found

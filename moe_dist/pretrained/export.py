@@ -16,9 +16,11 @@ from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
 from moe_dist.config import Config, ConfigError, ModelConfig
 from moe_dist.models.huggingface import huggingface_config
+from moe_dist.pretrained.adapters import MergedWeights, saved_adapter
 from moe_dist.pretrained.fewer_experts import FewerExperts, busiest
 from moe_dist.pretrained.model_card import model_card
 from moe_dist.pretrained.own_format import MODEL_TYPE, OwnWeights, own_config, read_own_config
+from moe_dist.pretrained.peft_format import read_adapter, write_adapter
 from moe_dist.pretrained.safetensors_files import write_json, write_weights
 from moe_dist.pretrained.saved_weights import SavedWeights
 from moe_dist.pretrained.staging import new_folder, refuse_existing
@@ -90,20 +92,31 @@ def export(
     max_shard_bytes: int = 5 * 10**9,
     logits: bool = True,
     fewer: Fewer | None = None,
+    merge: bool = False,
     told: Told = lambda check: None,
 ) -> Exported:
     """Write the folder `output`, verify it, and only then give it its name.
 
     `to`: `hf`; `safetensors` for our own names; `onnx`. `dtype`: a key of DTYPES; None: as saved. `logits`: load a
     Hugging Face folder in `transformers` too, which needs memory for the model twice in float32, and ONNX takes that
-    several times; all else holds one tensor at a time. `told` hears of every check as it ends. Where a check fails
-    nothing is left. Raises ConfigError for a run that cannot be written so, and for an `output` that is there.
+    several times; all else holds one tensor at a time. `merge`: of a run with adapters the model with these added, not
+    a folder of adapters for `peft`. `told` hears of every check as it ends. Where a check fails nothing is left.
+    Raises ConfigError for a run that cannot be written so, and for an `output` that is there.
     """
     refuse_existing(output)
     source = read_source(found, manifest, keys)
     kind = DTYPES[dtype] if dtype else None
     if to != "hf" and fewer is not None:
         raise ConfigError("--drop-experts: only with --to hf")
+    if has_adapters := bool(source.config.lora.r):
+        if to != "hf" or fewer is not None:
+            raise ConfigError(
+                f"{'--drop-experts' if to == 'hf' else f'--to {to}'}: not of a run with adapters (lora.r)"
+            )
+        if not merge:
+            return _export_adapter(source, output, kind, told)
+    if merge and not has_adapters:
+        raise ConfigError(f"--merge: {found} has no adapters (lora.r=0); leave it out")
     if to == "onnx":
         return _export_onnx(source, output, kind, told)
     if to == "safetensors":
@@ -160,11 +173,43 @@ def _export_huggingface(
 
     with closing(weights):
         kind = values["model_type"]
-        return _write(source, output, weights, weights.config, kind, max_shard_bytes, write_config, checks, told)
+        done = _write(source, output, weights, weights.config, kind, max_shard_bytes, write_config, checks, told)
+    if isinstance(weights, MergedWeights):
+        said = (
+            f"adapters are added to the weights; rounding to {done.dtype} takes {weights.rounding:.2%} of what they add"
+        )
+        return done._replace(notes=[*done.notes, said])
+    return done
+
+
+def _export_adapter(source: Source, output: Path, dtype: torch.dtype | None, told: Told) -> Exported:
+    """A folder for `peft`, read again."""
+    model, lora, pretrained = source.config.model, source.config.lora, source.state.get("pretrained") or {}
+    weights = saved_adapter(source.found, source.manifest, source.keys, source.config)
+    weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items()}
+    kind = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    with new_folder(output, "an export") as folder:
+        try:
+            num_bytes = write_adapter(folder.path, model, lora, weights, pretrained.get("folder"))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{source.found}: {error}") from error
+        again = read_adapter(folder.path, model, lora)
+        wrong = [f"{name}: not the checkpoint's" for name in weights if not again[name].equal(weights[name].float())]
+        check = Checked("adapters", f"{len(weights)} of {len(weights)} read again, as in the checkpoint", wrong)
+        told(check)
+        notes = [] if pretrained else ["the model of these adapters is in the checkpoint; --merge writes both as one"]
+        exported = Exported("peft adapter", len(weights), 1, num_bytes, kind, [check], notes)
+        if exported.is_proven:
+            folder.publish()
+        return exported
 
 
 def _weights(source: Source, dtype: torch.dtype | None, fewer: Fewer | None) -> SavedWeights:
     where, model = (source.found, source.manifest, source.keys), source.config.model
+    if source.config.lora.r:
+        return MergedWeights(*where, source.config, dtype, source.state)
     if fewer is None:
         return SavedWeights(*where, model, dtype)
     return FewerExperts(*where, model, dtype, busiest(fewer.run, source.found.step, model, fewer.number))

@@ -85,6 +85,10 @@ class HuggingFaceWeights:
         else:
             self._parts[HEAD] = self._parts[EMBEDDING]
 
+    def entry(self, name: str) -> Entry:
+        """Where a weight of ours lies, or the first of its parts."""
+        return self._parts[name][0][1]
+
     def dtype_of(self, name: str) -> str:
         """Float32 whatever the file has: full precision, as a trainer saves."""
         return "F32"

@@ -35,19 +35,24 @@ class SavedWeights:
         every = {name: part for name, part in self.names.parts().items() if name not in self.names.optional}
         self._tensors = Tensors(found, manifest, keys)
         self._sources = {part.ours: weight_source(part.ours, manifest.tensors) for part in every.values()}
-        missing = [source for source in self._sources.values() if source not in manifest.tensors]
+        saved, self.parts = self._look_up(every)
+        self.dtype = dtype if dtype is not None else saved
+        self._refuse_selection_biases()
+        self.shapes = {name: part.shape for name, part in self.parts.items()}
+
+    def _look_up(self, every: dict[str, Part]) -> tuple[torch.dtype, dict[str, Part]]:
+        """The widest type of what is saved, and the tensors in the order in which they are read best."""
+        found, tensors = self.found, self._tensors.manifest.tensors
+        missing = [source for source in self._sources.values() if source not in tensors]
         if missing:
             raise CheckpointError(f"{found}: it has no tensor {missing[0]} ({len(missing)} are missing)")
-        entries = {ours: manifest.tensors[source] for ours, source in self._sources.items()}
+        entries = {ours: tensors[source] for ours, source in self._sources.items()}
         saved = {TORCH_DTYPES[entry.dtype] for entry in entries.values()}
-        self.dtype = dtype if dtype is not None else max(saved, key=lambda kind: kind.itemsize)
-        self._refuse_selection_biases()
         # A file of an object store or an encrypted one is fetched whole: each once, as far as tensors are not cut.
         order = sorted(every, key=lambda name: entries[every[name].ours].boxes[0].file)
         if all(len(entry.boxes) == 1 for entry in entries.values()):
             every = {name: every[name] for name in order}
-        self.parts: dict[str, Part] = every
-        self.shapes = {name: part.shape for name, part in every.items()}
+        return max(saved, key=lambda kind: kind.itemsize), every
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """One: the whole tensor."""

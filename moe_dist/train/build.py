@@ -23,6 +23,7 @@ from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import parallelize
+from moe_dist.parallel.state_bytes import adapters_of_places
 
 logger = logging.getLogger("moe_dist")
 SOURCES: Registry[Callable[[], Any]] = Registry("data.source", "data source")
@@ -35,6 +36,7 @@ def build_model(
 
     `given`: a whole model whose parameters it shares instead of having its own, so that training moves them.
     """
+    adapters_of_places(config)  # which refuses stages that have nothing to train, on every rank
     with torch.device("meta"):
         if mesh.layout.pp_size > 1:
             from moe_dist.parallel.pipeline import PipelinedTransformer  # schedules take long to import
@@ -42,6 +44,7 @@ def build_model(
             model: Transformer = PipelinedTransformer(config, mesh)
         else:
             model = Transformer(config.model, config.balance)
+        model.add_adapters(config.lora)
     parallelize(model, config, mesh, clock)
     model.initialize(config.train.seed, mesh.device)
     if given is not None:

@@ -18,6 +18,7 @@ from moe_dist.config import Config, ModelConfig
 from moe_dist.config.huggingface import architecture_differences
 from moe_dist.data.identity import difference
 from moe_dist.data.loader import GlobalLoader
+from moe_dist.models.adapter_shapes import adapter_counts
 from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.train_log import open_log
@@ -179,7 +180,20 @@ class Persistence:
             setattr(counters, name, state["counters"][name])
         self._go_on_to_the_end(loaded, counters.step, message)
         self.acting.load_state_dict(state.get("acting"))
+        self._same_model(loaded)
         self.pretrained = state.get("pretrained")
+
+    def _same_model(self, loaded: Loaded) -> None:
+        """Adapters belong to one model: raises CheckpointError when the weights read from its folder are others."""
+        saved, now = loaded.trainer_state.get("pretrained") or {}, self.pretrained or {}
+        if self.model.saves_adapters_alone and saved.get("files") != now.get("files"):
+            wrong = sorted(
+                {name for name, _ in set(saved.get("files", {}).items()) ^ set(now.get("files", {}).items())}
+            )
+            raise CheckpointError(
+                f"model.from_pretrained={now.get('folder')}: {wrong[0]} is not what the adapters of {loaded.found} "
+                f"were trained on ({saved.get('folder')}); give that model"
+            )
 
     def _read(self, loaded: Loaded, moments: bool = True) -> None:
         self.checkpoints.read_tensors(loaded, self._state(moments))
@@ -284,8 +298,11 @@ class Persistence:
         """Raises CheckpointError on every rank when one checkpoint would not fit where checkpoints go."""
         if not self.is_on:
             return
-        weights = parameter_counts(self.config.model).total
-        num_bytes = weights * 4 * (1 + moments(self.config.optimizer))
+        weights = trained = parameter_counts(self.config.model).total
+        if self.config.lora.r:
+            trained = sum(adapter_counts(self.config.model, self.config.lora))
+            weights = trained if self.model.saves_adapters_alone else weights + trained
+        num_bytes = 4 * (weights + trained * moments(self.config.optimizer))
         storage = self.checkpoints.storage
         self.mesh.ask_rank_zero(lambda: check_room(storage, num_bytes))
 

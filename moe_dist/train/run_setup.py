@@ -19,6 +19,7 @@ from moe_dist.checkpoint.storage import open_storage
 from moe_dist.checkpoint.storage.manifest import CheckpointError
 from moe_dist.config import Config, ConfigError, ModelConfig, dump_config, load_config, load_mapping
 from moe_dist.data.losses import losses
+from moe_dist.models.adapter_shapes import adapter_counts
 from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.records import RunInfo
@@ -129,9 +130,13 @@ def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunStart:
 
 
 def starts_from_pretrained(config: Config, mesh: Mesh, start: RunStart) -> bool:
-    """Whether weights are to be read from `model.from_pretrained`: not when the run goes on from a checkpoint."""
-    if config.model.from_pretrained is None:
-        return False
+    """Whether weights are to be read from `model.from_pretrained`: not when the run goes on from a checkpoint, unless
+    that has adapters alone."""
+    return config.model.from_pretrained is not None and (bool(config.lora.r) or starts_afresh(config, mesh, start))
+
+
+def starts_afresh(config: Config, mesh: Mesh, start: RunStart) -> bool:
+    """Whether there is no checkpoint to go on from."""
     if start.resume == "auto":
         storage = open_storage(config.checkpoint.folder or config.train.output_dir)
         return mesh.ask_rank_zero(lambda: not storage.candidates())
@@ -207,6 +212,10 @@ def run_info(config: Config, mesh: Mesh, datasets: Datasets, run_id: str, counte
 def model_sizes(config: Config) -> tuple[int, int, int]:
     """Parameters of the whole model: trainable, all, active for a token. Own classes are counted as built."""
     model = config.model
+    if config.lora.r:
+        adapters = sum(adapter_counts(model, config.lora))
+        counts = parameter_counts(model)
+        return adapters, counts.total + adapters, counts.active + _active_adapters(config)
     if (model.router, model.expert) == ("topk", "swiglu"):
         counts = parameter_counts(model)
         return counts.total - (counts.router if config.balance.freeze_router else 0), counts.total, counts.active
@@ -217,6 +226,12 @@ def model_sizes(config: Config) -> tuple[int, int, int]:
     experts = sum(sizes[name] for name in built.expert_parameter_names())
     idle = experts * (model.num_experts - model.num_experts_per_tok) // max(1, model.num_experts)
     return trainable, sum(sizes.values()), sum(sizes.values()) - idle
+
+
+def _active_adapters(config: Config) -> int:
+    """Weights of adapters that a token passes through."""
+    dense, experts = adapter_counts(config.model, config.lora)
+    return dense + experts * config.model.num_experts_per_tok // max(1, config.model.num_experts)
 
 
 def _stage_of_layer(config: Config) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_dist.checkpoint.lock import Job
 from moe_dist.config import Config, ModelConfig
+from moe_dist.models.adapter_shapes import sentence
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.sinks import ConsoleSink
 from moe_dist.monitor.train_log import log_path
@@ -19,6 +20,7 @@ from moe_dist.parallel.device import set_deterministic
 from moe_dist.parallel.engines.registry import build_engine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
+from moe_dist.pretrained.adapters import load_adapter
 from moe_dist.pretrained.loading import load_pretrained
 from moe_dist.train.auto_balance import AutoBalance
 from moe_dist.train.balance import Balancer
@@ -39,6 +41,7 @@ from moe_dist.train.run_setup import (
     merge_config,
     one_of,
     run_info,
+    starts_afresh,
     starts_from_pretrained,
     take_run_folder,
 )
@@ -141,11 +144,17 @@ class MoETrainer(TrainingLoop):
         self.first_step.at("building the model")
         self.loader = build_loader(config, self.datasets.train, mesh)
         self.model = build_model(config, mesh, self.clock, self._given)
+        if self.model.lora is not None:
+            sinks.message(sentence(config.model, config.lora))
         pretrained = None
         if starts_from_pretrained(config, mesh, self.start) and self._given is None:
             self.first_step.at("reading the weights it starts from")
             pretrained = load_pretrained(self.model, config.model, mesh)
             sinks.message(str(pretrained))
+            self.model.saves_adapters_alone = self.model.lora is not None
+        if config.lora.from_adapter is not None and starts_afresh(config, mesh, self.start):
+            load_adapter(self.model, config, mesh)
+            sinks.message(f"adapters start from {config.lora.from_adapter}")
         self.engine = build_engine(self.model, config, mesh)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
         self.step = TrainStep(self.model, mesh, self.engine, self.balancer, config, self.status)

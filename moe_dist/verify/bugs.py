@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_dist.verify.features import LOW_PRECISION, Choice, setting_of
+from moe_dist.verify.features import ADAPTERS, LOW_PRECISION, Choice, setting_of
 from moe_dist.verify.layouts import Case
 
 Where = Callable[[Case], bool]
@@ -40,6 +40,8 @@ class Bug:
             and (not self.life or self.event in events)
             and features >= set(self.words)
             and not features & set(self.without)
+            # Beside adapters most weights are frozen, and what is wrong with their gradients is not there.
+            and (bool(ADAPTERS & set(self.words)) or not features & ADAPTERS)
             and any(map(self.where, layouts))
         )
 
@@ -204,6 +206,12 @@ _OF_FEATURES: dict[str, Bug] = {
     "adafactor_across_experts": Bug(("adafactor",), _NO_STACK),
     "bias_from_one_replica": Bug(("bias",), where=_replicas),
     "rate_by_rank": Bug(("cosine",)),
+    # adapters
+    "adapter_gradient_times_ep": Bug(("lora",), where=_both(_ep, _whole)),
+    "adapter_b_cut_from_the_layout_of_files": Bug(("lora",), where=_ep),
+    "adapter_dropout_by_rank": Bug(("lora",)),
+    "adapters_added_twice_in_an_evaluation": Bug(("lora",)),
+    "frozen_weights_decayed_by_fsdp": Bug(("lora",), ("no_decay",), _fsdp),
 }
 """In one feature under one kind of layout."""
 

@@ -75,7 +75,7 @@ class BiasedExperts(Experts):
                 generator = torch.Generator().manual_seed(seed_of(self.first_expert + index) + 1)
                 self.bias[index].copy_(torch.empty(self.bias.shape[1]).normal_(0.0, std, generator=generator))
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor) -> Tensor:
+    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor) -> Tensor:  # type: ignore[override]  # without adapters
         out_RD = super().forward(rows_RD, rows_per_expert)
         expert_R = torch.repeat_interleave(rows_per_expert, output_size=len(rows_RD))
         return out_RD + self.bias.to(out_RD.dtype)[expert_R]

@@ -50,6 +50,12 @@ PLAIN: Settings = {
     "model.router": "topk",
     "model.expert": "swiglu",
     "model.mlp_only_layers": [],
+    "lora.r": 0,
+    "lora.alpha": 16.0,
+    "lora.dropout": 0.0,
+    "lora.init": "kaiming",
+    "lora.rslora": False,
+    "lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "parallel.dispatcher": "all_to_all",
     "data.document_mask": True,
     "train.label_smoothing_factor": 0.0,
@@ -66,6 +72,8 @@ PLAIN: Settings = {
 }
 """The first value of every feature."""
 
+_ADAPTERS: Settings = {"lora.r": 4, "lora.alpha": 8.0, "lora.init": "random"}
+"""With values in B from the start: as zeros they would leave A without a gradient."""
 FEATURES: dict[str, dict[str, Settings]] = {
     "scope of the auxiliary loss": {
         "sequence_scope": {"balance.aux_loss_scope": "sequence"},
@@ -137,6 +145,10 @@ FEATURES: dict[str, dict[str, Settings]] = {
     },
     "embeddings": {"tied": {"model.tie_word_embeddings": True}},
     "document mask": {"no_document_mask": {"data.document_mask": False}},
+    "adapters": {
+        "lora": _ADAPTERS | {"lora.target_modules": "all-linear", "lora.dropout": 0.1},
+        "lora_attention": _ADAPTERS | {"lora.target_modules": ["o_proj"], "lora.rslora": True},
+    },
     "dispatcher": {
         "all_gather": {"parallel.dispatcher": "all_gather"},
         "dedup": {"parallel.dispatcher": "dedup"},
@@ -168,6 +180,7 @@ ONCE = {"compiled"}
 COSTS = {"deep": 4, "own_experts": 3, "noisy_experts": 2, "compiled": 8}
 """How much longer a case takes: taken where more of what is wanted comes with it."""
 LOW_PRECISION = {"bf16", "pure_bf16"}
+ADAPTERS = {*FEATURES["adapters"]}
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,13 @@ max_seq_length: 64  =>  data.max_seq_length=64
 SPELLINGS = [line.split("  =>  ") for line in ALIASED.strip().splitlines()]
 for alias, full in ALIASES.items():
     if alias not in ("ddp_backend", "min_lr", "resume_from_checkpoint", "use_cpu_offload"):
-        value = 1 if full == "parallel.pp_size" else 4
+        values = {
+            "parallel.pp_size": 1,
+            "lora.dropout": 0.5,
+            "lora.rslora": "true",
+            "lora.target_modules": "all-linear",
+        }
+        value = values.get(full, 4)
         SPELLINGS += [[f"{full.split('.')[0]}: {{{alias}: {value}}}", f"{full}={value}"]]
 
 

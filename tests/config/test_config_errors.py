@@ -15,10 +15,16 @@ BAD = """
 model: {num_expert: 4}  =>  model.num_expert=4: unknown key; nearest: model.num_experts (  &  run.yaml)
 train: {learning_rat: 1}  =>  train.learning_rat=1  &  nearest: optimizer.learning_rate
 modle: {num_experts: 4}  =>  modle: unknown section; nearest: model;  &  model, data, parallel
-lora: {r: 16}  =>  lora: not offered yet; there is: all weights are trained
+use_peft: true  =>  use_peft=true: not offered yet; there is: lora.r above 0 trains adapters
 wand: {project: x}  =>  wand: unknown section  &  allowed: model, data
 train: {report_to: wandb}  =>  train.report_to='wandb': not offered yet; there is: monitor.tensorboard  &  run.yaml
-lora_r: 16  =>  lora_r=16: not offered yet; there is: all weights are trained
+lora: {r: 8, target_modules: [q_prj]}  =>  lora.target_modules=['q_prj']: q_prj: did you mean q_proj?
+lora: {r: 8, target_modules: [w1]}  =>  lora.target_modules=['w1']: w1 is a matrix of every expert: say experts
+lora: {r: 8, target_modules: []}  =>  lora.target_modules=[]: nothing would be trained
+{lora: {r: 8}, balance: {bias_update_rate: 0.1}}  =>  balance.bias_update_rate=0.1: moves a selection bias
+{lora: {r: 8, target_modules: [gate]}, balance: {freeze_router: true}}  =>  balance.freeze_router=true: lora
+{lora: {r: 8, target_modules: [lm_head]}, parallel: {pp_size: 2}}  =>  lora.target_modules=[lm_head]: with
+lora: {from_adapter: there}  =>  lora.from_adapter=
 load_in_4bit: true  =>  load_in_4bit=true: not offered yet; there is: train.bf16
 tp_size: 2  =>  tp_size=2: not offered yet; there is: parallel.ep_size
 sample_packing: true  =>  not offered yet; there is: documents are always packed

@@ -29,6 +29,7 @@ NO_PATHS = {
     "monitor.prometheus.host",
     "monitor.prometheus.pushgateway",
     "train.sample_prompt",
+    "lora.target_modules",
 }
 
 

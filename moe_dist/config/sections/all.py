@@ -6,6 +6,7 @@ from pydantic import Field
 
 from moe_dist.config.sections.base import Section
 from moe_dist.config.sections.data import DataConfig
+from moe_dist.config.sections.lora import LoraConfig
 from moe_dist.config.sections.model import ModelConfig
 from moe_dist.config.sections.running import (
     CheckpointConfig,
@@ -25,6 +26,7 @@ class Sections(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     balance: BalanceConfig = Field(default_factory=BalanceConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)

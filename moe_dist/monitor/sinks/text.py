@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from moe_dist.models.adapter_shapes import trainable_line
 from moe_dist.monitor.expert_stats import ExpertLoad, load_ratios
 from moe_dist.monitor.records import EvalRecord, LayerRecord, RunInfo, RunSummary, TrainRecord
 
@@ -79,10 +80,7 @@ def progress(record: TrainRecord) -> float | None:
 
 def parameters(info: RunInfo) -> str:
     """The line of `peft`'s print_trainable_parameters."""
-    share = 100 * info.trainable_params / max(1, info.total_params)
-    return (
-        f"trainable params: {info.trainable_params:,} || all params: {info.total_params:,} || trainable%: {share:.4f}"
-    )
+    return trainable_line(info.trainable_params, info.total_params)
 
 
 def against_unigram(value: float | None, unigram: float | None) -> str:

@@ -70,9 +70,11 @@ class DeepSpeedEngine:
         """Those with these names decay, the rest does not; experts in groups of their own, partitioned over edp."""
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 
-        for name in self.expert_names:
-            marked: Any = self.parameters[name]
-            marked.allreduce, marked.group_name = False, self.group_name
+        names_of_experts = self.model.expert_parameter_names()
+        for name, parameter in self.model.named_parameters():
+            if name in names_of_experts:  # frozen ones too: DeepSpeed broadcasts all others from the first rank
+                marked: Any = parameter
+                marked.allreduce, marked.group_name = False, self.group_name
         decayed = [p for name, p in self.parameters.items() if name in names]
         others = [p for name, p in self.parameters.items() if name not in names]
         groups = [

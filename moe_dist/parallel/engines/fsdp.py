@@ -91,6 +91,8 @@ class FSDPEngine(TorchEngine):
 
     def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
         super().__init__(model, mesh)
+        if config.train.pure_bf16:
+            model.round_frozen(torch.bfloat16)
         shard_parameters(model, config, mesh)
         self.zero_stage = config.parallel.zero_stage
         self.parameters = {name: p for name, p in self.held_parameters().items() if p.requires_grad}

@@ -67,6 +67,10 @@ PIPELINE = [
 OTHERS = [("train.pure_bf16=true",), ("optimizer.optim=sgd", "optimizer.momentum=0.9"), ("optimizer.optim=sgd",)]
 DEEPSPEED = [(*SHARDED[3 * z + i], "parallel.engine=deepspeed") for z in (1, 2) for i in (0, 1, 2)]
 
+LORA = ("balance.bias_update_rate=0", "lora.r=16", "lora.target_modules=all-linear")
+ADAPTERS = [(*LORA, *SHARDED[index]) for index in (2, 4, 10)]
+ADAPTERS += [(*LORA, *PIPELINE[2]), (*LORA, *DEEPSPEED[1]), (*LORA, "train.pure_bf16=true", *SHARDED[10])]
+
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
@@ -75,6 +79,7 @@ DEEPSPEED = [(*SHARDED[3 * z + i], "parallel.engine=deepspeed") for z in (1, 2) 
         pytest.param(SHARDED, id="zero_stage x ep"),
         pytest.param(HYBRID + PIPELINE + OTHERS, id="hybrid, pipeline, precision"),
         pytest.param(DEEPSPEED, id="deepspeed"),
+        pytest.param(ADAPTERS, id="adapters"),
     ],
 )
 def test_ranks_hold_what_the_formulas_say(asked: list[tuple[str, ...]]) -> None:

@@ -1,0 +1,194 @@
+"""A run with adapters from a Hugging Face folder: what it saves, how it goes on, and what others load of it."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import BASE, FAMILIES, random_weights, write_folder
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from saved import TEXTS, found_at
+from tiny import mesh_of
+
+from moe_dist.checkpoint.storage.encryption import Keys
+from moe_dist.checkpoint.storage.manifest import CheckpointError
+from moe_dist.checkpoint.tools.inspecting import Tensors
+from moe_dist.config import ConfigError, load_mapping
+from moe_dist.train import MoETrainer
+
+LORA = {"r": 4, "alpha": 8, "target_modules": ["q_proj", "o_proj", "experts", "gate"], "dropout": 0.1}
+TRAINING: dict[str, Any] = {
+    "max_seq_length": 32,
+    "per_device_train_batch_size": 2,
+    "max_steps": 4,
+    "save_steps": 2,
+    "seed": 1,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "progress": "none",
+    "tensorboard": False,
+    "logging_steps": 1,
+    "validation_split": 0.2,
+    "eval_batches": 1,
+}
+
+
+def run_of(folder: Path, output: Path, **options: Any) -> MoETrainer:
+    config = {"model": {"from_pretrained": str(folder)}, "lora": LORA | options.pop("lora", {})}
+    trainer = MoETrainer(config, training_config=TRAINING | options, output_dir=output)
+    trainer.train(TEXTS)
+    return trainer
+
+
+@cache
+def place() -> Path:
+    root = Path(tempfile.mkdtemp(prefix="lora-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
+@cache
+def folder_of(family: str = "mixtral") -> Path:
+    """A Hugging Face folder of a tiny model in bfloat16."""
+    model = load_mapping({"model": BASE | FAMILIES[family][0]}, notice=lambda text: None).model
+    return write_folder(place() / family, model, random_weights(model, torch.bfloat16))
+
+
+@cache
+def trained() -> Path:
+    """A finished run of four steps; not to be changed."""
+    run_of(folder_of(), place() / "run")
+    return place() / "run"
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Whole ones, whatever layout has written them."""
+    found = found_at(checkpoint.parent, int(checkpoint.name.rpartition("-")[2]))
+    tensors = Tensors(found, found.storage.manifest(found.step), Keys())
+    return {name: tensors.read(name) for name in tensors.names()}
+
+
+def test_a_checkpoint_has_adapters_alone_and_names_the_model() -> None:
+    """Their moments too; the model is named by folder and hashes."""
+    found = tensors_of(trained() / "checkpoint-4")
+    weights = {name for name in found if name.startswith("model.")}
+    assert weights
+    assert all(".lora" in name for name in found)
+    state = json.loads((trained() / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["pretrained"]["files"].keys() == {"config.json", "model.safetensors"}
+
+
+def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Weights and moments. A state in which one B is left out is refused when it is saved."""
+    shutil.copytree(trained(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    run_of(folder_of(), tmp_path / "run", resume="auto")
+    again, wanted = (tensors_of(run / "checkpoint-4") for run in (tmp_path / "run", trained()))
+    assert again.keys() == wanted.keys()
+    assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(trained(), tmp_path / "run")
+    shutil.copytree(folder_of(), tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what the adapters of"):
+        run_of(tmp_path / "other", tmp_path / "run", resume="auto", max_steps=6)
+
+
+def test_a_peft_folder_can_be_the_start_and_is_what_was_exported(say: Any, tmp_path: Path) -> None:
+    said = say("export", trained(), "--output", tmp_path / "adapter")
+    assert said.code == 0, said
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    start = {"from_adapter": str(tmp_path / "adapter")}
+    run_of(folder_of(), tmp_path / "next", lora=start, max_steps=1, save_steps=1, learning_rate=1e-30)
+    found, wanted = tensors_of(tmp_path / "next" / "checkpoint-1"), tensors_of(trained() / "checkpoint-4")
+    weights = [name for name in wanted if name.startswith("model.")]
+    assert all(torch.equal(found[name], wanted[name]) for name in weights)
+    with pytest.raises(ConfigError, match=r"r is 4 there, lora\.r is 8"):
+        run_of(folder_of(), tmp_path / "other", lora=start | {"r": 8})
+
+
+def test_merged_is_the_model_plus_its_adapters(say: Any, tmp_path: Path) -> None:
+    """By the formula, tensor by tensor, and as `transformers` computes it. Seen to fail with the scale squared."""
+    said = say("export", trained(), "--merge", "--output", tmp_path / "merged", "--dtype", "fp32")
+    assert said.code == 0, said
+    merged, model = load_file(tmp_path / "merged" / "model.safetensors"), load_file(folder_of() / "model.safetensors")
+    adapter = {n.removeprefix("model."): t for n, t in tensors_of(trained() / "checkpoint-4").items()}
+    assert merged.keys() == model.keys()
+
+    def product(name: str) -> torch.Tensor:
+        return adapter[f"{name}.B"] @ adapter[f"{name}.A"]
+
+    for name, value in model.items():
+        ours, wanted = f"layers.{name.split('.')[2]}" if ".layers." in name else "", value.float()
+        if ".q_proj." in name or ".o_proj." in name:
+            wanted = wanted + 2 * product(f"{ours}.attention.{name.split('.')[-2]}.lora")
+        elif name.endswith("gate.weight"):
+            wanted = wanted + 2 * product(f"{ours}.moe.router.lora")
+        elif ".experts." in name:
+            expert, matrix = int(name.split(".")[5]), name.split(".")[6]
+            stack = f"{ours}.moe.experts.lora_{'down' if matrix == 'w2' else 'gate_up'}"
+            delta = (adapter[f"{stack}.A"][expert] @ adapter[f"{stack}.B"][expert]).t()
+            wanted = wanted + 2 * {"w1": delta[:12], "w3": delta[12:], "w2": delta}[matrix]
+        assert torch.allclose(merged[name], wanted, rtol=1e-5, atol=1e-6), name
+
+
+def test_merged_in_the_models_own_type_says_what_rounding_takes(say: Any, tmp_path: Path) -> None:
+    said = say("export", trained(), "--merge", "--output", tmp_path / "merged")
+    assert said.code == 0, said
+    assert "of bfloat16" in said.out
+    assert "% of what they add" in said.out
+
+
+def test_without_a_folder_the_checkpoint_has_the_model_too(say: Any, tmp_path: Path) -> None:
+    """Of weights that no folder has. It goes on, exports and merges as well."""
+    model = BASE | FAMILIES["mixtral"][0]
+    for steps in (2, 4):
+        options = TRAINING | {"max_steps": steps, "output_dir": str(tmp_path / "run")}
+        MoETrainer({"model": model, "lora": LORA}, training_config=options).train(TEXTS)
+    assert "model.embed_tokens.weight" in tensors_of(tmp_path / "run" / "checkpoint-4")
+    assert say("checkpoint", "verify", tmp_path / "run").code == 0
+    said = say("export", tmp_path / "run", "--output", tmp_path / "adapter")
+    assert said.code == 0
+    assert "--merge writes both" in said.out
+    assert say("export", tmp_path / "run", "--merge", "--no-logits", "--output", tmp_path / "merged").code == 0
+
+
+def test_what_is_exported_of_adapters_is_said_where_it_cannot_be(say: Any, tmp_path: Path) -> None:
+    assert say("checkpoint", "verify", trained()).code == 0
+    said = say("export", trained(), "--to", "safetensors", "--output", tmp_path / "x")
+    assert (said.code, "not of a run with adapters" in said.err) == (2, True), said
+
+
+def on_ranks(folder: Path, output: Path, ep_size: int, zero_stage: int) -> None:
+    mesh = mesh_of(ep_size)
+    config = {"model": {"from_pretrained": str(folder)}, "lora": LORA}
+    config["parallel"] = {"ep_size": ep_size, "zero_stage": zero_stage}
+    options = TRAINING | {"max_steps": 2, "per_device_train_batch_size": 1, "output_dir": str(output)}
+    MoETrainer(config, training_config=options, mesh=mesh).train(TEXTS)
+
+
+@pytest.mark.dist
+def test_adapters_saved_on_two_ranks_are_those_of_one_process_and_go_on_there(tmp_path: Path) -> None:
+    """Experts over ranks, sharded: whole in the checkpoint. Micro-batches of one sample on either side, for dropout."""
+    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    run_ranks(on_ranks, 2, folder_of(), tmp_path / "two", 2, 3)
+    run_of(folder_of(), tmp_path / "two", **one, resume="auto")
+    run_of(folder_of(), tmp_path / "one", **one)
+    for step in (2, 4):
+        found, wanted = (tensors_of(tmp_path / run / f"checkpoint-{step}") for run in ("two", "one"))
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            if name.startswith("model."):
+                assert (found[name] - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), (step, name)
