@@ -61,27 +61,26 @@ class BlockPool:
         copies = self.take(len(rest))
         if length % BLOCK:
             old, new = rest[0] * BLOCK, copies[0] * BLOCK
-            for keys, values in self.layers.values():
-                for states in (keys, values):
-                    if new + BLOCK <= len(states):
-                        states[new : new + BLOCK] = states[old : old + BLOCK]
+            for number, pair in list(self.layers.items()):
+                for states in self._with_room(number, *pair):
+                    states[new : new + BLOCK] = states[old : old + BLOCK]
         return shared + copies
 
     def layer(self, number: int, k_BHSC: Tensor, v_BHSC: Tensor) -> tuple[Tensor, Tensor]:
         """Memory of a layer, of the kind of these states, for all blocks that have been taken."""
-        pair = self.layers.get(number)
+        if number not in self.layers:
+            # Zeros: what no query looks at is multiplied by zero, which NaN would survive.
+            shapes = [(states.shape[1], states.shape[3]) for states in (k_BHSC, v_BHSC)]
+            self.layers[number] = (k_BHSC.new_zeros(0, *shapes[0]), v_BHSC.new_zeros(0, *shapes[1]))
+        return self._with_room(number, *self.layers[number])
+
+    def _with_room(self, number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         wanted = len(self._users) * BLOCK
-        if pair is None or len(pair[0]) < wanted:
-            num_slots = max(wanted, min(2 * wanted, (self.max_blocks + 1) * BLOCK), _FIRST_BLOCKS * BLOCK)
-            grown = []
-            for index, states in enumerate((k_BHSC, v_BHSC)):
-                # Zeros: what no query looks at is multiplied by zero, which NaN would survive.
-                memory = states.new_zeros(num_slots, states.shape[1], states.shape[3])
-                if pair is not None:
-                    memory[: len(pair[index])] = pair[index]
-                grown.append(memory)
-            pair = self.layers[number] = (grown[0], grown[1])
-        return pair
+        if len(keys) < wanted:
+            num_slots = max(min(2 * wanted, (self.max_blocks + 1) * BLOCK), wanted, _FIRST_BLOCKS * BLOCK)
+            more = [states.new_zeros(num_slots - len(states), *states.shape[1:]) for states in (keys, values)]
+            self.layers[number] = (torch.cat((keys, more[0])), torch.cat((values, more[1])))
+        return self.layers[number]
 
 
 class StepCache:

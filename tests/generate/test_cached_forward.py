@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from folders import EVERY
 from patches import Replace
 
 from moe_dist.config import ModelConfig
 from moe_dist.generate.paged_cache import BLOCK, BlockPool, LayerOfStep, StepCache
 from moe_dist.models.context import RoutingContext
 from moe_dist.models.transformer import Transformer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "pretrained"))
-from folders import EVERY
 
 PLAIN = EVERY["qwen3_moe-0"]
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
