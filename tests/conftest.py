@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from command_line import Said, Say
 from hypothesis import settings
 from patches import Replace, replaced
 
@@ -50,6 +51,24 @@ def replace() -> Iterator[Replace]:
     """
     with ExitStack() as stack:
         yield lambda owner, name, wrong: stack.enter_context(replaced(owner, name, wrong))
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    """`say("export", run, "-o", folder)`: a command of moe-dist in this process."""
+    from launcher.cli import commands
+
+    def call(*words: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["moe-dist", *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            code = commands.run()
+        except SystemExit as end:  # typer.Exit of a command that is not standalone returns its code
+            code = int(end.code or 0)
+        return Said(code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture

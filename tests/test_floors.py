@@ -37,7 +37,6 @@ ROOMS: tuple[tuple[float, tuple[str, ...]], ...] = (
     (8.6, ("launcher",)),  # `python -m launcher`
     (7, ("moe_dist.finetune",)),
     (7, ("moe_dist.evaluate",)),
-    (7, ("moe_dist.generate",)),
     (7, ("moe_dist.serve",)),
     (7, ("moe_dist.plan",)),
     (7, ("moe_dist.verify",)),
@@ -50,6 +49,7 @@ ROOMS: tuple[tuple[float, tuple[str, ...]], ...] = (
     (4.2, ("moe_dist.monitor.sinks",)),
     (4.1, ("moe_dist.monitor.health",)),
     (4.0, ("moe_dist.monitor",)),
+    (4, ("moe_dist.generate",)),  # the engine alone, which training samples with; models are opened above
     (3.1, ("moe_dist.parallel.engines",)),
     (3.0, ("moe_dist.parallel",)),
     (2, ("moe_dist.data",)),
@@ -345,7 +345,7 @@ moe_dist/train/schedule.py | def f():;    import moe_dist.train.trainer | import
 moe_dist/monitor/sinks/base.py | if TYPE_CHECKING:;    import moe_dist.monitor.sinks.console | imports itself by way of
 moe_dist/pretrained/export.py | def f():;    import moe_dist.train.step | floor 5 imports floor 6: moe_dist.train.step
 moe_dist/checkpoint/manager.py | import moe_dist.pretrained.export | floor 4.1 imports floor 5
-moe_dist/serve/extra.py | import moe_dist.generate | floor 7 imports floor 7
+moe_dist/serve/extra.py | import moe_dist.evaluate | floor 7 imports floor 7
 moe_dist/config/tree.py | from moe_dist.models import counts | floor 0 imports floor 1
 moe_dist/__init__.py | from moe_dist.config import Config | floor -1 imports floor 0
 moe_dist/extras.py | import os | on no floor

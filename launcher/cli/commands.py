@@ -20,6 +20,7 @@ from launcher.cli import checkpoint
 from launcher.cli.checkpoint_import import import_
 from launcher.cli.completion import RunCommand
 from launcher.cli.export import export
+from launcher.cli.generate import generate
 from launcher.cli.init import init
 from launcher.cli.launch import app as launch_app
 from launcher.cli.paths import expanded
@@ -270,6 +271,7 @@ def profile(
 
 
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(sweep)
+app.command(cls=RunCommand, context_settings=_OVERRIDES)(generate)
 app.command()(init)
 app.command()(export)
 app.command()(upcycle)

@@ -40,3 +40,10 @@ def complain(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         mute(2)
+
+
+def clean(text: str) -> str:
+    """What a model has written, for standard output: a terminal gets a dot for each character that could steer it."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(char if char.isprintable() or char in "\n\t" else "·" for char in text)

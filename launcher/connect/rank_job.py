@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
+from typing import Any
 
 FORKED = "MOE_DIST_FORKSERVER"
 """In the environment of a fork server: its end of the socket on which it is asked for ranks."""
@@ -45,6 +46,31 @@ class Profiling(Proof):
     memory: bool = False
     folder: str | None = None
     """Where the page goes; None: into the run folder."""
+
+
+@dataclass(frozen=True)
+class Inference(Proof):
+    """What `moe-dist generate` and others that use a model ask of every rank; it travels as a proof does.
+
+    `checkpoint`: the folder of one, None where the configuration names a Hugging Face folder. `keys`: where keys of
+    sealed checkpoints are. `options`: of the command itself.
+    """
+
+    verb: str = "generate"
+    checkpoint: str | None = None
+    keys: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def as_text(proof: Proof | None) -> str:
+    """For a rank's environment."""
+    return json.dumps(proof and {"kind": type(proof).__name__, **asdict(proof)})
+
+
+def from_text(text: str) -> Proof | None:
+    """`as_text` backwards."""
+    found = json.loads(text)
+    return found and {kind.__name__: kind for kind in (Proof, Profiling, Inference)}[found.pop("kind")](**found)
 
 
 @cache

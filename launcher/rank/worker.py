@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
-import json
 import logging
 import mmap
 import os
@@ -40,9 +39,11 @@ from launcher.connect.rank_job import (
     REPORTS,
     STATUS,
     WATCHED,
+    Inference,
     Profiling,
     Proof,
     channel,
+    from_text,
     tell_launcher,
 )
 from launcher.supervise.exit_status import lost_a_peer
@@ -167,7 +168,7 @@ def profile(config: Config, environment: Environment, wanted: Profiling) -> int:
 
 
 def main(config: Config, environment: Environment, proof: Proof | None = None) -> int:
-    """`train`, or `profile` or `verify` when that is asked for, with every error as one line: exit codes as above."""
+    """`train`, or what else is asked for, with every error as one line: exit codes as above."""
     # A single process saves as one on purpose.
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
     threading.excepthook = _thread_failed
@@ -175,6 +176,10 @@ def main(config: Config, environment: Environment, proof: Proof | None = None) -
     try:
         if isinstance(proof, Profiling):
             return profile(config, environment, proof)
+        if isinstance(proof, Inference):
+            from launcher.rank.inference import infer
+
+            return infer(config, environment, proof)
         return train(config, environment) if proof is None else verify(config, environment, proof)
     except (BrokenPipeError, SystemExit) as error:  # rich ends so, too
         if proof is not None and output.has_no_reader():
@@ -282,7 +287,6 @@ def run_rank() -> NoReturn:
     die_with_parent(int(os.environ.pop(LAUNCHER)))
     # SIGINT stays blocked: Ctrl-C is for the launcher, and a run that is stopped sees that it waits here.
     os.set_inheritable(int(os.environ[REPORTS]), False)
-    proof = json.loads(os.environ.pop(PROOF, "null"))
+    proof = from_text(os.environ.pop(PROOF, "null"))
     config = Config.model_validate_json(os.environ.pop(CONFIG))
-    kind = Profiling if proof and "steps" in proof else Proof
-    leave(main(config, detect(), proof and kind(**proof)))
+    leave(main(config, detect(), proof))

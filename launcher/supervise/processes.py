@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import socket
@@ -11,12 +10,11 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from types import FrameType
 
 from launcher.connect.environment import STORE, usable_cores
 from launcher.connect.exit_codes import EXIT_AGAIN
-from launcher.connect.rank_job import CONFIG, LAUNCHER, PROOF, WATCHED, Proof
+from launcher.connect.rank_job import CONFIG, LAUNCHER, PROOF, WATCHED, Proof, as_text
 from launcher.supervise.exit_status import Ended, say
 from launcher.supervise.forkserver import ForkedRank, ForkServer, can_fork
 from launcher.supervise.hang import RankState
@@ -84,7 +82,7 @@ class Ranks:
             shared = rank_environment(config) | {
                 **job,
                 CONFIG: config.model_dump_json(),
-                PROOF: json.dumps(proof and asdict(proof)),
+                PROOF: as_text(proof),
                 LAUNCHER: str(os.getpid()),
                 **self.board.for_children(),
                 WATCHED: "1",

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,6 +96,25 @@ class HuggingFaceTokenizer:
             verbose=False,  # documents longer than the model's context are ordinary here: they get packed
         )["input_ids"]
         return ids
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can be asked."""
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, by the tokenizer's template, up to where the assistant's turn begins.
+
+        `messages`: `{"role": "system" | "user" | "assistant", "content": text}` each. Raises ValueError without a
+        template, and for what it refuses.
+        """
+        if not self.has_chat_template:
+            raise ValueError(f"tokenizer {self.name!r} has no chat template: it was not made for conversations")
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # of jinja, in the words of whoever wrote the template
+            raise ValueError(f"the chat template of {self.name!r} refuses this: {error}") from error
+        return self.encode(text)
 
     def decode(self, ids: TokenIds) -> str:
         """Text of `ids`, special tokens left out and spaces as they were."""

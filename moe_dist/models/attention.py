@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
+from moe_dist.models.cache import LayerCache
 from moe_dist.models.layers import Linear, RMSNorm
 from moe_dist.models.precision import full
 from moe_dist.models.rotary import rotate, rotate_neighbours, score_factor
@@ -47,15 +48,24 @@ class Attention(nn.Module):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """(B, S, D) -> (B, S, D).
 
         `rotary`: cosines and sines (B or 1, 1, S, 2P). `mask`: None for plain causal attention, or a bool
-        (B or 1, 1, S, S), true where a query may look, which already includes causality and the window.
+        (B or 1, 1, S, S), true where a query may look, which already includes causality and the window. `cache`: of
+        earlier tokens; the mask is then its own, (B, 1, S, L).
         """
         q_BHSC = rotate(self._heads(self.q_proj(x_BSD), self.q_norm), *rotary)
         k_BHSC = rotate(self._heads(self.k_proj(x_BSD), self.k_norm), *rotary)
         v_BHSC = self._heads(self.v_proj(x_BSD), None)
+        if cache is not None:
+            k_BHSC, v_BHSC = cache.extend(k_BHSC, v_BHSC)
         if self.groups > 1:
             k_BHSC = k_BHSC.repeat_interleave(self.groups, dim=1)
             v_BHSC = v_BHSC.repeat_interleave(self.groups, dim=1)
@@ -109,8 +119,15 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(self.rank, heads * (plain + value), bias=False)
         self.o_proj = Linear(heads * value, hidden, bias=config.attention_bias)
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """As `Attention.forward`."""
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """As `Attention.forward`. What is kept is keys and values of all heads: made from latents again for each new
+        token, they would cost more than the rest of the model."""
         plain, turned, value = self.sizes
         q_BSX = self.q_proj(x_BSD) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
         q_BHSC = q_BSX.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -122,6 +139,8 @@ class LatentAttention(nn.Module):
         # The factor is on queries, so that both kernels scale by the same 1 / sqrt(width).
         q_BHSC = torch.cat((q_plain, self.turn(q_turned, *rotary)), dim=-1) * self.factor
         k_BHSC = torch.cat((k_plain, k_turned), dim=-1)
+        if cache is not None:
+            k_BHSC, v_BHSC = cache.extend(k_BHSC, v_BHSC)
         attend = eager_attention if self.eager else F.scaled_dot_product_attention
         dropout = self.dropout if self.training else 0.0
         out_BHSC = attend(q_BHSC, k_BHSC, v_BHSC, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
@@ -158,5 +177,5 @@ def with_sinks(k_BHSC: Tensor, v_BHSC: Tensor, mask: Tensor | None, sinks_H: Ten
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=k_BHSC.device).tril()
     numbers = torch.zeros_like(mask, dtype=k_BHSC.dtype).masked_fill(~mask, float("-inf"))
-    sinks = sinks_H.to(k_BHSC.dtype)[None, :, None, None].expand(mask.shape[0], -1, length, 1)
+    sinks = sinks_H.to(k_BHSC.dtype)[None, :, None, None].expand(mask.shape[0], -1, mask.shape[-2], 1)
     return k_BHSC, v_BHSC, torch.cat((sinks, numbers.expand(-1, len(sinks_H), -1, -1)), dim=-1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moe_dist.config import BalanceConfig, LoraConfig, ModelConfig
 from moe_dist.models.adapter_shapes import adapter_shapes
 from moe_dist.models.attention import build_attention
+from moe_dist.models.cache import Cache, LayerCache
 from moe_dist.models.context import ALONE, RoutingContext
 from moe_dist.models.experts import ExpertList, Experts, build_experts
 from moe_dist.models.grouped import StackedLowRank
@@ -46,10 +47,11 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
         context: RoutingContext,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         if self.recompute == "full" and torch.is_grad_enabled():
             return recompute(self._forward, x_BSD, rotary, mask, context)
-        return self._forward(x_BSD, rotary, mask, context)
+        return self._forward(x_BSD, rotary, mask, context, cache)
 
     def _forward(
         self,
@@ -57,17 +59,24 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
         context: RoutingContext,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         if self.recompute == "selective" and torch.is_grad_enabled():
             x_BSD = recompute(self.attend, x_BSD, rotary, mask)
         else:
-            x_BSD = self.attend(x_BSD, rotary, mask)
+            x_BSD = self.attend(x_BSD, rotary, mask, cache)
         if self.moe is not None:
             return x_BSD + self.moe(self.post_attention_norm(x_BSD), context)
         return self.feed_forward(x_BSD)
 
-    def attend(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        return x_BSD + self.attention(self.input_norm(x_BSD), rotary, mask)
+    def attend(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        return x_BSD + self.attention(self.input_norm(x_BSD), rotary, mask, cache)
 
     def feed_forward(self, x_BSD: Tensor) -> Tensor:
         assert self.mlp is not None
@@ -109,11 +118,13 @@ class Stage(nn.Module):
         document_ids: Tensor | None = None,
         context: RoutingContext = ALONE,
         noise: int | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """`position_ids` (B, S) int, None for 0..S-1. `document_ids` (B, S) int: attention stays inside runs of
         equal ids; None for one document per row. `context`: padding and what else experts' layers need. `noise`: seed
         of everything random in this pass, by layer number, so that it is the same whatever layers are here; None
-        leaves torch's random state alone.
+        leaves torch's random state alone. `cache`: what earlier tokens of these rows have left, to which these are
+        added; it knows who sees whom, and `position_ids` are needed.
         """
         length = x.shape[1]
         if length > self.config.max_position_embeddings:
@@ -124,12 +135,16 @@ class Stage(nn.Module):
             position_ids = torch.arange(length, device=x.device)[None]
         cos, sin = rotary_table(position_ids, self.config)
         rotary = (cos[:, None], sin[:, None])
-        masks = self._masks(length, document_ids, x.device)
+        masks = self._masks(length, document_ids, x.device) if cache is None else {}
         x_BSD = x if self.embed_tokens is None else self.embed_tokens(x)
         for layer, block in self.layers.items():
             if noise is not None:
                 torch.manual_seed(noise + int(layer))
-            x_BSD = block(x_BSD, rotary, masks[self.config.window(int(layer))], context)
+            window = self.config.window(int(layer))
+            if cache is None:
+                x_BSD = block(x_BSD, rotary, masks[window], context)
+            else:
+                x_BSD = block(x_BSD, rotary, cache.mask(window), context, cache.of_layer(int(layer)))
         if self.lm_head is None or self.norm is None:
             return x_BSD
         return self.lm_head(self.norm(x_BSD))

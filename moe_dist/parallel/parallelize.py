@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from moe_dist.config import Config
 from moe_dist.models.experts import Experts
 from moe_dist.models.transformer import Transformer
@@ -9,6 +11,20 @@ from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch_choice import chosen_dispatcher
 from moe_dist.parallel.dispatchers import build_dispatcher
 from moe_dist.parallel.mesh import Mesh
+
+
+def build_part(config: Config, mesh: Mesh, clock: Clock | None = None) -> Transformer:
+    """This rank's part of the model, on the meta device: it has no weights yet."""
+    with torch.device("meta"):
+        if mesh.layout.pp_size > 1:
+            from moe_dist.parallel.pipeline import PipelinedTransformer  # schedules take long to import
+
+            model: Transformer = PipelinedTransformer(config, mesh)
+        else:
+            model = Transformer(config.model, config.balance)
+        model.add_adapters(config.lora)
+    parallelize(model, config, mesh, clock)
+    return model
 
 
 def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | None = None) -> None:

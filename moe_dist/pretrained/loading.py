@@ -57,7 +57,7 @@ def load_pretrained(model: Transformer, config: ModelConfig, mesh: Mesh) -> Pret
     contents = mesh.ask_rank_zero(lambda: read_folder(folder, config))
     names = Names(config, families()[contents.family])
     reader, problems = SliceReader(folder), []
-    targets, held = {**dict(model.named_parameters()), **dict(model.named_buffers())}, _held(model)
+    targets, held = {**dict(model.named_parameters()), **dict(model.named_buffers())}, held_by(model)
     for entry, first, count, part in pieces(readable(contents, names), held):
         try:
             values = reader.read(entry, first, count)
@@ -79,7 +79,7 @@ def load_pretrained(model: Transformer, config: ModelConfig, mesh: Mesh) -> Pret
     return Pretrained(folder, len(contents.tensors), mesh.from_all(reader.bytes_read), provenance(folder, hashes))
 
 
-def _held(model: Transformer) -> Held:
+def held_by(model: Transformer) -> Held:
     """What a rank's part of the model holds."""
     stacks = {
         f"{prefix}.{name}": range(module.first_expert, module.first_expert + module.num_local)

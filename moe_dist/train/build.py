@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moe_dist.config import Config, DataConfig
 from moe_dist.data.corpus import Corpus, SkippedDocument, documents_from, load_documents
 from moe_dist.data.identity import identity
@@ -22,7 +20,7 @@ from moe_dist.models.registry import Registry
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.parallelize import parallelize
+from moe_dist.parallel.parallelize import build_part
 from moe_dist.parallel.state_bytes import adapters_of_places
 
 logger = logging.getLogger("moe_dist")
@@ -37,15 +35,7 @@ def build_model(
     `given`: a whole model whose parameters it shares instead of having its own, so that training moves them.
     """
     adapters_of_places(config)  # which refuses stages that have nothing to train, on every rank
-    with torch.device("meta"):
-        if mesh.layout.pp_size > 1:
-            from moe_dist.parallel.pipeline import PipelinedTransformer  # schedules take long to import
-
-            model: Transformer = PipelinedTransformer(config, mesh)
-        else:
-            model = Transformer(config.model, config.balance)
-        model.add_adapters(config.lora)
-    parallelize(model, config, mesh, clock)
+    model = build_part(config, mesh, clock)
     model.initialize(config.train.seed, mesh.device)
     if given is not None:
         _share_weights(model, given, mesh)

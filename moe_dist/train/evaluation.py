@@ -16,6 +16,8 @@ from moe_dist.data.batch import Batch
 from moe_dist.data.loader import eval_batches
 from moe_dist.data.packing import PackedDataset
 from moe_dist.data.tokenizer import Tokenizer
+from moe_dist.generate.engine import MoEInferenceEngine
+from moe_dist.generate.options import SamplingOptions
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.records import EvalRecord
 from moe_dist.parallel.comm_timer import Clock
@@ -53,6 +55,8 @@ def evaluating(model: Transformer) -> Iterator[None]:
         reshard(model)
 
 
+SAMPLE_TEMPERATURE = 0.8
+"""Of the samples before and after training."""
 ASK_EVERY = 8
 """Batches of an evaluation between questions whether to stop."""
 
@@ -89,32 +93,19 @@ def evaluate(
 
 
 def sample_text(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    num_tokens: int,
-    *,
-    context: int,
-    mesh: Mesh,
-    seed: int,
-    temperature: float = 0.8,
+    model: Transformer, tokenizer: Tokenizer, prompt: str, num_tokens: int, *, mesh: Mesh, seed: int
 ) -> str:
-    """`prompt` continued by `num_tokens` sampled tokens; an empty one starts where a document ends.
+    """`prompt` continued by `num_tokens` sampled tokens, fewer where positions end; an empty one starts where a
+    document ends.
 
-    Every rank must call it: experts live on all of them. All draw the same tokens, and none stops early.
+    Every rank must call it: experts live on all of them.
     """
-    ids = torch.tensor([list(tokenizer.encode(prompt)) or [tokenizer.eos_id]], dtype=torch.int64, device=mesh.device)
-    generator = torch.Generator().manual_seed(seed)
+    options = SamplingOptions(num_tokens, temperature=SAMPLE_TEMPERATURE, seed=seed, ignore_eos=True)
     with evaluating(model):
-        for _ in range(num_tokens):
-            logits = model(ids[:, -context:])
-            token = torch.zeros(1, dtype=torch.int64)
-            if model.lm_head is not None:
-                probabilities = (logits[0, -1, : tokenizer.vocab_size].float().cpu() / temperature).softmax(-1)
-                token = torch.multinomial(probabilities, 1, generator=generator)
-            token = mesh.sum_over("pp", token.to(mesh.device))  # from the last stage of a pipeline to all
-            ids = torch.cat((ids, token[None]), dim=1)
-    return tokenizer.decode(ids[0].tolist())
+        engine = MoEInferenceEngine(model, tokenizer, mesh=mesh)
+        kept = engine.encode(prompt)[-max(1, model.config.max_position_embeddings - num_tokens) :]
+        [answer] = engine.generate([kept], options)
+    return tokenizer.decode([*kept, *answer.tokens])
 
 
 class Evaluating(Callback):
@@ -195,7 +186,6 @@ class Evaluating(Callback):
                 self.datasets.tokenizer,
                 train.sample_prompt,
                 train.sample_tokens,
-                context=self.config.data.max_seq_length,
                 mesh=self.mesh,
                 seed=train.seed,
             )

@@ -70,7 +70,7 @@ class Run:
         """An evaluation and a sample of text."""
         trial = self.trial
         evaluate(trial.model, trial.share(micro_batches(self.config, 4, 9)), trial.mesh)
-        sample_text(trial.model, ByteTokenizer(), "a", 2, context=8, mesh=trial.mesh, seed=1)
+        sample_text(trial.model, ByteTokenizer(), "a", 2, mesh=trial.mesh, seed=1)
 
     def checkpoints(self, folder: Path) -> Checkpoints:
         return Checkpoints(LocalStorage(folder), self.trial.mesh, self.config.checkpoint)

@@ -86,7 +86,7 @@ def test_evaluation_leaves_no_trace() -> None:
     parts.step(micro_batches(2), 0, 1e-2)
     before = state_hash(parts)
     evaluate(parts.model, micro_batches(3, step=7), parts.mesh)
-    sample_text(parts.model, ByteTokenizer(), "a", 5, context=8, mesh=parts.mesh, seed=1)
+    sample_text(parts.model, ByteTokenizer(), "a", 5, mesh=parts.mesh, seed=1)
     assert state_hash(parts) == before
 
 

@@ -17,23 +17,23 @@ from moe_dist.models.moe import MoE
 from moe_dist.models.router import ExpertChoiceRouter, Router, TopK, TopKRouter
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel import dispatch_dedup
+from moe_dist.parallel import parallelize as module
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train import build
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.injected_bugs.planting import Replace, over_ranks, rank
 
 
 def _in_layers_over_ep(replace: Replace, change: Callable[[MoE, int], object]) -> None:
     """`change(layer, ep_size)` to every layer whose experts are on several ranks."""
-    parallelize = build.parallelize
+    parallelize = module.parallelize
 
     def wrong(model: Transformer, config: Any, mesh: Mesh, *more: Any) -> None:
         parallelize(model, config, mesh, *more)
         for layer in model.moe_layers() if mesh.group("ep") is not None else ():
             change(layer, mesh.layout.ep_size)
 
-    replace(build, "parallelize", wrong)
+    replace(module, "parallelize", wrong)
 
 
 def groups_ignored_by_expert_parallelism(replace: Replace) -> None:

@@ -1,0 +1,185 @@
+"""`moe-dist generate`: text from a model. Torch is imported when there is something to answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from launcher.backends.command import for_world
+from launcher.cli.checkpoint import Key
+from launcher.cli.paths import expanded
+from launcher.connect.environment import detect, started_by_torchrun
+from launcher.connect.rank_job import Inference
+from moe_dist.config import ConfigError
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        callback=expanded,
+        help="Run folder or URL (its newest step), one checkpoint, or a Hugging Face folder.",
+    ),
+]
+Nproc = Annotated[int, typer.Option("--nproc", "-n", min=1, help="Ranks on this machine; key=value says the layout.")]
+Step = Annotated[int | None, typer.Option(min=0, help="Which step of a run; default: the newest.")]
+Dtype = Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights.")]
+
+
+def generate(
+    context: typer.Context,
+    model: Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to go on from; may be given again.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            callback=expanded,
+            help="A prompt on every line, or JSON lines with a key prompt; - for standard input. Answers in JSON.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", callback=expanded, help="Where JSON lines go.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="A conversation, by the tokenizer's template.")] = False,
+    system: Annotated[str | None, typer.Option(help="How a chat is to be answered.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token always.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that have so much probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Leave out what is less likely than this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: less of what has been there.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same draws every time.")] = None,
+    num_beams: Annotated[int, typer.Option(help="Beam search with so many.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Of beam search: above 0 likes long answers.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the end of a document.")] = False,
+    nproc: Nproc = 1,
+    step: Step = None,
+    dtype: Dtype = "fp32",
+    expert_cache_gb: Annotated[
+        float | None, typer.Option(help="Keep so much of the experts where the model computes, the rest elsewhere.")
+    ] = None,
+    cache_policy: Annotated[Literal["lru", "lfu"], typer.Option(help="Which expert leaves first.")] = "lru",
+    expert_folder: Annotated[
+        str | None, typer.Option(callback=expanded, help="Folder for experts' files; default: host memory.")
+    ] = None,
+    prefetch: Annotated[bool, typer.Option("--prefetch", help="Fetch the next layer's experts ahead.")] = False,
+    encryption_key: Key = None,
+) -> None:
+    """Let a model go on from a prompt, answer a file of prompts, or talk.
+
+    Greedy by default; several prompts share batches. With [bold]--nproc[/bold] and [bold]key=value[/bold] after MODEL
+    the model is spread over ranks: ep_size=2 shares out the experts of every layer, pp_size=2 its layers.
+
+    [dim]Example:[/dim]  moe-dist generate outputs/demo --prompt "def " --temperature 0.8 --seed 1
+    """
+    asked = [name for name, given in (("--prompt", prompt), ("--prompts", prompts), ("--chat", chat)) if given]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)}: one of them")
+    if chat and nproc > 1:
+        raise ConfigError(f"--chat --nproc {nproc}: a conversation is held by one process; leave --nproc out")
+    if (output and not prompts) or (system and not chat):
+        raise ConfigError("--output: only with --prompts" if output else "--system: only with --chat")
+    texts = [] if chat else _read_prompts(prompts) if prompts else list(prompt or [_standard_input()])
+    sampling: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": list(stop or ()),
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "ignore_eos": ignore_eos,
+    }
+    from moe_dist.generate.options import SamplingOptions
+
+    try:  # says what is wrong before anything is opened
+        SamplingOptions(**sampling | {"stop": tuple(stop or ())})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    engine: dict[str, Any] = {}
+    if expert_cache_gb is not None:
+        engine = {"expert_cache_size_gb": expert_cache_gb, "cache_policy": cache_policy}
+        engine |= {"expert_folder": expert_folder, "prefetch": prefetch}
+    options = {"sampling": sampling, "prompts": texts, "as_json": prompts is not None, "output": output}
+    options |= {"chat": chat, "system": system, "engine": engine}
+    run_inference("generate", model, context.args, options, nproc, step, dtype, encryption_key)
+
+
+def run_inference(
+    verb: str,
+    model: str,
+    overrides: list[str],
+    options: dict[str, Any],
+    nproc: int,
+    step: int | None,
+    dtype: str,
+    keys: list[str] | None,
+) -> None:
+    """Find the model, and do what `verb` says on all ranks: here, where there is one."""
+    from moe_dist.pretrained.inference import find_model
+
+    under_torchrun = started_by_torchrun()
+    first = os.environ.get("RANK", "0") == "0"
+    how: dict[str, Any] = {"step": step, "keys": keys or (), "nproc": nproc, "dtype": dtype}
+    found = find_model(model, overrides, **how, check=first)
+    wanted = Inference(
+        verb=verb,
+        checkpoint=None if found.checkpoint is None else str(found.checkpoint),
+        keys=tuple(keys or ()),
+        options=options,
+    )
+    if under_torchrun:
+        from launcher.rank.worker import run_under_torchrun
+
+        environment = detect()
+        run_under_torchrun(for_world(found.config, environment.world_size), environment, wanted)
+    config = for_world(found.config, nproc)
+    if nproc == 1:
+        from launcher.rank.worker import main
+
+        raise typer.Exit(main(config, detect(), wanted))
+    from launcher.backends.local import launch
+
+    raise typer.Exit(launch(config, wanted))
+
+
+def _standard_input() -> str:
+    if sys.stdin.isatty():
+        raise ConfigError("--prompt TEXT, --prompts FILE or --chat: what is there to go on from?")
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _read_prompts(path: str) -> list[str]:
+    """Raises ConfigError naming the line."""
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts {path}: {error}") from error
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        if not path.endswith((".jsonl", ".json")):
+            found.append(line)
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise ConfigError(f'--prompts {path}: line {number} is no object with a text "prompt"')
+        found.append(prompt)
+    if not found:
+        raise ConfigError(f"--prompts {path}: there is no prompt")
+    return found
