@@ -6,10 +6,11 @@ sharded: all dp of them, or `parallel.shard_size`. Between steps, that is: after
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_dist.config import Config, OptimizerConfig
-from moe_dist.models.counts import per_rank
+from moe_dist.models.counts import RankCounts, per_rank
 from moe_dist.parallel.layout import Layout, layers_by_pp_rank
 
 _MOMENTS = {"adamw_torch_fused": 2, "adamw_torch": 2, "sgd": 1, "adafactor": 0}
@@ -34,8 +35,8 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def state_bytes(config: Config, layout: Layout) -> list[StateBytes]:
-    """For every place in the pipeline, what each of its ranks holds.
+def state_bytes(config: Config, layout: Layout, places: Sequence[RankCounts] | None = None) -> list[StateBytes]:
+    """For every place in the pipeline, what each of its ranks holds. `places`: where they have been counted already.
 
     Without what sharding pads, activations, communication buffers and what is gathered while a step runs.
     """
@@ -45,12 +46,13 @@ def state_bytes(config: Config, layout: Layout) -> list[StateBytes]:
     over_experts = max(1, over // layout.ep_size)
     kept = moments(config.optimizer)
     found = []
-    for place in per_rank(config.model, layout, layers_by_pp_rank(config)):
+    for place in places or per_rank(config.model, layout, layers_by_pp_rank(config)):
         whole, part = place.total, place.dense // over + place.experts // over_experts
         if parallel.engine == "deepspeed":
             found.append(StateBytes(4 * whole, 4 * part, 4 * part * (1 + kept)))
         elif parallel.zero_stage == 0 and config.train.pure_bf16:
-            found.append(StateBytes(2 * whole, 4 * whole, 4 * whole * (1 + kept)))
+            rounded = whole - place.routers
+            found.append(StateBytes(4 * whole - 2 * rounded, 4 * whole, 4 * (rounded + whole * kept)))
         else:
             found.append(StateBytes(4 * part, 4 * part, 4 * part * kept))
     return found
