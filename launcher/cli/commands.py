@@ -24,6 +24,7 @@ from launcher.cli.generate import generate
 from launcher.cli.init import init
 from launcher.cli.launch import app as launch_app
 from launcher.cli.paths import expanded
+from launcher.cli.plan import plan
 from launcher.cli.sweep import sweep
 from launcher.cli.upcycle import upcycle
 from launcher.connect.environment import (
@@ -178,8 +179,8 @@ def check(
 
         reading = plan_of(settings, ranks)
     if as_json:
-        plan = {} if reading is None else {"from_pretrained": [asdict(ranks_alike) for ranks_alike in reading]}
-        print(json.dumps(facts(settings, ranks) | plan, indent=1))
+        more = {} if reading is None else {"from_pretrained": [asdict(ranks_alike) for ranks_alike in reading]}
+        print(json.dumps(facts(settings, ranks) | more, indent=1))
         return
     print_report(settings, ranks)
     if reading is not None:
@@ -272,6 +273,7 @@ def profile(
 
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(sweep)
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(generate)
+app.command(cls=RunCommand, context_settings=_OVERRIDES)(plan)
 app.command()(init)
 app.command()(export)
 app.command()(upcycle)

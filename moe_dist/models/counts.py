@@ -84,6 +84,8 @@ class RankCounts:
     layers: tuple[int, ...]
     dense: int
     experts: int
+    routers: int = 0
+    """Of `dense`: what keeps full precision whatever the rest computes in."""
 
     @property
     def total(self) -> int:
@@ -92,7 +94,7 @@ class RankCounts:
 
 
 @dataclass(frozen=True)
-class _Block:
+class BlockCounts:
     """Parameters of one block by part, and `multiplying`: of its matrices other than those of routed experts."""
 
     attention: int = 0
@@ -117,14 +119,15 @@ _PARTS = (
 )
 
 
-def _blocks(model: ModelConfig, layers: Sequence[int] | range) -> list[_Block]:
+def blocks(model: ModelConfig, layers: Sequence[int] | range) -> list[BlockCounts]:
+    """Parameters of these blocks, by part."""
     if model.router != "topk" or model.expert not in STACKED:
         model = model.model_copy(update={"router": "topk", "expert": "swiglu"})
     kinds = {experts: _block(block_shapes(model, experts)) for experts in {model.has_experts(i) for i in layers}}
     return [kinds[model.has_experts(layer)] for layer in layers]
 
 
-def _block(shapes: Shapes) -> _Block:
+def _block(shapes: Shapes) -> BlockCounts:
     sums: dict[str, int] = {}
     for name, shape in shapes.items():
         if name == SELECTION_BIAS:  # a buffer
@@ -133,24 +136,24 @@ def _block(shapes: Shapes) -> _Block:
         sums[part] = sums.get(part, 0) + prod(shape)
         if len(shape) == 2 and part != "experts":
             sums["multiplying"] = sums.get("multiplying", 0) + prod(shape)
-    return _Block(**sums)
+    return BlockCounts(**sums)
 
 
 def parameter_counts(model: ModelConfig) -> ParameterCounts:
     """Parameters of the whole model, by part."""
     V, D = model.vocab_size, model.hidden_size
-    blocks = _blocks(model, range(model.num_hidden_layers))
-    experts = sum(block.experts for block in blocks)
+    parts = blocks(model, range(model.num_hidden_layers))
+    experts = sum(block.experts for block in parts)
     per_expert = experts // (len(model.moe_layers) * model.num_experts) if model.moe_layers else 0
     return ParameterCounts(
         embedding=V * D,
         head=0 if model.tie_word_embeddings else V * D,
-        attention=sum(block.attention for block in blocks),
+        attention=sum(block.attention for block in parts),
         experts=experts,
-        shared_experts=sum(block.shared for block in blocks),
-        router=sum(block.router for block in blocks),
-        dense_mlp=sum(block.dense_mlp for block in blocks),
-        norms=sum(block.norms for block in blocks) + D,
+        shared_experts=sum(block.shared for block in parts),
+        router=sum(block.router for block in parts),
+        dense_mlp=sum(block.dense_mlp for block in parts),
+        norms=sum(block.norms for block in parts) + D,
         per_expert=per_expert,
         active_experts=len(model.moe_layers) * model.num_experts_per_tok * per_expert,
     )
@@ -170,13 +173,14 @@ def per_rank(model: ModelConfig, layout: Split, places: Sequence[Sequence[range]
     counts = []
     for place, stages in enumerate(places):
         layers = tuple(layer for stage in stages for layer in stage)
-        blocks = _blocks(model, layers)
-        experts = sum(block.experts for block in blocks)
-        dense = sum(block.total for block in blocks) - experts
+        parts = blocks(model, layers)
+        experts = sum(block.experts for block in parts)
+        dense = sum(block.total for block in parts) - experts
         first, last = 0 in layers, model.num_hidden_layers - 1 in layers
         tied_here = model.tie_word_embeddings and first and last
         dense += V * D * (first + last - tied_here) + D * last
-        counts.append(RankCounts(place, layers, dense, experts // layout.ep_size))
+        routers = sum(block.router for block in parts)
+        counts.append(RankCounts(place, layers, dense, experts // layout.ep_size, routers))
     return counts
 
 
@@ -192,7 +196,7 @@ def split_layers(model: ModelConfig, num_stages: int) -> list[range]:
         raise ValueError(f"pp_size={num_stages}: at most num_hidden_layers={num_layers}")
     V, D = model.vocab_size, model.hidden_size
     times, sizes = [], []
-    for block in _blocks(model, range(num_layers)):
+    for block in blocks(model, range(num_layers)):
         active = block.experts * model.num_experts_per_tok // model.num_experts if block.experts else 0
         times.append(block.total - block.experts - block.norms + active)
         sizes.append(block.total)
@@ -234,12 +238,12 @@ def matmul_parameters(model: ModelConfig) -> int:
 
     The head counts whether or not it shares the embedding's weights. Biases of experts count with them.
     """
-    blocks = _blocks(model, range(model.num_hidden_layers))
+    parts = blocks(model, range(model.num_hidden_layers))
     head = model.vocab_size * model.hidden_size
-    return sum(block.multiplying for block in blocks) + parameter_counts(model).active_experts + head
+    return sum(block.multiplying for block in parts) + parameter_counts(model).active_experts + head
 
 
-def flops_per_token(model: ModelConfig, seq_length: int) -> int:
+def flops_per_token(model: ModelConfig, seq_length: int, *, causal: bool = False) -> int:
     """Floating-point operations of forward and backward for one token of a sequence of `seq_length` tokens.
 
         6 * N + sum over layers of 6 * H * (C + C') * S
@@ -248,13 +252,14 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> int:
     C' wide, S tokens, or as many as a layer's window has. The attention term is that of the PaLM paper (Chowdhery et
     al. 2022, appendix B): scores and weighted sum, 2 products of 2*H*C*S operations forward and twice that backward.
     Causality and document masks are not credited, as is usual for model FLOP utilisation, and recomputation is not
-    counted.
+    counted. `causal`: of the scores only the half that a causal model needs, as NVIDIA and DeepSeek count.
     """
     width = 2 * model.head_size
     if model.kv_lora_rank is not None:
         width = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
     seen = sum(min(seq_length, model.window(layer) or seq_length) for layer in range(model.num_hidden_layers))
-    return 6 * matmul_parameters(model) + 6 * model.num_attention_heads * width * seen
+    attention = 6 * model.num_attention_heads * width * seen
+    return 6 * matmul_parameters(model) + (attention // 2 if causal else attention)
 
 
 def expert_share(model: ModelConfig, seq_length: int) -> float:

@@ -6,11 +6,12 @@ sharded: all dp of them, or `parallel.shard_size`. Between steps, that is: after
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_dist.config import Config, ConfigError, OptimizerConfig
 from moe_dist.models.adapter_shapes import adapter_counts
-from moe_dist.models.counts import per_rank
+from moe_dist.models.counts import RankCounts, per_rank
 from moe_dist.parallel.layout import Layout, layers_by_pp_rank
 
 _MOMENTS = {"adamw_torch_fused": 2, "adamw_torch": 2, "sgd": 1, "adafactor": 0}
@@ -40,9 +41,11 @@ def adapters_of_places(config: Config) -> list[tuple[int, int]]:
 
     Raises ConfigError for a place without any: it would have nothing to train.
     """
+    if not config.lora.r:
+        return [(0, 0)] * config.parallel.pp_size
     places = layers_by_pp_rank(config)
     counts = [adapter_counts(config.model, config.lora, [n for layers in stages for n in layers]) for stages in places]
-    if config.lora.r and not all(map(any, counts)):
+    if not all(map(any, counts)):
         raise ConfigError(
             f"lora.target_modules={config.lora.target_modules}: with parallel.pp_size={config.parallel.pp_size} stage "
             f"{[any(count) for count in counts].index(False)} would have nothing to train; add q_proj, or take "
@@ -51,9 +54,11 @@ def adapters_of_places(config: Config) -> list[tuple[int, int]]:
     return counts
 
 
-def state_bytes(config: Config, layout: Layout) -> list[StateBytes]:
-    """For every place in the pipeline, what each of its ranks holds. Beside adapters the model is frozen: of its
-    weights there are no gradients and no moments, and with `train.pure_bf16` no copies in float32.
+def state_bytes(config: Config, layout: Layout, places: Sequence[RankCounts] | None = None) -> list[StateBytes]:
+    """For every place in the pipeline, what each of its ranks holds. `places`: where they have been counted already.
+
+    Beside adapters the model is frozen: of its weights there are no gradients and no moments, and with
+    `train.pure_bf16` no copies in float32.
 
     Without what sharding pads, activations, communication buffers and what is gathered while a step runs.
     """
@@ -63,7 +68,7 @@ def state_bytes(config: Config, layout: Layout) -> list[StateBytes]:
     over_experts = max(1, over // layout.ep_size)
     kept = moments(config.optimizer)
     found = []
-    places = per_rank(config.model, layout, layers_by_pp_rank(config))
+    places = places or per_rank(config.model, layout, layers_by_pp_rank(config))
     for place, (dense, experts) in zip(places, adapters_of_places(config), strict=True):
         whole, part = place.total, place.dense // over + place.experts // over_experts
         frozen = 0
@@ -73,7 +78,9 @@ def state_bytes(config: Config, layout: Layout) -> list[StateBytes]:
         if parallel.engine == "deepspeed":
             found.append(StateBytes(4 * (frozen + whole), 4 * part, 4 * part * (1 + kept)))
         elif parallel.zero_stage == 0 and config.train.pure_bf16:
-            found.append(StateBytes(2 * (frozen + whole), 4 * whole, 4 * whole * (1 + kept)))
+            rounded = whole if frozen else whole - place.routers
+            weights = 2 * (frozen + whole + place.routers)  # routers stay in float32
+            found.append(StateBytes(weights, 4 * whole, 4 * (rounded + whole * kept)))
         else:
             if frozen:
                 frozen = place.dense // over + place.experts // over_experts

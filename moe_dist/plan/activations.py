@@ -1,0 +1,147 @@
+"""Bytes that one pass keeps for backward, and what it needs for a moment, from the configuration: the tensors that
+`moe_dist/models` saves, one by one. `tools/bench/plan.py` holds them against the allocator.
+
+Letters: T tokens of a micro-batch, S sequence, D hidden, H query and G key-value heads of width C, E experts, K of them
+for a token, F their width, V vocabulary. `w`: bytes of a number where matrices are multiplied (4, or 2 in bfloat16),
+`r`: of the residual stream (2 only with pure_bf16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_dist.config import Config, ModelConfig
+from moe_dist.models.counts import BlockCounts, blocks
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of numbers, and whether weights are cast for each use (autocast), their copies kept until backward."""
+
+    w: int
+    r: int
+    casts: bool
+
+    @classmethod
+    def of(cls, config: Config) -> Widths:
+        half = config.train.bf16 or config.train.pure_bf16
+        return cls(2 if half else 4, 2 if config.train.pure_bf16 else 4, config.train.bf16)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Of one block of either kind, for one micro-batch of one rank, in bytes."""
+
+    kept: float
+    """From forward to backward."""
+    passing: float
+    """More, at the worst moment of its backward pass, with gradients of weights before they are added."""
+
+
+def norm_bytes(size: float, widths: Widths) -> float:
+    """An RMSNorm of one token: its input and its result before the weight in full, and the scale."""
+    # In full precision the input is the residual stream itself, which is kept for this norm alone.
+    return 4 * size + 4 + widths.r * size
+
+
+def attention_bytes(config: Config, widths: Widths, tokens_seen: int) -> float:
+    """Kept by attention for one token, without the norm before it. `tokens_seen`: S, for a mask of documents."""
+    model, w = config.model, widths.w
+    D, H = model.hidden_size, model.num_attention_heads
+    mask = w * tokens_seen if config.data.document_mask else 0
+    if model.kv_lora_rank is not None:
+        c, q = model.kv_lora_rank, model.q_lora_rank
+        wide, value = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+        kept = 2.0 * w * D if widths.casts else 1.0 * w * D  # inputs of q and of kv
+        kept += norm_bytes(c, widths) + w * c + (0 if q is None else norm_bytes(q, widths) + w * q)
+        kept += w * H * 2 * wide + w * H * (model.qk_nope_head_dim + value) + w * H * value + 4 * H
+        return kept + mask + (8 * model.qk_rope_head_dim if w == 2 else 0)
+    C, G = model.head_size, model.kv_heads
+    kept = 3.0 * w * D if widths.casts else 1.0 * w * D
+    if model.qk_norm:
+        kept += (4 + w) * (H + G) * C + 4 * (H + G)
+    kept += 4 * w * H * C + 4 * H
+    return kept + mask + (8 * model.rotary_size if w == 2 else 0)  # cosines and sines are cast in each layer
+
+
+def gated_bytes(size: int, hidden: int, widths: Widths) -> float:
+    """A dense gated unit of one token: its four inner tensors, and its input."""
+    inputs = 2 * widths.w * hidden if widths.casts else 0.0  # else the norm's result, counted with it
+    return 4 * widths.w * size + inputs
+
+
+def block_activations(
+    config: Config, has_experts: bool, tokens: int, load: float = 1.0, recompute: str | None = None
+) -> Activations:
+    """Of a block with or without experts. `load`: rows on the most loaded rank as multiples of the mean."""
+    model, widths = config.model, Widths.of(config)
+    recompute = recompute or config.train.gradient_checkpointing
+    w, r, D = widths.w, widths.r, model.hidden_size
+    S = config.data.max_seq_length
+    attention = norm_bytes(D, widths) + attention_bytes(config, widths, S)
+    kind = blocks(model, [model.moe_layers[0]] if has_experts else [_dense_layer(model)])[0]
+    weights = _weight_bytes(kind, config, widths)
+    rest = norm_bytes(D, widths)
+    if not has_experts:
+        rest += (r * D if not widths.casts else 0) + gated_bytes(model.intermediate_size, D, widths)
+        busy = 3.0 * w * model.intermediate_size
+        held, decisions = weights.dense if widths.casts else 0.0, 0.0
+    else:
+        E, K, F = model.num_experts, model.num_experts_per_tok, model.moe_intermediate_size
+        rows = K * load
+        rest += 4 * D + 12 * E + 12 * K + 4  # the router computes in full precision
+        rest += rows * w * (2 * D + 2 * F) + 4 * K + 16 * K + 8 * rows
+        shared = model.shared_expert_intermediate_size
+        if shared:
+            rest += gated_bytes(shared, D, widths) + (r * D if r == 2 else 0)
+        busy = rows * w * (4 * F + D)  # what combine had kept is gone by then
+        held = weights.dense + weights.experts if widths.casts else 0.0
+        decisions = 28.0 * K
+    whole = tokens * (attention + rest) + held
+    passing = tokens * (busy + 2 * r * D) + weights.gradients
+    if recompute == "none":
+        return Activations(whole, passing)
+    if recompute == "selective":
+        kept = tokens * (r * D + rest) + (held - weights.attention if widths.casts else 0.0)
+        return Activations(kept, passing + tokens * (0 if busy > attention else attention - busy))
+    return Activations(tokens * (r * D + decisions), whole + passing - tokens * r * D)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    dense: float
+    """Bytes of the cast copies of matrices that are not of experts."""
+    attention: float
+    experts: float
+    gradients: float
+    """Of the largest weight's gradient, in the dtype of computing, before it is added to what is kept."""
+
+
+def _weight_bytes(kind: BlockCounts, config: Config, widths: Widths) -> _Weights:
+    ep_size = config.parallel.ep_size
+    dense = kind.multiplying - kind.router
+    largest = 2 * kind.experts / 3 / ep_size if kind.experts else max(kind.attention, kind.dense_mlp) / 3
+    width = widths.w + (4 if widths.casts else 0)
+    return _Weights(widths.w * dense, widths.w * kind.attention, widths.w * kind.experts / ep_size, width * largest)
+
+
+def _dense_layer(model: ModelConfig) -> int:
+    return next(layer for layer in range(model.num_hidden_layers) if not model.has_experts(layer))
+
+
+def head_activations(config: Config, tokens: int, chunk_tokens: int | None = None) -> Activations:
+    """Of final norm, head and loss. `chunk_tokens`: tokens whose logits are there at a time; None: all."""
+    model, widths = config.model, Widths.of(config)
+    D, V = model.hidden_size, model.vocab_size
+    at_once = min(tokens, chunk_tokens or tokens)
+    cast = widths.w * V * D if widths.casts else 0
+    kept = tokens * (norm_bytes(D, widths) + widths.w * D) + cast + 4 * at_once * V
+    # Two gradients in full beside the log-softmax; once that is gone, the head's own.
+    weight = (widths.w + (4 if widths.casts else 0)) * V * D
+    return Activations(kept, max(8 * at_once * V, weight))
+
+
+def shared_bytes(config: Config, tokens: int) -> float:
+    """What all blocks of a rank use together: ids, the mask of documents, cosines and sines."""
+    mask = config.data.max_seq_length if config.data.document_mask else 0
+    return tokens * (32 + mask + 8 * config.model.rotary_size)

@@ -1,0 +1,130 @@
+"""Bytes on the most loaded rank of a layout at the worst moment of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from moe_dist.config import Config
+from moe_dist.models.counts import RankCounts
+from moe_dist.parallel.layout import Layout
+from moe_dist.parallel.state_bytes import StateBytes, state_bytes
+from moe_dist.plan.activations import Activations, Widths, block_activations, head_activations, shared_bytes
+from moe_dist.plan.imbalance import rank_load
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank, by what they are for; they add up to the peak."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    """Weights and gradients that sharding has whole for a while."""
+    activations: float
+    """Kept for backward, of all micro-batches in flight."""
+    logits: float
+    """Head and loss, where they need more than a block does later."""
+    working: float
+    """What one block needs for a moment."""
+    dispatch: float
+    """Buffers of rows on their way."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def in_flight(schedule: str, pp_size: int, micro_batches: int, stages_per_rank: int, place: int) -> float:
+    """Micro-batches whose activations a rank keeps at most, in units of what all its layers keep for one."""
+    if pp_size == 1:
+        return 1.0
+    kept = {
+        "gpipe": float(micro_batches),
+        "1f1b": float(pp_size - place),
+        "interleaved_1f1b": pp_size + (pp_size - 1) / stages_per_rank - 2 * place / stages_per_rank,
+        "zero_bubble": float(pp_size),
+        "dualpipe_v": pp_size + 0.5,
+    }[schedule]
+    return max(1.0 / stages_per_rank, min(kept, float(micro_batches)))
+
+
+def peak_memory(config: Config, layout: Layout, places: Sequence[RankCounts], imbalance: float) -> Memory:
+    """Of the most loaded rank. `places`: parameters of each place in the pipeline, as `counts.per_rank` has them;
+    `imbalance`: rows of the busiest expert as multiples of the mean.
+    """
+    model, train = config.model, config.train
+    tokens = train.per_device_train_batch_size * config.data.max_seq_length
+    load = rank_load(model, layout.ep_size, imbalance)
+    has_dense = len(model.moe_layers) < model.num_hidden_layers
+    kinds = {
+        has: block_activations(config, has, tokens, load)
+        for has in (True, False)
+        if (model.moe_layers if has else has_dense)
+    }
+    head = head_activations(config, tokens)
+    states = state_bytes(config, layout, places)
+    found = [
+        _at_place(config, layout, place, state, kinds, head, tokens, load)
+        for place, state in zip(places, states, strict=True)
+    ]
+    return max(found, key=lambda memory: memory.total)
+
+
+def _at_place(
+    config: Config,
+    layout: Layout,
+    place: RankCounts,
+    state: StateBytes,
+    kinds: dict[bool, Activations],
+    head: Activations,
+    tokens: int,
+    load: float,
+) -> Memory:
+    model, parallel, train = config.model, config.parallel, config.train
+    flying = in_flight(
+        parallel.schedule,
+        layout.pp_size,
+        train.gradient_accumulation_steps,
+        parallel.stages_per_rank,
+        place.stage,
+    )
+    num_moe = sum(model.has_experts(layer) for layer in place.layers)
+    num_dense = len(place.layers) - num_moe
+    kept = (num_moe * kinds[True].kept if num_moe else 0.0) + (num_dense * kinds[False].kept if num_dense else 0.0)
+    working = max([kinds[has].passing for has, number in ((True, num_moe), (False, num_dense)) if number] or [0.0])
+    is_last = model.num_hidden_layers - 1 in place.layers
+    logits = 0.0
+    if is_last:  # gone by the time blocks run backward
+        logits = max(0.0, head.kept + head.passing - working)
+    travels = 0.0
+    if layout.ep_size > 1 and num_moe:
+        travels = 2 * load * tokens * model.num_experts_per_tok * Widths.of(config).w * model.hidden_size
+    return Memory(
+        state.weights,
+        state.gradients,
+        state.optimizer,
+        _gathered(config, layout, place),
+        kept * flying + shared_bytes(config, tokens) * min(flying, train.gradient_accumulation_steps),
+        logits,
+        working,
+        travels,
+    )
+
+
+def _gathered(config: Config, layout: Layout, place: RankCounts) -> float:
+    """What is whole beside the shards: of stages 1 and 2 all weights from the first forward pass on, of 1 the gradients
+    until they are reduced; of 3 two blocks, or with a pipeline all that a rank has."""
+    stage, parallel = config.parallel.zero_stage, config.parallel
+    if not stage or (layout.dp_size == 1):
+        return 0.0
+    if parallel.engine == "deepspeed":
+        return 0.0
+    width = 2 if config.train.pure_bf16 else 4
+    block = place.total / max(1, len(place.layers))
+    if stage == 3 and layout.pp_size == 1:
+        return block * (2 * width + 4)
+    whole = place.total * width
+    return whole + (4 * place.total if stage == 1 or layout.pp_size > 1 else 4 * block)

@@ -1,0 +1,64 @@
+"""What the allocator says of one training step on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from moe_dist.config import Config
+from moe_dist.parallel.engines.replicated import ReplicatedEngine
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.build import build_model
+from moe_dist.train.loss import cross_entropy_sum
+
+_FORWARD_DONE = "forward done"
+
+
+def measured_step(config: Config) -> tuple[int, int]:
+    """Bytes kept from forward to backward, and the peak of the step, both above what is there between steps."""
+    mesh = Mesh.single()
+    model = build_model(config, mesh)
+    engine = ReplicatedEngine(model, config, mesh)
+    model.gradient_checkpointing_enable(config.train.gradient_checkpointing)
+    model.train()
+    shape = config.train.per_device_train_batch_size, config.data.max_seq_length
+    ids = torch.randint(0, config.model.vocab_size, shape)
+    documents = torch.zeros(shape, dtype=torch.int64) if config.data.document_mask else None
+    positions = torch.arange(shape[1])[None].expand(shape).contiguous()
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16):
+            logits = model(ids, position_ids=positions, document_ids=documents)
+        return cross_entropy_sum(logits, ids)
+
+    loss().backward()
+    engine.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        made = loss()
+        with record_function(_FORWARD_DONE):
+            pass
+        made.backward()
+        del made
+        engine.norm()
+        engine.step(1e-3)
+    return _kept_and_peak(profiled)
+
+
+def _kept_and_peak(profiled: Any) -> tuple[int, int]:
+    events: list[Any] = []
+    waiting = list(profiled.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        events.append(event)
+        waiting.extend(event.children)
+    now = kept = peak = 0
+    for event in sorted(events, key=lambda event: event.start_time_ns):
+        if event.tag.name == "Allocation":
+            now += event.extra_fields.alloc_size
+            peak = max(peak, now)
+        elif event.name == _FORWARD_DONE:
+            kept = now
+    assert peak > kept > 0
+    return kept, peak

@@ -1,0 +1,124 @@
+"""Properties that no plan may break, whatever the model and the machine."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from patches import Replace
+
+from moe_dist.config import Config, ConfigError
+from moe_dist.parallel.layout import Layout
+from moe_dist.plan import links
+from moe_dist.plan.cluster import Cluster, cluster_of
+from moe_dist.plan.links import group_of
+from moe_dist.plan.search import Estimate, estimate, plan
+
+H100 = cluster_of("h100")
+
+
+def base(**train: object) -> Config:
+    values = {"pure_bf16": True, "gradient_accumulation_steps": 8, "per_device_train_batch_size": 1} | train
+    model = {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 1024,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+    }
+    return Config.model_validate({"model": model, "data": {"max_seq_length": 4096}, "train": values})
+
+
+def best(cluster: Cluster, world_size: int = 16) -> float:
+    found = plan(base(), world_size, cluster).best
+    return 0.0 if found is None else found.tokens_per_second
+
+
+def assert_more_memory_is_never_worse() -> None:
+    rates = [best(H100.model_copy(update={"memory_gb": size})) for size in (6.0, 12.0, 24.0, 48.0, 96.0, 400.0)]
+    assert rates == sorted(rates)
+    assert rates[-1] > rates[0]
+
+
+def test_more_memory_never_makes_a_plan_worse() -> None:
+    """Nothing fits in 6 GB. Seen to fail with `fits` turned round."""
+    assert_more_memory_is_never_worse()
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(["link_bandwidth", "network_bandwidth", "memory_bandwidth"]), st.integers(0, 10**6))
+def test_more_bandwidth_is_never_slower(key: str, index: int) -> None:
+    """Of every layout, not of the best alone. Seen to fail with bytes divided by the overlap instead of the link."""
+    ranked = RANKED or RANKED.extend(plan(base(), 16, H100).ranked) or RANKED
+    one = ranked[index % len(ranked)]
+    faster = H100.model_copy(update={key: 1.7 * getattr(H100, key)})
+    again = estimate(one.config, 16, faster)
+    assert again.time.total <= one.time.total * (1 + 1e-12), one.name
+    assert again.memory == one.memory
+
+
+RANKED: list[Estimate] = []
+
+
+def test_twice_the_devices_never_need_more_memory_each() -> None:
+    """Of the same layout with twice the replicas. Seen to fail with shards multiplied by replicas."""
+    for one in plan(base(), 16, H100).ranked:
+        twice = estimate(one.config, 32, H100)
+        assert twice.memory.total <= one.memory.total * (1 + 1e-9), one.name
+
+
+def test_every_layout_of_a_plan_is_one_that_check_accepts() -> None:
+    """They are given back to the loader, key by key."""
+    found = plan(base(), 16, H100)
+    for one in found.ranked[::20]:
+        whole = Config.model_validate(one.config.model_dump())
+        assert estimate(whole, 16, H100).memory == one.memory
+        assert Layout.of(whole, 16).dp_size * whole.parallel.pp_size == 16
+    assert found.rejected["memory: needs more than a device has"] > 0
+
+
+def crossing() -> list[tuple[str, bool]]:
+    layout = Layout(32, pp_size=2, ep_size=8)
+    return [(axis, group_of(layout, axis, 8).crosses) for axis in ("ep", "edp", "dp", "pp")]
+
+
+def test_neighbours_share_a_host(replace: Replace) -> None:
+    """ep of 8 stays in a host of 8, everything else crosses; in the wrong order of hosts ep crosses."""
+    assert crossing() == [("ep", False), ("edp", True), ("dp", True), ("pp", True)]
+    assert group_of(Layout(32, pp_size=2, ep_size=16), "ep", 8).together == 8
+    right = estimate(base(), 32, H100).time
+    spread = estimate(
+        base().model_copy(update={"parallel": base().parallel.model_copy(update={"ep_size": 8})}), 32, H100
+    )
+    replace(links, "group_of", lambda layout, axis, per_host, size=None: links.Group(layout.ep_size, 1))
+    from moe_dist.plan import timing
+
+    replace(timing, "group_of", links.group_of)
+    wrong = estimate(spread.config, 32, H100)
+    assert wrong.time.dispatch > 2 * spread.time.dispatch > 0 == right.dispatch
+
+
+def test_a_hundred_thousand_devices_and_a_thousand_experts_take_seconds() -> None:
+    """A bound on work, not on a clock: layouts tried, and CPU time with much room."""
+    config = base(gradient_accumulation_steps=1)
+    model = config.model.model_copy(update={"num_experts": 1024, "num_experts_per_tok": 8, "num_hidden_layers": 60})
+    config = config.model_copy(update={"model": model})
+    start = time.process_time()
+    found = plan(config, 100_000, H100, global_batch=200_000)
+    assert time.process_time() - start < 30
+    assert found.ranked
+    assert found.tried < 10_000
+
+
+def test_what_cannot_be_is_said_in_a_line() -> None:
+    with pytest.raises(ConfigError, match=r"--gpu rx580: one of h100, h200"):
+        cluster_of("rx580")
+    small = plan(base(), 1, H100.model_copy(update={"memory_gb": 4.0}))
+    assert small.best is None
+    assert small.nearest is not None
+    assert small.nearest.memory.total > 4e9
