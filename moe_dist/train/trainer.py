@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_dist.checkpoint.lock import Job
 from moe_dist.config import Config, ModelConfig
+from moe_dist.config.host_cache import cache_folder
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.sinks import ConsoleSink
 from moe_dist.monitor.train_log import log_path
@@ -136,7 +137,7 @@ class MoETrainer(TrainingLoop):
         self.first_step.say = sinks.message
         self.first_step.at("reading the data")
         self.clock, self.counters = Clock(mesh.device, self.status), Counters()
-        self.datasets = build_datasets(config, dataset)
+        self.datasets = build_datasets(config, dataset, cache_folder() / "tokens")
         num_domains = len(self.datasets.domains)
         self.first_step.at("building the model")
         self.loader = build_loader(config, self.datasets.train, mesh)
