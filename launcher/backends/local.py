@@ -32,7 +32,7 @@ def launch(config: Config, proof: Proof | None = None) -> int:
     where its log is. A run that saves is then started again from its newest checkpoint, until
     `launch.max_restarts` starts in a row have not got any further.
     """
-    with Signals(last_words=proof is None) as signals, RankStarter(config) as starter:
+    with Signals(last_words=proof is None) as signals, RankStarter(config, proof) as starter:
         job = named_job()
         tries = Tries(config, config.launch.max_restarts, job[JOB])
         while True:

@@ -10,6 +10,8 @@ from typing import Any
 
 FORKED = "MOE_DIST_FORKSERVER"
 """In the environment of a fork server: its end of the socket on which it is asked for ranks."""
+PRELOADED = "MOE_DIST_PRELOADED"
+"""In the environment of a fork server: modules beside those that every rank imports, with blanks between."""
 # What the local launcher leaves in a rank's environment.
 CONFIG, PROOF, LAUNCHER = "MOE_DIST_CONFIG", "MOE_DIST_PROOF", "MOE_DIST_LAUNCHER"
 # ... and an agent too (launcher.supervise.rank_channel): where a rank says what went wrong, and where it is.

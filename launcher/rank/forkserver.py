@@ -13,11 +13,12 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
-from launcher.connect.rank_job import FORKED, LAUNCHER
+from launcher.connect.rank_job import FORKED, LAUNCHER, PRELOADED
 from launcher.rank.worker import die_with_parent, run_rank
 
-IMPORTED = ("torch", "torch._dynamo", "launcher.connect.process_groups", "moe_dist.train.trainer")
-"""Seconds of imports, of which none starts a thread. One that fails does so again in the rank, which can say so."""
+IMPORTED = ("torch", "launcher.connect.process_groups", "moe_dist.train.trainer")
+"""More than a second of imports, of which none starts a thread, beside those in `PRELOADED`. One that fails does so
+again in the rank, which can say so."""
 _PR_SET_NAME = 15
 _HIGH = 512
 """Files of the server's own, and those it is sent, have numbers from here, out of the way of those they are to have."""
@@ -30,7 +31,7 @@ def serve() -> NoReturn:
     number = int(os.environ.pop(FORKED))
     asked = socket.socket(fileno=fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, _HIGH))
     os.close(number)
-    for name in IMPORTED:
+    for name in (*IMPORTED, *os.environ.pop(PRELOADED, "").split()):
         with suppress(ImportError):
             importlib.import_module(name)
     gc.collect()

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from launcher.connect.rank_job import FORKED
+from launcher.connect.rank_job import FORKED, PRELOADED, Proof
 from moe_dist.config import Config
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -31,16 +31,34 @@ def can_fork(config: Config) -> bool:
     return sys.platform.startswith("linux") and (config.launch.device == "cpu" or not glob.glob("/dev/nvidia[0-9]*"))
 
 
+def preloaded(config: Config, proof: Proof | None) -> list[str]:
+    """What ranks of this run are sure to import beside what all ranks do: once here, instead of in each of them."""
+    if proof is not None:
+        return ["torch._dynamo", "moe_dist.verify.run"]
+    parallel, modules = config.parallel, []
+    if config.train.torch_compile:
+        modules.append("torch._dynamo")
+    if config.launch.nproc_per_node > 1:  # a single rank imports it when it saves or reads: half a second
+        modules.append("moe_dist.checkpoint.state")
+    if parallel.pp_size > 1:
+        modules.append("moe_dist.parallel.pipeline")
+    if parallel.zero_stage and parallel.engine == "torch" and config.launch.nproc_per_node > 1:
+        modules.append("moe_dist.parallel.engines.fsdp")
+    return modules
+
+
 class ForkServer:
     """The process, for as many starts as a launcher makes."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        """`environment`: of every rank that it will fork, but for what one start or one rank is told."""
+    def __init__(self, environment: dict[str, str], modules: Sequence[str] = ()) -> None:
+        """`environment`: of every rank that it will fork, but for what one start or one rank is told. `modules`: as
+        `preloaded` gives them.
+        """
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
         command = [sys.executable, "-u", "-m", "moe_dist", "forkserver"]
-        environment = environment | {FORKED: str(theirs.fileno())}
+        environment = environment | {FORKED: str(theirs.fileno()), PRELOADED: " ".join(modules)}
         self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
         self._waiting: list[ForkedRank] = []

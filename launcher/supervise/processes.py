@@ -16,7 +16,7 @@ from launcher.connect.environment import STORE, usable_cores
 from launcher.connect.exit_codes import EXIT_AGAIN
 from launcher.connect.rank_job import CONFIG, LAUNCHER, PROOF, WATCHED, Proof, as_text
 from launcher.supervise.exit_status import Ended, say
-from launcher.supervise.forkserver import ForkedRank, ForkServer, can_fork
+from launcher.supervise.forkserver import ForkedRank, ForkServer, can_fork, preloaded
 from launcher.supervise.hang import RankState
 from launcher.supervise.heartbeat import state_of
 from launcher.supervise.rank_channel import RankChannel
@@ -216,8 +216,8 @@ def deaf_to_ctrl_c() -> set[int]:
 class RankStarter:
     """Where a launcher has its ranks from, start after start."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, proof: Proof | None = None) -> None:
+        self.config, self._proof = config, proof
         self._server: ForkServer | None = None
 
     def __enter__(self) -> RankStarter:
@@ -235,7 +235,7 @@ class RankStarter:
         if self._server is None or not self._server.runs:
             before = deaf_to_ctrl_c()
             environment = {**os.environ, **rank_environment(self.config), LAUNCHER: str(os.getpid())}
-            self._server = ForkServer(environment)
+            self._server = ForkServer(environment, preloaded(self.config, self._proof))
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self._server
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -17,13 +17,15 @@ from moe_dist.checkpoint.ownership import Ownership
 from moe_dist.checkpoint.reading import CheckpointRef, choose, locate, problems, read_trainer_state
 from moe_dist.checkpoint.shapes import OPTIMIZER, missing_weights, moment_problems
 from moe_dist.checkpoint.shards import Shard, ShardReader, split
-from moe_dist.checkpoint.state import LogicalState, SavePlan, read_into
 from moe_dist.checkpoint.storage import Storage, step_folder
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
 from moe_dist.checkpoint.writing import GAVE_UP, Commit, Saving, Writer, describe
 from moe_dist.config import CheckpointConfig
 from moe_dist.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from moe_dist.checkpoint.state import LogicalState, SavePlan
 
 logger = logging.getLogger("moe_dist")
 Answer = TypeVar("Answer")
@@ -162,6 +164,8 @@ class Checkpoints:
             self._plan = self._shards = None
             return next((line for lines in self.mesh.from_all(wrong[:1]) for line in lines), None)
         if self._plan is None:
+            from moe_dist.checkpoint.state import SavePlan  # torch's planners take long to import
+
             plan = SavePlan(state, self.mesh)
             if missing := missing_weights(plan.shapes(), state.model_shapes):  # the plan is the same on every rank
                 return f"{missing[0]} is on no rank ({len(missing)} tensors are missing)"
@@ -289,6 +293,8 @@ class Checkpoints:
         """Fill this rank's tensors in place, whatever layout wrote them. Raises CheckpointError on every rank."""
         seal = self.keys.opening(loaded.manifest, str(loaded.found))
         reader = ShardReader(loaded.found.storage, loaded.found.folder, seal and seal.open)
+        from moe_dist.checkpoint.state import read_into
+
         self._together(lambda: read_into(state, loaded.manifest, reader))
 
     def _together(self, do: Callable[[], Answer]) -> Answer:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +17,8 @@ import numpy.typing as npt
 
 from moe_dist.data.corpus import SkippedDocument
 
+KEPT_SECONDS = 30 * 24 * 3600.0
+"""After the last start that has used them."""
 Stored = tuple[npt.NDArray[Any], npt.NDArray[np.int64], list[SkippedDocument], npt.NDArray[np.int32] | None]
 
 
@@ -52,6 +56,10 @@ class CacheEntry:
             return None
         if labels is not None and len(labels) != len(tokens):
             return None
+        with suppress(OSError):  # of somebody else, or read-only
+            for path in (self._tokens, self._starts, self._labels, self._facts):
+                if labels is not None or path != self._labels:
+                    os.utime(path)
         return tokens, starts, skipped, labels
 
     def save(
@@ -74,6 +82,14 @@ class CacheEntry:
         if labels is not None:
             _write_aside(self._labels, lambda file: np.save(file, labels))
         _write_aside(self._facts, lambda file: file.write(json.dumps(facts).encode()))
+        self._forget_old_ones()
+
+    def _forget_old_ones(self) -> None:
+        """Leave out what nobody has read for a month, also what a process that was killed had begun."""
+        for path in self._folder.iterdir():
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                    path.unlink()
 
 
 def _write_aside(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

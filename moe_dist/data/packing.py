@@ -14,6 +14,7 @@ a document that came tokenised may bring the labels of its tokens (`tokenised.py
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -29,6 +30,7 @@ from moe_dist.data.tokenizer import TokenIds, Tokenizer
 
 PADDING_DOCUMENT = -1
 DOCUMENTS_PER_BATCH = 256
+logger = logging.getLogger("moe_dist")
 
 Sample = dict[str, npt.NDArray[Any]]
 
@@ -269,7 +271,10 @@ def pack(
         if corpus.domains:
             domain_of = np.array([piece.domain for piece in pieces], dtype=np.uint8)
         if entry is not None:
-            entry.save(tokens, starts, skipped, labels)
+            try:
+                entry.save(tokens, starts, skipped, labels)
+            except OSError as error:
+                logger.warning("tokens are not kept for the next start: %s", error)
     else:
         tokens, starts, skipped, labels = stored
     return PackedDataset(

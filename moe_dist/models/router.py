@@ -158,7 +158,8 @@ class Router(nn.Module):
         self._set_sizes(hidden_size, num_experts)
         if hidden_size is not None and num_experts is not None:
             self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-            nn.init.normal_(self.weight, std=0.02)
+            if not self.weight.is_meta:  # there is nothing to draw, and torch would load its compiler to do so
+                nn.init.normal_(self.weight, std=0.02)
 
     def _set_sizes(self, hidden_size: int | None, num_experts: int | None) -> None:
         """Rule and selection bias for so many experts; None: not known yet, `build_router` says it."""

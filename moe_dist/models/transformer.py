@@ -178,7 +178,7 @@ class Transformer(Stage):
             config,
             # Keyed by global layer number, so names stay the same when a pipeline stage holds only some layers.
             nn.ModuleDict({str(i): Block(config, balance or BalanceConfig(), i) for i in numbers}),
-            nn.Embedding(config.vocab_size, config.hidden_size) if is_first else None,
+            _embedding(config) if is_first else None,
             RMSNorm(config.hidden_size, config.rms_norm_eps) if is_last else None,
             Linear(config.hidden_size, config.vocab_size, bias=False) if is_last else None,
         )
@@ -302,7 +302,8 @@ class Transformer(Stage):
     def initialize(self, seed: int, device: torch.device | str = "cpu") -> None:
         """Allocate on `device` and set initial weights: seeded by logical names, so equal in every layout."""
         if any(parameter.is_meta for parameter in self.parameters()):
-            self.to_empty(device=device)
+            # `to_empty` would ask torch's symbolic shapes, of which a plain allocation has no need.
+            self._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
         std = self.config.initializer_range
         for name, module in self.named_modules():
             if isinstance(module, (Experts, ExpertList)):
@@ -333,6 +334,11 @@ class Transformer(Stage):
             self._tie()
             if self.embed_tokens is not None:
                 _normal(self.embed_tokens.weight, std, _seed(seed, "embed_tokens"))
+
+
+def _embedding(config: ModelConfig) -> nn.Embedding:
+    """Without values yet: to draw some on the device meta torch would load its compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

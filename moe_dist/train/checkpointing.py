@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_dist.checkpoint.config_diff import GLOBAL_BATCH, changes, global_batch, micro_batch_change
 from moe_dist.checkpoint.manager import Checkpoints, Loaded, Outcome, check_room
 from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.run_folder import move_earlier_run
-from moe_dist.checkpoint.state import LogicalState
 from moe_dist.checkpoint.storage import open_storage, same_storage, step_folder
 from moe_dist.checkpoint.storage.manifest import STATE_FILE, CheckpointError
 from moe_dist.config import Config, ModelConfig
@@ -30,6 +29,9 @@ from moe_dist.train.build import Datasets
 from moe_dist.train.counters import Counters
 from moe_dist.train.run_setup import RunStart, write_config
 from moe_dist.train.stopping import Pace, Stopping
+
+if TYPE_CHECKING:
+    from moe_dist.checkpoint.state import LogicalState
 
 logger = logging.getLogger("moe_dist")
 
@@ -83,6 +85,8 @@ class Persistence:
         return bool(self.config.checkpoint.save_steps or self.config.checkpoint.save_at_end)
 
     def _state(self, moments: bool = True) -> LogicalState:
+        from moe_dist.checkpoint.state import LogicalState  # torch's planners take long to import
+
         return LogicalState(self.model, self.engine, self.mesh, moments)
 
     # ---- going on

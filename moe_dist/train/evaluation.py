@@ -21,7 +21,7 @@ from moe_dist.generate.options import SamplingOptions
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.records import EvalRecord
 from moe_dist.parallel.comm_timer import Clock
-from moe_dist.parallel.engines.fsdp import reshard
+from moe_dist.parallel.engines.optimizer import reshard
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.build import Datasets
 from moe_dist.train.callbacks import Callback, RunState

@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_dist.checkpoint.lock import Job
 from moe_dist.config import Config, ModelConfig
+from moe_dist.config.host_cache import cache_folder
 from moe_dist.models.adapter_shapes import sentence
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.sinks import ConsoleSink
@@ -139,7 +140,7 @@ class MoETrainer(TrainingLoop):
         self.first_step.say = sinks.message
         self.first_step.at("reading the data")
         self.clock, self.counters = Clock(mesh.device, self.status), Counters()
-        self.datasets = build_datasets(config, dataset)
+        self.datasets = build_datasets(config, dataset, cache_folder() / "tokens")
         num_domains = len(self.datasets.domains)
         self.first_step.at("building the model")
         self.loader = build_loader(config, self.datasets.train, mesh)

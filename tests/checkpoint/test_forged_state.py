@@ -79,7 +79,7 @@ def test_forged_state_is_named(
     config = state.get("config") if isinstance(state, dict) else None
     content = json.dumps(state).encode()
     put(checkpoint, "trainer_state.json", content, **({"config_sha256": config_sha256(config)} if config else {}))
-    monkeypatch.setattr("moe_dist.checkpoint.manager.read_into", lambda *arguments: pytest.fail("weights are read"))
+    monkeypatch.setattr("moe_dist.checkpoint.state.read_into", lambda *arguments: pytest.fail("weights are read"))
     with pytest.raises(CheckpointError, match=rf"checkpoint-6/trainer_state\.json: {wrong}"):
         train(checkpoint.parent)
     assert checkpoint.is_dir()

@@ -28,7 +28,7 @@ from moe_dist.models.experts import Experts
 from moe_dist.models.precision import full_dtype
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.dtensor_layout import stack_placement
-from moe_dist.parallel.engines.optimizer import LogicalOptimizer, TorchEngine, local
+from moe_dist.parallel.engines.optimizer import LogicalOptimizer, TorchEngine, local, reshard
 from moe_dist.parallel.mesh import Mesh
 
 
@@ -72,18 +72,6 @@ def _meshes(mesh: Mesh) -> tuple[DeviceMesh, DeviceMesh]:
     assert mesh.dense is not None
     assert mesh.sparse is not None
     return mesh.dense["dp"], mesh.sparse["edp"]
-
-
-def reshard(model: Transformer) -> None:
-    """Let go of what a forward pass has gathered: parameters are this rank's shards again. No communication.
-
-    After a backward pass FSDP does so itself. Without one, stages 1 and 2 stay whole, and `named_parameters()` and
-    `state_dict()` would give whole tensors that no update moves.
-    """
-    for stage in model.stages:
-        for module in stage.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
 
 class FSDPEngine(TorchEngine):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moe_dist.config import OptimizerConfig
 from moe_dist.models.transformer import Transformer
@@ -131,7 +132,7 @@ def torch_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.
     """The configured optimizer for these parameter groups."""
     rate = config.learning_rate
     if config.optim in ("adamw_torch_fused", "adamw_torch"):
-        return torch.optim.AdamW(
+        return _AdamW(
             groups,
             lr=rate,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -144,7 +145,28 @@ def torch_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.
         from transformers.optimization import Adafactor
 
         return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False)
-    return torch.optim.SGD(groups, lr=rate, momentum=config.momentum)
+    return _SGD(groups, lr=rate, momentum=config.momentum)
+
+
+class _NotCompiled(torch.optim.Optimizer):
+    """A torch optimizer without what torch has around it for programs that compile their updates.
+
+    That loads the compiler, for most of a second, in every process.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        update: Any = super().step
+        return inspect.unwrap(update.__func__)(self, closure)
+
+
+class _AdamW(_NotCompiled, torch.optim.AdamW): ...
+
+
+class _SGD(_NotCompiled, torch.optim.SGD): ...
 
 
 @contextmanager
@@ -164,6 +186,20 @@ def at_rest(optimizer: torch.optim.Optimizer) -> Iterator[None]:
                 state[key] = torch.zeros(())
 
 
+def reshard(model: Transformer) -> None:
+    """Let go of what a forward pass has gathered: parameters are this rank's shards again. No communication.
+
+    After a backward pass FSDP does so itself. Without one, stages 1 and 2 stay whole, and `named_parameters()` and
+    `state_dict()` would give whole tensors that no update moves.
+    """
+    for stage in model.stages:
+        for module in stage.modules():
+            # By what it can do: FSDP takes most of a second to import.
+            if (let_go := getattr(type(module), "reshard", None)) is not None:
+                let_go(module)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor: a DTensor's local shard, anything else itself. Shares memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # By what it can do: a process without DTensors need not import them, which takes half a second.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from moe_dist.checkpoint import manager, state
+from moe_dist.checkpoint import state
 from moe_dist.checkpoint.manager import Checkpoints
 from moe_dist.checkpoint.state import LogicalState
 from moe_dist.checkpoint.writing import Writer
@@ -152,7 +152,7 @@ def data_position_read_ahead(replace: Replace) -> None:
 
 def gate_and_up_swapped_in_a_moment(replace: Replace) -> None:
     """Reading into another layout takes the halves of `w_gate_up` in the other order, in one tensor of its state."""
-    read = manager.read_into
+    read = state.read_into
 
     def wrong(found: LogicalState, *arguments: Any) -> None:
         read(found, *arguments)
@@ -161,7 +161,7 @@ def gate_and_up_swapped_in_a_moment(replace: Replace) -> None:
                 part = fsdp.local(tensor)
                 part.copy_(torch.cat(part.chunk(2, dim=-1)[::-1], dim=-1))
 
-    replace(manager, "read_into", wrong)
+    replace(state, "read_into", wrong)
 
 
 def weights_left_whole_by_an_evaluation(replace: Replace) -> None:
