@@ -72,7 +72,7 @@ PLAIN: Settings = {
 }
 """The first value of every feature."""
 
-_ADAPTERS: Settings = {"lora.r": 4, "lora.alpha": 8.0, "lora.init": "random"}
+_ADAPTERS: dict[str, Any] = {"lora.r": 4, "lora.alpha": 8.0, "lora.init": "random"}
 """With values in B from the start: as zeros they would leave A without a gradient."""
 FEATURES: dict[str, dict[str, Settings]] = {
     "scope of the auxiliary loss": {
