@@ -59,6 +59,10 @@ class LogicalState:
                 self.put_back.append((tensors, tensor))
             self.tensors[f"optimizer.{name}.{key}"] = logical(name, tensor)
 
+    def leave_out(self, names: set[str]) -> None:
+        """Do not read these: they stay as they are."""
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if name not in names}
+
     def wrong_shapes(self) -> list[str]:
         """What this rank holds of another shape than the model of this configuration has, in one process or in any
         layout."""

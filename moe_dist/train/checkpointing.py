@@ -11,6 +11,7 @@ from moe_dist.checkpoint.config_diff import GLOBAL_BATCH, changes, global_batch,
 from moe_dist.checkpoint.manager import Checkpoints, Loaded, Outcome, check_room
 from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.run_folder import move_earlier_run
+from moe_dist.checkpoint.shapes import MODEL
 from moe_dist.checkpoint.storage import open_storage, same_storage, step_folder
 from moe_dist.checkpoint.storage.manifest import STATE_FILE, CheckpointError
 from moe_dist.config import Config, ModelConfig
@@ -200,7 +201,11 @@ class Persistence:
             )
 
     def _read(self, loaded: Loaded, moments: bool = True) -> None:
-        self.checkpoints.read_tensors(loaded, self._state(moments))
+        state = self._state(moments)
+        adapters = {f"{MODEL}{name}" for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.model.lora is not None and not moments and not adapters & loaded.manifest.tensors.keys():
+            state.leave_out(adapters)  # of a run that had none: they start afresh beside its weights
+        self.checkpoints.read_tensors(loaded, state)
         self.engine.state_loaded()
 
     def _compare(self, loaded: Loaded, message: Callable[[str], None]) -> None:

@@ -165,6 +165,20 @@ def test_without_a_folder_the_checkpoint_has_the_model_too(say: Any, tmp_path: P
     assert say("export", tmp_path / "run", "--merge", "--no-logits", "--output", tmp_path / "merged").code == 0
 
 
+def test_adapters_can_be_trained_beside_the_weights_of_an_earlier_run(tmp_path: Path) -> None:
+    """From one of its checkpoints, without moments. Seen to fail: it has no tensor ... which this run needs."""
+    model = BASE | FAMILIES["mixtral"][0]
+    options = TRAINING | {"max_steps": 2, "output_dir": str(tmp_path / "plain")}
+    MoETrainer({"model": model}, training_config=options).train(TEXTS)
+    resume = {"resume": str(tmp_path / "plain" / "checkpoint-2"), "load_optimizer": False, "allow_config_change": True}
+    options |= {"max_steps": 4, "output_dir": str(tmp_path / "tuned")} | resume
+    MoETrainer({"model": model, "lora": LORA}, training_config=options).train(TEXTS)
+    before, after = tensors_of(tmp_path / "plain" / "checkpoint-2"), tensors_of(tmp_path / "tuned" / "checkpoint-4")
+    weights = [name for name in before if name.startswith("model.")]
+    assert all(torch.equal(before[name], after[name]) for name in weights)
+    assert any(".lora" in name for name in after)
+
+
 def test_what_is_exported_of_adapters_is_said_where_it_cannot_be(say: Any, tmp_path: Path) -> None:
     assert say("checkpoint", "verify", trained()).code == 0
     said = say("export", trained(), "--to", "safetensors", "--output", tmp_path / "x")
