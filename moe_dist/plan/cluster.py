@@ -30,7 +30,7 @@ class Cluster(Section):
     """Share of the peak that large matrix products reach."""
     gemm_rows: NonNegativeFloat = 256.0
     """Rows at which a matrix product reaches half of that."""
-    grouped_efficiency: Annotated[float, Field(gt=0.0, le=1.0)] = 0.65
+    grouped_efficiency: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """The same for the grouped products of experts."""
     grouped_rows: NonNegativeFloat = 128.0
     """Rows of one expert at which they reach half of it."""
@@ -38,8 +38,8 @@ class Cluster(Section):
     """Share of the peak of attention scores and sums."""
     memory_bandwidth: PositiveFloat
     """Of the device's own memory."""
-    layer_overhead: NonNegativeFloat = 3e-4
-    """Seconds that starting the kernels of a layer takes in one pass, where computing is shorter."""
+    layer_overhead: NonNegativeFloat = 1e-3
+    """Seconds that starting the kernels of a layer takes forward: about a hundred, ten microseconds each."""
     devices_per_host: Positive = 8
     """Devices of one host, joined by `link_bandwidth`."""
     link_bandwidth: PositiveFloat

@@ -113,8 +113,12 @@ def _block(config: Config, layout: Layout, has_experts: bool, cluster: Cluster, 
         read = Widths.of(config).w * part.experts / layout.ep_size / cluster.memory_bandwidth
         experts = max(experts, read)
     whole: Activations = block_activations(config, has_experts, tokens, load, "none")
-    moved = 2 * whole.kept / cluster.memory_bandwidth
-    forward = max(dense + attention + experts + moved, cluster.layer_overhead)
+    # What is kept passes through several elementwise kernels on its way, each reading and writing.
+    moved = 4 * whole.kept / cluster.memory_bandwidth
+    # With experts the host waits for the device once a layer: its launches do not run ahead, and are not hidden.
+    launches = cluster.layer_overhead
+    work = dense + attention + experts + moved
+    forward = work + launches if has_experts else max(work, launches)
     backward = max(2 * (dense + attention + experts) + 2 * moved, 2 * cluster.layer_overhead)
     again = {"none": 0.0, "selective": attention + attention_weights + moved / 2, "full": forward}
     repeated = again[train.gradient_checkpointing]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from allocator import measured_step
 from patches import Replace
 
 from moe_dist.config import Config, ModelConfig, load_config
@@ -19,36 +18,13 @@ from moe_dist.plan import timing
 from moe_dist.plan.cluster import cluster_of
 from moe_dist.plan.search import estimate
 from moe_dist.train.build import build_model
-
-DEEPSEEK_V3 = ModelConfig(
-    vocab_size=129280,
-    hidden_size=7168,
-    num_hidden_layers=61,
-    num_attention_heads=128,
-    intermediate_size=18432,
-    moe_intermediate_size=2048,
-    num_experts=256,
-    num_experts_per_tok=8,
-    mlp_only_layers=[0, 1, 2],
-    shared_expert_intermediate_size=2048,
-    kv_lora_rank=512,
-    q_lora_rank=1536,
-    qk_norm=False,
-    scoring_func="sigmoid",
-    n_group=8,
-    topk_group=4,
-)
-# GFLOP of training for one token of 4096, causal.
-PUBLISHED = {"qwen3_235b_a22b": 148.3, "qwen3_30b_a3b": 23.1, "mixtral_8x7b": 79.7, "mixtral_8x22b": 242.2}
-
-
-def model_of(name: str) -> ModelConfig:
-    return DEEPSEEK_V3 if name == "deepseek_v3" else load_config(f"configs/{name}.yaml").model
+from tools.bench.allocator import measured_step
+from tools.bench.plan import GFLOP, KINDS, PRECISIONS, RECOMPUTE, SMALL, planned_peak, small
 
 
 def assert_published_flops() -> None:
-    for name, gflops in {**PUBLISHED, "deepseek_v3": 250.4}.items():
-        found = flops_per_token(model_of(name), 4096, causal=True) / 1e9
+    for name, (model, gflops) in GFLOP.items():
+        found = flops_per_token(ModelConfig.model_validate(model), 4096, causal=True) / 1e9
         assert found == pytest.approx(gflops, rel=0.01), (name, found)
 
 
@@ -68,40 +44,15 @@ def test_miscounted_key_value_heads_are_seen(replace: Replace) -> None:
         assert_published_flops()
 
 
-MODEL = {
-    "vocab_size": 1024,
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "moe_intermediate_size": 96,
-    "intermediate_size": 256,
-    "num_experts": 8,
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "experts": {},
-    "dense": {"num_experts": 0},
-    "shared": {"shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
-}
-
-
-def small(kind: str, precision: str = "float32", recompute: str = "none", **data: Any) -> Config:
-    train: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_checkpointing": recompute}
-    train |= {} if precision == "float32" else {precision: True}
-    return Config.model_validate({"model": MODEL | KINDS[kind], "data": {"max_seq_length": 128} | data, "train": train})
-
-
-@pytest.mark.parametrize("precision", ["float32", "bf16", "pure_bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_peak_is_what_the_allocator_measures(kind: str, precision: str) -> None:
     """Within 10 %, with each kind of recomputation. Seen to fail with the copies that autocast keeps of weights left
     out of `block_activations`, and with one gradient of logits instead of two in `head_activations`."""
-    for recompute in ("none", "selective", "full"):
+    for recompute in RECOMPUTE:
         config = small(kind, precision, recompute)
         kept, peak = measured_step(config)
-        planned = estimate(config, 1, cluster_of("cpu")).memory
-        wanted = planned.total - planned.weights - planned.gradients - planned.optimizer
-        assert wanted == pytest.approx(peak, rel=0.1), (recompute, kept, peak, planned)
+        assert planned_peak(config) == pytest.approx(peak, rel=0.1), (recompute, kept, peak)
 
 
 @pytest.mark.parametrize("more", [{}, {"pure_bf16": True}])
@@ -110,7 +61,7 @@ def test_state_is_what_one_process_holds(more: dict[str, Any], replace: Replace)
 
     The wrong term: masters of bfloat16 weights left out.
     """
-    config = Config.model_validate({"model": MODEL, "train": more})
+    config = Config.model_validate({"model": SMALL, "train": more})
     engine = ReplicatedEngine(build_model(config, Mesh.single()), config, Mesh.single())
     held = engine.held_bytes()
     assert estimate(config, 1, cluster_of("cpu")).memory.optimizer == held.optimizer
