@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from moe_dist.config import Config
 from moe_dist.data.baseline import unigram_loss
@@ -23,7 +26,7 @@ from moe_dist.parallel.engines.fsdp import reshard
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.build import Datasets
 from moe_dist.train.callbacks import Callback, RunState
-from moe_dist.train.loss import cross_entropy_sum
+from moe_dist.train.loss import head_cross_entropy
 from moe_dist.train.step import model_inputs
 
 
@@ -64,6 +67,7 @@ def evaluate(
     *,
     bf16: bool = False,
     document_mask: bool = True,
+    loss_chunk_tokens: int | Literal["auto"] = "auto",
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Every rank calls this with as many batches as the others (`data.eval_batches` sees to it).
@@ -78,14 +82,23 @@ def evaluate(
             if number % ASK_EVERY == 0 and stop():
                 return None
             on_device = batch.to(mesh.device, non_blocking=True)
-            logits = model(**model_inputs(on_device, document_mask=document_mask))
+
+            def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor = on_device.labels) -> Tensor:
+                return head_cross_entropy(hidden, weight, labels, chunk_tokens=loss_chunk_tokens)
+
+            loss = model(**model_inputs(on_device, document_mask=document_mask), head_function=loss_of)
             if model.lm_head is not None:  # of a pipeline, the last stage
-                totals[0] += cross_entropy_sum(logits, on_device.labels)
+                totals[0] += loss
                 totals[1] += batch.num_valid
-    loss, count = mesh.sum_over("world", totals).tolist()
+    total, count = mesh.sum_over("world", totals).tolist()
     if not count:
         raise ValueError("nothing to evaluate: no token of the validation samples has a label")
-    return Evaluation(loss / count, int(count), time.perf_counter() - started)
+    return Evaluation(total / count, int(count), time.perf_counter() - started)
+
+
+def _last_logits(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+    """(B, V), of the last position alone."""
+    return F.linear(hidden_BSD[:, -1], weight_VD)
 
 
 def sample_text(
@@ -107,10 +120,10 @@ def sample_text(
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model):
         for _ in range(num_tokens):
-            logits = model(ids[:, -context:])
+            logits = model(ids[:, -context:], head_function=_last_logits)
             token = torch.zeros(1, dtype=torch.int64)
             if model.lm_head is not None:
-                probabilities = (logits[0, -1, : tokenizer.vocab_size].float().cpu() / temperature).softmax(-1)
+                probabilities = (logits[0, : tokenizer.vocab_size].float().cpu() / temperature).softmax(-1)
                 token = torch.multinomial(probabilities, 1, generator=generator)
             token = mesh.sum_over("pp", token.to(mesh.device))  # from the last stage of a pipeline to all
             ids = torch.cat((ids, token[None]), dim=1)
@@ -176,6 +189,7 @@ class Evaluating(Callback):
                 self.mesh,
                 bf16=train.bf16,
                 document_mask=self.config.data.document_mask,
+                loss_chunk_tokens=train.loss_chunk_tokens,
                 stop=self._asked_to_stop,
             )
         if found is None:
