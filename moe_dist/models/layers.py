@@ -24,8 +24,11 @@ class LowRank(nn.Module):
         self.scale, self.dropout = scale, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        narrow = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))
-        return F.linear(narrow, self.B.to(x.dtype)) * self.scale
+        return F.linear(self.narrow(x), self.B.to(x.dtype)) * self.scale
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """A dropout(x), (..., r)."""
+        return F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))
 
 
 class Linear(nn.Linear):

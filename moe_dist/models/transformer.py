@@ -88,10 +88,30 @@ class Block(nn.Module):
         self.feed_forward = torch.compile(self.feed_forward)  # type: ignore[method-assign]
 
 
+HeadFunction = Callable[[Tensor, Tensor], Tensor]
+"""(hidden states (B, S, D) after the last norm, weight of the head (V, D)) -> what the model gives."""
+
+
+class Head(Linear):
+    """Logits (B, S, V) of hidden states, or what `function` makes of these and the weight: a loss that never holds
+    all logits.
+    """
+
+    def forward(self, x: Tensor, function: HeadFunction | None = None) -> Tensor:
+        if function is None:
+            return super().forward(x)
+        if self.lora is None:
+            return function(x, self.weight)
+        # One map: what A makes of the hidden states beside them, B beside the weight.
+        wide_BSX = torch.cat((x, self.lora.narrow(x) * self.lora.scale), dim=-1)
+        return function(wide_BSX, torch.cat((self.weight, self.lora.B.to(self.weight.dtype)), dim=1))
+
+
 class Stage(nn.Module):
     """Consecutive blocks: hidden states (B, S, D) to hidden states.
 
-    With the embedding in front it takes token ids (B, S) int64; with the head behind it gives logits (B, S, V).
+    With the embedding in front it takes token ids (B, S) int64; with the head behind it gives logits (B, S, V), or what
+    a `HeadFunction` makes.
     """
 
     def __init__(
@@ -100,7 +120,7 @@ class Stage(nn.Module):
         layers: nn.ModuleDict,
         embed_tokens: nn.Embedding | None,
         norm: RMSNorm | None,
-        lm_head: nn.Linear | None,
+        lm_head: Head | None,
     ) -> None:
         super().__init__()
         self.config, self.embed_tokens, self.layers, self.norm, self.lm_head = (
@@ -119,12 +139,14 @@ class Stage(nn.Module):
         context: RoutingContext = ALONE,
         noise: int | None = None,
         cache: Cache | None = None,
+        head_function: HeadFunction | None = None,
     ) -> Tensor:
         """`position_ids` (B, S) int, None for 0..S-1. `document_ids` (B, S) int: attention stays inside runs of
         equal ids; None for one document per row. `context`: padding and what else experts' layers need. `noise`: seed
         of everything random in this pass, by layer number, so that it is the same whatever layers are here; None
         leaves torch's random state alone. `cache`: what earlier tokens of these rows have left, to which these are
-        added; it knows who sees whom, and `position_ids` are needed.
+        added; it knows who sees whom, and `position_ids` are needed. `head_function`: instead of logits, where the
+        head is.
         """
         length = x.shape[1]
         if length > self.config.max_position_embeddings:
@@ -147,7 +169,7 @@ class Stage(nn.Module):
                 x_BSD = block(x_BSD, rotary, cache.mask(window), context, cache.of_layer(int(layer)))
         if self.lm_head is None or self.norm is None:
             return x_BSD
-        return self.lm_head(self.norm(x_BSD))
+        return self.lm_head(self.norm(x_BSD), head_function)
 
     def _masks(self, length: int, document_ids: Tensor | None, device: torch.device) -> dict[int | None, Tensor | None]:
         """Window of a layer -> its mask; None where it is plain causal attention."""
@@ -180,7 +202,7 @@ class Transformer(Stage):
             nn.ModuleDict({str(i): Block(config, balance or BalanceConfig(), i) for i in numbers}),
             _embedding(config) if is_first else None,
             RMSNorm(config.hidden_size, config.rms_norm_eps) if is_last else None,
-            Linear(config.hidden_size, config.vocab_size, bias=False) if is_last else None,
+            Head(config.hidden_size, config.vocab_size, bias=False) if is_last else None,
         )
         if config.tie_word_embeddings:
             self._tie()

@@ -82,20 +82,18 @@ class PipelinedTransformer(Transformer):
         self.group, self.pp_rank, self.pp_ranks = group, mesh.pp_rank, pp_rank_of_stage(config)
         self.numbers = [stage for stage, place in enumerate(self.pp_ranks) if place == self.pp_rank]
         self.dtype = torch.bfloat16 if config.train.pure_bf16 else full_dtype()
-        self.logits_dtype = torch.bfloat16 if config.train.bf16 else self.dtype  # autocast leaves them so
         self.device, self.schedule_class = mesh.device, _SCHEDULES[config.parallel.schedule]
         # A plain list: the parts' modules are this model's, under their logical names.
         self._parts = [PipelinePart(self, layers, mesh.device.type, config.train.bf16, self.dtype) for layers in ranges]
         self._schedules: dict[tuple[int, ...], Any] = {}
-        self._loss_of: Callable[[Tensor, int], Tensor] | None = None
 
     @property
     def stages(self) -> list[Stage]:
         return list(self._parts)
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        """One micro-batch through all stages, forward only: logits (B, S, V) on the rank of the last stage, an empty
-        tensor elsewhere.
+        """One micro-batch through all stages, forward only: logits (B, S, V), or what a `head_function` makes, on the
+        rank of the last stage, an empty tensor elsewhere.
         """
         assert not torch.is_grad_enabled(), "training goes through `run`"
         ids, last = x, len(self.pp_ranks) - 1
@@ -108,20 +106,18 @@ class PipelinedTransformer(Transformer):
                 dist.send(x.contiguous(), group=self.group, group_dst=self.pp_ranks[stage + 1])
         return x if last in self.numbers else x.new_empty(0)
 
-    def run(self, micro_batches: list[Inputs], loss_of: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+    def run(self, micro_batches: list[Inputs]) -> list[Tensor]:
         """All micro-batches forward and backward in the order of the schedule; their losses, none without the last
-        stage. `loss_of(logits, number)`: the loss of a micro-batch, already divided by what the global batch has.
+        stage. The `head_function` of each gives its loss, already divided by what the global batch has.
         """
         numbers = torch.arange(len(micro_batches))
         schedule = self._schedule(len(micro_batches), micro_batches[0]["x"].shape)
         losses: list[Tensor] = []
-        self._loss_of = loss_of
         for part in self._parts:
             part.micro_batches = micro_batches
         schedule.step(numbers, number=numbers, target=numbers, losses=losses, return_outputs=False)
         for part in self._parts:
             part.micro_batches = []
-        self._loss_of = None
         return [loss.detach() for loss in losses]
 
     def _schedule(self, count: int, shape: torch.Size) -> Any:
@@ -135,7 +131,7 @@ class PipelinedTransformer(Transformer):
             several = len(self.pp_ranks) > self.group.size()
             # Losses are sums over tokens already divided by those of the global batch: the schedule must not scale.
             self._schedules[key] = self.schedule_class(
-                stages if several else stages[0], count, loss_fn=self._compute_loss, scale_grads=False
+                stages if several else stages[0], count, loss_fn=_given_loss, scale_grads=False
             )
         return self._schedules[key]
 
@@ -144,18 +140,18 @@ class PipelinedTransformer(Transformer):
         with torch.device("meta"):
             first = torch.empty(1, dtype=torch.int64)
             hidden = torch.empty(*shape, self.config.hidden_size, dtype=self.dtype, requires_grad=True)
-            logits = torch.empty(*shape, self.config.vocab_size, dtype=self.logits_dtype, requires_grad=True)
+            loss = torch.empty((), dtype=full_dtype(), requires_grad=True)
         return PipelineStage(
             part,
             number,
             len(self.pp_ranks),
             self.device,
             input_args=first if number == 0 else hidden,
-            output_args=logits if number == len(self.pp_ranks) - 1 else hidden,
+            output_args=loss if number == len(self.pp_ranks) - 1 else hidden,
             group=self.group,
         )
 
-    def _compute_loss(self, logits: Tensor, number: Tensor) -> Tensor:
-        assert self._loss_of is not None
-        assert logits.dtype == self.logits_dtype, f"{logits.dtype}: not what the stage declares"
-        return self._loss_of(logits, int(number))
+
+def _given_loss(loss: Tensor, number: Tensor) -> Tensor:
+    """The last stage has computed it."""
+    return loss

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from moe_dist.config import Config
 from moe_dist.data.baseline import unigram_loss
@@ -25,7 +27,7 @@ from moe_dist.parallel.engines.optimizer import reshard
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.build import Datasets
 from moe_dist.train.callbacks import Callback, RunState
-from moe_dist.train.loss import cross_entropy_sum
+from moe_dist.train.loss import head_cross_entropy
 from moe_dist.train.step import model_inputs
 
 
@@ -68,6 +70,7 @@ def evaluate(
     *,
     bf16: bool = False,
     document_mask: bool = True,
+    loss_chunk_tokens: int | Literal["auto"] = "auto",
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Every rank calls this with as many batches as the others (`data.eval_batches` sees to it).
@@ -82,14 +85,18 @@ def evaluate(
             if number % ASK_EVERY == 0 and stop():
                 return None
             on_device = batch.to(mesh.device, non_blocking=True)
-            logits = model(**model_inputs(on_device, document_mask=document_mask))
+
+            def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor = on_device.labels) -> Tensor:
+                return head_cross_entropy(hidden, weight, labels, chunk_tokens=loss_chunk_tokens)
+
+            loss = model(**model_inputs(on_device, document_mask=document_mask), head_function=loss_of)
             if model.lm_head is not None:  # of a pipeline, the last stage
-                totals[0] += cross_entropy_sum(logits, on_device.labels)
+                totals[0] += loss
                 totals[1] += batch.num_valid
-    loss, count = mesh.sum_over("world", totals).tolist()
+    total, count = mesh.sum_over("world", totals).tolist()
     if not count:
         raise ValueError("nothing to evaluate: no token of the validation samples has a label")
-    return Evaluation(loss / count, int(count), time.perf_counter() - started)
+    return Evaluation(total / count, int(count), time.perf_counter() - started)
 
 
 def sample_text(
@@ -167,6 +174,7 @@ class Evaluating(Callback):
                 self.mesh,
                 bf16=train.bf16,
                 document_mask=self.config.data.document_mask,
+                loss_chunk_tokens=train.loss_chunk_tokens,
                 stop=self._asked_to_stop,
             )
         if found is None:

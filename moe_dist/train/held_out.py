@@ -61,7 +61,13 @@ def _model(weights: SavedWeights) -> Transformer:
 
 def _loss(config: Config, weights: SavedWeights, samples: PackedDataset) -> float:
     batches = eval_batches(samples, 1, 1, 0, NUM_SEQUENCES)
-    found = evaluate(_model(weights), batches, Mesh.single(), document_mask=config.data.document_mask)
+    found = evaluate(
+        _model(weights),
+        batches,
+        Mesh.single(),
+        document_mask=config.data.document_mask,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+    )
     assert found is not None  # nobody has asked to stop
     return found.loss
 

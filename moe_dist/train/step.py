@@ -13,12 +13,12 @@ from moe_dist.config import Config
 from moe_dist.data.batch import Batch
 from moe_dist.models.context import ALONE, RoutingContext
 from moe_dist.models.precision import full
-from moe_dist.models.transformer import Transformer
+from moe_dist.models.transformer import HeadFunction, Transformer
 from moe_dist.parallel.engines.base import Engine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
 from moe_dist.train.balance import Balancer
-from moe_dist.train.loss import cross_entropy_sum
+from moe_dist.train.loss import head_cross_entropy
 
 if TYPE_CHECKING:
     from moe_dist.parallel.pipeline import PipelinedTransformer
@@ -106,38 +106,45 @@ class TrainStep:
             with torch.no_grad():
                 for number, batch in enumerate(batches):
                     self._micro_batch = f"routing micro-batch {number + 1} of {len(batches)}"
-                    self._forward(batch, context, step)
+                    self._forward(batch, context, step, _no_loss)
             context = replace(context, global_load=self.balancer.take_global_load())
 
-        def loss_of(logits: Tensor, number: int) -> Tensor:
-            smoothing = self.config.train.label_smoothing_factor
-            return cross_entropy_sum(logits, batches[number].labels, smoothing) * scale
-
+        losses_of = [self._loss_of(batch, scale) for batch in batches]
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if self.mesh.layout.pp_size > 1:
-            inputs = [self._inputs(batch, context, step) for batch in batches]
-            for loss in cast("PipelinedTransformer", self.model).run(inputs, loss_of):
+            inputs = [self._inputs(batch, context, step, loss) for batch, loss in zip(batches, losses_of, strict=True)]
+            for loss in cast("PipelinedTransformer", self.model).run(inputs):
                 total += loss
         else:
             for number, batch in enumerate(batches):
                 self.status.at("computing")
                 self._micro_batch = f"micro-batch {number + 1} of {len(batches)}"
                 self.engine.before_backward(is_last=number == len(batches) - 1)
-                loss = loss_of(self._forward(batch, context, step), number)
+                loss = self._forward(batch, context, step, losses_of[number])
                 self.engine.backward(loss)
                 total += loss.detach()
         self._micro_batch = ""
         self.status.at("reducing gradients")
         return self.mesh.sum_over("world", total)  # only last stages have added to it
 
-    def _forward(self, batch: Batch, context: RoutingContext, step: int) -> Tensor:
-        with torch.autocast(self.mesh.device.type, dtype=torch.bfloat16, enabled=self.config.train.bf16):
-            return self.model(**self._inputs(batch, context, step))
+    def _loss_of(self, batch: Batch, scale: Tensor) -> HeadFunction:
+        train, labels = self.config.train, batch.labels
 
-    def _inputs(self, batch: Batch, context: RoutingContext, step: int) -> dict[str, Any]:
+        def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+            options: dict[str, Any] = {"scale": scale, "chunk_tokens": train.loss_chunk_tokens}
+            return head_cross_entropy(hidden, weight, labels, train.label_smoothing_factor, **options)
+
+        return loss_of
+
+    def _forward(self, batch: Batch, context: RoutingContext, step: int, head_function: HeadFunction) -> Tensor:
+        with torch.autocast(self.mesh.device.type, dtype=torch.bfloat16, enabled=self.config.train.bf16):
+            return self.model(**self._inputs(batch, context, step, head_function))
+
+    def _inputs(self, batch: Batch, context: RoutingContext, step: int, head_function: HeadFunction) -> dict[str, Any]:
         inputs = model_inputs(batch, context, document_mask=self.config.data.document_mask)
         # Noise (dropout, jitter) depends on the step and the micro-batch's place in it, never on the rank.
-        return inputs | {"noise": noise_seed(self.config.train.seed, step, batch.index)}
+        noise = noise_seed(self.config.train.seed, step, batch.index)
+        return inputs | {"noise": noise, "head_function": head_function}
 
     def _sum_load(self, layer: int, counts: Tensor) -> Tensor:
         """Over all token holders; a wait for others, in the middle of computing."""
@@ -155,6 +162,11 @@ class TrainStep:
         """[valid labels, tokens] of the global batch, int64 on the device."""
         local = [sum(batch.num_valid for batch in batches), sum(batch.num_tokens for batch in batches)]
         return self.mesh.sum_over("dp", torch.tensor(local, dtype=torch.int64, device=self.mesh.device))
+
+
+def _no_loss(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Of a pass that only counts what routers choose."""
+    return hidden.new_zeros(())
 
 
 def model_inputs(batch: Batch, context: RoutingContext = ALONE, *, document_mask: bool = True) -> dict[str, Any]:

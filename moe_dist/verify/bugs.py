@@ -185,6 +185,7 @@ _OF_FEATURES: dict[str, Bug] = {
     "jitter_in_an_evaluation": Bug(("jitter",)),
     # losses, gradients, updates
     "label_smoothing_ignored_by_fsdp": Bug(("label_smoothing",), where=_fsdp),
+    "head_learns_from_the_last_chunk": Bug(("chunked_loss",)),
     "ignored_labels_in_the_scale": Bug((), ("even_batches",)),
     "micro_batches_weigh_alike": Bug((), ("even_batches",), _accumulated),
     "tied_weight_counted_twice": Bug(("tied",), where=_fsdp),

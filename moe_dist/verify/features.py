@@ -59,6 +59,7 @@ PLAIN: Settings = {
     "parallel.dispatcher": "all_to_all",
     "data.document_mask": True,
     "train.label_smoothing_factor": 0.0,
+    "train.loss_chunk_tokens": "auto",
     "train.max_grad_norm": 0.5,
     "train.bf16": False,
     "train.pure_bf16": False,
@@ -157,6 +158,10 @@ FEATURES: dict[str, dict[str, Settings]] = {
     "micro-batches": {"even_batches": {"batch.even": True}},
     "domains": {"domains": {"batch.num_domains": 2}},
     "label smoothing": {"label_smoothing": {"train.label_smoothing_factor": 0.1}},
+    "chunks of the loss": {
+        "chunked_loss": {"train.loss_chunk_tokens": 7},
+        "full_logits": {"train.loss_chunk_tokens": 0},
+    },
     "clipping": {"no_clipping": {"train.max_grad_norm": 0.0}, "rare_clipping": {"train.max_grad_norm": 1000.0}},
     "optimizer": {
         "adamw": {"optimizer.optim": "adamw_torch"},

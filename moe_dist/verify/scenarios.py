@@ -135,6 +135,8 @@ class Smallness:
             # Compiled code rounds otherwise, and draws other noise: it is held against itself where that matters.
             same = scenario.precision == "bfloat16" or config.model.attention_dropout > 0
             tree["train"]["torch_compile"] &= same
+            if scenario.precision != "bfloat16":  # sums of chunks have more digits than one bfloat16 product
+                tree["train"]["loss_chunk_tokens"] = 0
             return Training(config, Config.model_validate(tree), self._batches(scenario))
         except (ValidationError, ConfigError) as error:
             raise ConfigError(f"--layouts {scenario.name}: {reason(error)}") from None

@@ -88,7 +88,7 @@ class ScriptedTrainer(MoETrainer):
     @contextmanager
     def _poisoned(self) -> Iterator[None]:
         """One micro-batch of the global batch, wherever it is, has a loss that is not a number."""
-        next_step, cross_entropy = self.loader.next_step, step_module.cross_entropy_sum
+        next_step, cross_entropy = self.loader.next_step, step_module.head_cross_entropy
         poisoned: list[Tensor] = []
 
         def remember() -> list[Any]:
@@ -96,11 +96,11 @@ class ScriptedTrainer(MoETrainer):
             poisoned.extend(batch.labels for batch in batches if batch.index == 1)
             return batches
 
-        def wrong(logits: Tensor, labels: Tensor, *options: Any) -> Tensor:
-            loss = cross_entropy(logits, labels, *options)
+        def wrong(hidden: Tensor, weight: Tensor, labels: Tensor, *arguments: Any, **options: Any) -> Tensor:
+            loss = cross_entropy(hidden, weight, labels, *arguments, **options)
             return loss * float("nan") if any(torch.equal(labels.cpu(), bad) for bad in poisoned) else loss
 
-        with patch.object(self.loader, "next_step", remember), patch.object(step_module, "cross_entropy_sum", wrong):
+        with patch.object(self.loader, "next_step", remember), patch.object(step_module, "head_cross_entropy", wrong):
             yield
 
     @contextmanager

@@ -185,7 +185,12 @@ def run_trial(
             if step == NUM_STEPS - 1:  # and then train on: an evaluation must leave no trace
                 held_out = trial.share(micro_batches(config, num_micro_batches, 99, kind))
                 found = evaluate(
-                    trial.model, held_out, mesh, bf16=config.train.bf16, document_mask=config.data.document_mask
+                    trial.model,
+                    held_out,
+                    mesh,
+                    bf16=config.train.bf16,
+                    document_mask=config.data.document_mask,
+                    loss_chunk_tokens=config.train.loss_chunk_tokens,
                 )
                 assert found is not None
                 told.evaluation.append(found.loss)

@@ -225,3 +225,24 @@ def test_all_linear_says_what_it_took_and_warns_of_the_router() -> None:
 def test_what_cannot_be_adapted_is_named(overrides: tuple[str, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         built(*overrides)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_loss_at_the_head_sees_its_adapter(training: bool) -> None:
+    """A loss that is made from hidden states and weight, never from logits."""
+    model = built("lora.target_modules=[lm_head]", "lora.dropout=0.2").train(training)
+    ids = torch.arange(12).view(2, 6)
+    found, wanted = (gradients_at_the_head(model, ids, function) for function in (torch.nn.functional.linear, None))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(bool(one.any()) for one in found)
+
+
+def gradients_at_the_head(model: Transformer, ids: Tensor, function: Any) -> list[Tensor]:
+    model.zero_grad()
+    logits = model(ids, head_function=function, noise=3)
+    logits.square().mean().backward()
+    assert model.lm_head is not None
+    lora = model.lm_head.lora
+    assert lora is not None
+    return [logits.detach(), *(p.grad.clone() for p in lora.parameters() if p.grad is not None)]

@@ -112,8 +112,9 @@ def one_step(options: tuple[str, ...]) -> None:
     trial.step(trial.share(micro_batches(COUNT)), 0, 0.0)
 
 
-def test_logits_under_autocast_are_what_was_said() -> None:
-    """Planted: declared as hidden states are, in float32. PyTorch 2.11 ends of it; newer ones do not look."""
+def test_the_loss_under_autocast_is_what_was_said() -> None:
+    """The last stage says that it gives a loss in full precision, whatever its logits are. Planted: declared in
+    bfloat16. PyTorch 2.11 ends of it; newer ones do not look."""
     run_ranks(one_step, 4, ("train.bf16=true",))
 
 

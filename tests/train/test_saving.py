@@ -343,15 +343,15 @@ def test_a_signal_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.Monke
 
     straight = run(tmp_path / "straight", {"eval_steps": 3})
     seen = []
-    exact = evaluation.cross_entropy_sum
+    exact = evaluation.head_cross_entropy
 
-    def interrupt(*arguments: Any) -> Any:
+    def interrupt(*arguments: Any, **options: Any) -> Any:
         seen.append(1)
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return exact(*arguments)
+        return exact(*arguments, **options)
 
-    replace(evaluation, "cross_entropy_sum", interrupt)
+    replace(evaluation, "head_cross_entropy", interrupt)
     monkeypatch.setattr(evaluation, "ASK_EVERY", 1)
     stopped = run(tmp_path / "run", {"eval_steps": 3})
     assert (stopped.signal, stopped.steps, stopped.reason) == (signal.SIGUSR1, 3, "stopped by SIGUSR1")

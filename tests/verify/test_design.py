@@ -64,7 +64,7 @@ def test_quick_has_every_value() -> None:
     wanted = {(feature, word) for feature, words in FEATURES.items() for word in ("plain", *words)}
     wanted |= {value for layout in designer().layouts for value in layout.axes.items()}
     assert seen == wanted
-    assert len(mixed) <= 24
+    assert len(mixed) <= 26
     own = [case.layout for case in chosen.cases if isinstance(case, Scenario) and case.features is None]
     assert {(layout.engine, layout.zero_stage) for layout in own} >= {("torch", z) for z in range(4)}
     assert any(isinstance(case, Life) for case in chosen.cases)

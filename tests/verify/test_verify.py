@@ -215,12 +215,13 @@ def test_infinity_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 def wrong_smoothing(layouts: str) -> Any:
     from moe_dist.train import step
 
-    right = step.cross_entropy_sum
+    right = step.head_cross_entropy
 
-    def wrong(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-        return right(logits, labels, smoothing * (2.0 if torch.distributed.get_rank() == 1 else 1.0))
+    def wrong(*tensors_and_smoothing: Any, **options: Any) -> torch.Tensor:
+        *tensors, smoothing = tensors_and_smoothing
+        return right(*tensors, smoothing * (2.0 if torch.distributed.get_rank() == 1 else 1.0), **options)
 
-    with replaced(step, "cross_entropy_sum", wrong):
+    with replaced(step, "head_cross_entropy", wrong):
         return outcomes(run_file("demo.yaml"), [(layouts, None)])[0]
 
 

@@ -98,6 +98,9 @@ class TrainConfig(Section):
     """Not offered: half precision needs loss scaling; use bf16."""
     label_smoothing_factor: Fraction = 0.0
     """Mass spread over the vocabulary in the loss."""
+    loss_chunk_tokens: NonNegative | Literal["auto"] = "auto"
+    """Tokens whose logits the loss holds at once: memory does not grow with tokens x vocab_size; auto: 256 (on a
+    GPU 1,024), more where they fit 64 MiB; 0: all of a micro-batch."""
     gradient_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in backward: whole blocks, or attention only. Routing is never recomputed."""
     torch_compile: bool = False

@@ -165,7 +165,7 @@ def _in_every_pipeline(replace: Replace, change: Callable[[list[dict[str, Any]]]
     from moe_dist.parallel.pipeline import PipelinedTransformer
 
     run = PipelinedTransformer.run
-    replace(PipelinedTransformer, "run", lambda self, inputs, loss_of: run(self, change(inputs), loss_of))
+    replace(PipelinedTransformer, "run", lambda self, inputs: run(self, change(inputs)))
 
 
 def positions_of_the_first_micro_batch(replace: Replace) -> None:

@@ -266,9 +266,9 @@ def auxiliary_loss_scaled_by_the_schedule(replace: Replace) -> None:
 
     run, inject = PipelinedTransformer.run, moe.inject_loss
 
-    def wrong(self: PipelinedTransformer, micro_batches: list, loss_of: Any) -> list[Tensor]:
+    def wrong(self: PipelinedTransformer, micro_batches: list) -> list[Tensor]:
         with patch.object(moe, "inject_loss", lambda x, loss: inject(x, loss / len(micro_batches))):
-            return run(self, micro_batches, loss_of)
+            return run(self, micro_batches)
 
     replace(PipelinedTransformer, "run", wrong)
 

@@ -19,6 +19,7 @@ from moe_dist.parallel.engines.fsdp import FSDPEngine
 from moe_dist.parallel.engines.gradient_buffer import GradientBuffer
 from moe_dist.parallel.engines.optimizer import LogicalOptimizer, local
 from moe_dist.parallel.engines.replicated import ReplicatedEngine
+from moe_dist.train import loss as loss_module
 from moe_dist.train import step
 from moe_dist.train.balance import Balancer
 from moe_dist.train.step import TrainStep
@@ -27,15 +28,27 @@ from moe_dist.verify.injected_bugs.planting import Replace, rank
 
 def label_smoothing_ignored_by_fsdp(replace: Replace) -> None:
     """The loss of a sharded model is the plain one."""
-    accumulate, plain = TrainStep.accumulate, step.cross_entropy_sum
+    accumulate, right = TrainStep.accumulate, step.head_cross_entropy
+
+    def plain(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, **options: Any) -> Tensor:
+        return right(hidden, weight, labels, **options)
 
     def wrong(self: TrainStep, *arguments: Any) -> Tensor:
         if not isinstance(self.engine, FSDPEngine):
             return accumulate(self, *arguments)
-        with patch.object(step, "cross_entropy_sum", lambda logits, labels, smoothing: plain(logits, labels)):
+        with patch.object(step, "head_cross_entropy", plain):
             return accumulate(self, *arguments)
 
     replace(TrainStep, "accumulate", wrong)
+
+
+def head_learns_from_the_last_chunk(replace: Replace) -> None:
+    """The gradient of the head's weight is that of the last chunk of tokens: written where it should be added."""
+
+    def wrong(total_VD: Tensor, d_logits_CV: Tensor, x_CD: Tensor) -> None:
+        total_VD.copy_(d_logits_CV.t() @ x_CD)
+
+    replace(loss_module, "_add_product", wrong)
 
 
 def ignored_labels_in_the_scale(replace: Replace) -> None:
@@ -53,15 +66,16 @@ def ignored_labels_in_the_scale(replace: Replace) -> None:
 
 def micro_batches_weigh_alike(replace: Replace) -> None:
     """A mean of means: a micro-batch with few labels counts as much as one with many."""
-    accumulate, loss_sum = TrainStep.accumulate, step.cross_entropy_sum
+    accumulate, loss_sum = TrainStep.accumulate, step.head_cross_entropy
 
     def wrong(self: TrainStep, batches: list, counts: Tensor, number: int) -> Tensor:
         fair = counts[0] / (len(batches) * self.mesh.layout.dp_size)
 
-        def alike(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-            return loss_sum(logits, labels, smoothing) * fair / (labels >= 0).sum().clamp(min=1)
+        def alike(hidden: Tensor, weight: Tensor, labels: Tensor, *arguments: Any, **options: Any) -> Tensor:
+            loss = loss_sum(hidden, weight, labels, *arguments, **options)
+            return loss * fair / (labels >= 0).sum().clamp(min=1)
 
-        with patch.object(step, "cross_entropy_sum", alike):
+        with patch.object(step, "head_cross_entropy", alike):
             return accumulate(self, batches, counts, number)
 
     replace(TrainStep, "accumulate", wrong)
