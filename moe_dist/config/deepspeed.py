@@ -156,6 +156,8 @@ def check_deepspeed(config: Sections) -> None:
         raise ValueError(f"parallel.shard_size={parallel.shard_size}: null with parallel.engine=deepspeed")
     if parallel.cpu_offload:
         raise ValueError("parallel.cpu_offload=true: with parallel.engine=deepspeed the key is offload_optimizer")
+    if parallel.reduce_dtype != "float32":
+        raise ValueError(f"parallel.reduce_dtype={parallel.reduce_dtype}: float32 with parallel.engine=deepspeed")
     if config.train.pure_bf16:
         raise ValueError("train.pure_bf16=true: not with parallel.engine=deepspeed; allowed: train.bf16")
     if config.train.torch_compile:

@@ -154,7 +154,10 @@ FEATURES: dict[str, dict[str, Settings]] = {
         "all_gather": {"parallel.dispatcher": "all_gather"},
         "dedup": {"parallel.dispatcher": "dedup"},
     },
-    "reduction": {"late_reduction": {"parallel.overlap_grad_reduce": False}},
+    "reduction": {
+        "late_reduction": {"parallel.overlap_grad_reduce": False},
+        "half_reduction": {"parallel.reduce_dtype": "bfloat16"},
+    },
     "micro-batches": {"even_batches": {"batch.even": True}},
     "domains": {"domains": {"batch.num_domains": 2}},
     "label smoothing": {"label_smoothing": {"train.label_smoothing_factor": 0.1}},
@@ -184,7 +187,7 @@ ONCE = {"compiled"}
 """Costs many seconds: wanted once, not with every other value."""
 COSTS = {"deep": 4, "own_experts": 3, "noisy_experts": 2, "compiled": 8}
 """How much longer a case takes: taken where more of what is wanted comes with it."""
-LOW_PRECISION = {"bf16", "pure_bf16"}
+LOW_PRECISION = {"bf16", "pure_bf16", "half_reduction"}
 ADAPTERS = {*FEATURES["adapters"]}
 
 

@@ -20,6 +20,7 @@ parallel.zero_stage=0  =>  parallel.zero_stage=0: 1 or 2 with parallel.engine=de
 parallel.zero_stage=3  =>  parallel.zero_stage=3: 1 or 2 with parallel.engine=deepspeed
 parallel.shard_size=2  =>  parallel.shard_size=2: null with
 parallel.cpu_offload=true  =>  parallel.cpu_offload=true: with parallel.engine=deepspeed the key is offload_optimizer
+parallel.reduce_dtype=bfloat16  =>  parallel.reduce_dtype=bfloat16: float32 with parallel.engine=deepspeed
 parallel.offload_optimizer=nvme  =>  parallel.offload_optimizer='nvme': one of none, cpu
 train.pure_bf16=true  =>  train.pure_bf16=true: not with  &  train.bf16
 train.torch_compile=true  =>  train.torch_compile=true: not with

@@ -82,6 +82,9 @@ class ParallelConfig(Section):
     travel during backward, and under a pipeline at its end)."""
     bucket_cap_mb: PositiveFloat = 4.0
     """Gradients travel in pieces of about this size (zero_stage 0)."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of gradients on their way between replicas, and of their sums there; bfloat16 halves what travels, and keeps 8
+    bits of each number (docs/parallelism.md)."""
     cpu_offload: bool = False
     """Keep sharded parameters, gradients and optimizer state in host memory (CUDA, zero_stage 3)."""
     elastic: bool = False

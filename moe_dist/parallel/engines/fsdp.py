@@ -33,13 +33,14 @@ from moe_dist.parallel.mesh import Mesh
 
 
 def shard_parameters(model: Transformer, config: Config, mesh: Mesh) -> None:
-    """Wrap blocks, their experts and their routers, in place. Reductions are sums in float32; no factor anywhere."""
+    """Wrap blocks, their experts and their routers, in place. Reductions are sums; no factor anywhere."""
     dense_mesh, expert_mesh = _meshes(mesh)
     frees = config.parallel.zero_stage == 3
     offload = CPUOffloadPolicy() if config.parallel.cpu_offload else OffloadPolicy()
     half = torch.bfloat16 if config.train.pure_bf16 else None
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=full_dtype(), cast_forward_inputs=False)
-    exact = MixedPrecisionPolicy(reduce_dtype=full_dtype(), cast_forward_inputs=False)
+    reduced = torch.bfloat16 if config.parallel.reduce_dtype == "bfloat16" else full_dtype()
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=reduced, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)
 
     def shard(module: nn.Module, over: DeviceMesh, precision: MixedPrecisionPolicy) -> None:
         stacked = isinstance(module, Experts)

@@ -22,6 +22,7 @@ class GradientBuffer:
     `group`: ranks that hold the same parameters, over which gradients are summed; None: there are no others. What
     backward completes first, the parameters that come last, lies first. Buckets are sent in that order on every rank,
     one that is ready early waits for those before it: ranks whose batches use different experts still call the same.
+    `reduce_dtype`: of what travels and of the sums on the way; default: that of the buffer.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class GradientBuffer:
         device: torch.device,
         group: ProcessGroup | None = None,
         bucket_bytes: int = 4 * 2**20,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self.parameters, self.group = dict(named_parameters), group
+        self.reduce_dtype = reduce_dtype or full_dtype()
         backwards = list(reversed(self.parameters.items()))
         sizes = [parameter.numel() for _, parameter in backwards]
         self.flat = torch.zeros(sum(sizes), dtype=full_dtype(), device=device)
@@ -40,7 +43,7 @@ class GradientBuffer:
         self.members = _in_buckets(backwards, bucket_bytes // self.flat.element_size())
         self.buckets = self.flat.split([sum(self.parameters[name].numel() for name in names) for names in self.members])
         self._missing: list[set[str]] = []
-        self._works: list[dist.Work] = []
+        self._works: list[tuple[dist.Work, Tensor]] = []
         self._sent = 0
         for number, names in enumerate(self.members):
             for name in names:
@@ -74,9 +77,10 @@ class GradientBuffer:
             self._send_next()
 
     def _send_next(self) -> None:
-        work = dist.all_reduce(self.buckets[self._sent], group=self.group, async_op=True)
+        bucket = self.buckets[self._sent].to(self.reduce_dtype)
+        work = dist.all_reduce(bucket, group=self.group, async_op=True)
         assert work is not None
-        self._works.append(work)
+        self._works.append((work, bucket))
         self._sent += 1
 
     def zero(self) -> None:
@@ -97,8 +101,10 @@ class GradientBuffer:
 
     def wait(self) -> None:
         """Until everything that was sent is summed over the group."""
-        for work in self._works:
+        for (work, summed), bucket in zip(self._works, self.buckets, strict=False):
             work.wait()
+            if summed.dtype != bucket.dtype:
+                bucket.copy_(summed)
         self._works, self._missing, self._sent = [], [], 0
 
     def squared_norm(self) -> Tensor:

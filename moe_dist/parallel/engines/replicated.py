@@ -28,11 +28,12 @@ class ReplicatedEngine(TorchEngine):
         expert_names = model.expert_parameter_names()
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         bucket_bytes = int(config.parallel.bucket_cap_mb * 2**20)
+        reduce_dtype = torch.bfloat16 if config.parallel.reduce_dtype == "bfloat16" else None
         self.overlaps = config.parallel.overlap_grad_reduce
         dense = [item for item in trained if item[0] not in expert_names]
         experts = [item for item in trained if item[0] in expert_names]
-        self.dense = GradientBuffer(dense, mesh.device, mesh.group("dp"), bucket_bytes)
-        self.experts = GradientBuffer(experts, mesh.device, mesh.group("edp"), bucket_bytes)
+        self.dense = GradientBuffer(dense, mesh.device, mesh.group("dp"), bucket_bytes, reduce_dtype)
+        self.experts = GradientBuffer(experts, mesh.device, mesh.group("edp"), bucket_bytes, reduce_dtype)
         self.optimizer = LogicalOptimizer(self, config.optimizer)
 
     @property

@@ -89,7 +89,7 @@ def buckets_sent_without_their_last_gradient(replace: Replace) -> None:
     def wrong(self: GradientBuffer, name: str, bucket: int) -> None:
         if name in self._missing[bucket]:
             arrived(self, name, bucket)
-            for work in self._works:
+            for work, _ in self._works:
                 work.wait()
 
     replace(GradientBuffer, "reduce_early", early)
