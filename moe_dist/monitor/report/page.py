@@ -42,7 +42,7 @@ def write_report(folders: Sequence[Path | str], output: Path | str | None = None
 
 def page(runs: Sequence[RunLog]) -> str:
     """The whole page as HTML."""
-    made = _Page()
+    made = Page()
     names = ", ".join(run.name for run in runs)
     made.section("summary", "Summary", _summary_table(runs))
     made.section("findings", "Findings", "".join(_finding_list(run, len(runs) > 1) for run in runs))
@@ -84,11 +84,16 @@ def page(runs: Sequence[RunLog]) -> str:
         else:
             made.add(f"<p>{_text(run.name)}: no checkpoint was written.</p>")
         if run.starts:
-            made.add(f"<h3>Starts of {_text(run.name)}</h3>" + _table(TITLES, starts_table(run)))
+            made.add(f"<h3>Starts of {_text(run.name)}</h3>" + table(TITLES, starts_table(run)))
     made.section("configuration", "Configuration", "".join(map(_configuration, runs)))
     lead = "".join(f"<p>{_text(run.starts[-1]['sentence'])}</p>" for run in runs if run.starts)
+    return render(f"Training report: {names}", lead, made)
+
+
+def render(title: str, lead: str, made: Page) -> str:
+    """A page of these parts as HTML, with everything in it. `lead`: HTML."""
     return string.Template(PAGE.read_text(encoding="utf-8")).substitute(
-        title=_text(f"Training report: {names}"),
+        title=_text(title),
         lead=lead,
         contents="".join(f'<li><a href="#{anchor}">{_text(title)}</a></li>' for anchor, title in made.contents),
         body="\n".join(made.parts),
@@ -96,7 +101,7 @@ def page(runs: Sequence[RunLog]) -> str:
     )
 
 
-class _Page:
+class Page:
     """Parts of the page in their order, and its table of contents."""
 
     def __init__(self) -> None:
@@ -135,7 +140,7 @@ class _Page:
         )
         self.chart(f"domains-{index}", specialisation.heatmap(shown), caption)
         titles = ["domain", "experts that have most more of it than of all data (share / average)"]
-        self.add(_table(titles, specialisation.strongest(shown)))
+        self.add(table(titles, specialisation.strongest(shown)))
 
     def _slider(self, name: str, chart: str, words: str, shown: dict[str, Any]) -> None:
         label, frames = f"step-{name}", f"frames-{name}"
@@ -167,7 +172,7 @@ def _finding_list(run: RunLog, named: bool) -> str:
 
 def _summary_table(runs: Sequence[RunLog]) -> str:
     columns = [_summary(run) for run in runs]
-    return _table(["", *(run.name for run in runs)], [[key, *(c[key] for c in columns)] for key in columns[0]])
+    return table(["", *(run.name for run in runs)], [[key, *(c[key] for c in columns)] for key in columns[0]])
 
 
 def _summary(run: RunLog) -> dict[str, str]:
@@ -211,8 +216,8 @@ def _layer_table(run: RunLog) -> str:
             ]
         )
     titles = ["layer", "imbalance", "experts in use", "dead", "dropped", "balancing loss", "z-loss", "router entropy"]
-    table = _table([*titles, "busiest expert", "least busy"], rows)
-    return f"<details><summary>The last interval in numbers</summary>{table}</details>"
+    numbers = table([*titles, "busiest expert", "least busy"], rows)
+    return f"<details><summary>The last interval in numbers</summary>{numbers}</details>"
 
 
 def _configuration(run: RunLog) -> str:
@@ -220,7 +225,8 @@ def _configuration(run: RunLog) -> str:
     return f"<details><summary>{_text(run.name)}</summary><pre>{_text(text)}</pre></details>"
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """As HTML; the first cell of a row is its name."""
     head = "".join(f'<th scope="col">{_text(title)}</th>' for title in titles)
     body = "".join(
         f'<tr><th scope="row">{_text(row[0])}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in row[1:])}</tr>'
