@@ -19,6 +19,7 @@ from launcher.backends.command import for_world
 from launcher.cli import checkpoint
 from launcher.cli.checkpoint_import import import_
 from launcher.cli.completion import RunCommand
+from launcher.cli.evaluate import evaluate, experts
 from launcher.cli.export import export
 from launcher.cli.generate import generate
 from launcher.cli.init import init
@@ -274,6 +275,8 @@ def profile(
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(sweep)
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(generate)
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(plan)
+app.command(cls=RunCommand, context_settings=_OVERRIDES)(evaluate)
+app.command(cls=RunCommand, context_settings=_OVERRIDES)(experts)
 app.command()(init)
 app.command()(export)
 app.command()(upcycle)

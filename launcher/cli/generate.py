@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from launcher.backends.command import for_world
 from launcher.cli.checkpoint import Key
+from launcher.cli.inference import Dtype, Model, Nproc, Step, run_inference
 from launcher.cli.paths import expanded
-from launcher.connect.environment import detect, started_by_torchrun
-from launcher.connect.rank_job import Inference
 from moe_dist.config import ConfigError
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        callback=expanded,
-        help="Run folder or URL (its newest step), one checkpoint, or a Hugging Face folder.",
-    ),
-]
-Nproc = Annotated[int, typer.Option("--nproc", "-n", min=1, help="Ranks on this machine; key=value says the layout.")]
-Step = Annotated[int | None, typer.Option(min=0, help="Which step of a run; default: the newest.")]
-Dtype = Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights.")]
 
 
 def generate(
@@ -60,6 +45,9 @@ def generate(
     length_penalty: Annotated[float, typer.Option(help="Of beam search: above 0 likes long answers.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the end of a document.")] = False,
+    show_experts: Annotated[
+        bool, typer.Option("--show-experts", help="Colour every token by its busiest expert, layer by layer.")
+    ] = False,
     nproc: Nproc = 1,
     step: Step = None,
     dtype: Dtype = "fp32",
@@ -85,6 +73,8 @@ def generate(
         raise ConfigError(f"{' and '.join(asked)}: one of them")
     if chat and nproc > 1:
         raise ConfigError(f"--chat --nproc {nproc}: a conversation is held by one process; leave --nproc out")
+    if show_experts and (chat or prompts):
+        raise ConfigError("--show-experts: only with --prompt")
     if (output and not prompts) or (system and not chat):
         raise ConfigError("--output: only with --prompts" if output else "--system: only with --chat")
     texts = [] if chat else _read_prompts(prompts) if prompts else list(prompt or [_standard_input()])
@@ -112,46 +102,8 @@ def generate(
         engine = {"expert_cache_size_gb": expert_cache_gb, "cache_policy": cache_policy}
         engine |= {"expert_folder": expert_folder, "prefetch": prefetch}
     options = {"sampling": sampling, "prompts": texts, "as_json": prompts is not None, "output": output}
-    options |= {"chat": chat, "system": system, "engine": engine}
-    run_inference("generate", model, context.args, options, nproc, step, dtype, encryption_key)
-
-
-def run_inference(
-    verb: str,
-    model: str,
-    overrides: list[str],
-    options: dict[str, Any],
-    nproc: int,
-    step: int | None,
-    dtype: str,
-    keys: list[str] | None,
-) -> None:
-    """Find the model, and do what `verb` says on all ranks: here, where there is one."""
-    from moe_dist.pretrained.inference import find_model
-
-    under_torchrun = started_by_torchrun()
-    first = os.environ.get("RANK", "0") == "0"
-    how: dict[str, Any] = {"step": step, "keys": keys or (), "nproc": nproc, "dtype": dtype}
-    found = find_model(model, overrides, **how, check=first)
-    wanted = Inference(
-        verb=verb,
-        checkpoint=None if found.checkpoint is None else str(found.checkpoint),
-        keys=tuple(keys or ()),
-        options=options,
-    )
-    if under_torchrun:
-        from launcher.rank.worker import run_under_torchrun
-
-        environment = detect()
-        run_under_torchrun(for_world(found.config, environment.world_size), environment, wanted)
-    config = for_world(found.config, nproc)
-    if nproc == 1:
-        from launcher.rank.worker import main
-
-        raise typer.Exit(main(config, detect(), wanted))
-    from launcher.backends.local import launch
-
-    raise typer.Exit(launch(config, wanted))
+    options |= {"chat": chat, "system": system, "engine": engine, "show_experts": show_experts}
+    raise typer.Exit(run_inference("generate", model, context.args, options, nproc, step, dtype, encryption_key))
 
 
 def _standard_input() -> str:

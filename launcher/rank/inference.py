@@ -30,10 +30,46 @@ def infer(config: Config, environment: Environment, wanted: Inference) -> int:
     with connected(config, environment) as mesh:
         found = None if wanted.checkpoint is None else locate(wanted.checkpoint, open_storage("."))
         model, tokenizer = open_model(Source(config, found), mesh, wanted.keys)
-        from moe_dist.generate.engine import MoEInferenceEngine
+        if wanted.verb == "generate":
+            from moe_dist.generate.engine import MoEInferenceEngine
 
-        engine = MoEInferenceEngine(model, tokenizer, mesh=mesh, **wanted.options.get("engine", {}))
-        return _generate(engine, wanted.options)
+            engine = MoEInferenceEngine(model, tokenizer, mesh=mesh, **wanted.options.get("engine", {}))
+            return _generate(engine, wanted.options)
+        from moe_dist.evaluate.held_out_text import held_out_text
+
+        samples = held_out_text(config, tokenizer, wanted.options["data"], wanted.options["max_samples"])
+        parts: Any = (model, samples, tokenizer, mesh)
+        how: dict[str, Any] = {"batch_size": config.train.per_device_eval_batch_size or 4}
+        if wanted.verb == "experts":
+            return _experts(parts, how, wanted)
+        return _evaluate(parts, how | {"document_mask": config.data.document_mask}, wanted)
+
+
+def _evaluate(parts: Any, how: dict[str, Any], wanted: Inference) -> int:
+    from moe_dist.evaluate.measure import measure
+
+    mesh, found = parts[-1], measure(*parts, **how)
+    if mesh.rank == 0:
+        row = {"model": wanted.options["name"], **found.to_json()}
+        Path(wanted.options["result"]).write_text(json.dumps(row), "utf-8")
+    return 0
+
+
+def _experts(parts: Any, how: dict[str, Any], wanted: Inference) -> int:
+    from moe_dist.evaluate.expert_study import lines, study
+
+    mesh, found = parts[-1], study(*parts, **how)
+    if mesh.rank == 0:
+        if wanted.options["as_json"]:
+            print(json.dumps(found.to_json(), ensure_ascii=False, indent=1), flush=True)
+        else:
+            print("\n".join(lines(found)), flush=True)
+        if wanted.options["page"]:
+            from moe_dist.evaluate.experts_page import write_experts_page
+
+            write_experts_page(found, wanted.options["name"], Path(wanted.options["page"]))
+            print(wanted.options["page"], file=sys.stderr)
+    return 0
 
 
 def _generate(engine: MoEInferenceEngine, options: dict[str, Any]) -> int:
@@ -46,6 +82,10 @@ def _generate(engine: MoEInferenceEngine, options: dict[str, Any]) -> int:
 
         return chat(engine, sampling, options.get("system"))
     prompts = options["prompts"]
+    if options.get("show_experts"):
+        from launcher.rank.shown_experts import show_experts
+
+        return show_experts(engine, prompts, sampling)
     if options.get("as_json"):
         _write_rows(engine, prompts, sampling, options.get("output"))
     else:

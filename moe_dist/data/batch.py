@@ -82,8 +82,8 @@ def collate(samples: Sequence[Sample], sample_ids: Sequence[int], index: int, pi
     labels = np.stack([sample["labels"] for sample in samples])
     documents = np.stack([sample["document_ids"] for sample in samples])
     num_tokens = int((documents != PADDING_DOCUMENT).sum())
-    # Padding to fill a batch of an evaluation has none, and nothing is counted there.
-    named = all("domain_ids" in sample for sample in samples)
+    named = any("domain_ids" in sample for sample in samples)
+    nowhere = np.zeros(labels.shape[1], dtype=np.uint8)  # of what fills a batch of an evaluation: it is of no source
     has_boundary = num_tokens < documents.size or bool((documents[:, 1:] != documents[:, :-1]).any())
     return Batch(
         input_ids=tensor(np.stack([sample["input_ids"] for sample in samples])),
@@ -94,5 +94,5 @@ def collate(samples: Sequence[Sample], sample_ids: Sequence[int], index: int, pi
         num_tokens=num_tokens,
         sample_ids=list(sample_ids),
         index=index,
-        domain_ids=tensor(np.stack([sample["domain_ids"] for sample in samples])) if named else None,
+        domain_ids=tensor(np.stack([sample.get("domain_ids", nowhere) for sample in samples])) if named else None,
     )

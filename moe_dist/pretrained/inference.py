@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _OF_THE_MODEL = ("model", "data", "balance")
 """Sections of a run that say what its model computes and on what; how it was trained is left behind."""
 
+_OF_HELD_OUT = ("seed", "eval_batches", "per_device_eval_batch_size", "per_device_train_batch_size")
+"""Keys of `train` that say which text is held out, and how much of it is measured."""
+
 
 class Source(NamedTuple):
     """Where a model is. `checkpoint`: None for a Hugging Face folder, which the configuration names."""
@@ -64,6 +67,7 @@ def find_model(
         saved = read_trainer_state(found, found.storage.manifest(found.step), Keys(keys))["config"]
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
+    base["train"] |= {key: value for key, value in saved.get("train", {}).items() if key in _OF_HELD_OUT}
     tree = base | {name: saved[name] for name in _OF_THE_MODEL if name in saved}
     tree["model"] = {**tree.get("model", {}), "from_pretrained": None}  # the weights are in the checkpoint
     return Source(load_mapping(tree, overrides, notice=notice), found)

@@ -282,3 +282,18 @@ def test_wrong_sizes_are_named(packed, texts):
     loader = GlobalLoader(once, micro_batch_size=100, num_replicas=1, replica=0)
     with pytest.raises(ValueError, match="build it with repeat=True"):
         loader.next_step()
+
+
+def test_rows_keep_their_source_beside_rows_that_fill_a_batch(tmp_path):
+    """Planted: sources of a batch only where every row has some; then the last batch of an evaluation had none."""
+    from moe_dist.data.corpus import load_documents
+    from moe_dist.data.packing import pack
+    from moe_dist.data.tokenizer import ByteTokenizer
+
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name * 7)
+    corpus = load_documents("text", path={name: f"{tmp_path}/{name}" for name in ("a", "b")})
+    samples = pack(corpus, ByteTokenizer(), max_seq_length=8, keep_tail=True)
+    (batch,) = eval_batches(samples, 4, 1, 0)
+    assert batch.domain_ids[:2].tolist() == [[0] * 8, [1] * 8]
+    assert batch.domain_ids.shape == (4, 8)
