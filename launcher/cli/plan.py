@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,12 @@ def plan(
         str | None,
         typer.Option(metavar="FILE", callback=expanded, help="Write a page with memory, time and trade-offs."),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", callback=expanded, help="Measure this machine's device into a cluster file first."
+        ),
+    ] = None,
     simulate: Annotated[
         bool, typer.Option("--simulate", "--failures", help="Replay months with failures, and print their goodput.")
     ] = False,
@@ -72,6 +79,9 @@ def plan(
     """
     settings = load_config(config, context.args)
     number = gpus or settings.launch.nproc_per_node
+    if calibrate is not None:
+        _calibrate(Path(calibrate), gpu)
+        cluster = cluster or calibrate
     machine = cluster_of(gpu, cluster)
     if price is not None:
         machine = machine.model_copy(update={"price_per_hour": price})
@@ -90,6 +100,22 @@ def plan(
         print(f"\nPage: {write_page(Path(report), config, found, machine, wanted)}", flush=True)
     if found.best is None:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _calibrate(path: Path, gpu: str) -> None:
+    """Measure one device of this machine, and write what was found; links stay as the device has them."""
+    import torch
+
+    from moe_dist.plan.calibration import measured_device
+
+    kind = "cpu" if gpu == "cpu" else "cuda"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--calibrate {path}: there is no CUDA device here to measure as --gpu {gpu}; give --gpu cpu")
+    torch.set_num_threads(1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{key}: {value:.6g}" for key, value in measured_device(torch.device(kind)).items()]
+    path.write_text("\n".join([f"# Measured by moe-dist plan --calibrate, --gpu {gpu}", *lines]) + "\n", "utf-8")
+    print(f"measured: {path}", file=sys.stderr)
 
 
 def simulation_lines(found: Plan, cluster: Cluster, tokens: int, seed: int, months: int = 100) -> list[str]:

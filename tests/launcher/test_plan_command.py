@@ -47,6 +47,18 @@ def test_a_plan_is_given_back_to_check(tmp_path: Path) -> None:
     assert "pareto" in page.read_text()
 
 
+def test_a_machine_is_measured_into_a_cluster_file(tmp_path: Path) -> None:
+    """And planned for in the same breath; the file is one that --cluster takes."""
+    file = tmp_path / "here.yaml"
+    done = moe_dist("configs/demo.yaml", "--gpus", "2", "--gpu", "cpu", "--tokens", "1M", "--calibrate", str(file))
+    assert done.returncode == 0, done.stderr
+    here = cluster_of("cpu", file)
+    assert 1e9 < here.peak_float32 < 1e13
+    assert 1e8 < here.memory_bandwidth < 1e12
+    assert 0 < here.layer_overhead < 1
+    assert here.network_bandwidth == cluster_of("cpu").network_bandwidth
+
+
 def test_nothing_fits_is_said_with_the_nearest(tmp_path: Path) -> None:
     small = tmp_path / "small.yaml"
     small.write_text("memory_gb: 4\n")
