@@ -5,9 +5,8 @@ Shape suffixes: B batch, S sequence, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -18,14 +17,15 @@ from moe_dist.models.adapter_shapes import adapter_shapes
 from moe_dist.models.attention import build_attention
 from moe_dist.models.cache import Cache, LayerCache
 from moe_dist.models.context import ALONE, RoutingContext
-from moe_dist.models.experts import ExpertList, Experts, build_experts
+from moe_dist.models.experts import ExpertList, Experts
 from moe_dist.models.grouped import StackedLowRank
-from moe_dist.models.layers import Linear, LowRank, RMSNorm, SwiGLU
-from moe_dist.models.lora import add_adapters, initialize_adapters
+from moe_dist.models.initial_weights import seed_of, set_initial_weights, set_normal
+from moe_dist.models.layers import Linear, RMSNorm, SwiGLU
+from moe_dist.models.lora import add_adapters
 from moe_dist.models.moe import MoE
 from moe_dist.models.recompute import recompute
 from moe_dist.models.rotary import rotary_table
-from moe_dist.models.router import Router, build_router
+from moe_dist.models.router import Router
 from moe_dist.models.shapes import Shapes, decays
 
 
@@ -205,7 +205,7 @@ class Transformer(Stage):
             Head(config.hidden_size, config.vocab_size, bias=False) if is_last else None,
         )
         if config.tie_word_embeddings:
-            self._tie()
+            self.tie()
         self.lora: LoraConfig | None = None
         """Of its adapters; None: it has none, and all of it is trained."""
         self.saves_adapters_alone = False
@@ -225,7 +225,8 @@ class Transformer(Stage):
             add_adapters(self, self.config, lora)
             self.lora = lora
 
-    def _tie(self) -> None:
+    def tie(self) -> None:
+        """Where the head is the embedding: let both be one weight."""
         if self.embed_tokens is not None and self.lm_head is not None:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -323,39 +324,11 @@ class Transformer(Stage):
     @torch.no_grad()
     def initialize(self, seed: int, device: torch.device | str = "cpu") -> None:
         """Allocate on `device` and set initial weights: seeded by logical names, so equal in every layout."""
-        if any(parameter.is_meta for parameter in self.parameters()):
-            # `to_empty` would ask torch's symbolic shapes, of which a plain allocation has no need.
-            self._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
-        std = self.config.initializer_range
-        for name, module in self.named_modules():
-            if isinstance(module, (Experts, ExpertList)):
-                module.initialize(partial(_seed, seed, name), std)
-                if isinstance(module, Experts):
-                    _set_buffers(module, lambda: build_experts(self.config), _seed(seed, name))
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif isinstance(module, Router) and not _inside_experts(name):
-                _set_buffers(module, lambda: build_router(self.config, BalanceConfig()), _seed(seed, name))
-                if any(key not in ("weight", "logits_bias_E") for key, _ in module.named_parameters(recurse=False)):
-                    _reset(module, name, _seed(seed, name))
-                elif module.weight is not None:
-                    _normal(module.weight, std, _seed(seed, name))
-                if module.logits_bias_E is not None:
-                    nn.init.zeros_(module.logits_bias_E)
-            elif isinstance(module, (nn.Linear, nn.Embedding)) and not _inside_experts(name):
-                _normal(module.weight, std, _seed(seed, name))
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, (LowRank, StackedLowRank)):
-                continue
-            elif any(True for _ in module.parameters(recurse=False)) and not _inside_experts(name):
-                _reset(module, name, _seed(seed, name))
-        if self.lora is not None:
-            initialize_adapters(self, self.lora, partial(_seed, seed))
+        set_initial_weights(self, self.config, self.lora, seed, device)
         if self.config.tie_word_embeddings:
-            self._tie()
-            if self.embed_tokens is not None:
-                _normal(self.embed_tokens.weight, std, _seed(seed, "embed_tokens"))
+            self.tie()
+            if self.embed_tokens is not None:  # which the head's have gone over
+                set_normal(self.embed_tokens.weight, self.config.initializer_range, seed_of(seed, "embed_tokens"))
 
 
 def _embedding(config: ModelConfig) -> nn.Embedding:
@@ -372,40 +345,3 @@ def document_mask(document_ids: Tensor) -> Tensor:
 def window_mask(length: int, window: int, device: torch.device) -> Tensor:
     """(1, 1, S, S) bool: a query sees itself and the `window` - 1 keys before it."""
     return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
-
-
-def _seed(seed: int, name: str, expert: int | None = None) -> int:
-    digest = hashlib.sha256(f"{seed}/{name}/{'' if expert is None else expert}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _normal(weight: Tensor, std: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
-
-
-def _set_buffers(module: nn.Module, make: Callable[[], nn.Module], seed: int) -> None:
-    """Buffers as their class makes them, under a seed of their own: on the meta device there were no values."""
-    buffers = dict(module.named_buffers())
-    if not buffers:
-        return
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seed)
-        fresh = make()
-    for name, buffer in buffers.items():
-        buffer.copy_(fresh.get_buffer(name))
-
-
-def _inside_experts(name: str) -> bool:
-    return ".experts." in name
-
-
-def _reset(module: nn.Module, name: str, seed: int) -> None:
-    reset = getattr(module, "reset_parameters", None)
-    if reset is None:
-        raise ValueError(
-            f"{name} ({type(module).__name__}) holds parameters of its own: give the class a reset_parameters() method"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        reset()

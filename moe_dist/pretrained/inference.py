@@ -114,7 +114,7 @@ def open_model(source: Source, mesh: Mesh | None = None, keys: Sequence[str] = (
         load_pretrained(model, config.model, mesh)
     else:
         model.to_empty(device=mesh.device)
-        model._tie() if config.model.tie_word_embeddings else None
+        model.tie() if config.model.tie_word_embeddings else None
         _read(model, source.checkpoint, Keys(keys))
     if config.train.pure_bf16:
         model.round_weights(torch.bfloat16)

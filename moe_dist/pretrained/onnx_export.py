@@ -42,7 +42,7 @@ def build(found: CheckpointRef, manifest: Manifest, keys: Keys, config: Config) 
         model = Transformer(config.model, config.balance)
     model.to_empty(device="cpu")
     if config.model.tie_word_embeddings:
-        model._tie()
+        model.tie()
     state = model.state_dict()
     for name in weights.shapes:
         state[name].copy_(torch.cat([block.reshape(-1) for block in weights.blocks(name)]).view(state[name].shape))

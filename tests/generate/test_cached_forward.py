@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from folders import EVERY
-from patches import Replace
+from patches import Replace, replaced
 
 from moe_dist.config import ModelConfig
 from moe_dist.generate.paged_cache import BLOCK, BlockPool, LayerOfStep, StepCache
@@ -77,8 +77,7 @@ def test_a_wrong_cache_is_seen(replace: Replace) -> None:
     """Planted: no window, one of a key too many, and keys that are not kept."""
     model, right = model_of(EVERY["mixtral-2"]), StepCache.mask
     for wrong in (lambda window: None, lambda window: window and window + 1):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(StepCache, "mask", lambda self, window, wrong=wrong: right(self, wrong(window)))
+        with replaced(StepCache, "mask", lambda self, window, wrong=wrong: right(self, wrong(window))):
             assert worst(model) > 1e-3
     whole = LayerOfStep.extend
 

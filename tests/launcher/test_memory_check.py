@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from patches import Replace
 
 from launcher.cli import memory_check
 from launcher.cli.memory_check import refuse_what_cannot_fit
@@ -17,19 +18,19 @@ def run_of(device: str, **parallel: object) -> Config:
     )
 
 
-def on_a_machine(monkeypatch: pytest.MonkeyPatch, cuda: float | None, host: float | None) -> None:
-    for name, size in (("cuda_memory", cuda), ("host_memory", host)):
-        monkeypatch.setattr(memory_check, name, lambda size=size: None if size is None else int(size))
+def on_a_machine(replace: Replace, device: str, cuda: float | None, host: float | None) -> None:
+    """What it says of the devices that a run could take."""
+    for name, size, other in (("cuda_memory", cuda, "cpu"), ("host_memory", host, "cuda")):
+        if device != other:
+            replace(memory_check, name, lambda size=size: None if size is None else int(size))
 
 
 @pytest.mark.parametrize(
     ("device", "cuda", "host"),
     [("cuda", 12e9, None), ("cuda", 12e9, 1e12), ("cpu", None, 50e9), ("cpu", 1e12, 50e9), ("auto", 12e9, 50e9)],
 )
-def test_what_cannot_fit_is_refused(
-    monkeypatch: pytest.MonkeyPatch, device: str, cuda: float | None, host: float | None
-) -> None:
-    on_a_machine(monkeypatch, cuda, host)
+def test_what_cannot_fit_is_refused(replace: Replace, device: str, cuda: float | None, host: float | None) -> None:
+    on_a_machine(replace, device, cuda, host)
     with pytest.raises(ConfigError, match=r"parallel.zero_stage=0: weights, gradients and optimizer state take"):
         refuse_what_cannot_fit(run_of(device), "run.yaml", 8)
 
@@ -38,17 +39,15 @@ def test_what_cannot_fit_is_refused(
     ("device", "cuda", "host"),
     [("cuda", 24e9, 1.0), ("cuda", None, 1.0), ("cpu", 1.0, 200e9), ("auto", 12e9, 1e12), ("auto", None, None)],
 )
-def test_what_may_fit_is_started(
-    monkeypatch: pytest.MonkeyPatch, device: str, cuda: float | None, host: float | None
-) -> None:
+def test_what_may_fit_is_started(replace: Replace, device: str, cuda: float | None, host: float | None) -> None:
     """Devices nobody knows, a host that is large enough, a device that holds the state and little more."""
-    on_a_machine(monkeypatch, cuda, host)
+    on_a_machine(replace, device, cuda, host)
     refuse_what_cannot_fit(run_of(device), "run.yaml", 8)
 
 
-def test_the_nearest_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_nearest_is_named(replace: Replace) -> None:
     """What is named is not refused itself."""
-    on_a_machine(monkeypatch, 60e9, None)
+    on_a_machine(replace, "cuda", 60e9, None)
     with pytest.raises(ConfigError, match=r"this fits: moe-dist train run.yaml launch.nproc_per_node=8") as refused:
         refuse_what_cannot_fit(run_of("cuda", ep_size=1), "run.yaml", 8)
     keys = [word for word in str(refused.value).split() if word.startswith(("parallel.", "train."))]

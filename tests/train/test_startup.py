@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patches import Replace
 from tiny import tiny_config
 
 from launcher.supervise.forkserver import preloaded
@@ -97,7 +98,7 @@ class CountingTokenizer(ByteTokenizer):
         return super().encode(text)
 
 
-def test_tokens_are_made_once_for_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_made_once_for_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: Replace) -> None:
     """They are kept in the folder for caches; where that cannot be written nothing is lost but time.
 
     Seen to fail without `cache_dir` in the trainer.
@@ -105,7 +106,7 @@ def test_tokens_are_made_once_for_all_starts(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "texts").mkdir()
     for name in "abcd":
         (tmp_path / "texts" / f"{name}.txt").write_text(name * 50)
-    monkeypatch.setattr(build, "load_tokenizer", lambda name: CountingTokenizer())
+    replace(build, "load_tokenizer", lambda name: CountingTokenizer())
     data = {"source": "text", "path": str(tmp_path / "texts/*.txt"), "validation_split": 0.0}
     config = tiny_config("train.max_steps=1", "model.vocab_size=260", "checkpoint.save_steps=0").model_dump(mode="json")
     config["data"] |= data

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.config import LoraConfig
-from moe_dist.models import grouped, transformer
+from moe_dist.models import grouped, initial_weights
 from moe_dist.models.experts import Experts
 from moe_dist.models.layers import Linear
 from moe_dist.models.noise import Sources
@@ -32,7 +32,7 @@ def adapter_gradient_times_ep(replace: Replace) -> None:
 
 def adapter_b_cut_from_the_layout_of_files(replace: Replace) -> None:
     """Each rank's B is one block of columns of PEFT's (out, r * E), where the experts of a rank are not together."""
-    fill = transformer.initialize_adapters
+    fill = initial_weights.initialize_adapters
 
     def wrong(model: nn.Module, lora: LoraConfig, seed_of: Any) -> None:
         fill(model, lora, seed_of)
@@ -46,7 +46,7 @@ def adapter_b_cut_from_the_layout_of_files(replace: Replace) -> None:
                 b = adapter.B.detach()
                 b.copy_(b.permute(2, 1, 0).flatten(1).unflatten(1, (count, -1)).permute(1, 2, 0))
 
-    replace(transformer, "initialize_adapters", wrong)
+    replace(initial_weights, "initialize_adapters", wrong)
 
 
 def adapter_dropout_by_rank(replace: Replace) -> None:

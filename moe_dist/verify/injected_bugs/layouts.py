@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from moe_dist.models import auxiliary, moe, transformer
+from moe_dist.models import auxiliary, initial_weights, moe
 from moe_dist.models.auxiliary import LoadBalance
 from moe_dist.models.experts import ExpertList, Experts
 from moe_dist.models.router import Router
@@ -226,14 +226,14 @@ def bias_from_local_counts(replace: Replace) -> None:
 
 
 def seeds_by_local_expert(replace: Replace) -> None:
-    seed = transformer._seed
+    seed = initial_weights.seed_of
 
     def wrong(number: int, name: str, expert: int | None = None) -> int:
         if expert is None or not dist.is_initialized():
             return seed(number, name, expert)
         return seed(number, name, expert % 2)
 
-    replace(transformer, "_seed", wrong)
+    replace(initial_weights, "seed_of", wrong)
 
 
 def capacity_of_the_whole_group(replace: Replace) -> None:
@@ -303,7 +303,7 @@ def loss_of_one_stage(replace: Replace) -> None:
 
 
 def seeds_by_local_layer(replace: Replace) -> None:
-    seed = transformer._seed
+    seed = initial_weights.seed_of
 
     def wrong(number: int, name: str, expert: int | None = None) -> int:
         parts = name.split(".")
@@ -311,7 +311,7 @@ def seeds_by_local_layer(replace: Replace) -> None:
             parts[1] = str(int(parts[1]) % 3)
         return seed(number, ".".join(parts), expert)
 
-    replace(transformer, "_seed", wrong)
+    replace(initial_weights, "seed_of", wrong)
 
 
 def noise_by_rank(replace: Replace) -> None:
