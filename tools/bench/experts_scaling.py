@@ -73,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
-    rounds = arguments.rounds or (5 if arguments.quick else 15)
+    rounds = arguments.rounds or (3 if arguments.quick else 15)
     print(f"128 experts / 16, torch {torch.__version__}, 1 thread, {rounds} rounds, {arguments.clock} clock")
     costs: dict[str, dict[str, float]] = {}
     told: dict[str, Any] = {"torch": torch.__version__, "rounds": rounds, "clock": arguments.clock, "figures": {}}

@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -51,12 +54,21 @@ def client(arguments: argparse.Namespace, peers: list[str], server: str, number:
     dht.shutdown()
 
 
+def go_with(parent: int) -> None:
+    """When who has started this has gone, so does everything that hivemind has started here."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("experts", "hidden", "batch", "clients"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--backward", action="store_true")
     arguments = parser.parse_args()
+    if os.getpgid(0) == os.getpid():  # of its own, as throughput.py starts it
+        threading.Thread(target=go_with, args=(os.getppid(),), daemon=True).start()
     import hivemind
     from hivemind.moe.server import Server
 
