@@ -24,7 +24,8 @@ def check_before_push(name: str) -> None:
 def exported_folder(path: str) -> Path:
     """A folder that an export has made. Raises ConfigError for another."""
     folder = Path(path)
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    configs = (folder / "config.json", folder / "adapter_config.json")
+    if not any(config.is_file() for config in configs) or not any(folder.glob("*.safetensors")):
         raise ConfigError(f"{path}: no exported folder; to export a run first, give --output DIR too")
     return folder
 

@@ -114,7 +114,7 @@ def configuration_problems(manifest: Manifest, config: Mapping[str, Any]) -> tup
     found = shapes_of(manifest)
     expected = expected_shapes(model, lora, found)
     own = {".moe.experts.": ("expert", model.expert), ".moe.router.": ("router", model.router)}
-    unknown = {part: key for part, key in own.items() if not any(part in name for name in expected)}
+    unknown = {part: key for part, key in own.items() if not any(part in name for name in logical_shapes(model))}
     known = {name: shape for name, shape in found.items() if not any(part in name for part in unknown)}
     wrong = list(wrong_weights(known, expected))
     wrong += [f"{name} is missing" for name in missing_weights(found, expected)]

@@ -42,8 +42,11 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], int, int, int]] = {
 }
 
 
+SLOW = {"ep2-zero1-acc2", "experts-zero2-selective", "head-zero3", "deepspeed-ep4", "zero0", "deepspeed"}
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in LAYOUTS])
 def test_adapters_are_trained_as_in_one_process(name: str) -> None:
     """Seen to fail with dropout in experts numbered by a row's place among all that lie here."""
     overrides, ep_size, num_micro_batches, pp_size = LAYOUTS[name]
@@ -88,7 +91,7 @@ def moved(overrides: tuple[str, ...], ep_size: int) -> list[str]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in FROZEN])
 def test_the_model_stays_bit_for_bit_and_has_no_gradients_copies_or_moments(name: str) -> None:
     assert run_ranks(moved, 4, *FROZEN[name]) == [[]] * 4
 

@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from saved import TEXTS, found_at
 from tiny import mesh_of
 
+from launcher.cli.push import exported_folder
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.storage.manifest import CheckpointError
 from moe_dist.checkpoint.tools.inspecting import Tensors
 from moe_dist.config import ConfigError, load_mapping
 from moe_dist.train import MoETrainer
+from moe_dist.train.result import TrainingResult
 
 LORA = {"r": 4, "alpha": 8, "target_modules": ["q_proj", "o_proj", "experts", "gate"], "dropout": 0.1}
 TRAINING: dict[str, Any] = {
@@ -41,11 +43,9 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def run_of(folder: Path, output: Path, **options: Any) -> MoETrainer:
+def run_of(folder: Path, output: Path, **options: Any) -> TrainingResult:
     config = {"model": {"from_pretrained": str(folder)}, "lora": LORA | options.pop("lora", {})}
-    trainer = MoETrainer(config, training_config=TRAINING | options, output_dir=output)
-    trainer.train(TEXTS)
-    return trainer
+    return MoETrainer(config, training_config=TRAINING | options, output_dir=output).train(TEXTS)
 
 
 @cache
@@ -86,6 +86,22 @@ def test_a_checkpoint_has_adapters_alone_and_names_the_model() -> None:
     assert state["pretrained"]["files"].keys() == {"config.json", "model.safetensors"}
 
 
+def test_the_loss_on_held_out_text_falls_below_the_models(tmp_path: Path) -> None:
+    """With a rate of nothing the adapters are zeros, and it is the model's own, bit for bit."""
+    folder, options = folder_of(), {"eval_steps": 8, "max_steps": 8, "save_steps": 8}
+    tuned = run_of(folder, tmp_path / "tuned", **options).best_eval_loss
+    still = run_of(folder, tmp_path / "still", **options, learning_rate=1e-30).best_eval_loss
+    model = MoETrainer(
+        {"model": {"from_pretrained": str(folder)}},
+        training_config=TRAINING | options | {"learning_rate": 1e-30},
+        output_dir=tmp_path / "model",
+    )
+    assert still == model.train(TEXTS).best_eval_loss
+    assert tuned is not None
+    assert still is not None
+    assert tuned < still - 0.05
+
+
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """Weights and moments. A state in which one B is left out is refused when it is saved."""
     shutil.copytree(trained(), tmp_path / "run")
@@ -110,6 +126,11 @@ def test_a_peft_folder_can_be_the_start_and_is_what_was_exported(say: Any, tmp_p
     said = say("export", trained(), "--output", tmp_path / "adapter")
     assert said.code == 0, said
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    assert exported_folder(str(tmp_path / "adapter"))  # which --push takes
+    assert say("export", trained(), "--dtype", "bf16", "--output", tmp_path / "half").code == 0
+    assert {value.dtype for value in load_file(tmp_path / "half" / "adapter_model.safetensors").values()} == {
+        torch.bfloat16
+    }
     start = {"from_adapter": str(tmp_path / "adapter")}
     run_of(folder_of(), tmp_path / "next", lora=start, max_steps=1, save_steps=1, learning_rate=1e-30)
     found, wanted = tensors_of(tmp_path / "next" / "checkpoint-1"), tensors_of(trained() / "checkpoint-4")
@@ -180,16 +201,20 @@ def test_adapters_can_be_trained_beside_the_weights_of_an_earlier_run(tmp_path: 
 
 
 def test_what_is_exported_of_adapters_is_said_where_it_cannot_be(say: Any, tmp_path: Path) -> None:
-    assert say("checkpoint", "verify", trained()).code == 0
+    said = say("checkpoint", "verify", trained())
+    assert said.code == 0
+    assert "were not compared" not in said.out
     said = say("export", trained(), "--to", "safetensors", "--output", tmp_path / "x")
     assert (said.code, "not of a run with adapters" in said.err) == (2, True), said
 
 
-def on_ranks(folder: Path, output: Path, ep_size: int, zero_stage: int) -> None:
+def on_ranks(folder: Path, output: Path, ep_size: int, zero_stage: int, adapter: Path | None, rate: float) -> None:
     mesh = mesh_of(ep_size)
-    config = {"model": {"from_pretrained": str(folder)}, "lora": LORA}
+    start = {} if adapter is None else {"from_adapter": str(adapter)}
+    config = {"model": {"from_pretrained": str(folder)}, "lora": LORA | start}
     config["parallel"] = {"ep_size": ep_size, "zero_stage": zero_stage}
     options = TRAINING | {"max_steps": 2, "per_device_train_batch_size": 1, "output_dir": str(output)}
+    options["learning_rate"] = rate
     MoETrainer(config, training_config=options, mesh=mesh).train(TEXTS)
 
 
@@ -197,7 +222,7 @@ def on_ranks(folder: Path, output: Path, ep_size: int, zero_stage: int) -> None:
 def test_adapters_saved_on_two_ranks_are_those_of_one_process_and_go_on_there(tmp_path: Path) -> None:
     """Experts over ranks, sharded: whole in the checkpoint. Micro-batches of one sample on either side, for dropout."""
     one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    run_ranks(on_ranks, 2, folder_of(), tmp_path / "two", 2, 3)
+    run_ranks(on_ranks, 2, folder_of(), tmp_path / "two", 2, 3, None, 1e-2)
     run_of(folder_of(), tmp_path / "two", **one, resume="auto")
     run_of(folder_of(), tmp_path / "one", **one)
     for step in (2, 4):
@@ -206,3 +231,12 @@ def test_adapters_saved_on_two_ranks_are_those_of_one_process_and_go_on_there(tm
         for name in wanted:
             if name.startswith("model."):
                 assert (found[name] - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), (step, name)
+
+
+@pytest.mark.dist
+def test_every_rank_takes_its_experts_out_of_a_peft_folder(say: Any, tmp_path: Path) -> None:
+    """Seen to fail with the first experts on every rank."""
+    assert say("export", trained(), "--output", tmp_path / "adapter").code == 0
+    run_ranks(on_ranks, 2, folder_of(), tmp_path / "run", 2, 1, tmp_path / "adapter", 1e-30)
+    found, wanted = tensors_of(tmp_path / "run" / "checkpoint-2"), tensors_of(trained() / "checkpoint-4")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted if name.startswith("model."))
