@@ -177,12 +177,14 @@ class MoEInferenceEngine:
         replica has work left.
         """
         was_training = self.model.training
-        self.model.eval()
+        if was_training:
+            self.model.eval()
         try:
             rows = self._plan()
             logits = self._forward(rows)
         finally:
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
         events, self._cancelled = self._cancelled, []
         events += self._choose(rows, logits)
         is_busy = bool(self._live or self._waiting)
