@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -122,6 +124,8 @@ class Chat:
 def chat(engine: MoEInferenceEngine, sampling: SamplingOptions, system: str | None) -> int:
     """Read, answer, until the end of input."""
     talk = Chat(engine, sampling, system)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # until now it ends the process
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):

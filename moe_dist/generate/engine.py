@@ -73,6 +73,8 @@ class MoEInferenceEngine:
         self._longrope = (
             int(scaling["original_max_position_embeddings"]) if scaling.get("rope_type") == "longrope" else None
         )
+        # Cheaper, but what engines of training keep between passes must not be made so.
+        self._is_frozen = not any(parameter.requires_grad for parameter in model.parameters())
         self._waiting: deque[Live] = deque()
         self._live: list[Live] = []
         self._next_number = 0
@@ -171,18 +173,23 @@ class MoEInferenceEngine:
             events, busy = self.step()
             yield from events
 
-    @torch.no_grad()
     def step(self) -> tuple[list[Event], bool]:
         """One pass of the model, on all ranks together: what is new for all requests of all replicas, and whether any
         replica has work left.
         """
+        with torch.inference_mode() if self._is_frozen else torch.no_grad():
+            return self._step()
+
+    def _step(self) -> tuple[list[Event], bool]:
         was_training = self.model.training
-        self.model.eval()
+        if was_training:
+            self.model.eval()
         try:
             rows = self._plan()
             logits = self._forward(rows)
         finally:
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
         events, self._cancelled = self._cancelled, []
         events += self._choose(rows, logits)
         is_busy = bool(self._live or self._waiting)

@@ -139,6 +139,7 @@ class LayerOfStep:
             if step.run is not None:
                 whole = memory_NHC[step.run][None]
             else:
-                whole = memory_NHC.unflatten(0, (-1, BLOCK))[step.table].flatten(1, 2)
+                blocks = memory_NHC.unflatten(0, (-1, BLOCK)).index_select(0, step.table.flatten())
+                whole = blocks.view(len(step.table), -1, *memory_NHC.shape[1:])
             found.append(whole.transpose(1, 2).to(new_BHSC.dtype))
         return found[0], found[1]

@@ -5,6 +5,9 @@ Shape suffixes: B batch, S sequence, D hidden, H heads, C head width.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,10 +69,12 @@ class Attention(nn.Module):
         v_BHSC = self._heads(self.v_proj(x_BSD), None)
         if cache is not None:
             k_BHSC, v_BHSC = cache.extend(k_BHSC, v_BHSC)
-        if self.groups > 1:
+        attend: Any = eager_attention if self.eager else F.scaled_dot_product_attention
+        if self.groups > 1 and cache is not None and not self.eager and self.sinks is None:
+            attend = partial(attend, enable_gqa=True)  # all keys so far are not copied for each new token
+        elif self.groups > 1:
             k_BHSC = k_BHSC.repeat_interleave(self.groups, dim=1)
             v_BHSC = v_BHSC.repeat_interleave(self.groups, dim=1)
-        attend = eager_attention if self.eager else F.scaled_dot_product_attention
         if self.sinks is not None:
             k_BHSC, v_BHSC, mask = with_sinks(k_BHSC, v_BHSC, mask, self.sinks)
         dropout = self.dropout if self.training else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -188,3 +189,20 @@ def test_two_ranks_say_what_one_says(run: Path, tmp_path: Path, layout: str, say
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     assert done.stdout == say(*words).out
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(run: Path) -> None:
+    words = ["generate", str(run), "--chat", "--max-tokens", "1900", "--ignore-eos"]
+    command = [sys.executable, "-u", "-m", "moe_dist", *words]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes) as talk:
+        assert talk.stdin is not None
+        assert talk.stdout is not None
+        talk.stdin.write("hello\n")
+        talk.stdin.flush()
+        assert talk.stdout.read(1)  # the answer has begun
+        talk.send_signal(signal.SIGINT)
+        rest, _ = talk.communicate("/set\n/exit\n", timeout=60)
+    assert talk.returncode == 0
+    assert "[ended]" in rest
+    assert "max_tokens" in rest.partition("[ended]")[2]
