@@ -24,7 +24,6 @@ from launcher.cli.export import export
 from launcher.cli.generate import generate
 from launcher.cli.init import init
 from launcher.cli.launch import app as launch_app
-from launcher.cli.memory_check import refuse_what_cannot_fit
 from launcher.cli.paths import expanded
 from launcher.cli.plan import plan
 from launcher.cli.sweep import sweep
@@ -132,6 +131,7 @@ def train(context: typer.Context, config: ConfigPath) -> None:
         run_under_torchrun(for_world(settings, environment.world_size, notice), environment)
     settings = for_world(settings, settings.launch.nproc_per_node, notice)
     from launcher.backends.local import launch
+    from launcher.cli.memory_check import refuse_what_cannot_fit
 
     refuse_what_cannot_fit(settings, config, settings.launch.nproc_per_node)
     raise typer.Exit(launch(settings))

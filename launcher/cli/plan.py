@@ -6,19 +6,18 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.cli.paths import expanded
 from launcher.connect.exit_codes import EXIT_FAILED
 from moe_dist.config import ConfigError, load_config
-from moe_dist.plan.cluster import DEVICES, Cluster, cluster_of
-from moe_dist.plan.failures import quantiles, replay
 from moe_dist.plan.imbalance import ASSUMED
-from moe_dist.plan.search import Plan, least_devices
-from moe_dist.plan.search import plan as search
-from moe_dist.plan.words import bill, duration, plan_facts, reliability, terminal_lines
+
+if TYPE_CHECKING:
+    from moe_dist.plan.cluster import Cluster
+    from moe_dist.plan.search import Plan
 
 _UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -38,7 +37,7 @@ def plan(
     gpus: Annotated[
         int | None, typer.Option("--gpus", "-n", min=1, help="Devices; default: launch.nproc_per_node.")
     ] = None,
-    gpu: Annotated[str, typer.Option(help=f"Device: {', '.join(DEVICES)}.")] = "h100",
+    gpu: Annotated[str, typer.Option(help="Device: h100, h200, b200, a100, l40s or cpu.")] = "h100",
     cluster: Annotated[
         str | None,
         typer.Option(
@@ -77,6 +76,11 @@ def plan(
 
     [dim]Example:[/dim]  moe-dist plan configs/qwen3_30b_a3b.yaml --gpus 64 --gpu h100 --tokens 1T
     """
+    from moe_dist.plan.cluster import cluster_of
+    from moe_dist.plan.search import least_devices
+    from moe_dist.plan.search import plan as search
+    from moe_dist.plan.words import plan_facts, terminal_lines
+
     settings = load_config(config, context.args)
     number = gpus or settings.launch.nproc_per_node
     if calibrate is not None:
@@ -120,6 +124,9 @@ def _calibrate(path: Path, gpu: str) -> None:
 
 def simulation_lines(found: Plan, cluster: Cluster, tokens: int, seed: int, months: int = 100) -> list[str]:
     """Months of the best layout replayed, with the interval of the plan and with others."""
+    from moe_dist.plan.failures import quantiles, replay
+    from moe_dist.plan.words import bill, duration, reliability
+
     assert found.best is not None
     run, planned = reliability(found.best, cluster), bill(found.best, cluster, tokens)
     lines = [

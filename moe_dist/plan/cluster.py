@@ -52,6 +52,8 @@ class Cluster(Section):
     """Seconds of a collective between hosts."""
     link_efficiency: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
     """Share of both bandwidths that collectives reach."""
+    reduce_scatter_cost: PositiveFloat = 1.0
+    """A reduce-scatter as multiples of an all-gather: gloo reduces all of it on every rank and keeps a part, 2."""
     overlap: Fraction = 0.8
     """Share of sharded reductions and gatherings that can hide behind computing; gloo hides nothing: 0."""
     slack: Fraction = 0.06
@@ -122,6 +124,7 @@ _CPU: dict[str, Any] = {
     "network_latency": 8e-4,
     "link_efficiency": 1.0,
     "overlap": 0.0,
+    "reduce_scatter_cost": 2.0,
     "watts": 15.0,
     "host_memory_gb": 16.0,
     "storage_bandwidth": 3e8,

@@ -229,6 +229,7 @@ def _sharding(
     stage, pipelined = parallel.zero_stage, layout.pp_size > 1
     if stage == 0:
         return 2 * reduced
+    reduced *= cluster.reduce_scatter_cost
     if parallel.engine == "deepspeed":
         return gathered + 2 * reduced * (num_micro if stage == 2 else 1)
     if pipelined:

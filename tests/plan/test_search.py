@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from moe_dist.plan import links
 from moe_dist.plan.cluster import Cluster, cluster_of
 from moe_dist.plan.links import group_of
 from moe_dist.plan.search import Estimate, estimate, plan
+from tools.bench.plan_links import kendall, rows_of
 
 H100 = cluster_of("h100")
 
@@ -53,7 +56,7 @@ def test_more_memory_never_makes_a_plan_worse() -> None:
 @settings(max_examples=40)
 @given(st.sampled_from(["link_bandwidth", "network_bandwidth", "memory_bandwidth"]), st.integers(0, 10**6))
 def test_more_bandwidth_is_never_slower(key: str, index: int) -> None:
-    """Of every layout, not of the best alone. Seen to fail with bytes divided by the overlap instead of the link."""
+    """Of every layout, not of the best alone. Seen to fail with bytes multiplied by the bandwidth."""
     ranked = RANKED or RANKED.extend(plan(base(), 16, H100).ranked) or RANKED
     one = ranked[index % len(ranked)]
     faster = H100.model_copy(update={key: 1.7 * getattr(H100, key)})
@@ -66,7 +69,7 @@ RANKED: list[Estimate] = []
 
 
 def test_twice_the_devices_never_need_more_memory_each() -> None:
-    """Of the same layout with twice the replicas. Seen to fail with shards multiplied by replicas."""
+    """Of the same layout with twice the replicas. Seen to fail with the optimizer's shards multiplied by replicas."""
     for one in plan(base(), 16, H100).ranked:
         twice = estimate(one.config, 32, H100)
         assert twice.memory.total <= one.memory.total * (1 + 1e-9), one.name
@@ -113,6 +116,22 @@ def test_a_hundred_thousand_devices_and_a_thousand_experts_take_seconds() -> Non
     assert time.process_time() - start < 30
     assert found.ranked
     assert found.tried < 10_000
+
+
+def test_layouts_come_in_the_order_that_was_measured() -> None:
+    """Sixteen of them between two hosts, as tools/bench/plan_links.py has measured them once (`--keep`).
+
+    With both ranks taken to be on one host, whose links are fast, the order is another.
+    """
+    kept = json.loads(Path(__file__).with_name("measured_links.json").read_text())
+    for rate in ("1gbit", "100mbit"):
+        rows = rows_of(kept[rate])
+        assert len(rows) >= 12
+        assert kendall([row[1] for row in rows], [row[2] for row in rows]) >= 0.8, rate
+    rows = rows_of(kept["1gbit"])
+    assert min(rows, key=lambda row: row[2])[1] <= 1.15 * min(row[1] for row in rows)
+    wrong = rows_of(kept["100mbit"], devices_per_host=2, link_bandwidth=1e12)
+    assert kendall([row[1] for row in wrong], [row[2] for row in wrong]) < 0.7
 
 
 def test_what_cannot_be_is_said_in_a_line() -> None:

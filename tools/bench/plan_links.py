@@ -115,15 +115,21 @@ def kendall(first: list[float], second: list[float]) -> float:
     return 2 * same / len(pairs)
 
 
-def compared(rate: str, both: list[dict[str, Any]]) -> list[str]:
-    """As a table, with tau and how far the plan's best is from the measured best."""
+def rows_of(both: list[dict[str, Any]], **machine: Any) -> list[tuple[str, float, float]]:
+    """Name, measured and planned seconds of every layout, from what both ranks have said."""
     keys = {key: statistics.mean(rank["cluster"][key] for rank in both) for key in both[0]["cluster"]}
-    cluster = cluster_of("cpu").model_copy(update=keys | {"devices_per_host": 1})
+    cluster = cluster_of("cpu").model_copy(update=keys | {"devices_per_host": 1} | machine)
     rows = []
     for number, config in enumerate(layouts()):
         steps = [max(pair) for pair in zip(*(rank["steps"][number] for rank in both), strict=True)]
         one = estimate(config, WORLD, cluster)
         rows.append((one.name, statistics.median(steps), one.time.total))
+    return rows
+
+
+def compared(rate: str, both: list[dict[str, Any]]) -> list[str]:
+    """As a table, with tau and how far the plan's best is from the measured best."""
+    rows = rows_of(both)
     tau = kendall([row[1] for row in rows], [row[2] for row in rows])
     fastest, planned = min(rows, key=lambda row: row[1]), min(rows, key=lambda row: row[2])
     lines = [
