@@ -11,7 +11,7 @@ _TRACKERS = "monitor.tensorboard, monitor.prometheus.port and metrics.jsonl, whi
 _SHARES = "parallel.ep_size, parallel.pp_size and parallel.zero_stage share out a model"
 _STEPS = "train.eval_steps, checkpoint.save_steps and monitor.logging_steps; 0: never"
 _PRECISION = "train.bf16 computes in bfloat16, train.pure_bf16 keeps the weights in it too"
-_MASKS = "rows of input_ids with labels or completion_mask; docs/data.md has their form"
+_MASKS = "data.format: of conversations only what the assistant says is learned, by the tokenizer's template"
 # Whole names, in lower case: a key, or a section.
 _INSTEAD = {
     r"report_to|(use_)?(wandb|mlflow|comet|comet_ml|neptune|swanlab|trackio|clearml|aim)(_.*)?": _TRACKERS,
@@ -28,8 +28,8 @@ _INSTEAD = {
     r"neftune(_.*)?": "model.attention_dropout and balance.expert_dropout",
     r"(dpo|ppo|grpo|kto|orpo|rlhf|reward|rm)(_.*)?|rl": "the next token is learned; docs/data.md says of which rows",
     r"chat_template|train_on_(inputs|prompt)|(completion|assistant)_only_loss|mask_(prompt|history)": _MASKS,
-    r"(sample_|eval_sample_|eval_)?packing|neat_packing|pad_to_sequence_len|group_by_length": (
-        "documents are always packed, and see each other only with data.document_mask=false"
+    r"(sample_|eval_sample_|eval_|neat_)packing|pad_to_sequence_len|group_by_length": (
+        "data.packing, in which documents see each other only with data.document_mask=false"
     ),
     r"(use_)?flash_attn(_.*)?|(use_)?flash_attention(_.*)?|(xformers|sdp)_attention": (
         "model.attn_implementation=sdpa picks a fused kernel itself"

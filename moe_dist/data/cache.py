@@ -19,7 +19,9 @@ from moe_dist.data.corpus import SkippedDocument
 
 KEPT_SECONDS = 30 * 24 * 3600.0
 """After the last start that has used them."""
-Stored = tuple[npt.NDArray[Any], npt.NDArray[np.int64], list[SkippedDocument], npt.NDArray[np.int32] | None]
+Stored = tuple[
+    npt.NDArray[Any], npt.NDArray[np.int64], list[SkippedDocument], npt.NDArray[np.int32] | None, list[SkippedDocument]
+]
 
 
 class CacheEntry:
@@ -44,6 +46,7 @@ class CacheEntry:
             tokens = np.load(self._tokens, mmap_mode="r")
             starts = np.load(self._starts)
             skipped = [SkippedDocument(**item) for item in facts["skipped"]]
+            truncated = [SkippedDocument(**item) for item in facts["truncated"]]
             labels = np.load(self._labels, mmap_mode="r") if facts["labels"] else None
         except (
             OSError,
@@ -60,7 +63,7 @@ class CacheEntry:
             for path in (self._tokens, self._starts, self._labels, self._facts):
                 if labels is not None or path != self._labels:
                     os.utime(path)
-        return tokens, starts, skipped, labels
+        return tokens, starts, skipped, labels, truncated
 
     def save(
         self,
@@ -68,6 +71,7 @@ class CacheEntry:
         starts: npt.NDArray[np.int64],
         skipped: Sequence[SkippedDocument],
         labels: npt.NDArray[np.int32] | None = None,
+        truncated: Sequence[SkippedDocument] = (),
     ) -> None:
         """Write the entry; raises OSError where the folder cannot be written."""
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +79,7 @@ class CacheEntry:
             "num_tokens": len(tokens),
             "num_documents": len(starts),
             "skipped": [asdict(item) for item in skipped],
+            "truncated": [asdict(item) for item in truncated],
             "labels": labels is not None,
         }
         _write_aside(self._tokens, lambda file: np.save(file, tokens))

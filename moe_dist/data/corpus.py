@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 from moe_dist.data import files as file_lists
+from moe_dist.data.chat_template import ChatEncoder
 from moe_dist.data.columns import Wanted
 from moe_dist.data.formats import check_formats
 from moe_dist.data.sources import Entry, FileSource, JsonlSource, RowSource, Source, Unreadable
-from moe_dist.data.tokenised import columns_beside
 from moe_dist.data.tokenizer import TokenIds
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ class Document:
     """Number of the named source it comes from."""
     labels: TokenIds | None = None
     """Of a document that came with them: the label of each of its tokens, -100 where it is not learned."""
+    whole: bool = False
+    """It ends as it is, without an end-of-document token, and stays in one sample."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Corpus:
     """Documents in one fixed order, read again from the source at each iteration.
 
     `skipped` lists what could not be read during the latest iteration. `streaming` tells that a pass is long
-    and should not be packed into memory. `fingerprint` is None, or changes when the documents may have
+    and should not be packed into memory; `whole`, that documents are conversations, which no sample may hold a part
+    of; `truncated` lists those that were cut off to fit. `fingerprint` is None, or changes when the documents may have
     changed. Only one iteration may run at a time.
     """
 
@@ -66,6 +69,7 @@ class Corpus:
         keep_name: str = "all",
         domains: file_lists.Domains | None = None,
         files: Sequence[tuple[str, str]] = (),
+        whole: bool = False,
     ) -> None:
         """`limit`: only the first so many documents of the source, unreadable ones counted.
 
@@ -86,7 +90,9 @@ class Corpus:
         self.files = tuple(files)
         self._position = 0
         self.streaming = streaming
+        self.whole = whole
         self.skipped: list[SkippedDocument] = []
+        self.truncated: list[SkippedDocument] = []
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -109,7 +115,7 @@ class Corpus:
         Raises ValueError naming the place of an unreadable document where `on_error` is 'fail'.
         """
         self._position = 0 if state is None else int(state["position"])
-        self.skipped = []
+        self.skipped, self.truncated = [], []
         for entry in self._source.entries(self._position, None if state is None else state["source"]):
             if self._limit is not None and self._position >= self._limit:
                 return
@@ -139,12 +145,15 @@ class Corpus:
             keep_name=f"{self._keep_name},{name}",
             domains=self._domains,
             files=self.files,
+            whole=self.whole,
         )
 
     def _read(self, entry: Entry) -> Document | None:
         try:
             value = entry.read()
         except Unreadable as error:
+            if error.stops:
+                raise ValueError(str(error)) from None
             if self._on_error == "fail":
                 raise ValueError(
                     f"unreadable document {entry.id!r}: {error}. Repair or remove it, or set on_error='skip'"
@@ -158,7 +167,9 @@ class Corpus:
         domain = self._domains.of(entry.id) if self._domains is not None else 0
         if isinstance(value, str):
             return Document(entry.id, value, None, domain)
-        return Document(entry.id, None, value.ids, domain, value.labels)
+        if value.note:
+            self.truncated.append(SkippedDocument(entry.id, 0, value.note, value.note.partition(", line ")[0], 0))
+        return Document(entry.id, None, value.ids, domain, value.labels, value.whole)
 
 
 def load_documents(
@@ -173,6 +184,8 @@ def load_documents(
     streaming: bool = False,
     on_error: str = "skip",
     limit: int | None = None,
+    format: str = "auto",
+    chat: ChatEncoder | None = None,
 ) -> Corpus:
     """The corpus that `source` names.
 
@@ -184,29 +197,31 @@ def load_documents(
     - "huggingface": `datasets.load_dataset(name, config_name, split=split, streaming=streaming)`.
 
     `on_error`: 'skip' lists unreadable documents in `Corpus.skipped`, 'fail' raises ValueError at the first
-    one. `ignored_columns`: of instruction data, those that are left out on purpose (`columns.py`). `limit`: only the
-    first so many documents. `streaming`: a corpus too large to pack in memory. Raises ValueError
-    for an unknown source, a path without files, or a text field that is not there.
+    one. `ignored_columns`: of instruction data, those that are left out on purpose (`columns.py`). `format`: what rows
+    are, one of `columns.FORMATS`; `chat` makes tokens of conversations. `limit`: only the first so many documents.
+    `streaming`: a corpus too large to pack in memory. Raises ValueError for an unknown source, a path without files,
+    columns that are not there, or that could be several things.
     """
     files: Sequence[tuple[str, str]]
+    wanted = Wanted(text_field, ignored_columns, format, chat)
+    if source in ("stdlib", "text") and wanted.is_talk:
+        raise ValueError(f"data.format={format}: data.source={source} has texts; set data.source=jsonl or parquet")
     if source == "stdlib":
         files = file_lists.standard_library_files()
         found: Source = FileSource(files, file_lists.fingerprint("stdlib", files))
     elif source in ("text", "jsonl", "parquet"):
         files = file_lists.matching_files(path, source)
         check_formats(files, source)
-        wanted = Wanted(text_field, ignored_columns)
-        stamp = file_lists.fingerprint(f"{source}:{text_field}", files)
         if source == "text":
-            found = FileSource(files, stamp)
+            found = FileSource(files, file_lists.fingerprint(f"{source}:{text_field}", files))
         elif source == "jsonl":
             file_lists.check_jsonl_field(files, wanted)
-            found = JsonlSource(files, text_field, stamp)
+            found = JsonlSource(files, wanted, file_lists.fingerprint(f"{source}:{wanted.stamp}", files))
         else:
             from moe_dist.data.dataset_sources import ParquetSource
 
             file_lists.check_parquet_field(files, wanted)
-            found = ParquetSource(files, text_field, stamp)
+            found = ParquetSource(files, wanted, file_lists.fingerprint(f"{source}:{wanted.stamp}", files))
     elif source == "huggingface":
         from moe_dist.data.hub import guilty_file, load_dataset_named
 
@@ -216,13 +231,17 @@ def load_documents(
             ignored_columns=ignored_columns,
             on_error=on_error,
             limit=limit,
+            format=format,
+            chat=chat,
             name=f"{name}/{config_name or ''}/{split}",
             explain=partial(guilty_file, str(name), config_name, split),
         )
     else:
         raise ValueError(f"data source {source!r} is unknown; allowed: {', '.join(SOURCES)}")
     named = file_lists.domains(path, source) if source != "stdlib" else None
-    return Corpus(found, on_error=on_error, limit=limit, streaming=streaming, domains=named, files=files)
+    return Corpus(
+        found, on_error=on_error, limit=limit, streaming=streaming, domains=named, files=files, whole=wanted.is_talk
+    )
 
 
 def documents_from(
@@ -232,6 +251,8 @@ def documents_from(
     ignored_columns: Sequence[str] = (),
     on_error: str = "skip",
     limit: int | None = None,
+    format: str = "auto",
+    chat: ChatEncoder | None = None,
     name: str = "memory",
     explain: Callable[[], str] = str,
 ) -> Corpus:
@@ -244,26 +265,26 @@ def documents_from(
     columns = getattr(dataset, "column_names", None)
     if isinstance(columns, dict):
         raise ValueError(f"dataset {name!r} holds several splits, {sorted(columns)}: give one, e.g. dataset['train']")
-    wanted = Wanted(text_field, ignored_columns)
+    wanted = Wanted(text_field, ignored_columns, format, chat)
     if columns is not None:
         wanted.check(columns, f"dataset {name!r}")
-        dataset = dataset.select_columns(columns_beside(text_field, columns))
+        dataset = dataset.select_columns(wanted.selected(columns))
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, str | bytes | dict):
         if len(dataset) == 0:
             raise ValueError(f"dataset {name!r} is empty")
         if columns is None and isinstance(dataset[0], dict):
             wanted.check(list(dataset[0]), f"dataset {name!r}, row 0")
         stamp = getattr(dataset, "_fingerprint", None)  # datasets.Dataset: changes with every transformation
-        found: Source = RowSource(dataset, name, text_field, stamp)
-        return Corpus(found, on_error=on_error, limit=limit)
+        found: Source = RowSource(dataset, name, wanted, stamp and f"{stamp}|{wanted.stamp}")
+        return Corpus(found, on_error=on_error, limit=limit, whole=wanted.is_talk)
     if hasattr(dataset, "load_state_dict") and hasattr(dataset, "__iter__"):
         from moe_dist.data.dataset_sources import StreamSource
 
         if columns is None:  # not known before the first row is read
             first_row: dict[str, Any] = next(iter(copy.deepcopy(dataset)), {})
             wanted.check(list(first_row), f"dataset {name!r}, row 0,")
-        source = StreamSource(dataset, name, text_field, explain)
-        return Corpus(source, on_error=on_error, limit=limit, streaming=True)
+        source = StreamSource(dataset, name, wanted, explain)
+        return Corpus(source, on_error=on_error, limit=limit, streaming=True, whole=wanted.is_talk)
     raise ValueError(
         f"dataset {name!r} is {type(dataset).__name__}; give a list of texts, of dicts or of token ids, "
         "a datasets.Dataset or a datasets.IterableDataset"

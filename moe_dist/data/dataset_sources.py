@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from moe_dist.data.columns import Wanted
 from moe_dist.data.hub import causes, is_data_error
 from moe_dist.data.sources import Entry, Unreadable, fail, value_of_row
-from moe_dist.data.tokenised import columns_beside
 
 
 class StreamSource:
@@ -19,13 +19,13 @@ class StreamSource:
 
     fingerprint: str | None = None  # nothing tells that a stream has stayed the same
 
-    def __init__(self, dataset: Any, name: str, text_field: str, explain: Callable[[], str] | None = None) -> None:
+    def __init__(self, dataset: Any, name: str, wanted: Wanted, explain: Callable[[], str] | None = None) -> None:
         """`explain`: says which file is to blame, "" when it cannot tell; None: errors are left as they are."""
         self._pristine = dataset
         self._explain = explain
         self._active: Any = None
         self._name = name
-        self._text_field = text_field
+        self._wanted = wanted
         # datasets does not save the content of its shuffle buffers: such a stream can only be replayed.
         self._exact_state = not _has_shuffle_buffer(getattr(dataset, "_ex_iterable", None))
 
@@ -49,7 +49,7 @@ class StreamSource:
             if row >= start:
                 yield Entry(
                     f"{self._name}:{row}",
-                    partial(value_of_row, value, self._text_field, self._name, "row", row),
+                    partial(value_of_row, value, self._wanted, self._name, "row", row),
                 )
             row += 1
 
@@ -71,9 +71,9 @@ def _has_shuffle_buffer(node: Any, depth: int = 0) -> bool:
 class ParquetSource:
     """One document per row of Parquet files, each streamed through `datasets`."""
 
-    def __init__(self, files: Sequence[tuple[str, str]], text_field: str, fingerprint: str | None = None) -> None:
+    def __init__(self, files: Sequence[tuple[str, str]], wanted: Wanted, fingerprint: str | None = None) -> None:
         self._files = files
-        self._text_field = text_field
+        self._wanted = wanted
         self.fingerprint = fingerprint
         self._file = 0
         self._rows: StreamSource | None = None
@@ -96,7 +96,7 @@ class ParquetSource:
             elif index == first_file and first_row:
                 continue  # the saved point was an entry standing for the broken rest of this file
             try:
-                self._rows = open_parquet(id_, path, self._text_field)
+                self._rows = open_parquet(id_, path, self._wanted)
                 for entry in self._rows.entries(self._rows_read, state if index == first_file else None):
                     self._rows_read += 1
                     yield entry
@@ -135,13 +135,14 @@ def parquet_rows(path: str) -> int:
     return int(pyarrow.parquet.read_metadata(path).num_rows)
 
 
-def open_parquet(id_: str, path: str, text_field: str) -> StreamSource:
+def open_parquet(id_: str, path: str, wanted: Wanted) -> StreamSource:
     """A stream over the rows of one Parquet file, only the columns that are used; raises `Unreadable`."""
     columns = parquet_columns(path)
-    if text_field not in columns:
-        rows = parquet_rows(path)
-        raise Unreadable(path, "row", 0, f"no column {text_field!r} in {rows} rows (columns: {columns})", rows)
+    selected = wanted.selected(columns)
+    if not set(selected) & set(columns) or (not wanted.is_talk and wanted.text_field not in columns):
+        rows, what = parquet_rows(path), "conversation" if wanted.is_talk else f"column {wanted.text_field!r}"
+        raise Unreadable(path, "row", 0, f"no {what} in {rows} rows (columns: {columns})", rows)
     from datasets import load_dataset
 
     stream = load_dataset("parquet", data_files=[glob.escape(path)], split="train", streaming=True)
-    return StreamSource(stream.select_columns(columns_beside(text_field, columns)), id_, text_field)
+    return StreamSource(stream.select_columns(selected), id_, wanted)

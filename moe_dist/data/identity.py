@@ -56,7 +56,7 @@ def _names(names: Sequence[str]) -> str:
 def _hash_of(dataset: PackedDataset, num_samples: int | None) -> str:
     from blake3 import blake3
 
-    end = len(dataset.tokens) if num_samples is None else num_samples * dataset.max_seq_length + 1
+    end = len(dataset.tokens) if num_samples is None else dataset.end_of(num_samples)
     digest = blake3(max_threads=blake3.AUTO)
     starts = dataset.document_starts
     for part in (dataset.tokens[:end], starts[starts < end], None if dataset.labels is None else dataset.labels[:end]):

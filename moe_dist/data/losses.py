@@ -25,6 +25,12 @@ def losses(skipped: Sequence[SkippedDocument], kept: int | None) -> str:
     return f"{' and '.join(parts)} could not be read: {named}{more}"
 
 
+def cut_off(truncated: Sequence[SkippedDocument]) -> str:
+    """One line about conversations that were cut off to fit."""
+    what = "1 conversation was" if len(truncated) == 1 else f"{len(truncated):,} conversations were"
+    return f"{what} cut off at max_seq_length, the first: {truncated[0].reason}"
+
+
 def _file(name: str, skipped: list[SkippedDocument]) -> str:
     lost = sum(document.count or 0 for document in skipped)
     first = next((document for document in skipped if document.count is None), skipped[0])

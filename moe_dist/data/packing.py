@@ -9,6 +9,9 @@ Shapes: S tokens a sample (`max_seq_length`), N tokens in all, D documents.
 A label is the token that follows. It is -100 where that token belongs to another document (nothing foretells
 the first token of the next one) and at padding, so no loss ever reaches across documents; and where the data says so:
 a document that came tokenised may bring the labels of its tokens (`tokenised.py`).
+
+Conversations are not cut: a sample holds whole ones, as many as fit of those that come next, and padding. Without
+packing it holds one document.
 """
 
 from __future__ import annotations
@@ -79,6 +82,22 @@ class SampleDataset(Protocol):
     def sample(self, index: int) -> Sample: ...
 
 
+def sample_begins(
+    document_starts: npt.NDArray[np.int64], num_tokens: int, max_seq_length: int, alone: bool
+) -> npt.NDArray[np.int64]:
+    """Where samples of whole documents begin, and after them `num_tokens`; `alone`: a document in each.
+
+    A document of more than `max_seq_length` tokens is cut.
+    """
+    begins: list[int] = []
+    for start, end in zip(document_starts.tolist(), [*document_starts[1:].tolist(), num_tokens], strict=True):
+        if alone or not begins or end - begins[-1] > max_seq_length:
+            begins.append(start)
+        while end - begins[-1] > max_seq_length:
+            begins.append(begins[-1] + max_seq_length)
+    return np.array([*begins, num_tokens], dtype=np.int64)
+
+
 class PackedDataset:
     """Samples of S tokens cut from a flat token array.
 
@@ -87,6 +106,8 @@ class PackedDataset:
     `labels` (N,) int32 has the label of each token, -100 where it is not learned (None: each is its own).
     Sample i holds the tokens [i * S, (i + 1) * S). The tail shorter than S is dropped, unless `keep_tail`
     is set (evaluation: nothing may be missing) or it would be the only sample: then it is padded with `pad_id`.
+    `whole`: no document is cut between samples, and what is left of a sample is padding; `packed` False: each document
+    has samples of its own. `truncated` lists the documents that were cut off to fit.
     """
 
     def __init__(
@@ -101,6 +122,9 @@ class PackedDataset:
         domains: Sequence[str] = (),
         domain_of: npt.NDArray[np.uint8] | None = None,
         labels: npt.NDArray[np.int32] | None = None,
+        whole: bool = False,
+        packed: bool = True,
+        truncated: Sequence[SkippedDocument] = (),
     ) -> None:
         if max_seq_length < 1:
             raise ValueError(f"max_seq_length is {max_seq_length}; give at least 1 token")
@@ -113,10 +137,16 @@ class PackedDataset:
         self.document_starts = document_starts
         self.max_seq_length = max_seq_length
         self.pad_id = pad_id
-        self.skipped = list(skipped)
+        self.skipped, self.truncated = list(skipped), list(truncated)
         self.domains, self._domain_of = tuple(domains), domain_of
-        whole, tail = divmod(len(tokens), max_seq_length)
-        self._num_samples = whole + 1 if tail and (keep_tail or whole == 0) else whole
+        if whole or not packed:
+            self._begins = sample_begins(document_starts, len(tokens), max_seq_length, not packed)
+        else:
+            full, tail = divmod(len(tokens), max_seq_length)
+            self._begins = np.arange(full + 1, dtype=np.int64) * max_seq_length
+            if tail and (keep_tail or full == 0):
+                self._begins = np.append(self._begins, len(tokens))
+        self._num_samples = len(self._begins) - 1
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -140,8 +170,9 @@ class PackedDataset:
         """
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} is out of range: the dataset has {self._num_samples} samples")
-        begin = index * self.max_seq_length
-        end = min(begin + self.max_seq_length + 1, len(self.tokens))
+        begin, end = (int(place) for place in self._begins[index : index + 2])
+        if end - begin == self.max_seq_length:  # the label of its last token may be the token after it
+            end = min(end + 1, len(self.tokens))
         first = int(np.searchsorted(self.document_starts, begin, side="right")) - 1
         last = int(np.searchsorted(self.document_starts, end, side="left"))
         borders = np.concatenate([[begin], self.document_starts[first + 1 : last], [end]])
@@ -154,7 +185,7 @@ class PackedDataset:
 
     def valid_labels(self, num_samples: int | None = None) -> npt.NDArray[Any]:
         """Every label of the samples (of the first `num_samples`) that is not -100, in order, (num_labels,)."""
-        end = self._end(num_samples)
+        end = self.end_of(num_samples)
         is_target = np.ones(end, dtype=bool)
         is_target[self.document_starts[self.document_starts < end]] = False
         if self.labels is None:
@@ -166,13 +197,13 @@ class PackedDataset:
         """Number of them; quick where the data brings no labels of its own."""
         if self.labels is not None:
             return len(self.valid_labels(num_samples))
-        end = self._end(num_samples)
+        end = self.end_of(num_samples)
         return end - int(np.searchsorted(self.document_starts, end))
 
-    def _end(self, num_samples: int | None) -> int:
+    def end_of(self, num_samples: int | None) -> int:
         """The token after those that the labels of the first samples are."""
         samples = len(self) if num_samples is None else min(num_samples, len(self))
-        return min(len(self.tokens), samples * self.max_seq_length + 1)
+        return min(len(self.tokens), int(self._begins[samples]) + 1)
 
 
 class Piece(NamedTuple):
@@ -211,10 +242,11 @@ def tokenize(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[Pi
                         f"document {document.id!r} holds {kind} from {learned.min()} to {learned.max()}, but "
                         f"tokenizer {tokenizer.name!r} knows {tokenizer.vocab_size}: another one made them"
                     )
-            closed = ids[-1] == tokenizer.eos_id  # documents that came tokenised may end in it already
+            # Documents that came tokenised may end in it already.
+            closed = document.whole or ids[-1] == tokenizer.eos_id
             result = np.empty(len(ids) + (not closed), dtype=dtype)
+            result[len(ids) :] = tokenizer.eos_id
             result[: len(ids)] = ids
-            result[-1] = tokenizer.eos_id
             labels = None
             if document.labels is not None:
                 labels = np.full(len(result), IGNORE_INDEX, dtype=np.int32)
@@ -245,11 +277,13 @@ def pack(
     *,
     max_seq_length: int,
     keep_tail: bool = False,
+    packed: bool = True,
     cache_dir: str | Path | None = None,
 ) -> PackedDataset:
     """Tokenise `corpus` and lay its documents end to end, in corpus order, in memory.
 
-    `keep_tail`: pad the last, incomplete sample rather than drop it (for evaluation). `cache_dir`: keep the
+    `keep_tail`: pad the last, incomplete sample rather than drop it (for evaluation). `packed`: several documents may
+    share a sample. `cache_dir`: keep the
     token array there and map it from disk when the same files and tokenizer come again; it serves every
     `max_seq_length`, and is left aside for a corpus or tokenizer without fingerprint (texts in memory,
     streams) or with several named sources. Raises ValueError for a corpus without a token, or token ids outside
@@ -267,16 +301,16 @@ def pack(
         labels: npt.NDArray[np.int32] | None = None
         if any(piece.labels is not None for piece in pieces):
             labels = np.concatenate([labels_of(piece.tokens, piece.labels) for piece in pieces])
-        skipped = list(corpus.skipped)
+        skipped, truncated = list(corpus.skipped), list(corpus.truncated)
         if corpus.domains:
             domain_of = np.array([piece.domain for piece in pieces], dtype=np.uint8)
         if entry is not None:
             try:
-                entry.save(tokens, starts, skipped, labels)
+                entry.save(tokens, starts, skipped, labels, truncated)
             except OSError as error:
                 logger.warning("tokens are not kept for the next start: %s", error)
     else:
-        tokens, starts, skipped, labels = stored
+        tokens, starts, skipped, labels, truncated = stored
     return PackedDataset(
         tokens,
         starts,
@@ -287,6 +321,9 @@ def pack(
         domains=corpus.domains,
         domain_of=domain_of,
         labels=labels,
+        whole=corpus.whole,
+        packed=packed,
+        truncated=truncated,
     )
 
 

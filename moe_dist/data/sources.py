@@ -10,14 +10,14 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any, NoReturn, Protocol
 
-import numpy as np
-
-from moe_dist.data.tokenised import TokenRow, check_text_row, token_row
+from moe_dist.data.chat_template import Overlong
+from moe_dist.data.columns import Wanted
+from moe_dist.data.tokenised import TokenRow
 
 READ_ERRORS = (OSError, EOFError, zlib.error)
 ROWS_PER_READ = 256
@@ -26,12 +26,15 @@ ROWS_PER_READ = 256
 class Unreadable(Exception):
     """What cannot be read: where (`where`, `offset` counted in `unit`), why, and how many documents that are.
 
-    `count` is None for the rest of a file when nobody knows how much that was.
+    `count` is None for the rest of a file when nobody knows how much that was. `stops`: it may not be left out.
     """
 
-    def __init__(self, where: str, unit: str, offset: int, reason: str, count: int | None = 1) -> None:
+    def __init__(
+        self, where: str, unit: str, offset: int, reason: str, count: int | None = 1, stops: bool = False
+    ) -> None:
         super().__init__(f"{where}, {unit} {offset}: {reason}")
         self.where, self.unit, self.offset, self.reason, self.count = where, unit, offset, reason, count
+        self.stops = stops
 
 
 @dataclass(frozen=True)
@@ -88,28 +91,15 @@ def read_text_file(path: str) -> str:
     return decode_utf8(b"".join(chunks), path).removeprefix("\ufeff")
 
 
-def value_of_row(row: Any, text_field: str, where: str, unit: str, offset: int) -> str | TokenRow:
-    """The text or the tokens that `row` (a mapping, or the value itself) holds, with what the columns of
-    `tokenised.COLUMNS` say about the tokens; raises `Unreadable`."""
-    value, beside = row, {}
-    if isinstance(row, Mapping):
-        if text_field not in row:
-            raise Unreadable(where, unit, offset, f"no field {text_field!r} (fields: {sorted(map(str, row))})")
-        value, beside = row[text_field], {name: row[name] for name in row if name != text_field}
+def value_of_row(row: Any, wanted: Wanted, where: str, unit: str, offset: int) -> str | TokenRow:
+    """What `wanted` reads of `row`; raises `Unreadable`."""
     try:
-        if isinstance(value, str):
-            value.encode("utf-8")
-            check_text_row(beside, text_field)
-            return value
-        if isinstance(value, Sequence | np.ndarray) and not isinstance(value, bytes):
-            ids = np.asarray(value)
-            if ids.ndim == 1 and (ids.size == 0 or ids.dtype.kind in "iu"):
-                return token_row(ids.astype(np.int64), beside, text_field)
-    except UnicodeEncodeError as error:
-        raise Unreadable(where, unit, offset, f"lone surrogate at character {error.start}") from None
+        value = wanted.value(row)
     except ValueError as error:
-        raise Unreadable(where, unit, offset, str(error)) from None
-    raise Unreadable(where, unit, offset, f"{text_field!r} is {type(value).__name__}, not text or a list of token ids")
+        raise Unreadable(where, unit, offset, str(error), stops=isinstance(error, Overlong)) from None
+    if isinstance(value, TokenRow) and value.note:
+        return value._replace(note=f"{where}, {unit} {offset}: {value.note}")
+    return value
 
 
 class FileSource:
@@ -128,20 +118,30 @@ class FileSource:
         return None
 
 
-def parse_json_line(raw: bytes, path: str, line: int, offset: int, text_field: str) -> str | TokenRow:
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two roles or contents of a turn JSON would quietly take the last."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice!r} is given twice")
+    return dict(pairs)
+
+
+def parse_json_line(raw: bytes, path: str, line: int, offset: int, wanted: Wanted) -> str | TokenRow:
     """The document on one line of a JSONL file; raises `Unreadable` naming file, line and byte."""
     where = f"{path}, line {line}"
     text = decode_utf8(raw, where, offset).removeprefix("\ufeff")
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_without_doubles if wanted.is_talk else None)
     except json.JSONDecodeError as error:
         at = offset + len(text[: error.pos].encode("utf-8"))
         raise Unreadable(where, "byte", at, f"broken JSON ({error.msg})") from None
+    except ValueError as error:
+        raise Unreadable(where, "byte", offset, str(error)) from None
     except RecursionError:
         raise Unreadable(where, "byte", offset, "JSON nested too deeply") from None
     if not isinstance(row, dict):
         raise Unreadable(where, "byte", offset, f"a JSON {type(row).__name__}, not an object")
-    return value_of_row(row, text_field, where, "byte", offset)
+    return value_of_row(row, wanted, where, "byte", offset)
 
 
 def _share_read(file: IO[bytes], path: str) -> float:
@@ -165,9 +165,9 @@ def _rest_of(path: str, line: int, offset: int, share: float | None, error: Exce
 class JsonlSource:
     """One document per line of JSONL files. Not through `datasets`, which cannot name a broken line."""
 
-    def __init__(self, files: Sequence[tuple[str, str]], text_field: str, fingerprint: str | None = None) -> None:
+    def __init__(self, files: Sequence[tuple[str, str]], wanted: Wanted, fingerprint: str | None = None) -> None:
         self._files = files
-        self._text_field = text_field
+        self._wanted = wanted
         self.fingerprint = fingerprint
 
     def entries(self, start: int = 0, state: Any = None) -> Iterator[Entry]:
@@ -185,7 +185,7 @@ class JsonlSource:
                         for raw in file:
                             line += 1
                             if raw.strip():
-                                parse = partial(parse_json_line, raw, path, line, offset, self._text_field)
+                                parse = partial(parse_json_line, raw, path, line, offset, self._wanted)
                                 yield Entry(f"{id_}:{line}", parse)
                             offset += len(raw)
                     except READ_ERRORS as error:
@@ -201,10 +201,10 @@ class JsonlSource:
 class RowSource:
     """One document per row of a list or a `datasets.Dataset`."""
 
-    def __init__(self, rows: Any, name: str, text_field: str, fingerprint: str | None = None) -> None:
+    def __init__(self, rows: Any, name: str, wanted: Wanted, fingerprint: str | None = None) -> None:
         self._rows = rows
         self._name = name
-        self._text_field = text_field
+        self._wanted = wanted
         self.fingerprint = fingerprint
 
     def entries(self, start: int = 0, state: Any = None) -> Iterator[Entry]:
@@ -215,7 +215,7 @@ class RowSource:
             for row, value in enumerate(rows, start=begin):
                 yield Entry(
                     f"{self._name}:{row}",
-                    partial(value_of_row, value, self._text_field, self._name, "row", row),
+                    partial(value_of_row, value, self._wanted, self._name, "row", row),
                 )
 
     def state(self) -> Any:

@@ -32,7 +32,8 @@ class StreamingPackedDataset:
 
     Each document is tokenised when its turn comes and joined to what the last sample left over. With `repeat`
     the corpus starts again when it ends and the stream is endless; without, the incomplete tail is dropped,
-    or padded with `keep_tail`. Document ids count the documents of the stream from 0. Iterating again goes on
+    or padded with `keep_tail`; conversations are not cut, and a tail of them is always padded. `packed` False: each
+    document has samples of its own. Document ids count the documents of the stream from 0. Iterating again goes on
     where the stream stands; `reset` starts afresh.
     """
 
@@ -44,6 +45,7 @@ class StreamingPackedDataset:
         max_seq_length: int,
         repeat: bool = True,
         keep_tail: bool = False,
+        packed: bool = True,
     ) -> None:
         if max_seq_length < 1:
             raise ValueError(f"max_seq_length is {max_seq_length}; give at least 1 token")
@@ -51,6 +53,7 @@ class StreamingPackedDataset:
         self._tokenizer = tokenizer
         self._repeat = repeat
         self._keep_tail = keep_tail
+        self._packed = packed
         self.max_seq_length = max_seq_length
         self.pad_id = tokenizer.pad_id
         self._skipped: dict[str, SkippedDocument] = {}
@@ -68,9 +71,23 @@ class StreamingPackedDataset:
     def __next__(self) -> Sample:
         if not self._fill():
             raise StopIteration
-        sample = make_sample(self._tokens, self._document_ids, self.max_seq_length, self.pad_id, self._labels)
+        length = self._front()
+        # The label of its last token may be the token after it.
+        end = length + 1 if length == self.max_seq_length else length
+        parts = self._tokens[:end], self._document_ids[:end]
+        sample = make_sample(*parts, self.max_seq_length, self.pad_id, self._labels[:end])
         self._advance()
         return sample
+
+    def _front(self) -> int:
+        """How many tokens of the buffer the next sample has: conversations are not cut."""
+        documents = self._document_ids
+        length = min(self.max_seq_length, len(documents))
+        if not self._packed:
+            return int((documents[:length] == documents[0]).sum())
+        if self._corpus.whole and length < len(documents) and documents[length - 1] == documents[length]:
+            return int(np.argmax(documents == documents[length])) or length
+        return length
 
     def skip(self, count: int) -> None:
         """Pass over `count` samples; raises ValueError when the stream ends before."""
@@ -88,6 +105,11 @@ class StreamingPackedDataset:
     def passes(self) -> int:
         """Number of times the corpus has been read to its end."""
         return self._passes
+
+    @property
+    def truncated(self) -> list[SkippedDocument]:
+        """Documents that were cut off to fit, in this pass."""
+        return list(self._corpus.truncated)
 
     @property
     def skipped(self) -> list[SkippedDocument]:
@@ -200,10 +222,11 @@ class StreamingPackedDataset:
             self._labels = np.concatenate(labels)
         if length >= self.max_seq_length:
             return True
-        return self._keep_tail and length > 0
+        return (self._keep_tail or self._corpus.whole or not self._packed) and length > 0
 
     def _advance(self) -> None:
-        self._tokens = self._tokens[self.max_seq_length :]
-        self._document_ids = self._document_ids[self.max_seq_length :]
-        self._labels = self._labels[self.max_seq_length :]
+        length = self._front()
+        self._tokens = self._tokens[length:]
+        self._document_ids = self._document_ids[length:]
+        self._labels = self._labels[length:]
         self._samples += 1

@@ -99,6 +99,11 @@ class HuggingFaceTokenizer:
         return ids
 
     @property
+    def inner(self) -> Any:
+        """The tokenizer of `transformers`."""
+        return self._tokenizer
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `encode_chat` can be asked."""
         return bool(getattr(self._tokenizer, "chat_template", None))

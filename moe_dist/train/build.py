@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.config import Config, DataConfig
+from moe_dist.data.chat_template import ChatEncoder
 from moe_dist.data.corpus import Corpus, SkippedDocument, documents_from, load_documents
 from moe_dist.data.identity import identity
 from moe_dist.data.loader import GlobalLoader
@@ -93,6 +94,11 @@ class Datasets:
         return self.train.num_documents + (0 if self.validation is None else self.validation.num_documents)
 
     @property
+    def truncated(self) -> list[SkippedDocument]:
+        """Conversations that were cut off to fit; of a stream, so far."""
+        return [entry for part in (self.train, self.validation) if part is not None for entry in part.truncated]
+
+    @property
     def skipped(self) -> list[SkippedDocument]:
         """Documents that could not be read; of a stream, so far."""
         parts = (self.train, self.validation)
@@ -109,8 +115,8 @@ def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None =
     """Samples of the configured source, or of `dataset` (texts, token lists, a `datasets` dataset)."""
     data = config.data
     tokenizer = _tokenizer(config)
-    corpus, held_out = _documents(config, dataset)
-    sizes: dict[str, Any] = {"max_seq_length": data.max_seq_length}
+    corpus, held_out = _documents(config, tokenizer, dataset)
+    sizes: dict[str, Any] = {"max_seq_length": data.max_seq_length, "packed": data.packing}
     train: PackedDataset | StreamingPackedDataset
     if data.streaming:
         train = StreamingPackedDataset(corpus, tokenizer, repeat=True, **sizes)
@@ -126,7 +132,7 @@ def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None =
 def build_validation(config: Config) -> PackedDataset | None:
     """The held-out samples of the configured source alone, as `build_datasets` has them; None where there are none."""
     tokenizer = _tokenizer(config)
-    _, held_out = _documents(config, None)
+    _, held_out = _documents(config, tokenizer, None)
     return None if held_out is None else _held_out(config, held_out, tokenizer, None)
 
 
@@ -141,18 +147,18 @@ def _tokenizer(config: Config) -> Tokenizer:
 
 
 def _held_out(config: Config, held_out: Corpus, tokenizer: Tokenizer, cache_dir: Path | None) -> PackedDataset:
-    validation = pack(
-        held_out, tokenizer, keep_tail=True, cache_dir=cache_dir, max_seq_length=config.data.max_seq_length
-    )
+    sizes: dict[str, Any] = {"max_seq_length": config.data.max_seq_length, "packed": config.data.packing}
+    validation = pack(held_out, tokenizer, keep_tail=True, cache_dir=cache_dir, **sizes)
     _check_labels(validation, "the validation set", config.num_evaluated)
     return validation
 
 
-def _documents(config: Config, dataset: Any) -> tuple[Corpus, Corpus | None]:
+def _documents(config: Config, tokenizer: Tokenizer, dataset: Any) -> tuple[Corpus, Corpus | None]:
     """For training, and held out."""
     data = config.data
     options: dict[str, Any] = {"text_field": data.text_field, "on_error": data.on_error}
-    options["ignored_columns"] = data.ignored_columns
+    options |= {"ignored_columns": data.ignored_columns, "format": data.format}
+    options["chat"] = ChatEncoder(tokenizer, data.max_seq_length, data.on_overlong, data.assistant_turns)
     if dataset is None and ":" in data.source:
         dataset = SOURCES.resolve(data.source)()
     if dataset is not None:

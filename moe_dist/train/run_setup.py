@@ -18,7 +18,7 @@ from moe_dist.checkpoint.run_folder import CONFIG, refuse_foreign, with_header
 from moe_dist.checkpoint.storage import open_storage
 from moe_dist.checkpoint.storage.manifest import CheckpointError
 from moe_dist.config import Config, ConfigError, ModelConfig, dump_config, load_config, load_mapping
-from moe_dist.data.losses import losses
+from moe_dist.data.losses import cut_off, losses
 from moe_dist.models.adapter_shapes import adapter_counts
 from moe_dist.models.counts import parameter_counts
 from moe_dist.models.transformer import Transformer
@@ -183,6 +183,10 @@ def log_skipped_documents(datasets: Datasets) -> None:
         logger.info("left out: %s at %s: %s", document.id, document.offset, document.reason)
     if skipped:
         logger.warning("%s; train.log names all", losses(skipped, datasets.num_documents))
+    for document in datasets.truncated:
+        logger.info("cut off: %s: %s", document.id, document.reason)
+    if truncated := datasets.truncated:
+        logger.warning("%s; train.log names all", cut_off(truncated))
 
 
 def run_info(config: Config, mesh: Mesh, datasets: Datasets, run_id: str, counters: Counters) -> RunInfo:

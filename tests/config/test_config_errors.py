@@ -27,7 +27,7 @@ lora: {r: 8, target_modules: []}  =>  lora.target_modules=[]: nothing would be t
 lora: {from_adapter: there}  =>  lora.from_adapter=
 load_in_4bit: true  =>  load_in_4bit=true: not offered yet; there is: train.bf16
 tp_size: 2  =>  tp_size=2: not offered yet; there is: parallel.ep_size
-sample_packing: true  =>  not offered yet; there is: documents are always packed
+sample_packing: true  =>  not offered yet; there is: data.packing
 push_to_hub: true  =>  push_to_hub=true: not offered yet; there is: checkpoint.folder
 train: {use_cpu_offload: true}  =>  parallel.cpu_offload=true: needs parallel.zero_stage=3
 zzzz: 1  =>  zzzz=1: unknown key  &  allowed: the sections model

@@ -23,22 +23,24 @@ def _file(folder: Path, row: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("row", "text_field", "named"),
     [
-        (ALPACA, "output", "instruction, input, output"),
-        (ALPACA, "text", "instruction, input, output"),
-        ({**ALPACA, "text": "whole"}, "text", "data.ignored_columns=[instruction, input, output] to learn every token"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "messages", "set data.text_field=input_ids"),
-        ({"conversations": [], "text": "x"}, "text", "data.ignored_columns=[conversations]"),
-        ({"prompt": "q", "completion": "a"}, "completion", "data.ignored_columns=[prompt]"),
-        ({"Question": "q", "Answer": "a"}, "Answer", "data.ignored_columns=[Question]"),
+        (ALPACA, "output", "data.format=instruction (instruction, input, output), or data.format=text"),
+        ({**ALPACA, "text": "whole"}, "text", "data.format=text (every token of 'text' is learned)"),
+        ({"conversations": [], "text": "x"}, "text", "data.format=chat (conversations), or data.format=text"),
+        ({"prompt": "q", "completion": "a"}, "completion", "data.format=prompt_completion (prompt, completion), or"),
+        ({"Question": "q", "Answer": "a"}, "Answer", "data.format=text learns every token of 'Answer'"),
+        ({"dialogue": "q"}, "text", "make rows of input_ids with completion_mask"),
     ],
 )
 def test_it_stops_with_the_way_out(tmp_path: Path, row: dict[str, Any], text_field: str, named: str) -> None:
     """Seen red: trained on the outputs alone, without a word."""
-    with pytest.raises(ValueError, match="instruction data") as caught:
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1") as caught:
         load_documents("jsonl", path=_file(tmp_path, row), text_field=text_field)
     assert named in str(caught.value)
-    assert "completion_mask" in str(caught.value)
-    assert "rows.jsonl, line 1" in str(caught.value)
+
+
+def test_what_is_said_to_be_text_is(tmp_path: Path) -> None:
+    corpus = load_documents("jsonl", path=_file(tmp_path, ALPACA), text_field="output", format="text")
+    assert [document.text for document in corpus] == ["3"]
 
 
 def test_what_is_said_to_be_left_out_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

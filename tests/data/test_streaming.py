@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moe_dist.data import ByteTokenizer, StreamingPackedDataset, documents_from, load_documents, split_corpus
+from moe_dist.data.columns import Wanted
 from moe_dist.data.dataset_sources import StreamSource
 
 
@@ -107,8 +108,8 @@ def test_the_state_of_datasets_is_used_where_it_is_exact(texts):
         return row
 
     iterable = datasets.Dataset.from_dict({"text": texts * 10}).to_iterable_dataset()
-    assert StreamSource(iterable, "x", "text")._exact_state
-    assert not StreamSource(iterable.shuffle(seed=0, buffer_size=5), "x", "text")._exact_state
+    assert StreamSource(iterable, "x", Wanted("text"))._exact_state
+    assert not StreamSource(iterable.shuffle(seed=0, buffer_size=5), "x", Wanted("text"))._exact_state
 
     def build() -> StreamingPackedDataset:
         return StreamingPackedDataset(documents_from(iterable.map(note)), ByteTokenizer(), max_seq_length=32)

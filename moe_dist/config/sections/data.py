@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from moe_dist.config.paths import PathText
 from moe_dist.config.sections.base import (
@@ -18,6 +18,16 @@ FILE_SOURCES = ("text", "jsonl", "parquet")
 SourceName = Annotated[str, AfterValidator(Choice("stdlib", *FILE_SOURCES, "huggingface", "memory"))]
 MAX_DOMAINS = 16
 """Named sources of data whose routing is counted apart."""
+
+
+Format = Literal["auto", "text", "chat", "prompt_completion", "instruction"]
+
+
+def _no_preferences(value: Any) -> Any:
+    """Known by name, and refused."""
+    if value == "preference":
+        raise ValueError("preference tuning is not offered; format=chat learns conversations of what was chosen")
+    return value
 
 
 def file_source(path: object) -> str:
@@ -62,6 +72,8 @@ def check_data(data: DataConfig) -> DataConfig:
             raise ValueError(
                 f"{key}={value}: source={data.source} has none; set data.source=huggingface, or data.{key}=null"
             )
+    if data.format not in ("auto", "text") and data.source in ("stdlib", "text"):
+        raise ValueError(f"format={data.format}: source={data.source} has texts; set data.source=jsonl or parquet")
     if data.streaming and data.source not in ("huggingface", "memory") and ":" not in data.source:
         raise ValueError(f"streaming=true: only for source=huggingface, not {data.source}")
     return data
@@ -90,6 +102,17 @@ class DataConfig(Section):
     ignored_columns: list[str] = []
     """Columns of instruction data (instruction, messages, ...) that are left out on purpose: every token of text_field
     is then learned, and nothing of these."""
+    format: Annotated[Format, BeforeValidator(_no_preferences)] = "auto"
+    """What rows are: `text` (text_field, all of it learned); `chat` (messages, or ShareGPT's conversations),
+    `prompt_completion` (texts or turns) and `instruction` (instruction, input, output), of which only what the
+    assistant says is learned; `auto`: by the columns, and where they could be several things the run stops."""
+    assistant_turns: Literal["all", "last"] = "all"
+    """Which turns of the assistant are learned: all that have no `train: false`, or the last of them alone."""
+    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """A conversation of more than max_seq_length tokens: cut off, leave out, or stop and name it; the first two are
+    counted and named. Texts go on in the next sample."""
+    packing: bool = True
+    """Several documents share a sample, each for itself by document_mask; false: a sample has one, and padding."""
     streaming: bool = False
     """Read a Hugging Face dataset as a stream, without an index: needs max_steps or max_time, and has no held-out part
     but validation_path."""
