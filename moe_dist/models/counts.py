@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Literal, Protocol
 
 from moe_dist.config import ModelConfig
 from moe_dist.models.shapes import SELECTION_BIAS, STACKED, Shapes, block_shapes
@@ -265,3 +265,15 @@ def flops_per_token(model: ModelConfig, seq_length: int, *, causal: bool = False
 def expert_share(model: ModelConfig, seq_length: int) -> float:
     """Part of `flops_per_token` that routed experts do, 0..1."""
     return 6 * parameter_counts(model).active_experts / flops_per_token(model, seq_length)
+
+
+_CHUNK = {"cpu": 256}
+"""Tokens of a chunk of the loss by device: as few as keep its matmuls fast."""
+_CHUNK_ELSEWHERE = 1024
+_SMALL = 2**24
+"""Logits that are one chunk whatever their tokens: 64 MiB in float32."""
+
+
+def loss_chunk(setting: int | Literal["auto"], device: str, vocab_size: int) -> int:
+    """Tokens whose logits the loss holds at once, for `train.loss_chunk_tokens`; 0: all of them."""
+    return setting if setting != "auto" else max(_CHUNK.get(device, _CHUNK_ELSEWHERE), _SMALL // vocab_size)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_dist.config import Config, ModelConfig
-from moe_dist.models.counts import BlockCounts, blocks
+from moe_dist.models.counts import BlockCounts, blocks, loss_chunk
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def block_activations(
     rest = norm_bytes(D, widths)
     if not has_experts:
         rest += (r * D if not widths.casts else 0) + gated_bytes(model.intermediate_size, D, widths)
-        busy = 3.0 * w * model.intermediate_size
+        busy = 2.0 * w * model.intermediate_size  # three gradients; what the last matrix had kept is gone by then
         held, decisions = weights.dense if widths.casts else 0.0, 0.0
     else:
         E, K, F = model.num_experts, model.num_experts_per_tok, model.moe_intermediate_size
@@ -129,16 +129,27 @@ def _dense_layer(model: ModelConfig) -> int:
     return next(layer for layer in range(model.num_hidden_layers) if not model.has_experts(layer))
 
 
-def head_activations(config: Config, tokens: int, chunk_tokens: int | None = None) -> Activations:
-    """Of final norm, head and loss. `chunk_tokens`: tokens whose logits are there at a time; None: all."""
+def head_activations(config: Config, tokens: int, device: str) -> Activations:
+    """Of final norm, head and loss. `device`: cpu, or another, which decides how many tokens' logits are there at once.
+
+    With chunks both gradients are there when the forward pass ends, and `passing` is what they need until then.
+    """
     model, widths = config.model, Widths.of(config)
-    D, V = model.hidden_size, model.vocab_size
-    at_once = min(tokens, chunk_tokens or tokens)
-    cast = widths.w * V * D if widths.casts else 0
-    kept = tokens * (norm_bytes(D, widths) + widths.w * D) + cast + 4 * at_once * V
-    # Two gradients in full beside the log-softmax; once that is gone, the head's own.
-    weight = (widths.w + (4 if widths.casts else 0)) * V * D
-    return Activations(kept, max(8 * at_once * V, weight))
+    w, D, V = widths.w, model.hidden_size, model.vocab_size
+    norm = tokens * (norm_bytes(D, widths) + w * D)
+    cast = w * V * D if widths.casts else 0
+    chunk = loss_chunk(config.train.loss_chunk_tokens, device, V)
+    if not chunk:
+        # Two gradients in full beside the log-softmax; once that is gone, the head's own.
+        weight = (w + (4 if widths.casts else 0)) * V * D
+        return Activations(norm + cast + 4 * tokens * V, max(8 * tokens * V, weight))
+    at_once = min(tokens, chunk)
+    weight = 4 if widths.casts else w
+    kept = norm + tokens * w * D + weight * V * D
+    logits = at_once * V * (4 if w == 4 else 2 + 4 + 2)  # in bfloat16 also in full, and their gradient
+    product = 0 if w == 4 else (w + 4) * V * D  # and in full, to be added
+    summed = (4 - weight) * V * D
+    return Activations(kept, logits + cast + product + summed)
 
 
 def shared_bytes(config: Config, tokens: int) -> float:

@@ -4,7 +4,7 @@ for one that was measured by `moe-dist plan --calibrate`."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -20,6 +20,8 @@ class Cluster(Section):
 
     name: str = "cluster"
     """For people."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """What its devices are to the trainer."""
     memory_gb: PositiveFloat
     """Memory of a device in GB (1e9 bytes) that a process can have."""
     peak_bf16: PositiveFloat
@@ -117,6 +119,7 @@ _CPU: dict[str, Any] = {
     "grouped_efficiency": 0.6,
     "grouped_rows": 16.0,
     "attention_efficiency": 0.4,
+    "device": "cpu",
     "devices_per_host": 2,
     "link_bandwidth": 1e9,
     "link_latency": 4e-4,

@@ -51,9 +51,9 @@ def in_flight(schedule: str, pp_size: int, micro_batches: int, stages_per_rank: 
     return max(1.0 / stages_per_rank, min(kept, float(micro_batches)))
 
 
-def peak_memory(config: Config, layout: Layout, places: Sequence[RankCounts], imbalance: float) -> Memory:
+def peak_memory(config: Config, layout: Layout, places: Sequence[RankCounts], imbalance: float, device: str) -> Memory:
     """Of the most loaded rank. `places`: parameters of each place in the pipeline, as `counts.per_rank` has them;
-    `imbalance`: rows of the busiest expert as multiples of the mean.
+    `imbalance`: rows of the busiest expert as multiples of the mean; `device`: cpu or another.
     """
     model, train = config.model, config.train
     tokens = train.per_device_train_batch_size * config.data.max_seq_length
@@ -64,7 +64,7 @@ def peak_memory(config: Config, layout: Layout, places: Sequence[RankCounts], im
         for has in (True, False)
         if (model.moe_layers if has else has_dense)
     }
-    head = head_activations(config, tokens)
+    head = head_activations(config, tokens, device)
     states = state_bytes(config, layout, places)
     found = [
         _at_place(config, layout, place, state, kinds, head, tokens, load)

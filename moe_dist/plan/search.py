@@ -97,7 +97,7 @@ def _estimate(
     return Estimate(
         config,
         layout,
-        peak_memory(config, layout, places, imbalance),
+        peak_memory(config, layout, places, imbalance, cluster.device),
         step_time(config, layout, places, cluster, imbalance),
         config.global_batch_size(layout.world_size) * config.data.max_seq_length,
     )

@@ -12,15 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_dist.models.counts import loss_chunk
 from moe_dist.models.precision import full, full_dtype
 
 IGNORE = -100
 """Label of a position that has no target."""
-_AUTO = {"cpu": 256}
-"""Tokens of a chunk by device: as few as keep its matmuls fast."""
-_AUTO_ELSEWHERE = 1024
-_SMALL = 2**24
-"""Logits that are one chunk whatever their tokens: 64 MiB in float32."""
 
 
 def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -49,12 +45,11 @@ def head_cross_entropy(
     gradients are made with the loss, chunk by chunk, that of the weight summed in float32; so what is to be multiplied
     is best given as `scale`. Computes in the dtype of autocast or of the weight, and from logits on in float32.
     """
+    chunk_tokens = loss_chunk(chunk_tokens, hidden_BSD.device.type, len(weight_VD))
     if chunk_tokens == 0:
         return cross_entropy_sum(F.linear(hidden_BSD, weight_VD), labels_BS, label_smoothing) * scale
     device = hidden_BSD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-    if chunk_tokens == "auto":
-        chunk_tokens = max(_AUTO.get(device, _AUTO_ELSEWHERE), _SMALL // len(weight_VD))
     hidden_TD, labels_T = hidden_BSD.flatten(0, 1).to(dtype), labels_BS.flatten()
     return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_T, label_smoothing, scale, chunk_tokens)
 

@@ -11,7 +11,7 @@ from moe_dist.config import Config
 from moe_dist.parallel.engines.replicated import ReplicatedEngine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.build import build_model
-from moe_dist.train.loss import cross_entropy_sum
+from moe_dist.train.loss import head_cross_entropy
 
 _FORWARD_DONE = "forward done"
 
@@ -28,10 +28,12 @@ def measured_step(config: Config) -> tuple[int, int]:
     documents = torch.zeros(shape, dtype=torch.int64) if config.data.document_mask else None
     positions = torch.arange(shape[1])[None].expand(shape).contiguous()
 
+    def loss_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return head_cross_entropy(hidden, weight, ids, chunk_tokens=config.train.loss_chunk_tokens)
+
     def loss() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16):
-            logits = model(ids, position_ids=positions, document_ids=documents)
-        return cross_entropy_sum(logits, ids)
+            return model(ids, position_ids=positions, document_ids=documents, head_function=loss_of)
 
     loss().backward()
     engine.zero_grad()
