@@ -19,6 +19,7 @@ from launcher.backends.command import for_world
 from launcher.cli import checkpoint
 from launcher.cli.checkpoint_import import import_
 from launcher.cli.completion import RunCommand
+from launcher.cli.data import app as data_app
 from launcher.cli.evaluate import evaluate, experts
 from launcher.cli.export import export
 from launcher.cli.generate import generate
@@ -60,6 +61,7 @@ app = typer.Typer(
 )
 checkpoint.app.command("import")(import_)
 app.add_typer(checkpoint.app)
+app.add_typer(data_app)
 app.add_typer(launch_app)
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/demo.yaml.")]

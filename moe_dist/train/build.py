@@ -111,14 +111,22 @@ def given(data: DataConfig) -> DataConfig:
     return data.model_copy(update={"source": "memory", **nothing})
 
 
-def build_datasets(config: Config, dataset: Any = None, cache_dir: Path | None = None) -> Datasets:
-    """Samples of the configured source, or of `dataset` (texts, token lists, a `datasets` dataset)."""
+def build_datasets(
+    config: Config, dataset: Any = None, cache_dir: Path | None = None, sample_of_stream: int | None = None
+) -> Datasets:
+    """Samples of the configured source, or of `dataset` (texts, token lists, a `datasets` dataset).
+
+    `sample_of_stream`: of a stream only the first so many documents, packed.
+    """
     data = config.data
+    if data.streaming and sample_of_stream is not None:
+        config = config.model_copy(deep=True)
+        config.data.limit = min(data.limit or sample_of_stream, sample_of_stream)
     tokenizer = _tokenizer(config)
     corpus, held_out = _documents(config, tokenizer, dataset)
     sizes: dict[str, Any] = {"max_seq_length": data.max_seq_length, "packed": data.packing}
     train: PackedDataset | StreamingPackedDataset
-    if data.streaming:
+    if data.streaming and sample_of_stream is None:
         train = StreamingPackedDataset(corpus, tokenizer, repeat=True, **sizes)
     else:
         train = pack(corpus, tokenizer, cache_dir=cache_dir, **sizes)
