@@ -25,6 +25,7 @@ from launcher.cli.init import init
 from launcher.cli.launch import app as launch_app
 from launcher.cli.paths import expanded
 from launcher.cli.plan import plan
+from launcher.cli.serve import serve
 from launcher.cli.sweep import sweep
 from launcher.cli.upcycle import upcycle
 from launcher.connect.environment import (
@@ -273,6 +274,7 @@ def profile(
 
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(sweep)
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(generate)
+app.command(cls=RunCommand, context_settings=_OVERRIDES)(serve)
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(plan)
 app.command()(init)
 app.command()(export)
