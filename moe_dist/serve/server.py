@@ -19,8 +19,12 @@ from moe_dist.serve.engine_thread import EngineFailedError
 def listen(host: str, port: int) -> socket.socket:
     """Raises ValueError where nobody can listen."""
     try:
-        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        found = socket.socket(family, kind)
+        [(family, kind, protocol, _, place), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        # With its protocol: asyncio sends at once (TCP_NODELAY) only where it reads there that this is TCP, and an
+        # answer's second piece would wait 40 ms for the client's delayed acknowledgement of the first.
+        found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(place)
     except OSError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import signal
+import socket
 import ssl
 import threading
 import time
@@ -24,6 +26,7 @@ from cryptography.x509.oid import NameOID
 
 from moe_dist.serve.audit import AuditLog
 from moe_dist.serve.keys import Bucket, new_key, read_keys
+from moe_dist.serve.server import listen
 
 PROMPT = {"model": "run", "prompt": "def ", "temperature": 0, "ignore_eos": True}
 
@@ -185,6 +188,23 @@ def test_load_of_experts_is_that_of_served_tokens(server: Any) -> None:
     assert pairs == 2 * 2 * (58 + 15 - 3)  # layers, experts of a token; the last token of an answer is not read
 
 
+def test_answers_are_sent_at_once() -> None:
+    """asyncio sets TCP_NODELAY for sockets that say what they are. Without, an answer took 40 ms more."""
+    place = listen("127.0.0.1", 0)
+    place.listen()
+
+    async def accepted() -> int:
+        found = asyncio.get_running_loop().create_future()
+        server = await asyncio.start_server(lambda reader, writer: found.set_result(writer), sock=place)
+        _, ours = await asyncio.open_connection(*place.getsockname())
+        told = (await found).get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        ours.close()
+        server.close()
+        return int(told)
+
+    assert asyncio.run(accepted()) != 0
+
+
 def resident(pid: int) -> int:
     """KiB of memory."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4
@@ -239,18 +259,8 @@ def _random_request(draw: random.Random) -> tuple[str, str, dict[str, str], byte
     if "chat" in path:
         body = {"model": "run", "max_tokens": 2, "messages": [{"role": "user", "content": "a"}]}
     keys = [*body, "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "stream", "logprobs"]
-    keys += [
-        "top_logprobs",
-        "stream_options",
-        "n",
-        "ignore_eos",
-        "user",
-        "metadata",
-        "echo",
-        "max_tokens",
-        "\ud800",
-        "logit_bias",
-    ]
+    keys += ["top_logprobs", "stream_options", "n", "ignore_eos", "user", "metadata", "echo", "max_tokens"]
+    keys += ["\ud800", "logit_bias"]
     for key in draw.sample(keys, draw.randrange(1, 4)):
         body[key] = _random_value(draw)
     body |= {"max_completion_tokens": 2} if "chat" in path else {}  # by default it would write as much as it may
