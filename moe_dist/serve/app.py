@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -125,9 +126,10 @@ class Service:
                 asked.tickets.add(ticket[0])
             while asked.tickets:
                 index, number, event = await news.get()
-                if not isinstance(event, Event):
+                if isinstance(event, Exception):
                     asked.tickets.discard(number)
                     raise event
+                assert isinstance(event, Event)
                 now = time.monotonic()
                 (self.metrics.next_token if answers.answers[index].tokens else self.metrics.first_token).observe(
                     now - (last if answers.answers[index].tokens else begun)
@@ -170,8 +172,12 @@ async def _pieces(
     if answers.is_chat:
         yield _event(answers.first_piece() | nothing)
     yield _event(first | nothing)
-    async for piece in events:
-        yield _event(piece | nothing)
+    try:
+        async for piece in events:
+            yield _event(piece | nothing)
+    except Refused as refused:  # the status has been sent
+        yield b"data: " + refused.body + b"\n\n"
+        return
     if with_usage:
         yield _event(answers.usage_piece())
     yield b"data: [DONE]\n\n"
@@ -254,6 +260,9 @@ def _routes(service: Service) -> FastAPI:
 
     @app.get("/metrics", summary="For Prometheus")
     async def metrics() -> Response:
+        with suppress(EngineFailedError, TimeoutError):  # in the middle of a long pass the last ones must do
+            async with asyncio.timeout(2):
+                service.metrics.load = await service.thread.load()
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app

@@ -13,18 +13,29 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
 from moe_dist.generate.engine import MoEInferenceEngine
 from moe_dist.generate.options import SamplingOptions
 from moe_dist.generate.requests import Event
+from moe_dist.serve.load import ServedLoad
 
 logger = logging.getLogger(__name__)
 
 Command = tuple[str, int, list[int], SamplingOptions | None]
-"""What to do (add, cancel, stop), a ticket, a prompt, how to go on from it."""
-News = Event | Exception
+"""What to do (add, cancel, load, stop), a ticket, a prompt, how to go on from it."""
 _STOP: Command = ("stop", 0, [], None)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Tokens so far by layer, for each expert, of all ranks."""
+
+    by_layer: dict[int, list[int]]
+
+
+News = Event | Load | Exception
 IDLE_SECONDS = 5.0
 """Other ranks, which wait for rank 0 in a collective, hear so often that there is nothing to do."""
 
@@ -47,6 +58,7 @@ def step_for_ever(
     `hear(is_busy)` gives rank 0 what to do and waits when nothing is under way; `tell` gets what is new, and for which
     ticket.
     """
+    load = ServedLoad(engine)
     tickets: dict[int, int] = {}
     numbers: dict[int, int] = {}
     is_busy = False
@@ -56,6 +68,9 @@ def step_for_ever(
         for verb, ticket, tokens, options in commands:
             if verb == "stop":
                 return
+            if verb == "load":
+                news.append((ticket, Load(load.of_all_ranks())))
+                continue
             if verb == "cancel":
                 if ticket in numbers:
                     engine.cancel(numbers[ticket])
@@ -119,6 +134,20 @@ class EngineThread:
         self._commands.put(("add", ticket, tokens, options))
         return ticket
 
+    async def load(self) -> dict[int, list[int]]:
+        """Between this step and the next. Raises EngineFailedError."""
+        if self.failure is not None:
+            raise EngineFailedError(self.failure)
+        told: asyncio.Future[News] = asyncio.get_running_loop().create_future()
+        ticket = next(self._tickets)
+        self._listeners[ticket] = lambda event: None if told.done() else told.set_result(event)
+        self._commands.put(("load", ticket, [], None))
+        found = await told
+        if isinstance(found, Load):
+            return found.by_layer
+        assert isinstance(found, Exception)
+        raise found
+
     def cancel(self, ticket: int) -> None:
         """Its place in the batch is free from the next step on; nobody listens any more. Known or not."""
         if self._listeners.pop(ticket, None) is not None:
@@ -140,7 +169,7 @@ class EngineThread:
 
     def _deliver(self, news: list[tuple[int, News]]) -> None:
         for ticket, event in news:
-            is_last = isinstance(event, Exception) or event.finished is not None
+            is_last = not isinstance(event, Event) or event.finished is not None
             listener = self._listeners.pop(ticket, None) if is_last else self._listeners.get(ticket)
             if listener is not None:
                 listener(event)

@@ -9,54 +9,20 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from moe_dist.models.router import Routing
-
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from moe_dist.generate.engine import MoEInferenceEngine
-    from moe_dist.models.moe import Dispatcher
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-
-
-class ServedLoad:
-    """Tokens that each expert has got, counted where they are dispatched: padding counts nowhere."""
-
-    def __init__(self, engine: MoEInferenceEngine) -> None:
-        self.counts: dict[int, torch.Tensor] = {}
-        for moe in engine.model.moe_layers():
-            device = next(moe.router.parameters()).device
-            counts = next(moe.router.parameters()).new_zeros(moe.num_experts + 1).long().to(device)
-            self.counts[moe.layer] = counts
-            moe.reach_experts_by(_Counting(moe.dispatcher, counts))
-
-    def by_layer(self) -> dict[int, list[int]]:
-        return {layer: counts[:-1].tolist() for layer, counts in self.counts.items()}
-
-
-class _Counting:
-    """A dispatcher that counts what it is given."""
-
-    def __init__(self, dispatcher: Dispatcher, counts: Tensor) -> None:
-        self._dispatcher, self._counts = dispatcher, counts
-
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Any]:
-        ids = routing.expert_ids_TK.flatten()
-        self._counts.index_add_(0, ids, self._counts.new_ones(()).expand(ids.shape))
-        return self._dispatcher.dispatch(x_TD, routing)
-
-    def combine(self, rows_RD: Tensor, plan: Any) -> Tensor:
-        return self._dispatcher.combine(rows_RD, plan)
 
 
 class ServeMetrics(Collector):
     """Counters and histograms that requests add to, and what the engine says when it is asked."""
 
     def __init__(self, engine: MoEInferenceEngine) -> None:
-        self._engine, self._load = engine, ServedLoad(engine)
+        self._engine = engine
+        self.load: dict[int, list[int]] = {}
+        """Tokens by layer and expert, as they were told last."""
         self.registry = CollectorRegistry(auto_describe=False)
         kept: dict[str, Any] = {"registry": self.registry, "namespace": "moe_dist_serve"}
         self.requests = Counter("requests", "Requests by what was asked and status.", ["path", "status"], **kept)
@@ -86,7 +52,7 @@ class ServeMetrics(Collector):
         load = CounterMetricFamily(
             f"{name}expert_tokens", "Tokens that an expert got of served traffic.", labels=["layer", "expert"]
         )
-        for layer, counts in self._load.by_layer().items():
+        for layer, counts in self.load.items():
             for expert, count in enumerate(counts):
                 load.add_metric([str(layer), str(expert)], count)
         yield load

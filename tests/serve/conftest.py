@@ -58,7 +58,7 @@ class Server:
 
     def metric(self, name: str) -> float:
         """The sum of all its samples."""
-        lines = self.get("/metrics", "watch").splitlines()
+        lines = self.get("/metrics", "watch" if self.keys else None).splitlines()
         return sum(float(line.split()[-1]) for line in lines if re.match(rf"moe_dist_serve_{name}[{{ ]", line))
 
     def wait_for(self, name: str, value: float) -> None:
