@@ -24,9 +24,15 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from moe_dist.generate.engine import MoEInferenceEngine
+from moe_dist.pretrained.inference import find_model, open_model
+from moe_dist.serve.app import Service
 from moe_dist.serve.audit import AuditLog
+from moe_dist.serve.engine_thread import EngineFailedError, EngineThread
+from moe_dist.serve.gate import Limits
 from moe_dist.serve.keys import Bucket, new_key, read_keys
 from moe_dist.serve.server import listen
+from moe_dist.serve.server import run as run_server
 
 PROMPT = {"model": "run", "prompt": "def ", "temperature": 0, "ignore_eos": True}
 
@@ -293,3 +299,30 @@ def test_1000_malformed_requests(server: Any) -> None:
     assert "error" not in server.log.read_text()
     server.wait_for("live_requests", 0)
     assert "ready" in server.get("/readyz")
+
+
+def test_an_engine_that_fails_says_so_and_ends(run: Path) -> None:
+    """Whoever waits gets 503, and `run` raises what has happened."""
+    engine = MoEInferenceEngine(*open_model(find_model(str(run))))
+    thread = EngineThread(engine, 8)
+    service = Service(thread, "run", limits=Limits(), keys=None, audit=None)
+    place = listen("127.0.0.1", 0)
+    found: list[int] = []
+
+    def broken(*arguments: Any, **more: Any) -> Any:
+        raise RuntimeError("no memory is left")
+
+    def clients() -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{place.getsockname()[1]}", timeout=30) as client:
+            found.append(client.get("/readyz").status_code)
+            engine.model.forward = broken  # type: ignore[method-assign]
+            reply = client.post("/v1/completions", json=PROMPT)
+            found.append(reply.status_code)
+            assert reply.json()["error"]["code"] == "engine_failed"
+
+    asking = threading.Thread(target=clients)
+    with pytest.raises(EngineFailedError, match="RuntimeError: no memory is left"):
+        run_server(service, place, ready=asking.start)
+    asking.join(10)
+    assert found == [200, 503]
+    assert not service.is_ready
