@@ -87,6 +87,7 @@ LIGHT = (
 HEAVY = (
     *("torch", "numpy", "transformers", "datasets", "tokenizers", "tensorboard"),
     *("plotly", "pyarrow", "pandas", "deepspeed", "ray", "mpi4py"),
+    *("fastapi", "uvicorn", "argon2"),
 )
 WITHOUT_COLLECTIVES = ("moe_dist.models", "moe_dist.monitor")
 ALL_TO_ALL_AT = "moe_dist.parallel.dispatch"

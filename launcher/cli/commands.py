@@ -27,6 +27,7 @@ from launcher.cli.init import init
 from launcher.cli.launch import app as launch_app
 from launcher.cli.paths import expanded
 from launcher.cli.plan import plan
+from launcher.cli.serve import serve
 from launcher.cli.sweep import sweep
 from launcher.cli.upcycle import upcycle
 from launcher.connect.environment import (
@@ -278,6 +279,7 @@ def profile(
 
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(sweep)
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(generate)
+app.command(cls=RunCommand, context_settings=_OVERRIDES)(serve)
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(plan)
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(evaluate)
 app.command(cls=RunCommand, context_settings=_OVERRIDES)(experts)

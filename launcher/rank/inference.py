@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 def infer(config: Config, environment: Environment, wanted: Inference) -> int:
     """Open the model on all ranks and do what is wanted; returns the exit code."""
+    if wanted.verb == "serve":
+        from launcher.rank.serving import serve
+
+        return serve(config, environment, wanted)
     from launcher.connect.process_groups import connected
     from moe_dist.checkpoint.reading import locate
     from moe_dist.checkpoint.storage import open_storage

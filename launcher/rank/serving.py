@@ -1,0 +1,84 @@
+"""What ranks do for `moe-dist serve`: rank 0 hears clients, the others compute with it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from launcher.connect.environment import Environment
+from launcher.connect.exit_codes import EXIT_CTRL_C
+from launcher.connect.rank_job import Inference
+from moe_dist.config import Config, ConfigError
+
+
+def serve(config: Config, environment: Environment, wanted: Inference) -> int:
+    """Open the model on all ranks and serve it until a signal; returns the exit code."""
+    options = wanted.options
+    place = None
+    if environment.rank == 0:
+        from moe_dist.serve.server import listen
+
+        try:
+            place = listen(options["host"], options["port"])
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    else:  # rank 0 says when
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from launcher.connect.process_groups import connected
+    from moe_dist.checkpoint.reading import locate
+    from moe_dist.checkpoint.storage import open_storage
+    from moe_dist.generate.engine import MoEInferenceEngine
+    from moe_dist.pretrained.inference import Source, open_model
+
+    with connected(config, environment) as mesh:
+        found = None if wanted.checkpoint is None else locate(wanted.checkpoint, open_storage("."))
+        model, tokenizer = open_model(Source(config, found), mesh, wanted.keys)
+        engine = MoEInferenceEngine(model, tokenizer, mesh=mesh, **options["engine"])
+        if place is None:
+            from moe_dist.serve.engine_thread import step_for_ever
+
+            step_for_ever(engine, lambda is_busy: [], lambda news: None)
+            return 0
+        return _serve(engine, place, options)
+
+
+def _serve(engine: Any, place: Any, options: dict[str, Any]) -> int:
+    from moe_dist.serve.app import Service
+    from moe_dist.serve.audit import AuditLog
+    from moe_dist.serve.engine_thread import EngineThread
+    from moe_dist.serve.gate import Limits
+    from moe_dist.serve.keys import KeyRing, read_keys
+    from moe_dist.serve.server import run
+
+    audit = None
+    try:
+        keys = KeyRing(read_keys(Path(options["keys"]))) if options["keys"] else None
+        if options["audit"]:
+            audit = AuditLog(Path(options["audit"]), **options["audit_options"])
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    thread = EngineThread(engine, options["max_waiting"])
+    service = Service(thread, options["name"], limits=Limits(**options["limits"]), keys=keys, audit=audit)
+    tls = (Path(options["tls"][0]), Path(options["tls"][1])) if options["tls"] else None
+    host, port = place.getsockname()[:2]
+    scheme, host = "http" if tls is None else "https", f"[{host}]" if ":" in host else host
+    where = f"{scheme}://{host}:{port}"
+    known = "no keys" if keys is None else f"{len(keys.clients)} keys"
+    line = f"moe-dist: {options['name']} at {where}/v1 ({known}; {where}/docs)"
+    try:
+        number = run(
+            service,
+            place,
+            ready=lambda: print(line, file=sys.stderr, flush=True),
+            tls=tls,
+            drain_seconds=options["drain_seconds"],
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    finally:
+        if audit is not None:
+            audit.close()
+    return EXIT_CTRL_C if number == signal.SIGINT else 0

@@ -1,0 +1,272 @@
+"""The HTTP interface: what OpenAI's clients call, and what probes and Prometheus ask."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from moe_dist import __version__
+from moe_dist.generate.options import SamplingOptions
+from moe_dist.generate.requests import Event
+from moe_dist.serve.answers import Answers
+from moe_dist.serve.audit import AuditLog
+from moe_dist.serve.engine_thread import EngineFailedError, EngineThread, News, OverloadedError
+from moe_dist.serve.errors import Refused
+from moe_dist.serve.gate import Asked, Gate, Limits
+from moe_dist.serve.keys import KeyRing
+from moe_dist.serve.metrics import ServeMetrics
+from moe_dist.serve.schema import ChatRequest, CompletionRequest, Message
+
+T = TypeVar("T")
+_COMPLETION_TOKENS = 16
+"""Of /v1/completions when nothing is said, as OpenAI has it."""
+
+
+class Service:
+    """One model behind OpenAI's interface. `application` is what an ASGI server runs."""
+
+    def __init__(
+        self, thread: EngineThread, name: str, *, limits: Limits, keys: KeyRing | None, audit: AuditLog | None
+    ) -> None:
+        assert thread.engine.tokenizer is not None
+        self.thread, self.name, self.limits = thread, name, limits
+        self.engine, self.tokenizer = thread.engine, thread.engine.tokenizer
+        self.metrics = ServeMetrics(thread.engine)
+        self.started = int(time.time())
+        self._encoder = ThreadPoolExecutor(1, "tokenizer")  # one: tokenizers are not made for several at a time
+        self.application = Gate(
+            _routes(self), keys=keys, limits=limits, metrics=self.metrics, audit=audit, cancel=thread.cancel
+        )
+
+    @property
+    def is_ready(self) -> bool:
+        return self.thread.failure is None and not self.application.is_draining
+
+    def card(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "moe-dist"}
+
+    async def complete(self, request: Request, body: CompletionRequest) -> Response:
+        prompts = [await self._encode(self.engine.encode, prompt) for prompt in body.prompts]
+        return await self._respond(request, body, prompts, body.prompt, is_chat=False)
+
+    async def chat(self, request: Request, body: ChatRequest) -> Response:
+        prompt = await self._encode(self._chat_prompt, body.messages)
+        said = [message.as_text for message in body.messages]
+        return await self._respond(request, body, [prompt], said, is_chat=True)
+
+    def _chat_prompt(self, messages: list[Message]) -> list[int]:
+        """By the tokenizer's template; without one the contents are simply gone on from."""
+        tokenizer: Any = self.tokenizer
+        if getattr(tokenizer, "has_chat_template", False):
+            return list(tokenizer.encode_chat([message.as_text for message in messages]))
+        return self.engine.encode("".join(f"{message.as_text['content']}\n" for message in messages))
+
+    async def _encode(self, encode: Any, prompt: Any) -> list[int]:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, partial(encode, prompt))
+        except ValueError as error:
+            raise Refused(400, str(error), "invalid_prompt") from error
+
+    async def _respond(
+        self,
+        request: Request,
+        body: CompletionRequest | ChatRequest,
+        prompts: list[list[int]],
+        said: Any,
+        *,
+        is_chat: bool,
+    ) -> Response:
+        if body.model != self.name:
+            raise Refused(404, f"model {body.model!r} is not here: {self.name!r} is", "model_not_found", param="model")
+        limit = self.limits.max_tokens
+        wanted = body.wanted_tokens or (limit if is_chat else _COMPLETION_TOKENS)
+        if wanted > limit:
+            raise Refused(400, f"max_tokens={wanted}: at most {limit} here", "max_tokens_too_large", param="max_tokens")
+        try:
+            options = body.sampling(wanted)
+        except ValueError as error:
+            raise Refused(422, str(error), "invalid_value") from error
+        asked: Asked = request.scope["asked"]
+        answers = Answers(self.name, self.tokenizer, [len(prompt) for prompt in prompts], is_chat)
+        asked.prompt_tokens = sum(answers.prompt_sizes)
+        asked.said = {"prompt": said}
+        events = self._events(prompts, options, answers, asked)
+        if not body.stream:
+            await _unless_gone(request, _all_of(events))
+            return JSONResponse(answers.whole())
+        # The status is known once the engine has taken the request.
+        first: dict[str, Any] = await _unless_gone(request, anext(events))
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        return StreamingResponse(
+            _pieces(answers, first, events, with_usage), media_type="text/event-stream", headers=_NOT_BUFFERED
+        )
+
+    async def _events(
+        self, prompts: list[list[int]], options: SamplingOptions, answers: Answers, asked: Asked
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Pieces of a stream as they come. Raises Refused."""
+        news: asyncio.Queue[tuple[int, int, News]] = asyncio.Queue()
+        last = begun = time.monotonic()
+        try:
+            for index, prompt in enumerate(prompts):
+                ticket: list[int] = []
+                listener = partial(_hear, news, index, ticket)
+                ticket.append(self.thread.submit(prompt, options, listener))
+                asked.tickets.add(ticket[0])
+            while asked.tickets:
+                index, number, event = await news.get()
+                if isinstance(event, Exception):
+                    asked.tickets.discard(number)
+                    raise event
+                assert isinstance(event, Event)
+                now = time.monotonic()
+                (self.metrics.next_token if answers.answers[index].tokens else self.metrics.first_token).observe(
+                    now - (last if answers.answers[index].tokens else begun)
+                )
+                if not answers.answers[index].tokens:
+                    self.metrics.prompt_tokens.inc(answers.prompt_sizes[index])
+                last = now
+                self.metrics.inference_tokens.inc(len(event.tokens))
+                asked.completion_tokens += len(event.tokens)
+                if event.finished is not None:
+                    asked.tickets.discard(number)
+                    asked.finish_reason = event.finished
+                piece = answers.add(index, event)
+                asked.said["answers"] = [answer.text for answer in answers.answers]
+                yield piece
+        except OverloadedError as error:
+            raise Refused(429, str(error), "server_overloaded", retry_after=1) from error
+        except EngineFailedError as error:
+            raise Refused(503, "the engine has failed; this server ends", "engine_failed", retry_after=30) from error
+        except ValueError as error:  # of the engine: a prompt that is too long
+            raise Refused(400, str(error), "context_length_exceeded") from error
+
+
+_NOT_BUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+def _hear(news: asyncio.Queue[tuple[int, int, News]], index: int, ticket: list[int], event: News) -> None:
+    news.put_nowait((index, ticket[0], event))
+
+
+async def _all_of(events: AsyncIterator[Any]) -> None:
+    async for _ in events:
+        pass
+
+
+async def _pieces(
+    answers: Answers, first: dict[str, Any], events: AsyncIterator[dict[str, Any]], with_usage: bool
+) -> AsyncIterator[bytes]:
+    nothing = {"usage": None} if with_usage else {}
+    if answers.is_chat:
+        yield _event(answers.first_piece() | nothing)
+    yield _event(first | nothing)
+    try:
+        async for piece in events:
+            yield _event(piece | nothing)
+    except Refused as refused:  # the status has been sent
+        yield b"data: " + refused.body + b"\n\n"
+        return
+    if with_usage:
+        yield _event(answers.usage_piece())
+    yield b"data: [DONE]\n\n"
+
+
+def _event(piece: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(piece).encode() + b"\n\n"
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T] | Any) -> T:
+    """Its result; ended when the client closes the connection."""
+    working = asyncio.ensure_future(work)
+    going = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, going}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Refused(499, "the client has gone", "client_gone")
+        return await working
+    finally:
+        going.cancel()
+        working.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _routes(service: Service) -> FastAPI:
+    app = FastAPI(
+        title="moe-dist",
+        version=__version__,
+        description="A mixture-of-experts model by OpenAI's interface.",
+        redoc_url=None,
+    )
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> Response:
+        return Response(error.body, error.status, dict(error.headers))
+
+    @app.exception_handler(HTTPException)
+    async def by_framework(request: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        return await refused(request, Refused(error.status_code, str(error.detail), code))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        if first["type"] == "json_invalid":
+            return await refused(request, Refused(400, "the body is no JSON", "invalid_json"))
+        text = f"{place or 'body'}: {first['msg']}"
+        return await refused(request, Refused(422, text[:500], "invalid_value", param=place and place[:100]))
+
+    @app.post("/v1/completions", summary="Go on from prompts")
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        return await service.complete(request, body)
+
+    @app.post("/v1/chat/completions", summary="Answer a conversation")
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        return await service.chat(request, body)
+
+    @app.get("/v1/models", summary="The model that is served")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.card()]}
+
+    @app.get("/v1/models/{name:path}", summary="The same by its name")
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.name:
+            raise Refused(404, f"model {name!r} is not here: {service.name!r} is", "model_not_found", param="model")
+        return service.card()
+
+    @app.get("/healthz", summary="Whether the engine lives")
+    async def health() -> Response:
+        return _state(service.thread.failure is None, "ok", "the engine has failed")
+
+    @app.get("/readyz", summary="Whether requests are welcome")
+    async def ready() -> Response:
+        return _state(service.is_ready, "ready", "not ready")
+
+    @app.get("/metrics", summary="For Prometheus")
+    async def metrics() -> Response:
+        with suppress(EngineFailedError, TimeoutError):  # in the middle of a long pass the last ones must do
+            async with asyncio.timeout(2):
+                service.metrics.load = await service.thread.load()
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+def _state(is_good: bool, good: str, bad: str) -> Response:
+    return JSONResponse({"status": good if is_good else bad}, 200 if is_good else 503)

@@ -1,0 +1,126 @@
+"""What clients may ask: OpenAI's names, and of them those that are done here. Anything else is refused, not ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moe_dist.generate.options import SamplingOptions
+
+Count = Annotated[int, Field(ge=1, le=2**31)]
+Token = Annotated[int, Field(ge=0, le=2**31)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+_ALMOST_GREEDY = 1e-5
+"""Logits divided by less are no numbers any more; the likeliest token is what would be drawn."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Request(_Strict):
+    model: str = Field(max_length=512)
+    max_tokens: Count | None = None
+    temperature: float | None = Field(1.0, ge=0, le=2)
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=2**31)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    ignore_eos: bool = False
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = 1
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
+    user: str | None = Field(None, max_length=512)
+    store: Literal[False] | None = None
+    metadata: dict[str, str] | None = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return None
+
+    def sampling(self, max_tokens: int) -> SamplingOptions:
+        """For the engine. Raises ValueError naming the option."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return SamplingOptions(
+            max_tokens=max_tokens,
+            temperature=temperature if temperature >= _ALMOST_GREEDY else 0.0,
+            top_k=self.top_k,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stop=tuple(stop),
+            ignore_eos=self.ignore_eos,
+            logprobs=self.num_logprobs,
+        )
+
+
+class CompletionRequest(_Request):
+    """`/v1/completions`. `prompt`: a text, several, token ids, or several lists of them."""
+
+    prompt: (
+        str
+        | Annotated[list[Token], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=64)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=64)]
+    )
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: Literal[1] | None = 1
+    echo: Literal[False] | None = False
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        found: Any = self.prompt
+        return [found] if isinstance(found, str) or isinstance(found[0], int) else list(found)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def as_text(self) -> dict[str, str]:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatRequest(_Request):
+    """`/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None

@@ -1,0 +1,54 @@
+"""A server over two ranks: the same answers, the load of all experts, and an end that clients can understand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from moe_dist.generate.engine import MoEInferenceEngine
+from moe_dist.generate.options import SamplingOptions
+from moe_dist.pretrained.inference import find_model, open_model
+
+BODY = {"model": "run", "prompt": ["def ", "x", "abc"], "temperature": 0, "ignore_eos": True, "max_tokens": 6}
+
+
+@pytest.mark.dist
+def test_two_ranks_say_what_one_says(run: Path, tmp_path: Path, serving: Any) -> None:
+    """Until one of them is killed: then whoever waits is told, and the command fails and names it."""
+    engine = MoEInferenceEngine(*open_model(find_model(str(run))))
+    wanted = engine.generate(BODY["prompt"], SamplingOptions(max_tokens=6, ignore_eos=True))  # type: ignore[arg-type]
+    with serving(run, tmp_path, "--nproc", 2, "ep_size=2") as server:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            said = client.post("/v1/completions", json=BODY).json()
+            assert [choice["text"] for choice in said["choices"]] == [answer.text for answer in wanted]
+            pairs = 2 * 2 * (said["usage"]["prompt_tokens"] + 3 * 5)
+            assert server.metric("expert_tokens_total") == pairs
+            endless = BODY | {"prompt": "x", "max_tokens": 1500, "stream": True}
+            with client.stream("POST", "/v1/completions", json=endless) as reply:
+                lines = reply.iter_lines()
+                next(lines)
+                os.kill(_rank(server.process.pid, 1), signal.SIGKILL)
+                assert server.process.wait(30) == 1
+                last = [line for line in lines if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
+        log = server.log.read_text()
+        assert "rank 1" in log
+        assert "Traceback" not in log
+
+
+def _rank(launcher: int, rank: int) -> int:
+    found = subprocess.run(["ps", "-eo", "pid,ppid,comm"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in found.splitlines()[1:]]
+    below, size = {str(launcher)}, 0
+    while len(below) > size:
+        size = len(below)
+        below |= {pid for pid, parent, _ in rows if parent in below}
+    [pid] = [pid for pid, _, name in rows if pid in below and name == f"moe-rank-{rank}"]
+    return int(pid)
