@@ -116,7 +116,7 @@ def serve(
         "drain_seconds": drain_seconds,
         "engine": engine,
     }
-    run_inference("serve", model, context.args, options, nproc, step, dtype, encryption_key)
+    raise typer.Exit(run_inference("serve", model, context.args, options, nproc, step, dtype, encryption_key))
 
 
 def _print_key(wanted: str) -> None:

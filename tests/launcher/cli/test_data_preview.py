@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from command_line import Say
+from patches import Replace
 
+from launcher.cli import data
 from moe_dist.config import load_config
 from moe_dist.train.data_preview import preview
 
@@ -51,8 +53,8 @@ def test_it_prints_samples_and_numbers(run: Path, say: Say) -> None:
     assert not (run.parent / "out").exists()
 
 
-def test_on_a_terminal_what_is_learned_is_green(run: Path, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.cli.data._on_a_terminal", lambda: True)
+def test_on_a_terminal_what_is_learned_is_green(run: Path, say: Say, replace: Replace) -> None:
+    replace(data, "_on_a_terminal", lambda: True)
     out = say("data", "preview", run, "--samples", 1).out
     assert "Assistant:\x1b[30;42m seven \\x1b[2J<eos>\x1b[0mUser: Sure?" in out
     assert sys.stdout.isatty() is False  # or the first test would show this
