@@ -192,7 +192,7 @@ def _closed_at(lines: list[str], begin: int, indent: int) -> int | None:
     for end in range(begin + 1, len(lines)):
         line = lines[end]
         if line[:indent].isspace() == bool(indent) and line[indent : indent + 1] == "}":
-            return end + 1 if opened else None
+            return end + 1
         opened = opened or "{" in line
         if not line.strip() and not opened:
             return None
