@@ -1,15 +1,19 @@
-"""`moe-dist data preview`: what a run will learn from, before it is started."""
+"""`moe-dist data preview|prepare`: what a run will learn from, before it is started."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launcher.backends.command import for_world
 from launcher.cli.completion import RunCommand
+from launcher.cli.paths import expanded
 from moe_dist.config import Config, ConfigError, load_config
 
 if TYPE_CHECKING:
@@ -20,15 +24,10 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Look at the data of a run.",
+    help="Look at the data of a run, or make some of source code.",
 )
 _GREEN, _PLAIN = "\x1b[30;42m", "\x1b[0m"
 _BAR = 40
-
-
-@app.callback()
-def top() -> None:
-    """Look at the data of a run."""
 
 
 @app.command(cls=RunCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -60,6 +59,50 @@ def preview(
         print(f"--- document {number + 1}: {int(found.lengths[number]):,} tokens")
         print(_marked(found.document(number), characters, _on_a_terminal()))
     print("\n".join(_statistics(found, settings, ranks)))
+
+
+@app.command()
+def prepare(
+    code: Annotated[str, typer.Argument(metavar="CODE_DIR", callback=expanded, help="Folder with source files.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", callback=expanded, help="JSONL file to write.")
+    ] = "all_data.jsonl",
+    any_licence: Annotated[
+        bool, typer.Option("--any-licence", help="Also files under copyleft or proprietary licences.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+) -> None:
+    """Make samples of the source files below CODE_DIR: each file, and each of its functions and types.
+
+    Left out, with counts and reasons: near duplicates, files with secrets, generated ones, and those whose first lines
+    name a copyleft or proprietary licence. Columns: text, path, language, kind, line.
+
+    [dim]Example:[/dim]  moe-dist data prepare ~/src/project -o all_data.jsonl
+    """
+    from moe_dist.data.code_folder import Prepared, samples_of_folder
+
+    target = Path(output)
+    if target.exists() and not overwrite:
+        raise ConfigError(f"--output {output}: it is there already; give another name, or --overwrite")
+    if not Path(code).is_dir():
+        raise ConfigError(f"{code}: there is no such folder")
+    counts, unfinished = Prepared(), target.with_name(f"{target.name}.part")
+    try:
+        with open(unfinished, "w", encoding="utf-8") as file:
+            for sample in samples_of_folder(Path(code), counts, any_licence):
+                file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+        if not counts.files:
+            raise ValueError(f"{code}: nothing is left of {len(counts.left_out)} files ({'; '.join(counts.reasons())})")
+        unfinished.replace(target)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    print(f"files       {counts.files:,} of {counts.files + len(counts.left_out):,}")
+    print(f"parts       {counts.parts:,} functions and types of them")
+    print(f"samples     {counts.files + counts.parts:,} in {output}")
+    for reason, paths in counts.reasons().items():
+        print(f"left out    {len(paths):>7,}  {reason}: {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}")
 
 
 def _on_a_terminal() -> bool:

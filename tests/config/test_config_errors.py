@@ -27,6 +27,9 @@ lora: {r: 8, target_modules: []}  =>  lora.target_modules=[]: nothing would be t
 lora: {from_adapter: there}  =>  lora.from_adapter=
 load_in_4bit: true  =>  load_in_4bit=true: not offered yet; there is: train.bf16
 tp_size: 2  =>  tp_size=2: not offered yet; there is: parallel.ep_size
+data: {format: preference}  =>  data.format='preference': preference tuning is not offered; format=chat
+data: {format: chats}  =>  data.format='chats': one of auto, text, chat, prompt_completion
+data: {format: chat}  =>  format=chat: source=stdlib has texts; set data.source=jsonl or parquet
 sample_packing: true  =>  not offered yet; there is: data.packing
 push_to_hub: true  =>  push_to_hub=true: not offered yet; there is: checkpoint.folder
 train: {use_cpu_offload: true}  =>  parallel.cpu_offload=true: needs parallel.zero_stage=3

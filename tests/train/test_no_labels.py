@@ -38,6 +38,17 @@ def test_labels_reach_the_loss(tmp_path: Path) -> None:
     assert abs(plain.losses[-1] - first.losses[-1]) > 1e-3
 
 
+def test_conversations_are_trained_as_their_tokens_and_labels(tmp_path: Path) -> None:
+    """One way from rows to samples: written out by hand as bytes, 256 for the end, they give the same losses."""
+    talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    ids = [*b"User: q\nAssistant:", *b" a", 256]
+    by_hand = {"input_ids": ids, "labels": [-100] * (len(ids) - 3) + ids[-3:]}
+    options = {"packing": False, "max_seq_length": 24}
+    first = run(tmp_path / "talk", [talk] * 4, text_field="text", **options)
+    assert first.losses == run(tmp_path / "hand", [by_hand] * 4, **options).losses
+    assert first.losses[-1] < first.losses[0]
+
+
 def test_nothing_to_learn_is_no_loss_of_zero(tmp_path: Path) -> None:
     """Before the first step. Seen to fail with `loss 0.0000` and the exit code of success."""
     with pytest.raises(ValueError, match="the training data has no label: of 60 tokens every one is ignored"):
