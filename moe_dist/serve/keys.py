@@ -49,7 +49,7 @@ class Bucket:
 
 @dataclass(eq=False)
 class Client:
-    """Who asks. Without keys everybody is the same one, who may do everything."""
+    """Who asks."""
 
     name: str
     role: str
@@ -57,7 +57,7 @@ class Client:
     limits: dict[str, Bucket] = field(default_factory=dict)
 
     def may(self, what: str) -> bool:
-        return what in ROLES[self.role]
+        return what in ROLES.get(self.role, ())
 
     def begin(self) -> None:
         """Count a request. Raises Refused (429) where a limit has been reached."""
@@ -77,7 +77,10 @@ class Client:
             self.limits[limit].spend(count)
 
 
-NOBODY = Client("-", "admin")
+ANYBODY = Client("-", "admin")
+"""Where there are no keys."""
+STRANGER = Client("-", "-")
+"""Where there are, until one has been shown."""
 
 
 def new_key(name: str, role: str) -> tuple[str, str]:
