@@ -141,7 +141,7 @@ class KeyRing:
         self.clients = clients
         self._good: dict[bytes, Client] = {}
         self._one = asyncio.Lock()
-        self._waiting = 0
+        self._checks: dict[bytes, asyncio.Task[bool]] = {}
 
     async def client(self, authorization: str | None) -> Client:
         """Whose key this header has. Raises Refused: 401, and 429 when too many unknown keys wait to be checked."""
@@ -156,18 +156,23 @@ class KeyRing:
         client = self.clients.get(key.partition(".")[0])
         if client is None or len(key) > _MAX_KEY:
             raise wrong
-        if self._waiting >= _MAX_CHECKS:
-            raise Refused(429, "too many keys are being checked", "rate_limit_exceeded", retry_after=1)
-        self._waiting += 1
+        if digest not in self._checks:  # a burst of requests with one key is one check
+            if len(self._checks) >= _MAX_CHECKS:
+                raise Refused(429, "too many keys are being checked", "rate_limit_exceeded", retry_after=1)
+            self._checks[digest] = asyncio.create_task(self._check(client, key, digest))
+        if not await asyncio.shield(self._checks[digest]):  # whoever else waits for it
+            raise wrong
+        return client
+
+    async def _check(self, client: Client, key: str, digest: bytes) -> bool:
         try:
             async with self._one:
                 is_right = await asyncio.to_thread(_verify, client.hash, key)
+            if is_right:
+                self._good[digest] = client
+            return is_right
         finally:
-            self._waiting -= 1
-        if not is_right:
-            raise wrong
-        self._good[digest] = client
-        return client
+            del self._checks[digest]
 
 
 def _verify(hashed: str, key: str) -> bool:

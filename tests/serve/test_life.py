@@ -29,8 +29,9 @@ from moe_dist.pretrained.inference import find_model, open_model
 from moe_dist.serve.app import Service
 from moe_dist.serve.audit import AuditLog
 from moe_dist.serve.engine_thread import EngineFailedError, EngineThread
+from moe_dist.serve.errors import Refused
 from moe_dist.serve.gate import Limits
-from moe_dist.serve.keys import Bucket, new_key, read_keys
+from moe_dist.serve.keys import Bucket, Client, KeyRing, new_key, read_keys
 from moe_dist.serve.server import listen
 from moe_dist.serve.server import run as run_server
 
@@ -126,6 +127,21 @@ def test_a_bucket_refills() -> None:
     now[0] = 10_000.0
     bucket.wait()
     assert bucket.level == 60
+
+
+def test_a_burst_of_one_key_is_one_check_and_many_keys_are_too_many() -> None:
+    key, line = new_key("bob", "user")
+    client = Client("bob", "user", line.split()[2])
+
+    async def ask() -> None:
+        ring = KeyRing({"bob": client})
+        assert await asyncio.gather(*(ring.client(f"Bearer {key}") for _ in range(40))) == [client] * 40
+        guesses = (ring.client(f"Bearer bob.{number}") for number in range(12))
+        found = await asyncio.gather(*guesses, ring.client(f"bearer {key}"), return_exceptions=True)
+        assert [error.status for error in found[:-1] if isinstance(error, Refused)] == [401] * 8 + [429] * 4
+        assert found[-1] is client
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize(
