@@ -66,7 +66,7 @@ def _serve(engine: Any, place: Any, options: dict[str, Any]) -> int:
     host, port = place.getsockname()[:2]
     scheme, host = "http" if tls is None else "https", f"[{host}]" if ":" in host else host
     where = f"{scheme}://{host}:{port}"
-    known = "no keys" if keys is None else f"{len(keys.clients)} keys"
+    known = "no keys" if keys is None else f"keys: {len(keys.clients)}"
     line = f"moe-dist: {options['name']} at {where}/v1 ({known}; {where}/docs)"
     try:
         number = run(

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from moe_dist.serve.audit import AuditLog
 from moe_dist.serve.errors import Refused
-from moe_dist.serve.keys import NOBODY, Client, KeyRing
+from moe_dist.serve.keys import ANYBODY, STRANGER, Client, KeyRing
 from moe_dist.serve.metrics import ServeMetrics
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Asked:
     """What becomes of a request, for the audit log and for whoever must be told that its client has gone."""
 
     id: str
-    client: Client = NOBODY
+    client: Client = STRANGER
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: str | None = None
@@ -138,7 +138,7 @@ class Gate:
             host = urlsplit(f"//{host}").hostname or ""
         if not is_loopback(host):
             raise Refused(403, "without keys only requests to localhost are answered", "wrong_host")
-        return NOBODY
+        return ANYBODY
 
     async def _body(self, receive: Receive) -> bytes:
         parts, size = [], 0

@@ -49,7 +49,7 @@ class Bucket:
 
 @dataclass(eq=False)
 class Client:
-    """Who asks. Without keys everybody is the same one, who may do everything."""
+    """Who asks."""
 
     name: str
     role: str
@@ -57,7 +57,7 @@ class Client:
     limits: dict[str, Bucket] = field(default_factory=dict)
 
     def may(self, what: str) -> bool:
-        return what in ROLES[self.role]
+        return what in ROLES.get(self.role, ())
 
     def begin(self) -> None:
         """Count a request. Raises Refused (429) where a limit has been reached."""
@@ -77,7 +77,10 @@ class Client:
             self.limits[limit].spend(count)
 
 
-NOBODY = Client("-", "admin")
+ANYBODY = Client("-", "admin")
+"""Where there are no keys."""
+STRANGER = Client("-", "-")
+"""Where there are, until one has been shown."""
 
 
 def new_key(name: str, role: str) -> tuple[str, str]:
@@ -138,7 +141,7 @@ class KeyRing:
         self.clients = clients
         self._good: dict[bytes, Client] = {}
         self._one = asyncio.Lock()
-        self._waiting = 0
+        self._checks: dict[bytes, asyncio.Task[bool]] = {}
 
     async def client(self, authorization: str | None) -> Client:
         """Whose key this header has. Raises Refused: 401, and 429 when too many unknown keys wait to be checked."""
@@ -153,18 +156,23 @@ class KeyRing:
         client = self.clients.get(key.partition(".")[0])
         if client is None or len(key) > _MAX_KEY:
             raise wrong
-        if self._waiting >= _MAX_CHECKS:
-            raise Refused(429, "too many keys are being checked", "rate_limit_exceeded", retry_after=1)
-        self._waiting += 1
+        if digest not in self._checks:  # a burst of requests with one key is one check
+            if len(self._checks) >= _MAX_CHECKS:
+                raise Refused(429, "too many keys are being checked", "rate_limit_exceeded", retry_after=1)
+            self._checks[digest] = asyncio.create_task(self._check(client, key, digest))
+        if not await asyncio.shield(self._checks[digest]):  # whoever else waits for it
+            raise wrong
+        return client
+
+    async def _check(self, client: Client, key: str, digest: bytes) -> bool:
         try:
             async with self._one:
                 is_right = await asyncio.to_thread(_verify, client.hash, key)
+            if is_right:
+                self._good[digest] = client
+            return is_right
         finally:
-            self._waiting -= 1
-        if not is_right:
-            raise wrong
-        self._good[digest] = client
-        return client
+            del self._checks[digest]
 
 
 def _verify(hashed: str, key: str) -> bool:

@@ -29,8 +29,9 @@ from moe_dist.pretrained.inference import find_model, open_model
 from moe_dist.serve.app import Service
 from moe_dist.serve.audit import AuditLog
 from moe_dist.serve.engine_thread import EngineFailedError, EngineThread
+from moe_dist.serve.errors import Refused
 from moe_dist.serve.gate import Limits
-from moe_dist.serve.keys import Bucket, new_key, read_keys
+from moe_dist.serve.keys import Bucket, Client, KeyRing, new_key, read_keys
 from moe_dist.serve.server import listen
 from moe_dist.serve.server import run as run_server
 
@@ -97,7 +98,8 @@ def test_every_request_has_a_line_without_what_was_said(server: Any) -> None:
     good, bad = server.audited()[before:]
     assert (good["key"], good["role"], good["status"], good["path"]) == ("alice", "user", 200, "/v1/completions")
     assert (good["prompt_tokens"], good["completion_tokens"], good["finish_reason"]) == (8, 3, "length")
-    assert (bad["key"], bad["status"], bad["request"]) == ("-", 401, reply.headers["x-request-id"])
+    assert (bad["key"], bad["role"], bad["status"]) == ("-", "-", 401)
+    assert bad["request"] == reply.headers["x-request-id"]
     assert "secret" not in server.audit.read_text()
     assert server.keys["alice"] not in server.audit.read_text() + server.log.read_text()
 
@@ -125,6 +127,21 @@ def test_a_bucket_refills() -> None:
     now[0] = 10_000.0
     bucket.wait()
     assert bucket.level == 60
+
+
+def test_a_burst_of_one_key_is_one_check_and_many_keys_are_too_many() -> None:
+    key, line = new_key("bob", "user")
+    client = Client("bob", "user", line.split()[2])
+
+    async def ask() -> None:
+        ring = KeyRing({"bob": client})
+        assert await asyncio.gather(*(ring.client(f"Bearer {key}") for _ in range(40))) == [client] * 40
+        guesses = (ring.client(f"Bearer bob.{number}") for number in range(12))
+        found = await asyncio.gather(*guesses, ring.client(f"bearer {key}"), return_exceptions=True)
+        assert [error.status for error in found[:-1] if isinstance(error, Refused)] == [401] * 8 + [429] * 4
+        assert found[-1] is client
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize(
@@ -246,27 +263,33 @@ def test_500_requests_at_32_at_once(server: Any) -> None:
     server.wait_for("cache_blocks", 0)
 
 
+NUMBERS = [2**63, -(2**70), 1e308, -0.0, 1e-320, 1e-40, float("nan"), float("-inf"), 0.5, -1, 0, 1, 3]
+TEXTS = ["", "\ud800", "\0", "run", "x" * 99, "é\u2028"]
+OPTIONS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "stream", "logprobs"]
+OPTIONS += ["stream_options", "n", "ignore_eos", "user", "metadata", "echo", "max_tokens", "model", "\ud800"]
+
+
+_JSON = {"content-type": "application/json"}
+_SMALL = {"model": "run", "prompt": "a", "max_tokens": 2}
+
+
 def _random_value(draw: random.Random, depth: int = 0) -> Any:
     kind = draw.randrange(9 if depth < 3 else 7)
     if kind == 7:
         return [_random_value(draw, depth + 1) for _ in range(draw.randrange(4))]
     if kind == 8:
         return {draw.choice(["role", "content", "type", "text", "\ud800", ""]): _random_value(draw, depth + 1)}
-    numbers = [2**63, -(2**70), 1e308, -0.0, 1e-320, float("nan"), 0.5, draw.randrange(-5, 5)]
-    texts = ["", "\ud800", "\0", "run", "x" * 99, "é\u2028"]
     lists: list[Any] = [[], [[]], [0], [257, 263]]
-    return draw.choice([None, True, {}, draw.choice(numbers), draw.choice(texts), draw.choice(lists)])
+    return draw.choice([None, True, {}, draw.choice(NUMBERS), draw.choice(TEXTS), draw.choice(lists)])
 
 
 def _random_request(draw: random.Random) -> tuple[str, str, dict[str, str], bytes]:
     path = draw.choice(["/v1/completions", "/v1/chat/completions"] * 4 + ["/v1/models", "/", "/v1/models/%00"])
     method = draw.choice(["POST"] * 8 + ["GET", "PUT", "DELETE", "HEAD", "OPTIONS"])
-    body: dict[str, Any] = {"model": "run", "max_tokens": 2, "prompt": "a"}
+    body: dict[str, Any] = dict(_SMALL)
     if "chat" in path:
         body = {"model": "run", "max_tokens": 2, "messages": [{"role": "user", "content": "a"}]}
-    keys = [*body, "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "stream", "logprobs"]
-    keys += ["top_logprobs", "stream_options", "n", "ignore_eos", "user", "metadata", "echo", "max_tokens"]
-    keys += ["\ud800", "logit_bias"]
+    keys = [*OPTIONS, "top_logprobs", "logit_bias", "prompt", "messages"]
     for key in draw.sample(keys, draw.randrange(1, 4)):
         body[key] = _random_value(draw)
     body |= {"max_completion_tokens": 2} if "chat" in path else {}  # by default it would write as much as it may
@@ -287,8 +310,13 @@ def test_1000_malformed_requests(server: Any) -> None:
     draw, found = random.Random(7), []
     headers = {"authorization": f"Bearer {server.keys['alice']}"}
     with httpx.Client(base_url=server.url, timeout=60) as client:
-        for _ in range(1000):
-            method, path, more, raw = _random_request(draw)
+        every: list[Any] = [
+            ("POST", "/v1/completions", _JSON, json.dumps(_SMALL | {key: value}).encode())
+            for key in ["prompt", *OPTIONS]
+            for value in [*NUMBERS, *TEXTS]
+        ]
+        every += [_random_request(draw) for _ in range(1000 - len(every))]
+        for method, path, more, raw in every:
             reply = client.request(method, path, headers=headers | more, content=raw)
             found.append(reply.status_code)
             assert reply.status_code < 500, (method, path, more, raw, reply.text)
