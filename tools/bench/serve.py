@@ -104,11 +104,13 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--port", type=int, default=18500)
+    parser.add_argument("--theirs", default="", help="options of transformers serve, such as --continuous-batching")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder, port = Path(place) / "model", arguments.port
         make_folder(folder)
-        theirs = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--port", str(port + 1), str(folder)]
+        theirs = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--port", str(port + 1)]
+        theirs += [*arguments.theirs.split(), str(folder)]
         ours = [sys.executable, "-m", "launcher", "serve", str(folder), "--port", str(port), "--name", str(folder)]
         rates = []
         for name, command, probe, here in (
