@@ -14,6 +14,7 @@ from saved import MODEL, TEXTS, TRAINING, found_at, state, trainer_state
 from tiny import mesh_of
 
 from moe_dist.checkpoint import manager as manager_module
+from moe_dist.checkpoint import state as state_module
 from moe_dist.checkpoint.manager import Checkpoints, Outcome
 from moe_dist.checkpoint.reading import whole
 from moe_dist.checkpoint.storage import LocalStorage
@@ -107,7 +108,7 @@ def read_with_one_that_cannot(folder: str) -> list[str]:
             (LocalStorage, "manifest", refuse, lambda: checkpoints.verify(found)),
             (checkpoints.keys, "opening", no_key, lambda: checkpoints.verify(found)),
             (manager_module, "read_trainer_state", refuse, lambda: checkpoints.read_state(found)),
-            (manager_module, "read_into", refuse, lambda: checkpoints.read_tensors(loaded, state(1))),
+            (state_module, "read_into", refuse, lambda: checkpoints.read_tensors(loaded, state(1))),
         ):
             with patch.context() as once:
                 if mesh.rank == 1 or name == "read_into":  # these few tensors are no model's
