@@ -117,7 +117,7 @@ class Service:
     ) -> AsyncIterator[dict[str, Any]]:
         """Pieces of a stream as they come. Raises Refused."""
         news: asyncio.Queue[tuple[int, int, News]] = asyncio.Queue()
-        last = begun = time.monotonic()
+        last = [time.monotonic()] * len(prompts)
         try:
             for index, prompt in enumerate(prompts):
                 ticket: list[int] = []
@@ -131,12 +131,11 @@ class Service:
                     raise event
                 assert isinstance(event, Event)
                 now = time.monotonic()
-                (self.metrics.next_token if answers.answers[index].tokens else self.metrics.first_token).observe(
-                    now - (last if answers.answers[index].tokens else begun)
-                )
-                if not answers.answers[index].tokens:
+                is_first = not answers.answers[index].tokens
+                (self.metrics.first_token if is_first else self.metrics.next_token).observe(now - last[index])
+                last[index] = now
+                if is_first:
                     self.metrics.prompt_tokens.inc(answers.prompt_sizes[index])
-                last = now
                 self.metrics.inference_tokens.inc(len(event.tokens))
                 asked.completion_tokens += len(event.tokens)
                 if event.finished is not None:
