@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 
+ALMOST_GREEDY = 1e-5
+"""Logits divided by less are no numbers any more; what would be drawn is the likeliest token."""
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """The defaults are greedy. Names and meanings are those of `transformers.GenerationConfig`, but for `stop`.
 
-    `temperature` 0 takes the likeliest token; above, tokens are drawn after repetition penalty, temperature, top-k,
+    `temperature` 0, or below ALMOST_GREEDY, takes the likeliest token; above, tokens are drawn after repetition penalty, temperature, top-k,
     top-p and min-p, in this order. `stop`: texts that end it, not part of the answer. `ignore_eos`: go on behind the
     end of a document. `logprobs`: natural logarithms of the model's probabilities, of the token and of so many of the
     likeliest ones. `num_beams` above 1 is beam search, which draws nothing.
@@ -45,6 +49,8 @@ class SamplingOptions:
             good, allowed = ranges.get(field.name, (True, ""))
             if not good:
                 raise ValueError(f"{field.name}={getattr(self, field.name)}: {allowed}")
+        if self.temperature < ALMOST_GREEDY:
+            object.__setattr__(self, "temperature", 0.0)
         if self.num_beams > 1 and (self.temperature or self.logprobs is not None):
             key = "temperature" if self.temperature else "logprobs"
             raise ValueError(f"{key}={getattr(self, key)}: beam search (num_beams={self.num_beams}) has none")

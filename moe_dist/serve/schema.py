@@ -11,8 +11,6 @@ from moe_dist.generate.options import SamplingOptions
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Token = Annotated[int, Field(ge=0, le=2**31)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
-_ALMOST_GREEDY = 1e-5
-"""Logits divided by less are no numbers any more; the likeliest token is what would be drawn."""
 
 
 class _Strict(BaseModel):
@@ -55,10 +53,9 @@ class _Request(_Strict):
     def sampling(self, max_tokens: int) -> SamplingOptions:
         """For the engine. Raises ValueError naming the option."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        temperature = 1.0 if self.temperature is None else self.temperature
         return SamplingOptions(
             max_tokens=max_tokens,
-            temperature=temperature if temperature >= _ALMOST_GREEDY else 0.0,
+            temperature=1.0 if self.temperature is None else self.temperature,
             top_k=self.top_k,
             top_p=1.0 if self.top_p is None else self.top_p,
             min_p=self.min_p,

@@ -197,6 +197,15 @@ def test_draws_have_the_exact_probabilities(options: SamplingOptions) -> None:
     assert float(((observed - flat) ** 2 / flat).sum()) > degrees + 4 * (2 * degrees) ** 0.5
 
 
+def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
+    """Seen to fail without the bound: logits / 1e-320 are no numbers."""
+    engine = bytes_engine()
+    cold, greedy = (
+        engine.generate(["ab"], SamplingOptions(8, temperature=temperature))[0].tokens for temperature in (1e-320, 0.0)
+    )
+    assert cold == greedy
+
+
 def test_stop_texts_end_an_answer_and_are_not_part_of_it() -> None:
     engine = bytes_engine()
     [whole] = engine.generate(["ab"], SamplingOptions(40, ignore_eos=True))
