@@ -12,10 +12,10 @@ ALMOST_GREEDY = 1e-5
 class SamplingOptions:
     """The defaults are greedy. Names and meanings are those of `transformers.GenerationConfig`, but for `stop`.
 
-    `temperature` 0, or below ALMOST_GREEDY, takes the likeliest token; above, tokens are drawn after repetition penalty,
-    temperature, top-k, top-p and min-p, in this order. `stop`: texts that end it, not part of the answer. `ignore_eos`: go on behind the
-    end of a document. `logprobs`: natural logarithms of the model's probabilities, of the token and of so many of the
-    likeliest ones. `num_beams` above 1 is beam search, which draws nothing.
+    `temperature` 0, or below ALMOST_GREEDY, takes the likeliest token; above, tokens are drawn after repetition
+    penalty, temperature, top-k, top-p and min-p, in this order. `stop`: texts that end it, not part of the answer.
+    `ignore_eos`: go on behind the end of a document. `logprobs`: natural logarithms of the model's probabilities, of
+    the token and of so many of the likeliest ones. `num_beams` above 1 is beam search, which draws nothing.
     """
 
     max_tokens: int = 128
