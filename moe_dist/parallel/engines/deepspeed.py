@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from contextlib import ExitStack
 from typing import Any
@@ -215,6 +216,10 @@ class DeepSpeedEngine:
         return flat, zero.optimizer.state[flat]
 
 
+def _is_no_doubt_of_optimizers(record: logging.LogRecord) -> bool:
+    return "ZeRO with an untested optimizer" not in record.getMessage()
+
+
 class _Shell(nn.Module):
     """What DeepSpeed takes for the model: it holds the parameters, and "forward" hands the loss through.
 
@@ -246,7 +251,13 @@ def import_deepspeed(device: torch.device) -> Any:
     """The package, quiet, on our device, without operators that it would compile and we would not use."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists, but the device is chosen already
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # standard output is for what was asked for, such as JSON
+    # It knows an optimizer by its exact class. Those that can be chosen here are all in the proof.
+    logger.addFilter(_is_no_doubt_of_optimizers)
     try:
         import deepspeed
     except ModuleNotFoundError as error:
@@ -255,7 +266,13 @@ def import_deepspeed(device: torch.device) -> Any:
         raise ConfigError(
             "parallel.engine=deepspeed: the package is missing; pip install 'moe-dist[deepspeed]', or set torch"
         ) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # standard output is for what was asked for, such as JSON
+    # It knows an optimizer by its exact class. Those that can be chosen here are all in the proof.
+    logger.addFilter(_is_no_doubt_of_optimizers)
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})  # probing them would run the compiler
     return deepspeed
