@@ -174,7 +174,19 @@ def experts_of_the_tenth_layer_in_reverse(replace: Replace) -> None:
 
 def deduplicated_tokens_sent_again(replace: Replace) -> None:
     """A token with two experts on a rank goes there twice, and each time to both."""
-    replace(dispatch_dedup, "_once_each", lambda rank_TK, none: rank_TK.sort(dim=1).values)
+    exchange = dispatch_dedup.DedupDispatcher._exchange_counts
+    pairs: list[Tensor] = []
+
+    def again(rank_TK: Tensor, none: int) -> Tensor:
+        there_TKE = rank_TK[:, :, None] == torch.arange(none, device=rank_TK.device)
+        pairs[:] = [there_TKE.sum(1).square().sum(0)]
+        return rank_TK.sort(dim=1).values
+
+    def wrong(self: Any, rows_per_rank: Tensor, _: Tensor, *others: Any) -> Any:
+        return exchange(self, rows_per_rank, pairs[0], *others)
+
+    replace(dispatch_dedup, "_once_each", again)
+    replace(dispatch_dedup.DedupDispatcher, "_exchange_counts", wrong)
 
 
 def weights_of_other_ranks_learn_nothing(replace: Replace) -> None:
