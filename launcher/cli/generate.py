@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from launcher.cli.checkpoint import Key
-from launcher.cli.inference import Dtype, Model, Nproc, Step, run_inference
+from launcher.cli.inference import CachePolicy, Dtype, ExpertCacheGb, Model, Nproc, Step, run_inference
 from launcher.cli.paths import expanded
 from moe_dist.config import ConfigError
 
@@ -51,10 +51,8 @@ def generate(
     nproc: Nproc = 1,
     step: Step = None,
     dtype: Dtype = "fp32",
-    expert_cache_gb: Annotated[
-        float | None, typer.Option(help="Keep so much of the experts where the model computes, the rest elsewhere.")
-    ] = None,
-    cache_policy: Annotated[Literal["lru", "lfu"], typer.Option(help="Which expert leaves first.")] = "lru",
+    expert_cache_gb: ExpertCacheGb = None,
+    cache_policy: CachePolicy = "lru",
     expert_folder: Annotated[
         str | None, typer.Option(callback=expanded, help="Folder for experts' files; default: host memory.")
     ] = None,

@@ -12,17 +12,20 @@ from launcher.cli.paths import expanded
 from launcher.connect.environment import detect, started_by_torchrun
 from launcher.connect.rank_job import Inference
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        callback=expanded,
-        help="Run folder or URL (its newest step), one checkpoint, or a Hugging Face folder.",
-    ),
-]
+_MODEL = typer.Argument(
+    metavar="MODEL",
+    callback=expanded,
+    help="Run folder or URL (its newest step), one checkpoint, or a Hugging Face folder.",
+)
+Model = Annotated[str, _MODEL]
+AnyModel = Annotated[str | None, _MODEL]
 Nproc = Annotated[int, typer.Option("--nproc", "-n", min=1, help="Ranks on this machine; key=value says the layout.")]
 Step = Annotated[int | None, typer.Option(min=0, help="Which step of a run; default: the newest.")]
 Dtype = Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights.")]
+ExpertCacheGb = Annotated[
+    float | None, typer.Option(help="Keep so much of the experts where the model computes, the rest elsewhere.")
+]
+CachePolicy = Annotated[Literal["lru", "lfu"], typer.Option(help="Which expert leaves first.")]
 
 
 def run_inference(

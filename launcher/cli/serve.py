@@ -6,12 +6,12 @@ import importlib.util
 import ipaddress
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from launcher.cli.checkpoint import Key
-from launcher.cli.generate import Dtype, Nproc, Step, run_inference
+from launcher.cli.inference import AnyModel, CachePolicy, Dtype, ExpertCacheGb, Nproc, Step, run_inference
 from launcher.cli.paths import expanded
 from moe_dist.config import ConfigError
 
@@ -20,14 +20,7 @@ _NEEDS = ("fastapi", "uvicorn", "argon2")
 
 def serve(
     context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            callback=expanded,
-            help="Run folder or URL (its newest step), one checkpoint, or a Hugging Face folder.",
-        ),
-    ] = None,
+    model: AnyModel = None,
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's want --keys.")] = (
         "127.0.0.1"
     ),
@@ -65,10 +58,8 @@ def serve(
     nproc: Nproc = 1,
     step: Step = None,
     dtype: Dtype = "fp32",
-    expert_cache_gb: Annotated[
-        float | None, typer.Option(help="Keep so much of the experts where the model computes, the rest elsewhere.")
-    ] = None,
-    cache_policy: Annotated[Literal["lru", "lfu"], typer.Option(help="Which expert leaves first.")] = "lru",
+    expert_cache_gb: ExpertCacheGb = None,
+    cache_policy: CachePolicy = "lru",
     encryption_key: Key = None,
 ) -> None:
     """Serve a model to OpenAI's clients: /v1/chat/completions, /v1/completions, /v1/models.
