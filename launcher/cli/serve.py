@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,7 +79,9 @@ def serve(
         raise ConfigError("--tls-certificate and --tls-key: both, or neither")
     if audit_text and audit is None:
         raise ConfigError("--audit-text: only with --audit-log FILE")
-    if not _is_loopback(host) and keys is None:
+    from moe_dist.serve.gate import is_loopback
+
+    if not is_loopback(host) and keys is None:
         raise ConfigError(f"--host {host}: others can reach it; say who may ask by --keys FILE (--hash-key makes keys)")
     if keys is not None:
         from moe_dist.serve.keys import read_keys
@@ -89,7 +90,7 @@ def serve(
             read_keys(Path(keys))
         except ValueError as error:
             raise ConfigError(f"--keys {error}") from error
-    if not _is_loopback(host) and tls_key is None:
+    if not is_loopback(host) and tls_key is None:
         print("moe-dist: keys travel in the clear: --tls-certificate and --tls-key, or a proxy", file=sys.stderr)
     engine: dict[str, Any] = {"max_rows": max_batch, "cache_tokens": cache_tokens}
     if expert_cache_gb is not None:
@@ -120,12 +121,3 @@ def _print_key(wanted: str) -> None:
         raise ConfigError(f"--hash-key {error}") from error
     print(line)
     print(f"moe-dist: the key, which is kept nowhere: {key}", file=sys.stderr)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

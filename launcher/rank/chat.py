@@ -42,14 +42,15 @@ class Chat:
 
     def prompt(self) -> list[int]:
         """Token ids of the conversation. Raises ValueError."""
-        tokenizer: Any = self.engine.tokenizer
-        if self.has_template:
-            return list(tokenizer.encode_chat(self.messages))
-        return self.engine.encode("".join(f"{message['content']}\n" for message in self.messages))
+        from moe_dist.data.chat_template import chat_prompt
+
+        assert self.engine.tokenizer is not None
+        return chat_prompt(self.engine.tokenizer, self.messages)
 
     @property
-    def has_template(self) -> bool:
-        return bool(getattr(self.engine.tokenizer, "has_chat_template", False))
+    def has_form(self) -> bool:
+        """Whether its tokenizer says how a conversation is written; those without files have one of their own."""
+        return bool(getattr(self.engine.tokenizer, "has_chat_template", True))
 
     def ask(self, question: str) -> None:
         """Print the answer as it comes, and remember both. What is refused is forgotten."""
@@ -130,7 +131,7 @@ def chat(engine: MoEInferenceEngine, sampling: SamplingOptions, system: str | No
     if is_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  # earlier lines by the arrow keys
-        print("moe-dist: /help lists commands; Ctrl-D leaves" + ("" if talk.has_template else "; no chat template"))
+        print("moe-dist: /help lists commands; Ctrl-D leaves" + ("" if talk.has_form else "; no chat template"))
     while True:
         try:
             line = input("> " if is_terminal else "").strip()

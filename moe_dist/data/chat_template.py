@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from moe_dist.data.tokenised import IGNORE_INDEX, TokenRow
 from moe_dist.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ANSWERS = "Assistant:"
 _PLAIN = "plain: Role, colon, content, a line each; version 1"
 
 
@@ -87,6 +89,21 @@ class ChatEncoder:
         return TokenRow(ids, np.where(learned, ids, IGNORE_INDEX), whole=True, note=note)
 
 
+def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the assistant begins, in the form in which it is learned.
+
+    `messages`: `{"role": ..., "content": text}` each. A tokenizer from files that has no chat template has no form:
+    contents follow each other, a line each. Raises ValueError for what a template refuses.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        if tokenizer.has_chat_template:
+            return tokenizer.encode_chat(messages)
+        return [int(token) for token in tokenizer.encode("".join(f"{one['content']}\n" for one in messages))]
+    turns = [dict(one) for one in messages]
+    ids, _ = _plain(tokenizer, Conversation(turns, [False] * len(turns)))
+    return [*map(int, ids), *map(int, tokenizer.encode(_ANSWERS))]
+
+
 def _last_only(said: Conversation) -> Conversation:
     last = max(number for number, learned in enumerate(said.learned) if learned)
     return Conversation(said.turns, [number == last for number in range(len(said.turns))], said.tools)
@@ -107,7 +124,7 @@ def _plain(tokenizer: Tokenizer, said: Conversation) -> tuple[npt.NDArray[np.int
         if turn["role"] != "assistant":
             add(tokenizer.encode(f"{turn['role'].capitalize()}: {turn['content']}\n"), False)
             continue
-        add(tokenizer.encode("Assistant:"), False)
+        add(tokenizer.encode(_ANSWERS), False)
         add(tokenizer.encode(f" {turn['content']}"), learn)
         add([tokenizer.eos_id], learn)
     return np.concatenate(ids), np.concatenate(learned)

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from moe_dist import __version__
+from moe_dist.data.chat_template import chat_prompt
 from moe_dist.generate.options import SamplingOptions
 from moe_dist.generate.requests import Event
 from moe_dist.serve.answers import Answers
@@ -66,11 +67,7 @@ class Service:
         return await self._respond(request, body, [prompt], said, is_chat=True)
 
     def _chat_prompt(self, messages: list[Message]) -> list[int]:
-        """By the tokenizer's template; without one the contents are simply gone on from."""
-        tokenizer: Any = self.tokenizer
-        if getattr(tokenizer, "has_chat_template", False):
-            return list(tokenizer.encode_chat([message.as_text for message in messages]))
-        return self.engine.encode("".join(f"{message.as_text['content']}\n" for message in messages))
+        return chat_prompt(self.tokenizer, [message.as_text for message in messages])
 
     async def _encode(self, encode: Any, prompt: Any) -> list[int]:
         try:

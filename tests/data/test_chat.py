@@ -12,7 +12,7 @@ import pytest
 from chat_tokenizers import KINDS, tokenizer_of
 
 from moe_dist.data import ByteTokenizer, HuggingFaceTokenizer, documents_from
-from moe_dist.data.chat_template import ChatEncoder
+from moe_dist.data.chat_template import ChatEncoder, chat_prompt
 from moe_dist.data.conversations import CHAT, conversation_of
 from moe_dist.data.tokenised import TokenRow
 from moe_dist.data.tokenizer import Tokenizer
@@ -145,6 +145,16 @@ def test_the_byte_tokenizer_has_a_plain_form() -> None:
     assert row.labels is not None
     assert ByteTokenizer().decode(row.labels[row.labels != -100]) == " seven"
     assert row.labels[-1] == ByteTokenizer.eos_id
+
+
+@pytest.mark.parametrize("kind", [None, "chatml"])
+def test_a_model_is_asked_in_the_form_in_which_it_has_learned(kind: str | None) -> None:
+    """What is learned first is the assistant's first token: all before it is the prompt. Seen to fail with contents
+    that follow each other."""
+    tokenizer = ByteTokenizer() if kind is None else wrapped(kind)
+    row = encoded(tokenizer, TALK[:3])
+    learned = int(np.flatnonzero(row.labels != -100)[0])
+    assert chat_prompt(tokenizer, TALK[:2]) == row.ids[:learned].tolist()
 
 
 def test_a_tokenizer_without_a_template_is_refused_before_anything_is_read() -> None:

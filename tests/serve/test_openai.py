@@ -63,7 +63,7 @@ def test_a_stream_is_the_whole_in_pieces(server: Any, engine: MoEInferenceEngine
 
 
 def test_a_chat_whole_and_in_pieces(server: Any, engine: MoEInferenceEngine) -> None:
-    """Without a template of the tokenizer the contents are gone on from."""
+    """Bytes have the form in which conversations are learned."""
     client = client_of(server)
     wanted: Any = {
         "model": "run",
@@ -75,7 +75,7 @@ def test_a_chat_whole_and_in_pieces(server: Any, engine: MoEInferenceEngine) -> 
         "extra_body": EVERY,
     }
     whole = client.chat.completions.create(**wanted)
-    expected = ours(engine, "a\nb\n", max_tokens=12, logprobs=2)
+    expected = ours(engine, "System: a\nUser: b\nAssistant:", max_tokens=12, logprobs=2)
     assert whole.choices[0].message.content == expected.text
     found = whole.choices[0].logprobs.content
     assert [one.logprob for one in found] == pytest.approx([value for value, _ in expected.logprobs])
