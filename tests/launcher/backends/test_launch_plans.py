@@ -15,7 +15,8 @@ from launcher.backends.torchrun import address_towards, interface_of
 
 DEMO = Path(__file__).parents[3] / "configs/demo.yaml"
 QUIET = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")}
-ELASTIC = ("parallel.elastic=true", "checkpoint.resume=auto")
+# Its own folder: that of the run file may hold a run of whoever works here, whose batch it would keep.
+ELASTIC = ("parallel.elastic=true", "checkpoint.resume=auto", "train.output_dir=outputs/nobody-has-run")
 BOTH = ("--nnodes=2", "--rdzv-endpoint=127.0.0.1:29400")
 
 
