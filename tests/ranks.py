@@ -20,7 +20,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-GROUP_TIMEOUT = 20.0
+GROUP_TIMEOUT = 60.0
+"""Seconds: on a busy machine a rank of `verify` computes alone for 20 before the others hear of it."""
 _sets: dict[int, RankSet] = {}
 
 
