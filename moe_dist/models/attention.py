@@ -5,14 +5,12 @@ Shape suffixes: B batch, S sequence, D hidden, H heads, C head width.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
+from moe_dist.models.attention_mask import Attend, Documents, Mask
 from moe_dist.models.cache import LayerCache
 from moe_dist.models.layers import Linear, RMSNorm
 from moe_dist.models.precision import full
@@ -32,7 +30,6 @@ class Attention(nn.Module):
         super().__init__()
         size, heads, kv_heads = config.head_size, config.num_attention_heads, config.kv_heads
         self.head_size, self.dropout, self.clip = size, config.attention_dropout, config.clip_qkv
-        self.groups, self.window = heads // kv_heads, config.window(layer)
         self.eager = config.attn_implementation == "eager"
         bias = config.attention_bias or config.qkv_bias
         self.q_proj = Linear(config.hidden_size, heads * size, bias=bias)
@@ -55,30 +52,27 @@ class Attention(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Mask,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """(B, S, D) -> (B, S, D).
 
-        `rotary`: cosines and sines (B or 1, 1, S, 2P). `mask`: None for plain causal attention, or a bool
-        (B or 1, 1, S, S), true where a query may look, which already includes causality and the window. `cache`: of
-        earlier tokens; the mask is then its own, (B, 1, S, L).
+        `rotary`: cosines and sines (B or 1, 1, S, 2P). `cache`: of earlier tokens; the mask is then its own,
+        (B, 1, S, L).
         """
         q_BHSC = rotate(self._heads(self.q_proj(x_BSD), self.q_norm), *rotary)
         k_BHSC = rotate(self._heads(self.k_proj(x_BSD), self.k_norm), *rotary)
         v_BHSC = self._heads(self.v_proj(x_BSD), None)
         if cache is not None:
             k_BHSC, v_BHSC = cache.extend(k_BHSC, v_BHSC)
-        attend: Any = eager_attention if self.eager else F.scaled_dot_product_attention
-        if self.groups > 1 and cache is not None and not self.eager and self.sinks is None:
-            attend = partial(attend, enable_gqa=True)  # all keys so far are not copied for each new token
-        elif self.groups > 1:
-            k_BHSC = k_BHSC.repeat_interleave(self.groups, dim=1)
-            v_BHSC = v_BHSC.repeat_interleave(self.groups, dim=1)
-        if self.sinks is not None:
-            k_BHSC, v_BHSC, mask = with_sinks(k_BHSC, v_BHSC, mask, self.sinks)
         dropout = self.dropout if self.training else 0.0
-        out_BHSC = attend(q_BHSC, k_BHSC, v_BHSC, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+
+        def attend(q_BHSC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, mask: Tensor | None) -> Tensor:
+            if self.sinks is not None:
+                k_BHSC, v_BHSC, mask = with_sinks(k_BHSC, v_BHSC, mask, self.sinks)
+            return attention(q_BHSC, k_BHSC, v_BHSC, mask, dropout, self.eager)
+
+        out_BHSC = by_mask(attend, q_BHSC, k_BHSC, v_BHSC, mask)
         return self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
 
     def _heads(self, projected_BSX: Tensor, norm: nn.Module | None) -> Tensor:
@@ -110,7 +104,7 @@ class LatentAttention(nn.Module):
         self.sizes = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
         plain, turned, value = self.sizes
         self.num_heads, self.rank, self.dropout = heads, config.kv_lora_rank, config.attention_dropout
-        self.window, self.eager = config.window(layer), config.attn_implementation == "eager"
+        self.eager = config.attn_implementation == "eager"
         self.turn = rotate_neighbours if config.rope_interleave else rotate
         self.factor = score_factor(config)
         if config.q_lora_rank is None:
@@ -128,7 +122,7 @@ class LatentAttention(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Mask,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """As `Attention.forward`. What is kept is keys and values of all heads: made from latents again for each new
@@ -146,15 +140,49 @@ class LatentAttention(nn.Module):
         k_BHSC = torch.cat((k_plain, k_turned), dim=-1)
         if cache is not None:
             k_BHSC, v_BHSC = cache.extend(k_BHSC, v_BHSC)
-        attend = eager_attention if self.eager else F.scaled_dot_product_attention
         dropout = self.dropout if self.training else 0.0
-        out_BHSC = attend(q_BHSC, k_BHSC, v_BHSC, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+
+        def attend(q_BHSC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, mask: Tensor | None) -> Tensor:
+            return attention(q_BHSC, k_BHSC, v_BHSC, mask, dropout, self.eager)
+
+        out_BHSC = by_mask(attend, q_BHSC, k_BHSC, v_BHSC, mask)
         return self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
 
 
 def build_attention(config: ModelConfig, layer: int) -> Attention | LatentAttention:
     """Of block `layer`, by the configuration."""
     return Attention(config, layer) if config.kv_lora_rank is None else LatentAttention(config, layer)
+
+
+def by_mask(attend: Attend, q_BHSC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, mask: Mask) -> Tensor:
+    """(B, H, S, C): all at once, or document by document."""
+    if isinstance(mask, Documents):
+        return mask.attend(attend, q_BHSC, k_BHSC, v_BHSC)
+    return attend(q_BHSC, k_BHSC, v_BHSC, mask)
+
+
+def attention(
+    q_BHSC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, mask: Tensor | None, dropout: float, eager: bool
+) -> Tensor:
+    """(B, H, S, C) by torch's kernels, or by the specification. Of keys and values there may be fewer heads than H;
+    `mask` None is causal."""
+    groups = q_BHSC.shape[1] // k_BHSC.shape[1]
+    # torch's kernels for groups repeat nothing; on CUDA those that take a mask know of no groups, and what is left for
+    # both at once makes all scores. One new token has few.
+    repeats = groups > 1 and (eager or (mask is not None and q_BHSC.is_cuda and q_BHSC.shape[2] > 1))
+    if repeats:
+        k_BHSC, v_BHSC = (x.repeat_interleave(groups, dim=1) for x in (k_BHSC, v_BHSC))
+    if eager:
+        return eager_attention(q_BHSC, k_BHSC, v_BHSC, mask, dropout, mask is None)
+    return F.scaled_dot_product_attention(
+        q_BHSC,
+        k_BHSC,
+        v_BHSC,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        enable_gqa=groups > 1 and not repeats,
+    )
 
 
 def eager_attention(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moe_dist.config import BalanceConfig, LoraConfig, ModelConfig
 from moe_dist.models.adapter_shapes import adapter_shapes
 from moe_dist.models.attention import build_attention
+from moe_dist.models.attention_mask import Mask, masks_of
 from moe_dist.models.cache import Cache, LayerCache
 from moe_dist.models.context import ALONE, RoutingContext
 from moe_dist.models.experts import ExpertList, Experts
@@ -40,12 +41,13 @@ class Block(nn.Module):
         self.moe = MoE(config, balance, layer) if config.has_experts(layer) else None
         self.mlp = None if self.moe else SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.recompute = "none"
+        self.is_compiled = False
 
     def forward(
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Mask,
         context: RoutingContext,
         cache: LayerCache | None = None,
     ) -> Tensor:
@@ -57,7 +59,7 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Mask,
         context: RoutingContext,
         cache: LayerCache | None = None,
     ) -> Tensor:
@@ -73,7 +75,7 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Mask,
         cache: LayerCache | None = None,
     ) -> Tensor:
         return x_BSD + self.attention(self.input_norm(x_BSD), rotary, mask, cache)
@@ -84,6 +86,7 @@ class Block(nn.Module):
 
     def compile_dense(self) -> None:
         """Compile what has static shapes: attention, and the feed-forward of a block without experts."""
+        self.is_compiled = True
         self.attend = torch.compile(self.attend)  # type: ignore[method-assign]
         self.feed_forward = torch.compile(self.feed_forward)  # type: ignore[method-assign]
 
@@ -171,16 +174,13 @@ class Stage(nn.Module):
             return x_BSD
         return self.lm_head(self.norm(x_BSD), head_function)
 
-    def _masks(self, length: int, document_ids: Tensor | None, device: torch.device) -> dict[int | None, Tensor | None]:
-        """Window of a layer -> its mask; None where it is plain causal attention."""
-        windows = {self.config.window(int(layer)) for layer in self.layers}
-        whole = None if document_ids is None else document_mask(document_ids)
-        masks: dict[int | None, Tensor | None] = dict.fromkeys(windows, whole)
-        for window in windows:
-            if window is not None and window < length:
-                near = window_mask(length, window, device)
-                masks[window] = near if whole is None else near & whole
-        return masks
+    def _masks(self, length: int, document_ids: Tensor | None, device: torch.device) -> dict[int | None, Mask]:
+        """Window of a layer -> its mask."""
+        windows = (self.config.window(int(layer)) for layer in self.layers)
+        # A compiled block would be compiled again for each new row of lengths, and kernels on a GPU want few calls.
+        is_compiled = any(cast(Block, block).is_compiled for block in self.layers.values())
+        splits = device.type == "cpu" and self.config.attn_implementation != "eager" and not is_compiled
+        return masks_of(windows, length, document_ids, device, splits)
 
 
 class Transformer(Stage):
@@ -334,14 +334,3 @@ class Transformer(Stage):
 def _embedding(config: ModelConfig) -> nn.Embedding:
     """Without values yet: to draw some on the device meta torch would load its compiler."""
     return nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
-
-
-def document_mask(document_ids: Tensor) -> Tensor:
-    """(B, S) ids -> (B, 1, S, S) bool: a query sees keys of its own document that are not after it."""
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    return same.tril()[:, None]
-
-
-def window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """(1, 1, S, S) bool: a query sees itself and the `window` - 1 keys before it."""
-    return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril().triu(1 - window)

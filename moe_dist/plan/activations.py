@@ -44,11 +44,15 @@ def norm_bytes(size: float, widths: Widths) -> float:
     return 4 * size + 4 + widths.r * size
 
 
-def attention_bytes(config: Config, widths: Widths, tokens_seen: int) -> float:
-    """Kept by attention for one token, without the norm before it. `tokens_seen`: S, for a mask of documents."""
+def attention_bytes(config: Config, widths: Widths, device: str) -> float:
+    """Kept by attention for one token, without the norm before it. `device`: cpu, or another, which decides how
+    documents are kept apart: by a mask of S numbers, or one by one, and what comes out is put together."""
     model, w = config.model, widths.w
     D, H = model.hidden_size, model.num_attention_heads
-    mask = w * tokens_seen if config.data.document_mask else 0
+    mask = 0
+    if config.data.document_mask:
+        value = model.head_size if model.kv_lora_rank is None else model.v_head_dim
+        mask = w * H * value if device == "cpu" else w * config.data.max_seq_length
     if model.kv_lora_rank is not None:
         c, q = model.kv_lora_rank, model.q_lora_rank
         wide, value = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
@@ -60,7 +64,7 @@ def attention_bytes(config: Config, widths: Widths, tokens_seen: int) -> float:
     kept = 3.0 * w * D if widths.casts else 1.0 * w * D
     if model.qk_norm:
         kept += (4 + w) * (H + G) * C + 4 * (H + G)
-    kept += 4 * w * H * C + 4 * H
+    kept += w * (2 * H + 2 * G) * C + 4 * H
     return kept + mask + (8 * model.rotary_size if w == 2 else 0)  # cosines and sines are cast in each layer
 
 
@@ -71,14 +75,14 @@ def gated_bytes(size: int, hidden: int, widths: Widths) -> float:
 
 
 def block_activations(
-    config: Config, has_experts: bool, tokens: int, load: float = 1.0, recompute: str | None = None
+    config: Config, has_experts: bool, tokens: int, device: str, load: float = 1.0, recompute: str | None = None
 ) -> Activations:
-    """Of a block with or without experts. `load`: rows on the most loaded rank as multiples of the mean."""
+    """Of a block with or without experts. `device`: cpu or another; `load`: rows on the most loaded rank as multiples
+    of the mean."""
     model, widths = config.model, Widths.of(config)
     recompute = recompute or config.train.gradient_checkpointing
     w, r, D = widths.w, widths.r, model.hidden_size
-    S = config.data.max_seq_length
-    attention = norm_bytes(D, widths) + attention_bytes(config, widths, S)
+    attention = norm_bytes(D, widths) + attention_bytes(config, widths, device)
     kind = blocks(model, [model.moe_layers[0]] if has_experts else [_dense_layer(model)])[0]
     weights = _weight_bytes(kind, config, widths)
     rest = norm_bytes(D, widths)
@@ -152,7 +156,7 @@ def head_activations(config: Config, tokens: int, device: str) -> Activations:
     return Activations(kept, logits + cast + product + summed)
 
 
-def shared_bytes(config: Config, tokens: int) -> float:
-    """What all blocks of a rank use together: ids, the mask of documents, cosines and sines."""
-    mask = config.data.max_seq_length if config.data.document_mask else 0
+def shared_bytes(config: Config, tokens: int, device: str) -> float:
+    """What all blocks of a rank use together: ids, a mask of documents, cosines and sines."""
+    mask = config.data.max_seq_length if config.data.document_mask and device != "cpu" else 0
     return tokens * (32 + mask + 8 * config.model.rotary_size)

@@ -60,14 +60,14 @@ def peak_memory(config: Config, layout: Layout, places: Sequence[RankCounts], im
     load = rank_load(model, layout.ep_size, imbalance)
     has_dense = len(model.moe_layers) < model.num_hidden_layers
     kinds = {
-        has: block_activations(config, has, tokens, load)
+        has: block_activations(config, has, tokens, device, load)
         for has in (True, False)
         if (model.moe_layers if has else has_dense)
     }
     head = head_activations(config, tokens, device)
     states = state_bytes(config, layout, places)
     found = [
-        _at_place(config, layout, place, state, kinds, head, tokens, load)
+        _at_place(config, layout, place, state, kinds, head, tokens, load, device)
         for place, state in zip(places, states, strict=True)
     ]
     return max(found, key=lambda memory: memory.total)
@@ -82,6 +82,7 @@ def _at_place(
     head: Activations,
     tokens: int,
     load: float,
+    device: str,
 ) -> Memory:
     model, parallel, train = config.model, config.parallel, config.train
     flying = in_flight(
@@ -107,7 +108,7 @@ def _at_place(
         state.gradients,
         state.optimizer,
         _gathered(config, layout, place),
-        kept * flying + shared_bytes(config, tokens) * min(flying, train.gradient_accumulation_steps),
+        kept * flying + shared_bytes(config, tokens, device) * min(flying, train.gradient_accumulation_steps),
         logits,
         working,
         travels,

@@ -101,7 +101,7 @@ def _block(config: Config, layout: Layout, has_experts: bool, cluster: Cluster, 
     part = blocks(model, [layer])[0]
     peak = cluster.peak_bf16 if Widths.of(config).w == 2 else cluster.peak_float32
     dense = 2 * tokens * part.multiplying / (peak * gemm_share(cluster, tokens))
-    attention = _attention_flops(config, layer) * tokens / (peak * cluster.attention_efficiency)
+    attention = _attention_flops(config, layer, cluster.device) * tokens / (peak * cluster.attention_efficiency)
     attention_weights = 2 * tokens * part.attention / (peak * gemm_share(cluster, tokens))
     load = rank_load(model, layout.ep_size, imbalance)
     experts = 0.0
@@ -112,7 +112,7 @@ def _block(config: Config, layout: Layout, has_experts: bool, cluster: Cluster, 
         # Weights are read once however few rows there are.
         read = Widths.of(config).w * part.experts / layout.ep_size / cluster.memory_bandwidth
         experts = max(experts, read)
-    whole: Activations = block_activations(config, has_experts, tokens, load, "none")
+    whole: Activations = block_activations(config, has_experts, tokens, cluster.device, load, "none")
     # What is kept passes through several elementwise kernels on its way, each reading and writing.
     moved = 4 * whole.kept / cluster.memory_bandwidth
     # With experts the host waits for the device once a layer: its launches do not run ahead, and are not hidden.
@@ -140,14 +140,15 @@ def gemm_share(cluster: Cluster, rows: float) -> float:
     return cluster.gemm_efficiency * rows / (rows + cluster.gemm_rows)
 
 
-def _attention_flops(config: Config, layer: int) -> float:
-    """Of scores and sums forward, for one token: all of a sequence where there is a mask of documents, half without."""
+def _attention_flops(config: Config, layer: int, device: str) -> float:
+    """Of scores and sums forward, for one token: all of a sequence where there is a mask, half without. Of documents
+    attended to one by one that is the most it can be: how long they are is not known."""
     model, length = config.model, config.data.max_seq_length
     width = 2 * model.head_size
     if model.kv_lora_rank is not None:
         width = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
     whole = 2 * model.num_attention_heads * width * length
-    masked = config.data.document_mask or model.window(layer) is not None
+    masked = (config.data.document_mask and device != "cpu") or model.window(layer) is not None
     return whole if masked else whole / 2
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from moe_dist.models import auxiliary, moe, recompute, transformer
+from moe_dist.models import attention_mask, auxiliary, moe, recompute
 from moe_dist.models.attention import Attention
+from moe_dist.models.attention_mask import Documents, Mask
 from moe_dist.models.context import Load, RoutingContext
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import Router
@@ -186,13 +187,18 @@ def domains_lost_in_a_pipeline(replace: Replace) -> None:
 
 def window_of_one_more_in_later_stages(replace: Replace) -> None:
     """`triu` from the other end, where a stage has no embedding."""
-    masks, right = Stage._masks, transformer.window_mask
+    masks, right = Stage._masks, attention_mask.window_mask
+
+    def wider(mask: Mask) -> Mask:
+        if isinstance(mask, Documents) and mask.window is not None:
+            return mask._replace(window=mask.window + 1)
+        return mask
 
     def wrong(self: Stage, *arguments: Any) -> Any:
         if self.embed_tokens is not None:
             return masks(self, *arguments)
-        with patch.object(transformer, "window_mask", lambda length, window, device: right(length, window + 1, device)):
-            return masks(self, *arguments)
+        with patch.object(attention_mask, "window_mask", lambda length, window, on: right(length, window + 1, on)):
+            return {window: wider(mask) for window, mask in masks(self, *arguments).items()}
 
     replace(Stage, "_masks", wrong)
 
