@@ -41,7 +41,7 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         console.print()
     for line in layout_lines(layout, config.model.num_experts):
         console.print(f"  {line}", soft_wrap=True)
-    dispatcher, why = chosen_dispatcher(config)
+    dispatcher, why = chosen_dispatcher(config, min(config.launch.nproc_per_node, world_size))
     if layout.ep_size > 1:
         console.print(f"  dispatcher: {dispatcher}{f' ({why})' if why else ''}", soft_wrap=True, markup=False)
     console.print()

@@ -19,6 +19,7 @@ from launcher.connect.secret import job_secret
 from moe_dist.config import Config, ConfigError
 from moe_dist.models.malloc_tuning import keep_freed_memory
 from moe_dist.parallel.device import choose_backend, choose_device
+from moe_dist.parallel.dispatch_choice import hosts_for
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
 
@@ -61,7 +62,8 @@ def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
         device_id=device if backend == "nccl" else None,
     )
     # Not in a finally: after an error peers may be gone, and destroying groups would wait for them.
-    yield Mesh.create(layout, device, config.parallel.shard_size)
+    hosts = hosts_for(config, environment.local_world_size)
+    yield Mesh.create(layout, device, config.parallel.shard_size, hosts)
     # A rank that leaves with a code other than 0 makes mpirun end the others: not before they have had their say.
     dist.barrier()
     dist.destroy_process_group()

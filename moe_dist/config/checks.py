@@ -32,6 +32,13 @@ def check_sections(config: Sections) -> Sections:
         )
     if parallel.ep_size > 1 and not model.moe_layers:
         raise ValueError(f"parallel.ep_size={parallel.ep_size}: the model has no expert layer; allowed: 1")
+    if parallel.dispatcher == "hierarchical" and parallel.ranks_per_host is not None:
+        there = parallel.ranks_per_host
+        if there == 1 or parallel.ep_size <= there or parallel.ep_size % there:
+            raise ValueError(
+                f"parallel.dispatcher=hierarchical: parallel.ep_size={parallel.ep_size} is not several hosts of "
+                f"several ranks (parallel.ranks_per_host={there}); allowed: dedup, or a multiple of 2 or more above it"
+            )
     check_deepspeed(config)
     if parallel.shard_size is not None:
         size, ep_size = parallel.shard_size, parallel.ep_size

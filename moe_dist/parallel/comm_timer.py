@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
+from torch.distributed import ProcessGroup
 
 from moe_dist.parallel.status import Status
 
@@ -47,6 +48,7 @@ class Clock:
         self._rows, self._stopped = 0, False
         self._rows_to: list[int] = []
         self._bytes_to: list[int] = []
+        self._members: dict[str, tuple[Sequence[int], int]] = {}
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -57,12 +59,19 @@ class Clock:
         finally:
             self._stopped = before
 
-    def count(self, rows: Sequence[int], row_bytes: int, rank: int) -> None:
-        """Rows of so many bytes have been sent to each rank of the group; `rank` is this one's place in it."""
-        if not self._stopped:
-            before = self._bytes_to or [0] * len(rows)
-            self._bytes_to = [old + new * row_bytes for old, new in zip(before, rows, strict=True)]
-            self._bytes_to[rank] = 0
+    def name(self, part: ProcessGroup, members: Sequence[int], size: int) -> None:
+        """Those of `part` are these of the `size` ranks of the expert-parallel group."""
+        self._members[part.group_name] = (tuple(members), size)
+
+    def count(self, rows: Sequence[int], row_bytes: int, group: ProcessGroup) -> None:
+        """Rows of so many bytes have been sent to each rank of the group, or of a named part of it."""
+        if self._stopped:
+            return
+        members, size = self._members.get(group.group_name, (range(len(rows)), len(rows)))
+        self._bytes_to = self._bytes_to or [0] * size
+        for member, number in zip(members, rows, strict=True):
+            self._bytes_to[member] += number * row_bytes
+        self._bytes_to[members[group.rank()]] = 0
 
     def count_rows(self, sent: list[int], received: int) -> None:
         """Rows have gone to each rank of the group, and have come for this rank's experts."""

@@ -136,7 +136,7 @@ def as_it_travels(rows: Tensor, casts: bool) -> Tensor:
 def exchange_headers(outgoing: Tensor, group: ProcessGroup, clock: Clock, layer: int) -> Tensor:
     """Row p of `outgoing` (ep, n) goes to peer p; row p of the answer has come from it."""
     incoming = torch.empty_like(outgoing)
-    clock.count([1] * group.size(), outgoing[0].nbytes, group.rank())
+    clock.count([1] * group.size(), outgoing[0].nbytes, group)
     with clock.measure(layer):
         dist.all_to_all_single(incoming, outgoing, group=group)
     return incoming
@@ -209,7 +209,7 @@ class AllToAll(torch.autograd.Function):
     ) -> Tensor:
         ctx.arguments = (send_splits, receive_splits, group, clock, layer, way)
         received = rows.new_empty(sum(receive_splits), rows.shape[1])
-        clock.count(send_splits, rows.shape[1] * rows.element_size(), group.rank())
+        clock.count(send_splits, rows.shape[1] * rows.element_size(), group)
         with clock.measure(layer, way):
             exchange_rows(received, rows.contiguous(), receive_splits, send_splits, group)
         return received

@@ -17,20 +17,30 @@ from moe_dist.models.registry import Registry
 from moe_dist.models.router import Routing
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch import AllToAllDispatcher
-from moe_dist.parallel.dispatch_dedup import DedupDispatcher
+from moe_dist.parallel.dispatch_dedup import DedupDispatcher, HierarchicalDispatcher
 from moe_dist.parallel.dispatch_specification import AllGatherDispatcher
+from moe_dist.parallel.mesh import Hosts
 
 DISPATCHERS: Registry[Callable[..., Dispatcher]] = Registry("parallel.dispatcher", "dispatcher")
 """Called with (group, num_experts, layer, clock). With all experts on a rank there is `LocalDispatcher` instead."""
 DISPATCHERS.register("all_to_all")(AllToAllDispatcher)
 DISPATCHERS.register("dedup")(DedupDispatcher)
+DISPATCHERS.register("hierarchical")(HierarchicalDispatcher)
 DISPATCHERS.register("all_gather")(AllGatherDispatcher)
 
 
 def build_dispatcher(
-    name: str, group: ProcessGroup, num_experts: int, layer: int, clock: Clock | None = None, *, casts: bool = False
+    name: str,
+    group: ProcessGroup,
+    num_experts: int,
+    layer: int,
+    clock: Clock | None = None,
+    hosts: Hosts | None = None,
+    *,
+    casts: bool = False,
 ) -> Dispatcher:
-    """Of one layer, whose experts are spread over `group`. `casts`: they begin by casting rows to autocast's dtype.
+    """Of one layer, whose experts are spread over `group`. `hosts`: of its ranks, for `hierarchical`; `casts`: experts
+    begin by casting rows to autocast's dtype.
 
     Raises ValueError for a class that is no dispatcher.
     """
@@ -42,6 +52,10 @@ def build_dispatcher(
             "dispatch(x_TD, routing) -> (rows_RD, plan) and combine(rows_RD, plan) -> x_TD"
         )
     clock = clock or Clock(torch.device("cpu"))
+    if kind is HierarchicalDispatcher:
+        if hosts is None:
+            raise ValueError("parallel.dispatcher=hierarchical: nobody has said which ranks share a host")
+        return kind(group, num_experts, layer, clock, across=hosts.across, within=hosts.within, casts=casts)
     if kind in (AllToAllDispatcher, DedupDispatcher):
         return kind(group, num_experts, layer, clock, casts=casts)
     if kind is AllGatherDispatcher:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,14 @@ from moe_dist.parallel.exchange import as_error, as_failure, broadcast, gather
 from moe_dist.parallel.layout import Layout
 
 Answer = TypeVar("Answer")
+
+
+class Hosts(NamedTuple):
+    """Of an expert group that is on several hosts: `across`, its ranks with this one's place on each of them, and
+    `within`, its ranks on this one."""
+
+    across: ProcessGroup
+    within: ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Mesh:
     dense: DeviceMesh | None = None
     hybrid_dense: DeviceMesh | None = None
     hybrid_sparse: DeviceMesh | None = None
+    hosts: Hosts | None = None
+    """Of this rank's expert group, where the dispatcher asks for them."""
 
     @staticmethod
     def single(device: torch.device | str = "cpu") -> Mesh:
@@ -45,10 +55,13 @@ class Mesh:
         return Mesh(Layout(world_size=1, pp_size=1, ep_size=1), 0, torch.device(device))
 
     @staticmethod
-    def create(layout: Layout, device: torch.device, shard_size: int | None = None) -> Mesh:
+    def create(
+        layout: Layout, device: torch.device, shard_size: int | None = None, ranks_on_a_host: int | None = None
+    ) -> Mesh:
         """Cut the groups of `layout` out of the default process group (a collective call).
 
-        `shard_size`: replicas over which parameters are sharded, when it is not all of them.
+        `shard_size`: replicas over which parameters are sharded, when it is not all of them. `ranks_on_a_host`: of an
+        expert group that is on several hosts, when they are to have groups.
         """
         if not dist.is_initialized():
             if layout.world_size == 1:
@@ -59,8 +72,9 @@ class Mesh:
         shape = (layout.pp_size, layout.edp_size, layout.ep_size)
         sparse = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "edp", "ep"))
         dense = init_device_mesh(device.type, (layout.pp_size, layout.dp_size), mesh_dim_names=("pp", "dp"))
+        hosts = _groups_of_hosts(layout, ranks_on_a_host)
         if shard_size is None or shard_size == layout.dp_size:
-            return Mesh(layout, dist.get_rank(), device, sparse, dense)
+            return Mesh(layout, dist.get_rank(), device, sparse, dense, hosts=hosts)
         if layout.dp_size % shard_size:
             raise ValueError(f"parallel.shard_size={shard_size}: must divide the {layout.dp_size} replicas (dp)")
         expert_size = max(1, shard_size // layout.ep_size)
@@ -74,7 +88,7 @@ class Mesh:
             (layout.pp_size, layout.edp_size // expert_size, expert_size, layout.ep_size),
             mesh_dim_names=("pp", "edp_replicate", "edp_shard", "ep"),
         )
-        return Mesh(layout, dist.get_rank(), device, sparse, dense, hybrid_dense, hybrid_sparse)
+        return Mesh(layout, dist.get_rank(), device, sparse, dense, hybrid_dense, hybrid_sparse, hosts)
 
     @cached_property
     def experts_first(self) -> DeviceMesh:
@@ -160,3 +174,15 @@ class Mesh:
         """Wait for every rank."""
         if dist.is_initialized():
             dist.barrier()
+
+
+def _groups_of_hosts(layout: Layout, ranks_on_a_host: int | None) -> Hosts | None:
+    """Of this rank's expert group (a collective call)."""
+    if ranks_on_a_host is None:
+        return None
+    members = [torch.tensor(group).view(-1, ranks_on_a_host) for group in layout.groups("ep")]
+    across, _ = dist.new_subgroups_by_enumeration([column for group in members for column in group.t().tolist()])
+    within, _ = dist.new_subgroups_by_enumeration([row for group in members for row in group.tolist()])
+    assert across is not None
+    assert within is not None
+    return Hosts(across, within)

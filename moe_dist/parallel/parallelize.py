@@ -39,9 +39,11 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
         if ep_group is not None:
             local = mesh.layout.experts_of(mesh.ep_rank, moe.num_experts)
             moe.experts.shard(local.start, len(local))
-            name, _ = chosen_dispatcher(config)
+            name, _ = chosen_dispatcher(config, None if mesh.hosts is None else mesh.hosts.within.size())
             casts = isinstance(moe.experts, Experts) and moe.experts.casts_rows
-            moe.reach_experts_by(build_dispatcher(name, ep_group, moe.num_experts, moe.layer, clock, casts=casts))
+            moe.reach_experts_by(
+                build_dispatcher(name, ep_group, moe.num_experts, moe.layer, clock, mesh.hosts, casts=casts)
+            )
     model.gradient_checkpointing_enable(config.train.gradient_checkpointing)
     if config.train.torch_compile:
         for block in model.blocks():

@@ -7,7 +7,12 @@ from dataclasses import dataclass, fields
 
 from moe_dist.config import Config
 from moe_dist.models.counts import RankCounts, blocks
-from moe_dist.parallel.dispatch_choice import chosen_dispatcher, rows_per_token
+from moe_dist.parallel.dispatch_choice import (
+    chosen_dispatcher,
+    ranks_on_a_host,
+    rows_between_hosts,
+    rows_per_token,
+)
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.plan.activations import Activations, Widths, block_activations
@@ -157,11 +162,20 @@ def _one_way(config: Config, layout: Layout, tokens: int, load: float, cluster: 
     if layout.ep_size == 1:
         return 0.0
     model = config.model
-    name, _ = chosen_dispatcher(config)
+    here = min(cluster.devices_per_host, layout.world_size)
+    name, _ = chosen_dispatcher(config, here)
+    row = tokens * model.hidden_size * Widths.of(config).w * load
+    there = ranks_on_a_host(config, here)
+    if name == "hierarchical" and there is not None:
+        hosts = layout.ep_size // there
+        _, out = rows_between_hosts(model.num_experts_per_tok, layout.ep_size, there)
+        # A host hands on to each of its ranks with an expert what came from outside and what is its own.
+        inside = hosts * (there - 1) * (1 - (1 - 1 / layout.ep_size) ** model.num_experts_per_tok)
+        seconds = exchange(Group(hosts, 1), row * out, cluster)
+        return seconds + exchange(Group(there, there), row * inside, cluster)
     pairs, once = rows_per_token(model.num_experts_per_tok, layout.ep_size)
     rows = {"dedup": once, "all_gather": layout.ep_size - 1.0}.get(name, pairs)
-    size = tokens * rows * model.hidden_size * Widths.of(config).w * load
-    return exchange(group_of(layout, "ep", cluster.devices_per_host), size, cluster)
+    return exchange(group_of(layout, "ep", cluster.devices_per_host), row * rows, cluster)
 
 
 def _head(config: Config, cluster: Cluster) -> _Pass:

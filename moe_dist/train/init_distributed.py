@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.device import choose_backend, choose_device
+from moe_dist.parallel.dispatch_choice import hosts_for
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
 
@@ -42,7 +43,8 @@ def own_mesh(config: Config) -> Mesh:
     if not started:
         backend, timeout = choose_backend(config.launch, device), timedelta(seconds=config.launch.timeout)
         dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
-    return Mesh.create(layout, device, config.parallel.shard_size)
+    here = _number("LOCAL_WORLD_SIZE", 0) or None
+    return Mesh.create(layout, device, config.parallel.shard_size, hosts_for(config, here))
 
 
 def _number(name: str, default: int) -> int:

@@ -57,6 +57,7 @@ PLAIN: Settings = {
     "lora.rslora": False,
     "lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "parallel.dispatcher": "all_to_all",
+    "parallel.ranks_per_host": None,
     "data.document_mask": True,
     "train.label_smoothing_factor": 0.0,
     "train.loss_chunk_tokens": "auto",
@@ -153,6 +154,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
     "dispatcher": {
         "all_gather": {"parallel.dispatcher": "all_gather"},
         "dedup": {"parallel.dispatcher": "dedup"},
+        "hierarchical": {"parallel.dispatcher": "hierarchical", "parallel.ranks_per_host": 2},
     },
     "reduction": {
         "late_reduction": {"parallel.overlap_grad_reduce": False},

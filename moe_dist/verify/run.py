@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_dist.config import Config, ConfigError
+from moe_dist.parallel.dispatch_choice import hosts_for
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.proven import Proof
@@ -152,7 +153,8 @@ class Verifier:
         if isinstance(case, Life):
             return run_life(case, small, self.world, self.mesh, plant, self.alone)
         training = small.training(case)
-        mesh, count = self.mesh(case.layout), self._count(case)
+        mesh = self.mesh(case.layout, hosts_for(training.config, None))
+        count = self._count(case)
         found = run_trial(training.config, mesh, count, plant, training.batches, case.precision)
         return deviations(found, self._reference(case, training, count), case.precision)
 
@@ -182,14 +184,14 @@ class Verifier:
         error = next((text for text in errors if text), None)
         return ([found] if error else self.world.from_all(found)), error
 
-    def mesh(self, layout: Case) -> Mesh:
-        """The mesh of a layout. Kept: every process group has threads."""
+    def mesh(self, layout: Case, hosts: int | None = None) -> Mesh:
+        """The mesh of a layout; `hosts`: ranks on each, as of `hosts_for`. Kept: every process group has threads."""
         if not dist.is_initialized():
             return self.world
-        key = (layout.pp_size, layout.ep_size, layout.shard_size)
+        key = (layout.pp_size, layout.ep_size, layout.shard_size, hosts)
         if key not in self._meshes:
             ranks = Layout(self.world.layout.world_size, layout.pp_size, layout.ep_size)
-            self._meshes[key] = Mesh.create(ranks, self.world.device, layout.shard_size)
+            self._meshes[key] = Mesh.create(ranks, self.world.device, layout.shard_size, hosts)
         return self._meshes[key]
 
     def _count(self, case: Scenario) -> int:

@@ -165,7 +165,7 @@ class Smallness:
     def _put_together(self, scenario: Scenario) -> Config:
         """The configuration, without a look at whether it fits together."""
         layers, words = scenario.num_layers, scenario.features
-        other = sorted({"all_gather", "dedup"} & words) if words and words & LOW_PRECISION else []
+        other = sorted({"all_gather", "dedup", "hierarchical"} & words) if words and words & LOW_PRECISION else []
         if other:
             raise ConfigError(
                 f"parallel.dispatcher={other[0]}: it sums in another order than one process, which in bfloat16 sends "

@@ -27,6 +27,7 @@ from moe_dist.checkpoint.tools.inspecting import Tensors
 from moe_dist.config import Config
 from moe_dist.models.precision import in_dtype
 from moe_dist.monitor.train_log import close_logging
+from moe_dist.parallel.dispatch_choice import hosts_for
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import step as step_module
 from moe_dist.train.trainer import MoETrainer
@@ -165,7 +166,12 @@ def _by_rank_zero(world: Mesh, ask: Callable[[], Answer]) -> Answer:
 
 
 def run_life(
-    life: Life, small: Smallness, world: Mesh, mesh_of: Callable[[Case], Mesh], plant: str | None, alone: Alone
+    life: Life,
+    small: Smallness,
+    world: Mesh,
+    mesh_of: Callable[[Case, int | None], Mesh],
+    plant: str | None,
+    alone: Alone,
 ) -> dict[str, float]:
     """Deviations of the life from the same events in one process; the same on every rank. `alone`: of rank 0."""
     device = world.device if world.layout.world_size > 1 else "cpu"
@@ -182,7 +188,7 @@ def run_life(
                     config = life.config(small, layout)
                     config.train.output_dir = folder
                     config.checkpoint.allow_config_change = True  # accumulation follows the layout
-                    trainer = ScriptedTrainer(config, mesh_of(layout), script)
+                    trainer = ScriptedTrainer(config, mesh_of(layout, hosts_for(config, None)), script)
                     trainer.train(TEXTS)
                     if left is not None:
                         resumed = max(resumed, difference(trainer.found or {}, left))

@@ -12,17 +12,19 @@ from hypothesis import strategies as st
 from ranks import RankFailure, run_ranks
 
 from moe_dist.models.experts import Experts
+from moe_dist.models.moe import Dispatcher
 from moe_dist.models.router import Routing
 from moe_dist.parallel.comm_timer import Clock
-from moe_dist.parallel.dispatch import AllToAllDispatcher, expert_order
-from moe_dist.parallel.dispatch_dedup import DedupDispatcher
+from moe_dist.parallel.dispatch import expert_order
 from moe_dist.parallel.dispatch_specification import AllGatherDispatcher
+from moe_dist.parallel.dispatchers import build_dispatcher
+from moe_dist.parallel.mesh import Hosts
 
 pytestmark = pytest.mark.dist
 HIDDEN = 8
 
 
-KINDS = {"all_to_all": AllToAllDispatcher, "dedup": DedupDispatcher}
+KINDS = ("all_to_all", "dedup", "hierarchical")
 GROUPS = [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0, 1, 2], [3]], [[3, 1], [0], [2]]]
 """Expert-parallel groups side by side, of four, two, three ranks and one."""
 
@@ -31,6 +33,25 @@ GROUPS = [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0, 1, 2], [3]], 
 def group_of(number: int) -> dist.ProcessGroup:
     """This rank's group of GROUPS[number]; kept, since every process group has threads."""
     return dist.new_subgroups_by_enumeration(GROUPS[number])[0]
+
+
+@cache
+def hosts_of(members: tuple[tuple[int, ...], ...]) -> Hosts:
+    """Four ranks are on two hosts of two; others each on its own."""
+    rows = [torch.tensor(group).view((2, 2) if len(group) == 4 else (-1, 1)) for group in members]
+    across, _ = dist.new_subgroups_by_enumeration([column for group in rows for column in group.t().tolist()])
+    within, _ = dist.new_subgroups_by_enumeration([row for group in rows for row in group.tolist()])
+    return Hosts(across, within)
+
+
+def dispatcher_of(
+    kind: str, number: int | None, num_experts: int, layer: int, clock: Clock | None = None, casts: bool = False
+) -> Dispatcher:
+    """Over this rank's group of GROUPS[number]; None: over all ranks."""
+    members = [list(range(dist.get_world_size()))] if number is None else GROUPS[number]
+    group = dist.group.WORLD if number is None else group_of(number)
+    hosts = hosts_of(tuple(map(tuple, members))) if kind == "hierarchical" else None
+    return build_dispatcher(kind, group, num_experts, layer, clock, hosts, casts=casts)
 
 
 def both_ways(
@@ -62,7 +83,7 @@ def both_ways(
     out_grad = torch.randn(num_tokens, HIDDEN, generator=generator).to(kind)
     results = []
     for dispatcher in (
-        KINDS[kind_of](group, num_experts, layer=3),
+        dispatcher_of(kind_of, groups, num_experts, layer=3),
         AllGatherDispatcher(group, num_experts),
     ):
         leaves = [t.clone().requires_grad_() for t in (x, weights, mine)]
@@ -71,7 +92,8 @@ def both_ways(
         out_rows = torch.cat([chunk @ matrix for chunk, matrix in zip(chunks, leaves[2].unbind(0), strict=True)])
         out = dispatcher.combine(out_rows, plan)
         out.backward(out_grad)
-        counts = (plan.rows_per_expert, plan.sources.rows_SE.flatten(), torch.tensor(plan.sources.seeds))
+        seeds = torch.tensor(plan.sources.seeds)  # by two hops rows come in another order
+        counts = (plan.rows_per_expert, plan.sources.rows_SE[seeds.argsort()].flatten(), seeds.sort().values)
         results.append([torch.cat(counts), out.detach(), *[leaf.grad for leaf in leaves]])
     counts, wanted_counts = results[0][0], results[1][0]
     assert torch.equal(counts, wanted_counts), f"rows per expert, by source, seeds: {counts} != {wanted_counts}"
@@ -99,7 +121,7 @@ def both_ways(
     skew=st.sampled_from([0.0, 0.5, 10.0]),
     seed=st.integers(0, 1000),
     groups=st.sampled_from(range(len(GROUPS))),
-    kind=st.sampled_from(list(KINDS)),
+    kind=st.sampled_from(KINDS),
 )
 def test_all_to_all_equals_all_gather(
     tokens: list[int], local_experts: int, top_k: int, dtype: str, skew: float, seed: int, groups: int, kind: str
@@ -125,7 +147,7 @@ def out_of_step(odd_rank: int, what: str, kind: str) -> str:
     rank = dist.get_rank()
     layer = 5 if rank == odd_rank and what == "layer" else 4
     hidden = HIDDEN * 2 if rank == odd_rank and what == "hidden" else HIDDEN
-    dispatcher = KINDS[kind](dist.group.WORLD, 8, layer=layer)
+    dispatcher = dispatcher_of(kind, None, 8, layer)
     try:
         dispatcher.dispatch(torch.randn(6, hidden), Routing(torch.ones(6, 1), torch.arange(6)[:, None]))
     except RuntimeError as error:
@@ -138,13 +160,16 @@ def out_of_step(odd_rank: int, what: str, kind: str) -> str:
 def test_ranks_out_of_step_are_named(what: str, words: str, kind: str) -> None:
     """Trap 26: counts carry the layer and the width, so every rank fails at once and names the odd one.
 
+    By two hops those notice that meet the odd one in the first, and end: two ranks on two hosts are enough.
+
     Planted: without the comparison of headers this exchanged rows of different layers without a word.
     """
-    messages = run_ranks(out_of_step, 4, 2, what, kind, timeout=30)
+    ranks, odd = (2, 1) if kind == "hierarchical" else (4, 2)
+    messages = run_ranks(out_of_step, ranks, odd, what, kind, timeout=30)
     for rank, message in enumerate(messages):
         assert message, f"rank {rank} noticed nothing"
-        if rank != 2:
-            assert "rank 2" in message
+        if rank != odd:
+            assert f"rank {odd}" in message
             assert words in message
 
 
@@ -172,7 +197,7 @@ def under_autocast(kind: str, casts: bool) -> tuple[list[torch.Tensor], int]:
     """What a token, its gradient, and those of weights and experts are; and bytes sent to the other rank."""
     rank, clock = dist.get_rank(), Clock(torch.device("cpu"))
     generator = torch.Generator().manual_seed(rank)
-    dispatcher = KINDS[kind](dist.group.WORLD, 8, 0, clock, casts=casts)
+    dispatcher = dispatcher_of(kind, None, 8, 0, clock, casts)
     x = torch.randn(40, HIDDEN, generator=generator).requires_grad_()
     weights = torch.rand(40, 3, generator=generator).requires_grad_()
     ids = torch.rand(40, 8, generator=generator).topk(3).indices
@@ -193,7 +218,7 @@ def under_autocast(kind: str, casts: bool) -> tuple[list[torch.Tensor], int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_travel_as_experts_compute(kind: str) -> None:
     """Half the bytes of a dispatch in float32, there and back in backward. By `all_to_all` nothing changes, bit by bit;
-    by `dedup` gradients of a token's rows are summed before they are cast, or after."""
+    by the others gradients of a token's rows are summed before they are cast, or after."""
     assert Experts(8, HIDDEN, 16).casts_rows
     for (before, wide), (after, narrow) in zip(
         run_ranks(under_autocast, 2, kind, False), run_ranks(under_autocast, 2, kind, True), strict=True

@@ -17,7 +17,7 @@ from run_files import complaint, load
 from moe_dist.config import Config
 from moe_dist.models.moe import LocalDispatcher
 from moe_dist.models.router import Routing
-from moe_dist.parallel.dispatch_choice import chosen_dispatcher, rows_per_token
+from moe_dist.parallel.dispatch_choice import chosen_dispatcher, hosts_for, rows_between_hosts, rows_per_token
 from moe_dist.parallel.dispatchers import build_dispatcher
 from moe_dist.verify.trial import TrialResult, difference
 
@@ -51,7 +51,10 @@ class Own(LocalDispatcher):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("all_to_al", "one of auto, all_to_all, dedup, all_gather, or package.module:Class of your own; did you mean"),
+        (
+            "all_to_al",
+            "one of auto, all_to_all, dedup, hierarchical, all_gather, or package.module:Class of your own; did you m",
+        ),
         (":Class", "one of auto"),
         ("package:", "one of auto"),
         ("a b:c", "one of auto"),
@@ -154,3 +157,38 @@ def test_auto_is_what_saves_rows(top_k: int, ep_size: int, chosen: str, rows: tu
 
 def test_auto_where_nothing_travels() -> None:
     assert chosen_dispatcher(Config.model_validate({})) == ("all_to_all", "")
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "top_k", "ep_size", "here", "chosen", "rows"),
+    [
+        ("auto", 8, 16, 4, "hierarchical", (4.84, 2.7)),
+        ("auto", 8, 4, 2, "hierarchical", (1.8, 1.0)),
+        ("auto", 2, 16, 2, "all_to_all", None),  # few tokens have experts on two ranks of a host
+        ("auto", 8, 16, 16, "dedup", None),
+        ("auto", 8, 16, 3, "dedup", None),  # hosts do not hold whole rows of ranks
+        ("auto", 8, 16, 1, "dedup", None),
+        ("hierarchical", 8, 16, 16, "dedup", None),
+        ("hierarchical", 2, 16, 2, "hierarchical", None),
+        ("dedup", 8, 16, 4, "dedup", None),
+    ],
+)
+def test_between_hosts(
+    dispatcher: str, top_k: int, ep_size: int, here: int, chosen: str, rows: tuple[float, float] | None
+) -> None:
+    sizes = {"num_experts": 128, "num_experts_per_tok": top_k}
+    config = Config.model_validate({"model": sizes, "parallel": {"ep_size": ep_size, "dispatcher": dispatcher}})
+    name, why = chosen_dispatcher(config, here)
+    assert name == chosen
+    assert hosts_for(config, here) == (here if chosen == "hierarchical" else None)
+    if rows is not None:
+        assert rows_between_hosts(top_k, ep_size, here) == pytest.approx(rows, abs=0.01)
+        assert f"{rows[1]:.2f} instead of {rows[0]:.2f} rows of a token leave its host" in why
+    if dispatcher == "hierarchical" and chosen == "dedup":
+        assert "not on several hosts" in why
+
+
+@pytest.mark.parametrize("here", [1, 3, 4, 8])
+def test_hosts_that_are_none_are_refused(tmp_path: Path, here: int) -> None:
+    said = complaint(tmp_path, f"parallel: {{ep_size: 4, dispatcher: hierarchical, ranks_per_host: {here}}}")
+    assert f"parallel.ep_size=4 is not several hosts of several ranks (parallel.ranks_per_host={here})" in said

@@ -20,7 +20,7 @@ from moe_dist.config.sections.base import (
     Section,
 )
 
-DispatcherName = Annotated[str, AfterValidator(Choice("auto", "all_to_all", "dedup", "all_gather"))]
+DispatcherName = Annotated[str, AfterValidator(Choice("auto", "all_to_all", "dedup", "hierarchical", "all_gather"))]
 EngineName = Annotated[str, AfterValidator(Choice("torch", "deepspeed"))]
 
 
@@ -65,8 +65,11 @@ class ParallelConfig(Section):
     """Expert parallelism: ranks over which the experts of a layer are spread."""
     dispatcher: DispatcherName = "auto"
     """How tokens reach experts on other ranks (ep_size above 1): all_to_all (a row for each expert of a token), dedup
-    (one for each rank that has any of them), auto (dedup where it saves a tenth of the rows), all_gather (the
-    specification of both, slow), or `package.module:Class` of your own (docs/extending.md)."""
+    (one for each rank that has any of them), hierarchical (one for each host, and inside it one for each rank), auto
+    (the one of these that sends fewest rows, where it saves a tenth of them, between hosts a quarter), all_gather (the
+    specification of all, slow), or `package.module:Class` of your own (docs/extending.md)."""
+    ranks_per_host: Positive | None = None
+    """Neighbouring ranks that share a host, for `hierarchical`; default: as many as were started here."""
     pp_size: Positive = 1
     """Pipeline parallelism: ranks over which the layers are spread, in stages of consecutive layers."""
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "dualpipe_v"] = "1f1b"

@@ -16,7 +16,7 @@ from moe_dist.models.context import RoutingContext
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import ExpertChoiceRouter, Router, TopK, TopKRouter
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel import dispatch_dedup
+from moe_dist.parallel import dispatch_hop
 from moe_dist.parallel import parallelize as module
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.mesh import Mesh
@@ -174,7 +174,7 @@ def experts_of_the_tenth_layer_in_reverse(replace: Replace) -> None:
 
 def deduplicated_tokens_sent_again(replace: Replace) -> None:
     """A token with two experts on a rank goes there twice, and each time to both."""
-    exchange = dispatch_dedup.DedupDispatcher._exchange_counts
+    exchange = dispatch_hop.Hop._exchange_counts
     pairs: list[Tensor] = []
 
     def again(rank_TK: Tensor, none: int) -> Tensor:
@@ -182,23 +182,38 @@ def deduplicated_tokens_sent_again(replace: Replace) -> None:
         pairs[:] = [there_TKE.sum(1).square().sum(0)]
         return rank_TK.sort(dim=1).values
 
-    def wrong(self: Any, rows_per_rank: Tensor, _: Tensor, *others: Any) -> Any:
-        return exchange(self, rows_per_rank, pairs[0], *others)
+    def wrong(self: Any, rows_PO: Tensor, _: Tensor, *others: Any) -> Any:
+        return exchange(self, rows_PO, pairs[0], *others)
 
-    replace(dispatch_dedup, "_once_each", again)
-    replace(dispatch_dedup.DedupDispatcher, "_exchange_counts", wrong)
+    replace(dispatch_hop, "_once_each", again)
+    replace(dispatch_hop.Hop, "_exchange_counts", wrong)
+
+
+def noise_of_another_host(replace: Replace) -> None:
+    """Where rows come by two hops, experts take them for those of the rank with the same place on another host."""
+    exchange = dispatch_hop.Hop._exchange_counts
+
+    def wrong(self: Any, rows_PO: Tensor, *others: Any) -> Any:
+        send, receive, came, *rest = exchange(self, rows_PO, *others)
+        if rows_PO.shape[1] > 1:
+            hosts = rows_PO.shape[1]
+            parts = [came.seeds[at : at + hosts] for at in range(0, len(came.seeds), hosts)]
+            came = dataclasses.replace(came, seeds=[seed for part in parts for seed in reversed(part)])
+        return send, receive, came, *rest
+
+    replace(dispatch_hop.Hop, "_exchange_counts", wrong)
 
 
 def weights_of_other_ranks_learn_nothing(replace: Replace) -> None:
     """Gradients of routing weights that travelled with a token stay where they are."""
-    backward = dispatch_dedup._Arrived.backward
+    backward = dispatch_hop._Arrived.backward
 
     def wrong(ctx: Any, *gradients: Tensor) -> Any:
         _, receive, group, *_ = ctx.back
         mine = [part * (peer == group.rank()) for peer, part in enumerate(gradients[0].split(receive))]
         return backward(ctx, torch.cat(mine))
 
-    replace(dispatch_dedup._Arrived, "backward", wrong)
+    replace(dispatch_hop._Arrived, "backward", wrong)
 
 
 def capacity_counts_padding(replace: Replace) -> None:
