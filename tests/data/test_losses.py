@@ -78,7 +78,7 @@ def test_shares_are_said_by_file(tmp_path: Path) -> None:
         ("jsonl", "b.csv", b"text\na\n", "CSV, which data.source=jsonl does not read"),
         ("jsonl", "b.arrow", b"ARROW1\0\0", "Arrow"),
         ("jsonl", "b.parquet", b"PAR1\0\0", "set data.source=parquet"),
-        ("jsonl", "b.data", gzip.compress(b"{}"), "not called .gz"),
+        ("jsonl", "b.data", gzip.compress(b"{}", mtime=0), "not called .gz"),
         ("parquet", "b.jsonl", b'{"text": "a"}\n', "set data.source=jsonl"),
     ],
 )
