@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher.cli.checkpoint import Key
-from launcher.cli.inference import Dtype, Model, Nproc, Step, run_inference
+from launcher.cli.inference import AdapterPath, Dtype, Model, Nproc, Step, run_inference
 from launcher.cli.paths import expanded
 from launcher.connect.environment import started_by_torchrun
 from moe_dist.config import ConfigError
@@ -40,6 +40,7 @@ def evaluate(
         str | None,
         typer.Option("--json", metavar="FILE", callback=expanded, help="All numbers; - for standard output."),
     ] = None,
+    adapter_path: AdapterPath = None,
     nproc: Nproc = 1,
     step: Step = None,
     dtype: Dtype = "fp32",
@@ -61,7 +62,8 @@ def evaluate(
         for number, one in enumerate(models):
             result = json_file if started_by_torchrun() and json_file else f"{folder}/{number}.json"
             options: dict[str, Any] = {"data": data or [], "max_samples": max_samples, "name": one, "result": result}
-            code = run_inference("evaluate", one, overrides, options, nproc, step, dtype, encryption_key)
+            how = (nproc, step, dtype, encryption_key, adapter_path)
+            code = run_inference("evaluate", one, overrides, options, *how)
             if code:
                 raise typer.Exit(code)
             rows.append(json.loads(Path(result).read_text("utf-8")))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher.cli.checkpoint import Key
-from launcher.cli.inference import CachePolicy, Dtype, ExpertCacheGb, Model, Nproc, Step, run_inference
+from launcher.cli.inference import AdapterPath, CachePolicy, Dtype, ExpertCacheGb, Model, Nproc, Step, run_inference
 from launcher.cli.paths import expanded
 from moe_dist.config import ConfigError
 
@@ -48,6 +48,7 @@ def generate(
     show_experts: Annotated[
         bool, typer.Option("--show-experts", help="Colour every token by its busiest expert, layer by layer.")
     ] = False,
+    adapter_path: AdapterPath = None,
     nproc: Nproc = 1,
     step: Step = None,
     dtype: Dtype = "fp32",
@@ -101,7 +102,8 @@ def generate(
         engine |= {"expert_folder": expert_folder, "prefetch": prefetch}
     options = {"sampling": sampling, "prompts": texts, "as_json": prompts is not None, "output": output}
     options |= {"chat": chat, "system": system, "engine": engine, "show_experts": show_experts}
-    raise typer.Exit(run_inference("generate", model, context.args, options, nproc, step, dtype, encryption_key))
+    how = (nproc, step, dtype, encryption_key, adapter_path)
+    raise typer.Exit(run_inference("generate", model, context.args, options, *how))
 
 
 def _standard_input() -> str:

@@ -21,6 +21,14 @@ Model = Annotated[str, _MODEL]
 AnyModel = Annotated[str | None, _MODEL]
 Nproc = Annotated[int, typer.Option("--nproc", "-n", min=1, help="Ranks on this machine; key=value says the layout.")]
 Step = Annotated[int | None, typer.Option(min=0, help="Which step of a run; default: the newest.")]
+AdapterPath = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CHECKPOINT",
+        callback=expanded,
+        help="Adapters beside MODEL, a Hugging Face folder: a checkpoint or run that trained them, or PEFT's folder.",
+    ),
+]
 Dtype = Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights.")]
 ExpertCacheGb = Annotated[
     float | None, typer.Option(help="Keep so much of the experts where the model computes, the rest elsewhere.")
@@ -37,6 +45,7 @@ def run_inference(
     step: int | None,
     dtype: str,
     keys: list[str] | None,
+    adapter: str | None = None,
 ) -> int:
     """Find the model, and do what `verb` says on all ranks: here, where there is one. Returns the exit code."""
     from moe_dist.pretrained.inference import find_model
@@ -44,6 +53,7 @@ def run_inference(
     under_torchrun = started_by_torchrun()
     first = os.environ.get("RANK", "0") == "0"
     how: dict[str, Any] = {"step": step, "keys": keys or (), "nproc": nproc, "dtype": dtype}
+    how["adapter"] = adapter
     found = find_model(model, overrides, **how, check=first)
     wanted = Inference(
         verb=verb,

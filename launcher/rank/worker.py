@@ -77,11 +77,24 @@ def train(config: Config, environment: Environment) -> int:
         result = trainer.train()
         if environment.rank == 0:
             _say_how_it_ended(result, config)
-    if result.failed:
+    # No other rank waits for it any more.
+    if result.failed or (environment.rank == 0 and not _merged(config, result, status)):
         return EXIT_STOPPED
     if result.signal is None:
         return 0
     return EXIT_CTRL_C if result.signal == signal.SIGINT else EXIT_AGAIN
+
+
+def _merged(config: Config, result: TrainingResult, status: Status) -> bool:
+    """Do what `lora.merge_and_save` asks for; False where that could not be done, which has been said."""
+    from moe_dist.train.merging import MergeError, merge
+
+    try:
+        merge(config, result, status, lambda text: print(text, flush=True))
+    except MergeError as error:
+        print(f"moe-dist: error: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def _say_how_it_ended(result: TrainingResult, config: Config) -> None:

@@ -96,6 +96,10 @@ def check_adapters(config: Sections) -> None:
             f"balance.bias_update_rate={balance.bias_update_rate:g}: moves a selection bias of the model, which "
             f"lora.r={lora.r} freezes; set it to 0"
         )
+    if lora.merge_and_save and not config.checkpoint.save_at_end:
+        raise ValueError(
+            "lora.merge_and_save=true: adds the adapters of a checkpoint; needs checkpoint.save_at_end=true"
+        )
     words = [*TARGETS] if lora.target_modules == ALL_LINEAR else lora.target_modules
     if balance.freeze_router and "gate" in words:
         raise ValueError("balance.freeze_router=true: lora.target_modules has gate, the router; leave one of them out")

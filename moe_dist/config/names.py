@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from moe_dist.config.not_offered import instead_of
+from moe_dist.config.not_offered import GENERATION, instead_of, needs_nothing
 from moe_dist.config.sections.all import Sections
 from moe_dist.config.sections.base import Section
 from moe_dist.config.wording import ConfigError, allowed, show
@@ -37,12 +37,20 @@ HOMES = {full.partition(".")[2]: full for full in FIELDS}
 # Too general to follow out of another section: `model.name` is not the dataset's name.
 GENERAL = {"limit", "name", "path", "source", "split"}
 # Sections of other trainers' files. Their keys go where they belong, by name.
-OTHER_SECTIONS = {"training", "load_balancing", "moe", "validation", "advanced", "distributed", "logging"}
+OTHER_SECTIONS = {
+    *("training", "load_balancing", "moe", "validation", "advanced", "distributed", "logging"),
+    *("inference", "post_training"),
+}
 ALIASES = {
     "experts_per_token": "model.num_experts_per_tok",
     "top_k": "model.num_experts_per_tok",
     "num_layers": "model.num_hidden_layers",
     "num_local_experts": "model.num_experts",
+    "model_name": "model.from_pretrained",
+    "model_name_or_path": "model.from_pretrained",
+    "base_model": "model.from_pretrained",
+    "base_model_name_or_path": "model.from_pretrained",
+    "pretrained_model_name_or_path": "model.from_pretrained",
     "seq_len": "data.max_seq_length",
     "max_length": "data.max_seq_length",
     "expert_parallel_size": "parallel.ep_size",
@@ -74,7 +82,6 @@ ALIASES = {
     "ddp_backend": "launch.backend",
     "resume_from_checkpoint": "checkpoint.resume",
 }
-ALWAYS_ON = {"monitor_expert_usage", "log_expert_metrics"}
 
 
 def meaning(field: FieldInfo) -> str:
@@ -97,7 +104,9 @@ def _unknown(spelling: str, value: Any, origin: str) -> ConfigError:
     known = {key: f"{section}.{key}" for key in GROUPS[section].model_fields} if section in GROUPS else {}
     known = known or {**ALIASES, **HOMES}
     near = difflib.get_close_matches(leaf, known, 1, 0.6)
-    if near:
+    if section == "inference":
+        hint = f"allowed in inference: {', '.join(GENERATION)}"
+    elif near:
         hint = f"nearest: {known[near[0]]}"
     elif section in SECTIONS or section in GROUPS:
         hint = f"allowed in {section}: {', '.join((SECTIONS | GROUPS)[section].model_fields)}"
@@ -138,16 +147,34 @@ def spellings(raw: Mapping[Any, Any], origin: str) -> Iterator[tuple[str, Any]]:
             yield str(name), content
 
 
+def names_a_model(spelling: str) -> bool:
+    """Whether a written key takes a whole model, which replaces what was said of one before."""
+    return spelling == "model.from" or _home(spelling) == "model.from_pretrained"
+
+
+def _home(spelling: str) -> str | None:
+    """The full key that a written one means; None where nobody knows it."""
+    section, _, leaf = spelling.rpartition(".")
+    if spelling in FIELDS:
+        return spelling
+    if spelling == "model.name":
+        return "model.from_pretrained"
+    if section == "inference" or (section and leaf in GENERAL):
+        return None
+    return ALIASES.get(leaf) or HOMES.get(leaf)
+
+
 def place(spelling: str, value: Any, origin: str, notice: Callable[[str], None]) -> list[tuple[str, Any]]:
     """The full keys and values a written key stands for; a notice where they differ from it."""
-    section, _, leaf = spelling.rpartition(".")
+    leaf = spelling.rpartition(".")[2]
     if spelling == "model.from":
         return [(spelling, value)]
-    if leaf in ALWAYS_ON:
-        if value is not True:
-            raise ConfigError(f"{spelling}={show(value)}: only true; expert utilisation is always recorded ({origin})")
-        notice(f"{spelling} is not needed: expert utilisation is always recorded")
-        return []
+    try:
+        if (words := needs_nothing(spelling, value)) is not None:
+            notice(words)
+            return []
+    except ValueError as error:
+        raise ConfigError(f"{spelling}={show(value)}: {error} ({origin})") from None
     if leaf == "mixed_precision":
         flags = {"bf16": ("bf16", True), "fp16": ("fp16", True), "no": ("bf16", False)}
         word = {None: "no", False: "no", True: "bf16"}.get(value) if isinstance(value, bool | None) else str(value)
@@ -156,14 +183,9 @@ def place(spelling: str, value: Any, origin: str, notice: Callable[[str], None])
         flag, on = flags[word]
         notice(f"{spelling}={show(value) if value is True else word} is read as train.{flag}={show(on)}")
         return [(f"train.{flag}", on)]
-    if spelling in FIELDS:
-        key = spelling
-    elif leaf in ALIASES:
-        key = ALIASES[leaf]
-    elif leaf in HOMES and not (section and leaf in GENERAL):
-        key = HOMES[leaf]
-    else:
+    if (found := _home(spelling)) is None:
         raise _unknown(spelling, value, origin)
+    key = found
     meant = value
     if key == "optimizer.warmup_steps" and isinstance(value, float) and 0 < value < 1:
         key = "optimizer.warmup_ratio"

@@ -19,7 +19,7 @@ from moe_dist.config.huggingface import (
     read_huggingface,
 )
 from moe_dist.config.model_source import local_folder
-from moe_dist.config.names import FIELDS, SECTIONS, place, spellings, takes
+from moe_dist.config.names import FIELDS, SECTIONS, names_a_model, place, spellings, takes
 from moe_dist.config.paths import expand, plain
 from moe_dist.config.sections.all import Sections
 from moe_dist.config.sections.model import ModelConfig
@@ -261,7 +261,7 @@ def _reworded(error: ValidationError, reading: Reading, origin: str) -> ConfigEr
 
 
 def _is_no_model(tree: Mapping[str, Any]) -> bool:
-    return not {"model.from", _PRETRAINED, "from_pretrained"} & dict(spellings(tree, "")).keys()
+    return not any(names_a_model(spelling) for spelling, _ in spellings(tree, ""))
 
 
 def validated(kind: type[Tree], reading: Reading, overrides: Sequence[str], origin: str) -> Tree:

@@ -118,6 +118,10 @@ class ExpertCache:
         experts = moe.experts
         if not isinstance(experts, Experts) or experts.draws_noise:
             raise ValueError(f"expert_cache_size_gb: experts of class {type(experts).__name__} are not one stack")
+        if experts.is_adapted:
+            raise ValueError(
+                "expert_cache_size_gb: these experts have adapters beside them; moe-dist export --merge makes one model"
+            )
         stacks = {name: parameter.detach() for name, parameter in experts.named_parameters(recurse=False)}
         device, one = next(iter(stacks.values())).device, sum(stack[0].nbytes for stack in stacks.values())
         self._largest = max(self._largest, one)

@@ -16,14 +16,15 @@ from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
 from moe_dist.checkpoint.tools.inspecting import Tensors
 from moe_dist.config import Config, ConfigError, LoraConfig
 from moe_dist.models.adapter_shapes import adapter_shapes, targets
-from moe_dist.models.experts import Experts
 from moe_dist.models.tensor_names import Part
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.pretrained.folder_weights import HuggingFaceWeights
+from moe_dist.pretrained.loading import held_by
 from moe_dist.pretrained.peft_format import read_adapter
 from moe_dist.pretrained.provenance import sha256_of
 from moe_dist.pretrained.saved_weights import SavedWeights
+from moe_dist.pretrained.source import WHOLE
 
 
 @torch.no_grad()
@@ -35,16 +36,12 @@ def load_adapter(model: Transformer, config: Config, mesh: Mesh) -> None:
     folder = Path(str(config.lora.from_adapter))
     mesh.ask_rank_zero(lambda: bool(read_adapter(folder, config.model, config.lora)))
     weights = read_adapter(folder, config.model, config.lora)
-    held = {
-        f"{prefix}.lora_{stack}.{key}": slice(module.first_expert, module.first_expert + module.num_local)
-        for prefix, module in model.named_modules()
-        if isinstance(module, Experts)
-        for stack in ("gate_up", "down")
-        for key in "AB"
-    }
+    held = held_by(model)
     for name, parameter in model.named_parameters():
         if name in weights:
-            parameter.copy_(weights[name][held[name]] if name in held else weights[name])
+            experts = held(name) or WHOLE
+            whole = weights[name]
+            parameter.copy_(whole if experts == WHOLE else whole[experts.start : experts.stop])
 
 
 def saved_adapter(found: CheckpointRef, manifest: Manifest, keys: Keys, config: Config) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ def held_by(model: Transformer) -> Held:
         f"{prefix}.{name}": range(module.first_expert, module.first_expert + module.num_local)
         for prefix, module in model.named_modules()
         if isinstance(module, Experts)
-        for name, _ in module.named_parameters(recurse=False)
+        for name, _ in module.named_parameters()  # of adapters beside them, too
     }
     # Of tied embeddings only one; a selection bias is a buffer.
     names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()

@@ -134,12 +134,13 @@ class TrainingLoop:
         if not stopping.failed and self.signal is None:
             self.evaluating.evaluate(self.counters.step)
         self.saving.finish(self.signal is not None)
+        weights = self.saving.path
         if not stopping.failed and self.signal is None:
-            self._load_best()
+            weights = self._load_best() or weights
         sample = self.evaluating.sample() if self.signal is None else None
         samples = {"sample_before": self.sample_before, "sample_after": sample}
         self.reporter.summary(self.counters, stopping, self.evaluating.unigram, self.saving.path, **samples)
-        result = self._result(self.saving.path)
+        result = self._result(self.saving.path, weights)
         self.callbacks.emit("on_run_end", result)
         return result
 
@@ -148,15 +149,18 @@ class TrainingLoop:
         self.reporter.sinks.message(
             f"finished at step {self.counters.step}: {self.stopping.reason}; nothing is left to do"
         )
-        self._load_best()
-        return self._result(self.persistence.goes_on_from)
+        last = self.persistence.goes_on_from
+        return self._result(last, self._load_best() or last)
 
-    def _load_best(self) -> None:
+    def _load_best(self) -> str | None:
+        """Take the weights of the best checkpoint, if that is asked for; its path."""
         best = self.persistence.load_best() if self.config.checkpoint.load_best_model_at_end else None
-        if best is not None:
-            self.reporter.sinks.message(f"the weights are those of {best}, the best one")
+        if best is None:
+            return None
+        self.reporter.sinks.message(f"the weights are those of {best}, the best one")
+        return str(best)
 
-    def _result(self, checkpoint: str | None) -> TrainingResult:
+    def _result(self, checkpoint: str | None, weights: str | None) -> TrainingResult:
         counters, stopping = self.counters, self.stopping
         return TrainingResult(
             initial_loss=nan if counters.initial_loss is None else counters.initial_loss,
@@ -170,6 +174,7 @@ class TrainingLoop:
             output_dir=self.output_dir,
             signal=self.signal,
             checkpoint=checkpoint,
+            weights=weights,
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from moe_dist.train.evaluation import Evaluating
 from moe_dist.train.first_step import FirstStep
 from moe_dist.train.init_distributed import own_mesh
 from moe_dist.train.loop import TrainingLoop
+from moe_dist.train.merging import merge
 from moe_dist.train.rank_sync import StopRequests
 from moe_dist.train.reporting import Reporter, sinks_of
 from moe_dist.train.result import TrainingResult
@@ -49,6 +52,8 @@ from moe_dist.train.run_setup import (
 from moe_dist.train.saving import Saving
 from moe_dist.train.step import StepResult, TrainStep
 from moe_dist.train.stopping import Pace, Stopping
+
+logger = logging.getLogger("moe_dist")
 
 
 class MoETrainer(TrainingLoop):
@@ -99,10 +104,17 @@ class MoETrainer(TrainingLoop):
         """Run to the end. `dataset`: texts, token lists or a `datasets` dataset instead of the configured source.
 
         Raises ValueError for a layout that these ranks cannot have, and for what only the data or a checkpoint can
-        show to be wrong.
+        show to be wrong; MergeError when all is done but for `lora.merge_and_save`. With a `mesh` of somebody's own
+        that is theirs to do: `moe_dist.train.merging.merge`, which takes longer than ranks wait for each other.
         """
         if not hasattr(self, "mesh"):
             self.mesh = own_mesh(self.config)
+            result = self._train(dataset)
+            merged = merge(self.config, result, self.status, logger.info) if self.mesh.rank == 0 else None
+            return replace(result, merged=merged)
+        return self._train(dataset)
+
+    def _train(self, dataset: Any) -> TrainingResult:
         if dataset is not None:
             self.config.data = given(self.config.data)
         self.start = take_run_folder(self.config, self.mesh, self.job)

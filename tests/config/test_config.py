@@ -68,7 +68,7 @@ max_seq_length: 64  =>  data.max_seq_length=64
 """
 SPELLINGS = [line.split("  =>  ") for line in ALIASED.strip().splitlines()]
 for alias, full in ALIASES.items():
-    if alias not in ("ddp_backend", "min_lr", "resume_from_checkpoint", "use_cpu_offload"):
+    if alias not in ("ddp_backend", "min_lr", "resume_from_checkpoint", "use_cpu_offload") and "from_" not in full:
         values = {
             "parallel.pp_size": 1,
             "lora.dropout": 0.5,

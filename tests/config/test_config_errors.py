@@ -24,6 +24,8 @@ lora: {r: 8, target_modules: []}  =>  lora.target_modules=[]: nothing would be t
 {lora: {r: 8}, balance: {bias_update_rate: 0.1}}  =>  balance.bias_update_rate=0.1: moves a selection bias
 {lora: {r: 8, target_modules: [gate]}, balance: {freeze_router: true}}  =>  balance.freeze_router=true: lora
 {lora: {r: 8, target_modules: [lm_head]}, parallel: {pp_size: 2}}  =>  lora.target_modules=[lm_head]: with
+lora: {merge_and_save: true}  =>  lora.merge_and_save=true: r=0 trains no adapters
+{lora: {r: 8, merge_and_save: true}, checkpoint: {save_at_end: false}}  =>  lora.merge_and_save=true: adds the adapters
 lora: {from_adapter: there}  =>  lora.from_adapter=
 load_in_4bit: true  =>  load_in_4bit=true: not offered yet; there is: train.bf16
 tp_size: 2  =>  tp_size=2: not offered yet; there is: parallel.ep_size
@@ -31,11 +33,11 @@ data: {format: preference}  =>  data.format='preference': preference tuning is n
 data: {format: chats}  =>  data.format='chats': one of auto, text, chat, prompt_completion
 data: {format: chat}  =>  format=chat: source=stdlib has texts; set data.source=jsonl or parquet
 sample_packing: true  =>  not offered yet; there is: data.packing
-push_to_hub: true  =>  push_to_hub=true: not offered yet; there is: checkpoint.folder
+push_to_hub: true  =>  push_to_hub=true: not offered yet; there is: moe-dist export RUN --push ORG/NAME
 train: {use_cpu_offload: true}  =>  parallel.cpu_offload=true: needs parallel.zero_stage=3
 zzzz: 1  =>  zzzz=1: unknown key  &  allowed: the sections model
 launch: {zzzz: 1}  =>  launch.zzzz=1  &  allowed in launch: nproc_per_node
-model: {name: some/model}  =>  model.name='some/model': unknown key  &  nearest: data.name
+model: {path: some/model}  =>  model.path='some/model': unknown key  &  nearest: data.path
 advanced: {auto_find_batch_size: true}  =>  advanced.auto_find_batch_size=true: not offered yet  &  moe-dist check
 1: 2  =>  1=2: unknown key
 model: {num_experts: many}  =>  model.num_experts='many': a whole number, 0 or more (  &  run.yaml)

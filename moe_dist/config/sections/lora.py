@@ -34,6 +34,11 @@ def check_lora(lora: LoraConfig) -> LoraConfig:
         raise ValueError(
             f"from_adapter={lora.from_adapter}: needs r, alpha and target_modules as that adapter has them"
         )
+    if lora.merge_and_save and not lora.r:
+        raise ValueError(
+            "merge_and_save=true: r=0 trains no adapters, and every checkpoint is a whole model, for moe-dist export; "
+            "set r, or merge_and_save=false"
+        )
     return lora
 
 
@@ -57,6 +62,9 @@ class LoraConfig(Section):
     """First values of A, uniform or normal, with zeros in B, so that the model starts as it was; `random`: B too."""
     from_adapter: PathText | None = None
     """Folder of a PEFT adapter that training starts from; null: new ones."""
+    merge_and_save: bool = False
+    """After training, write the model with its adapters added, too: `merged-<step>` in the run folder, as
+    `moe-dist export --merge` writes it, of the best checkpoint with load_best_model_at_end."""
 
     @field_validator("target_modules")
     @classmethod
