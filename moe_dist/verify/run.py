@@ -50,7 +50,7 @@ class Verifier:
 
     def __init__(self, world: Mesh) -> None:
         self.world = world
-        self._meshes: dict[tuple[int, int, int | None], Mesh] = {}
+        self._meshes: dict[tuple[int, int, int | None, int | None], Mesh] = {}
         self._references: dict[str, TrialResult] = {}
         self.alone = Alone()
 
