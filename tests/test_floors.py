@@ -66,8 +66,8 @@ LIGHT = (
     *(f"moe_dist.checkpoint.{name}" for name in ("run_folder", "shapes", "storage", "tools.listing")),
     *(f"moe_dist.models.{name}" for name in ("counts", "shapes")),
     *(f"moe_dist.parallel.{name}" for name in ("layout", "state_bytes", "status")),
-    *(f"moe_dist.plan.{name}" for name in ("cluster", "failures", "search", "words")),
-    *(f"moe_dist.train.{name}" for name in ("elastic", "interrupts", "run_summary")),
+    *(f"moe_dist.plan.{name}" for name in ("cluster", "elastic", "failures", "machine", "measured", "search", "words")),
+    *(f"moe_dist.train.{name}" for name in ("interrupts", "run_summary")),
     *(
         f"moe_dist.verify.{name}"
         for name in ("cases", "design", "features", "layouts", "life", "scenarios", "verdicts")

@@ -53,14 +53,17 @@ def manifests(
     nproc_per_node: int | None = None,
     namespace: str | None = None,
     image: str | None = None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """All objects of a run as YAML. Raises ConfigError when the run or the options cannot be."""
+    """All objects of a run as YAML; `notice` hears what was chosen.
+
+    Raises ConfigError when the run or the options cannot be."""
     chosen = _chosen(overlay)
     objects = render(MANIFESTS / "base")
     for name in chosen:
         objects = render(MANIFESTS / "components" / name, objects)
     ranks = (nodes or _default(objects, "NODES"), nproc_per_node or _default(objects, "NPROC_PER_NODE"))
-    _check(config, chosen, *ranks)
+    config = _check(config, chosen, *ranks, notice)
     put_in(objects, config, *ranks, namespace, image)
     return "---\n".join(yaml.dump(item, Dumper=_Text, sort_keys=False, width=1000) for item in objects)
 
@@ -111,23 +114,33 @@ def _chosen(overlay: str | None) -> list[str]:
     return sorted(set(chosen), key=lambda name: (name in KINDS, name))
 
 
-def _check(config: Config, chosen: list[str], nodes: int, nproc_per_node: int) -> None:
-    if "pytorchjob" in chosen and nodes < 2:
+def _check(
+    config: Config, overlays: list[str], nodes: int, nproc_per_node: int, notice: Callable[[str], None]
+) -> Config:
+    """The run as so many ranks can train it. Raises ConfigError naming numbers that can, where these cannot."""
+    if "pytorchjob" in overlays and nodes < 2:
         raise ConfigError(f"--nodes {nodes}: a PyTorchJob here is a master and workers; allowed: 2 or more")
     there = config.model_copy(deep=True)
     there.train.output_dir = Path(run_folder(config))  # a folder of that name here is another run's
     try:
-        for_world(there, nodes * nproc_per_node)
+        found = for_world(there, nodes * nproc_per_node, notice, per_host=nproc_per_node, elsewhere=True)
     except ConfigError as error:
         tries = [*((nodes, ranks) for ranks in range(1, _RANKS + 1)), *((pods, _RANKS) for pods in range(1, _PODS + 1))]
         fitting = next((fit for fit in tries if _fits(there, fit[0] * fit[1])), None)
         hint = "; --nodes {} --nproc-per-node {} would do".format(*fitting) if fitting else ""
         raise ConfigError(f"{nodes} nodes x {nproc_per_node} ranks: {error}{hint}") from None
+    if config.parallel.layout == "given":
+        return config  # pods choose for themselves what an elastic run changes
+    found = found.model_copy(deep=True)
+    found.train.output_dir = config.train.output_dir
+    return found
 
 
 def _fits(config: Config, world_size: int) -> bool:
+    here = config.model_copy(deep=True)
+    here.launch.cluster = None  # by the batch alone: a plan for each number would take minutes
     try:
-        for_world(config, world_size)
+        for_world(here, world_size, elsewhere=True)
     except ConfigError:
         return False
     return True

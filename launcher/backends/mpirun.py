@@ -7,11 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.backends.command import TRAIN, Start, for_world
+from launcher.backends.command import TRAIN, Start, chosen, for_world
 from launcher.connect.mpi import MPI
 from launcher.supervise.processes import rank_environment
 from moe_dist.config import Config, ConfigError
@@ -35,13 +35,20 @@ class Request:
     """More words for mpirun, as they are."""
 
 
-def plan(path: str, overrides: Sequence[str], config: Config, request: Request) -> Start:
+def plan(
+    path: str,
+    overrides: Sequence[str],
+    config: Config,
+    request: Request,
+    notice: Callable[[str], None] = lambda text: None,
+) -> Start:
     """What `moe-dist launch mpi` runs. Raises ConfigError when it could not work."""
     slots = _slots(request.hosts)
     if request.hosts and request.hostfile:
         raise ConfigError(f"--hosts {request.hosts}: and --hostfile {request.hostfile}: one of them")
     ranks = request.ranks or (sum(slots.values()) if slots else config.launch.nproc_per_node)
-    for_world(config, ranks)
+    config = for_world(config, ranks, notice, per_host=max(slots.values(), default=ranks))
+    overrides = [*overrides, *chosen(config)]
     program = _program(request.mpirun)
     family = family_of(program)
     # On several machines the libraries look for their interface themselves.

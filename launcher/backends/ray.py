@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.backends.command import for_world
 from launcher.connect.environment import ray_address
 from moe_dist.config import Config, ConfigError
-from moe_dist.parallel.layout import Layout
-from moe_dist.train.elastic import fitting, global_batch, replan
+from moe_dist.plan.elastic import fitting, global_batch
 
 # Defaults of variables that Ray reads in the process that asks; what a person has set stays.
 DEFAULTS = {
@@ -126,9 +126,7 @@ def plan(config: Config, request: Request, environ: Mapping[str, str] = os.envir
         if (worlds[0], worlds[-1]) != (low, high):
             notes.append(f"{worlds[0]} to {worlds[-1]} workers, not {low} to {high}: no layout fits the others")
     else:
-        config, sentence = replan(config, high)
-        notes += [sentence] if sentence else []
-        Layout.of(config, high)
+        config = for_world(config, high, notes.append, elsewhere=True)
         worlds = [high]
     saves = config.checkpoint.save_steps > 0
     failures = request.max_failures if request.max_failures is not None else config.launch.max_restarts

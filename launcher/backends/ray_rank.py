@@ -30,7 +30,7 @@ from launcher.supervise.processes import GRACE, LOOPBACK, POLL
 from launcher.supervise.rank_channel import RankChannel
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
-from moe_dist.train.elastic import replan
+from moe_dist.plan.elastic import replan
 
 TICK = 1.0
 """Seconds between two looks at what is asked of the run."""
@@ -188,7 +188,8 @@ def run(job: dict[str, Any]) -> None:
         return
     worker, workers = context.get_world_rank(), context.get_world_size()
     world_size = max(number for number in job["worlds"] if number <= workers)
-    config, sentence = replan(Config.model_validate_json(job["config"]), world_size, job["batch"])
+    per_host = context.get_local_world_size()
+    config, sentence = replan(Config.model_validate_json(job["config"]), world_size, job["batch"], per_host=per_host)
     met, listener = _meet(context, world_size)
     if worker == 0:
         waiting = (

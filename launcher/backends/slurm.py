@@ -8,11 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.backends.command import Start, for_world
+from launcher.backends.command import Start, chosen, for_world
 from launcher.backends.shipped import SHIPPED
 from moe_dist.config import Config, ConfigError
 
@@ -55,7 +55,13 @@ class Job(Start):
     """Where the job prints to, with %j for its number."""
 
 
-def plan(path: str, overrides: Sequence[str], config: Config, request: Request) -> Job:
+def plan(
+    path: str,
+    overrides: Sequence[str],
+    config: Config,
+    request: Request,
+    notice: Callable[[str], None] = lambda text: None,
+) -> Job:
     """What `moe-dist launch slurm` submits. Raises ConfigError when it could not work."""
     script = _script("array.sbatch" if request.array else "train_srun.sbatch" if request.srun else "train.sbatch")
     for option, value, form, example in (
@@ -68,7 +74,9 @@ def plan(path: str, overrides: Sequence[str], config: Config, request: Request) 
         raise ConfigError(f"--nodes {request.nodes}: every seed of --array trains on one node")
     if request.array and request.srun:
         raise ConfigError("--srun: the seeds of --array start their own ranks, without srun")
-    for_world(config, request.nodes * request.ntasks_per_node)
+    ranks = request.ntasks_per_node
+    config = for_world(config, request.nodes * ranks, notice, per_host=ranks, elsewhere=True)
+    overrides = [*overrides, *chosen(config)]
     grace = math.ceil(config.launch.grace_period)
     name = request.job_name or "moe-dist"
     output = f"{name}-%A-%a.out" if request.array else f"{name}-%j.out"

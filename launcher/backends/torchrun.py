@@ -9,16 +9,15 @@ import re
 import secrets
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from launcher.backends.command import TRAIN, Start
+from launcher.backends.command import TRAIN, Start, check_world, chosen, for_world
 from launcher.connect.addresses import interface_of, outward
 from launcher.connect.environment import BATCH, given_batch
 from launcher.supervise.processes import LOOPBACK, rank_environment
 from moe_dist.config import Config, ConfigError
-from moe_dist.parallel.layout import Layout
-from moe_dist.train.elastic import first_batch, replan
+from moe_dist.plan.elastic import first_batch
 
 # A lost machine is noticed within 3 s instead of 15, and those that are left wait 3 s for others instead of 30.
 _QUICK = {"keep_alive_interval": "1", "keep_alive_max_attempt": "3", "heartbeat": "1", "last_call_timeout": "3"}
@@ -40,12 +39,21 @@ class Request:
     """More words for torchrun, as they are."""
 
 
-def plan(path: str, overrides: Sequence[str], config: Config, request: Request) -> Start:
+def plan(
+    path: str,
+    overrides: Sequence[str],
+    config: Config,
+    request: Request,
+    notice: Callable[[str], None] = lambda text: None,
+) -> Start:
     """The agent of this machine. Raises ConfigError when it could not work."""
     few, many = machines(request.nnodes)
     ranks = request.nproc_per_node or config.launch.nproc_per_node
     _check(config, request, few, many)
     batch = _global_batch(config, few, many, ranks)
+    if few == many:
+        config = for_world(config, many * ranks, notice, per_host=ranks)
+        overrides = [*overrides, *chosen(config)]
     if many == 1:
         endpoint = request.rdzv_endpoint or f"{LOOPBACK}:0"
         name = request.rdzv_id or secrets.token_hex(8)
@@ -145,7 +153,7 @@ def _global_batch(config: Config, few: int, many: int, ranks: int) -> int:
     batch = given_batch() or first_batch(config, many * ranks)
     for nodes in range(few, many + 1):
         try:
-            Layout.of(replan(config, nodes * ranks, batch)[0], nodes * ranks)
+            check_world(config, nodes * ranks, batch)
         except ConfigError as error:
             raise ConfigError(f"{nodes} nodes x {ranks} ranks: {error}") from None
     return batch

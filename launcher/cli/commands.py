@@ -131,7 +131,8 @@ def train(context: typer.Context, config: ConfigPath) -> None:
         from launcher.rank.worker import run_under_torchrun
 
         environment = detect()
-        run_under_torchrun(for_world(settings, environment.world_size, notice), environment)
+        settings = for_world(settings, environment.world_size, notice, per_host=environment.local_world_size)
+        run_under_torchrun(settings, environment)
     settings = for_world(settings, settings.launch.nproc_per_node, notice)
     from launcher.backends.local import launch
     from launcher.cli.memory_check import refuse_what_cannot_fit
@@ -164,6 +165,7 @@ def check(
     [dim]Example:[/dim]  moe-dist check configs/demo.yaml --world-size 4
     """
     from launcher.cli.layout_table import facts, print_report
+    from launcher.cli.memory_check import refuse_what_cannot_fit
 
     overrides = [*context.args, *([] if from_pretrained is None else [f"model.from_pretrained={from_pretrained}"])]
     settings = load_config(config, overrides, notice=_notice)
@@ -179,6 +181,9 @@ def check(
             f"model.vocab_size={settings.model.vocab_size}: the tokenizer {settings.data.tokenizer} needs {needed}"
         )
     ranks = world_size or settings.launch.nproc_per_node
+    if settings.parallel.layout == "auto":
+        settings = for_world(settings, ranks, _notice, per_host=min(ranks, settings.launch.nproc_per_node))
+    refuse_what_cannot_fit(settings, config, ranks, here=ranks <= settings.launch.nproc_per_node, named=True)
     reading = None
     if settings.model.from_pretrained is not None:
         from launcher.cli.reading_table import plan_of, print_reading
@@ -270,7 +275,8 @@ def profile(
         from launcher.rank.worker import run_under_torchrun
 
         environment = detect()
-        run_under_torchrun(for_world(settings, environment.world_size, _nothing), environment, wanted)
+        settings = for_world(settings, environment.world_size, per_host=environment.local_world_size)
+        run_under_torchrun(settings, environment, wanted)
     settings = for_world(settings, settings.launch.nproc_per_node, _notice)
     from launcher.backends.local import launch
 
@@ -302,15 +308,16 @@ def report(
 ) -> None:
     """Write report.html about one run, or several side by side.
 
-    One file with everything in it: loss, throughput, the load of every expert at every step, checkpoints, and
-    findings in words. It opens in any browser, without a network. For several runs the default is report.html in the
-    current folder.
+    One file with everything in it: loss, throughput, what a plan says of the run beside what it measured, the load of
+    every expert at every step, checkpoints, and findings in words. It opens in any browser, without a network. For
+    several runs the default is report.html in the current folder.
 
     [dim]Example:[/dim]  moe-dist report outputs/demo
     """
     from moe_dist.monitor.report.page import write_report  # a plotting library, only when there is something to plot
+    from moe_dist.plan.measured import TITLES, comparison, measured_run
 
-    print(write_report(runs, output))
+    print(write_report(runs, output, lambda run: (TITLES, [one.row for one in comparison(measured_run(run))])))
 
 
 @app.command()

@@ -48,7 +48,7 @@ def preview(
     """
     settings = load_config(config, context.args)
     ranks = world_size or settings.launch.nproc_per_node
-    settings = for_world(settings, ranks)
+    settings = for_world(settings, ranks, elsewhere=True)
     from moe_dist.train.data_preview import preview as look
 
     try:

@@ -37,12 +37,13 @@ def local(context: typer.Context, config: ConfigPath, dry_run: DryRun = False) -
 
     [dim]Example:[/dim]  moe-dist launch local configs/demo.yaml --dry-run
     """
-    from launcher.backends.command import TRAIN, Start, for_world
+    from launcher.backends.command import TRAIN, Start, chosen, for_world
     from launcher.supervise.processes import rank_environment
 
     settings = load_config(config, context.args, notice=_notice)
-    for_world(settings, settings.launch.nproc_per_node)
-    _start(Start(rank_environment(settings), (sys.executable, *TRAIN, config, *context.args)), dry_run)
+    settings = for_world(settings, settings.launch.nproc_per_node, _notice)
+    words = [*context.args, *chosen(settings)]
+    _start(Start(rank_environment(settings), (sys.executable, *TRAIN, config, *words)), dry_run)
 
 
 @app.command("torchrun", cls=RunCommand, context_settings=_OVERRIDES)
@@ -79,7 +80,7 @@ def torchrun(
 
     settings = load_config(config, context.args, notice=_notice)
     asked = (nnodes, nproc_per_node, node_rank, rdzv_endpoint, rdzv_id, rdzv_conf, local_addr, max_restarts)
-    _start(plan(config, context.args, settings, Request(*asked, tuple(option or ()))), dry_run)
+    _start(plan(config, context.args, settings, Request(*asked, tuple(option or ())), _notice), dry_run)
 
 
 @app.command("mpi", cls=RunCommand, context_settings=_OVERRIDES)
@@ -105,7 +106,7 @@ def mpi(
 
     settings = load_config(config, context.args, notice=_notice)
     asked = Request(ranks, hosts, hostfile, mpirun, tuple(option or ()))
-    _start(plan(config, context.args, settings, asked), dry_run)
+    _start(plan(config, context.args, settings, asked, _notice), dry_run)
 
 
 @app.command("k8s", cls=RunCommand, context_settings=_OVERRIDES)
@@ -129,7 +130,7 @@ def k8s(
 
     notes: list[str] = []
     settings = for_pods(load_config(config, context.args, notice=notes.append), notes.append)
-    text = manifests(settings, overlay, nodes, nproc_per_node, namespace, image)
+    text = manifests(settings, overlay, nodes, nproc_per_node, namespace, image, notes.append)
     for note in notes:
         _notice(note)
     if dry_run:
@@ -184,7 +185,7 @@ def slurm(
         srun=srun,
         options=tuple(sbatch or ()),
     )
-    job = plan(config, context.args, settings, request)
+    job = plan(config, context.args, settings, request, _notice)
     if dry_run:
         print(f"{job}\n\n# {job.script}\n{job.script.read_text()}", end="")
     else:

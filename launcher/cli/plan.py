@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+import yaml
 
 from launcher.cli.paths import expanded
 from launcher.connect.exit_codes import EXIT_FAILED
@@ -37,7 +38,10 @@ def plan(
     gpus: Annotated[
         int | None, typer.Option("--gpus", "-n", min=1, help="Devices; default: launch.nproc_per_node.")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="Device: h100, h200, b200, a100, l40s or cpu.")] = "h100",
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Device: h100, h200, b200, a100, l40s or cpu; default: launch.cluster of CONFIG, else h100."),
+    ] = None,
     cluster: Annotated[
         str | None,
         typer.Option(
@@ -63,6 +67,14 @@ def plan(
             metavar="FILE", callback=expanded, help="Measure this machine's device into a cluster file first."
         ),
     ] = None,
+    calibrate_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            callback=expanded,
+            help="Learn efficiencies from this run into the file of --calibrate; default: calibration.yaml in RUN.",
+        ),
+    ] = None,
     simulate: Annotated[
         bool, typer.Option("--simulate", "--failures", help="Replay months with failures, and print their goodput.")
     ] = False,
@@ -77,16 +89,20 @@ def plan(
     [dim]Example:[/dim]  moe-dist plan configs/qwen3_30b_a3b.yaml --gpus 64 --gpu h100 --tokens 1T
     """
     from moe_dist.plan.cluster import cluster_of
+    from moe_dist.plan.machine import named_cluster
     from moe_dist.plan.search import least_devices
     from moe_dist.plan.search import plan as search
     from moe_dist.plan.words import plan_facts, terminal_lines
 
     settings = load_config(config, context.args)
     number = gpus or settings.launch.nproc_per_node
-    if calibrate is not None:
-        _calibrate(Path(calibrate), gpu)
+    if calibrate_from is not None:
+        cluster = str(_learn(Path(calibrate_from), calibrate, gpu, cluster))
+    elif calibrate is not None:
+        _calibrate(Path(calibrate), gpu or "h100")
         cluster = cluster or calibrate
-    machine = cluster_of(gpu, cluster)
+    named = named_cluster(settings) if gpu is None and cluster is None else None
+    machine = named or cluster_of(gpu, cluster)
     if price is not None:
         machine = machine.model_copy(update={"price_per_hour": price})
     wanted = amount_of(tokens)
@@ -106,6 +122,31 @@ def plan(
         raise typer.Exit(EXIT_FAILED)
 
 
+def _learn(folder: Path, calibrate: str | None, gpu: str | None, cluster: str | None) -> Path:
+    """Write what a run has measured into a cluster file, over what is there, and say how far the plan was off."""
+    from moe_dist.monitor.run_log import read_run
+    from moe_dist.plan.cluster import cluster_of, read_cluster
+    from moe_dist.plan.measured import comparison, learned, measured_run
+
+    path = Path(calibrate) if calibrate is not None else folder / "calibration.yaml"
+    before = path if path.is_file() else None if cluster is None else Path(cluster)
+    known = None if before is None and gpu is None else cluster_of(gpu, before)
+    run = measured_run(read_run(folder), known)
+    keys = {} if before is None else read_cluster(before)
+    keys |= {"gpu": run.cluster.gpu, "devices_per_host": run.cluster.devices_per_host} | learned(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump({key: _rounded(value) for key, value in keys.items()}, sort_keys=False)
+    path.write_text(f"# Measured by moe-dist plan --calibrate-from {folder}\n{text}", "utf-8")
+    for one in comparison(run):
+        print("{:<40} planned {:>12}, measured {:>12} ({})".format(*one.row), file=sys.stderr)
+    print(f"load imbalance: {run.imbalance:.2f} (--imbalance)\nlearned: {path}", file=sys.stderr)
+    return path
+
+
+def _rounded(value: object) -> object:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def _calibrate(path: Path, gpu: str) -> None:
     """Measure one device of this machine, and write what was found; links stay as the device has them."""
     import torch
@@ -117,7 +158,8 @@ def _calibrate(path: Path, gpu: str) -> None:
         raise ConfigError(f"--calibrate {path}: there is no CUDA device here to measure as --gpu {gpu}; give --gpu cpu")
     torch.set_num_threads(1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"{key}: {value:.6g}" for key, value in measured_device(torch.device(kind)).items()]
+    lines = [f"gpu: {gpu}"]
+    lines += [f"{key}: {value:.6g}" for key, value in measured_device(torch.device(kind)).items()]
     path.write_text("\n".join([f"# Measured by moe-dist plan --calibrate, --gpu {gpu}", *lines]) + "\n", "utf-8")
     print(f"measured: {path}", file=sys.stderr)
 

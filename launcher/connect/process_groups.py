@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -61,12 +62,34 @@ def connected(config: Config, environment: Environment) -> Iterator[Mesh]:
         timeout=timeout,
         device_id=device if backend == "nccl" else None,
     )
+    if config.parallel.layout == "auto" or config.parallel.elastic:
+        _agree_on_the_layout(config, device)
     # Not in a finally: after an error peers may be gone, and destroying groups would wait for them.
     hosts = hosts_for(config, environment.local_world_size)
     yield Mesh.create(layout, device, config.parallel.shard_size, hosts)
     # A rank that leaves with a code other than 0 makes mpirun end the others: not before they have had their say.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _agree_on_the_layout(config: Config, device: torch.device) -> None:
+    """Raises ConfigError where ranks have chosen different layouts, each by its own host's devices (collective)."""
+    parallel, train = config.parallel, config.train
+    chosen = (
+        *(parallel.ep_size, parallel.pp_size, parallel.schedule, parallel.stages, parallel.zero_stage),
+        *(parallel.shard_size, train.per_device_train_batch_size, train.gradient_accumulation_steps),
+        train.gradient_checkpointing,
+    )
+    number = zlib.crc32(repr(chosen).encode())
+    most_and_least = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    dist.all_reduce(most_and_least, dist.ReduceOp.MAX)
+    most, least = most_and_least.tolist()
+    if most != -least:
+        raise ConfigError(
+            "parallel.layout: hosts with different devices have chosen different layouts, here "
+            f"pp_size={parallel.pp_size} ep_size={parallel.ep_size} zero_stage={parallel.zero_stage}; say what they "
+            "are planned for, the same on each: launch.cluster"
+        )
 
 
 def _store(environment: Environment, timeout: timedelta) -> dist.Store | None:

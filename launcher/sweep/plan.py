@@ -18,7 +18,7 @@ from typing import Any
 
 from moe_dist.config import Config, ConfigError, load_config
 from moe_dist.parallel.layout import Layout
-from moe_dist.train.elastic import replan
+from moe_dist.plan.elastic import replan
 
 TRIALS = ".trials"
 """Folder in that of the sweep: how each trial has ended."""

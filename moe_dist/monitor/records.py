@@ -94,6 +94,10 @@ class RunInfo(Record):
     """Number of ranks."""
     device: str
     """`cpu`, `cuda`, or a longer name."""
+    device_name: str = ""
+    """As its driver calls it; empty on a CPU."""
+    memory_before: int = 0
+    """Bytes of the reporting rank's peak memory before it made the model: Python and libraries."""
     hosts: list[str] = field(default_factory=list)
     """Host of each rank."""
     stage_of_rank: list[int] = field(default_factory=list)

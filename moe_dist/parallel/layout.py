@@ -119,6 +119,16 @@ class Layout:
         return range(ep_rank * share, (ep_rank + 1) * share)
 
 
+def refuse_unplanned(config: Config, world_size: int) -> None:
+    """Raises ConfigError where `parallel.layout=auto` has not chosen for this many ranks: commands do, at the start."""
+    parallel = config.parallel
+    if parallel.layout == "auto" and parallel.planned_ranks != world_size:
+        raise ConfigError(
+            f"parallel.layout=auto: no layout has been chosen for {world_size} ranks; moe-dist train chooses one, and "
+            f"in a program moe_dist.plan.elastic.replan(config, {world_size})"
+        )
+
+
 def stages_of(config: Config) -> list[range]:
     """Layers of every pipeline stage, first to last: as `parallel.stages` says, or balanced."""
     if config.parallel.stages is None:

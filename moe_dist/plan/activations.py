@@ -36,6 +36,8 @@ class Activations:
     """From forward to backward."""
     passing: float
     """More, at the worst moment of its backward pass, with gradients of weights before they are added."""
+    cached: float = 0.0
+    """More, until the forward pass of all blocks ends: autocast's copies of weights, whoever still needs them."""
 
 
 def norm_bytes(size: float, widths: Widths) -> float:
@@ -106,9 +108,12 @@ def block_activations(
     if recompute == "none":
         return Activations(whole, passing)
     if recompute == "selective":
-        kept = tokens * (r * D + rest) + (held - weights.attention if widths.casts else 0.0)
-        return Activations(kept, passing + tokens * (0 if busy > attention else attention - busy))
-    return Activations(tokens * (r * D + decisions), whole + passing - tokens * r * D)
+        cached = float(weights.attention) if widths.casts else 0.0
+        kept = tokens * (r * D + rest) + held - cached
+        return Activations(kept, passing + tokens * (0 if busy > attention else attention - busy), cached)
+    # Experts cast their weights themselves, and keep no copies.
+    cached = float(weights.dense) if widths.casts else 0.0
+    return Activations(tokens * (r * D + decisions), whole + passing - tokens * r * D, cached)
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,8 @@ def head_activations(config: Config, tokens: int, device: str) -> Activations:
     """
     model, widths = config.model, Widths.of(config)
     w, D, V = widths.w, model.hidden_size, model.vocab_size
-    norm = tokens * (norm_bytes(D, widths) + w * D)
+    # Under autocast the norm's result is there in full, too, beside its cast.
+    norm = tokens * (norm_bytes(D, widths) + w * D + (widths.r * D if widths.casts else 0))
     cast = w * V * D if widths.casts else 0
     chunk = loss_chunk(config.train.loss_chunk_tokens, device, V)
     if not chunk:

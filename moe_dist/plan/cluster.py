@@ -20,6 +20,8 @@ class Cluster(Section):
 
     name: str = "cluster"
     """For people."""
+    gpu: str = "h100"
+    """Device that says what the file leaves out, where no `--gpu` does: h100, h200, b200, a100, l40s or cpu."""
     device: Literal["cuda", "cpu"] = "cuda"
     """What its devices are to the trainer."""
     memory_gb: PositiveFloat
@@ -136,8 +138,16 @@ _CPU: dict[str, Any] = {
 DEVICES = (*_DEVICES, "cpu")
 
 
-def cluster_of(device: str, path: Path | str | None = None) -> Cluster:
-    """A cluster of one of DEVICES, with what a file says otherwise. Raises ConfigError naming the key."""
+def cluster_of(device: str | None, path: Path | str | None = None) -> Cluster:
+    """A cluster of one of DEVICES (None: the one that the file says), with what a file says otherwise.
+
+    Raises ConfigError naming the key.
+    """
+    said = {} if path is None else read_cluster(path)
+    if device is None:
+        device = str(said.get("gpu", "h100"))
+        if device not in DEVICES:
+            raise ConfigError(f"{path}: gpu={device}: one of {', '.join(DEVICES)}")
     if device not in DEVICES:
         raise ConfigError(f"--gpu {device}: one of {', '.join(DEVICES)}")
     values: dict[str, Any] = {"network_bandwidth": 50e9}
@@ -147,9 +157,7 @@ def cluster_of(device: str, path: Path | str | None = None) -> Cluster:
         known = dict(_DEVICES[device])
         peak = PEAKS[known.pop("peak")]
         values |= {"peak_bf16": peak.bfloat16, "peak_float32": peak.float32} | known
-    values["name"] = device
-    if path is not None:
-        values |= read_cluster(path)
+    values |= {"name": device, "gpu": device} | said
     try:
         return Cluster.model_validate(values)
     except ValidationError as error:

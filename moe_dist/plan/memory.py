@@ -25,7 +25,7 @@ class Memory:
     activations: float
     """Kept for backward, of all micro-batches in flight."""
     logits: float
-    """Head and loss, where they need more than a block does later."""
+    """Head and loss, and copies of weights until then, where they need more than a block does later."""
     working: float
     """What one block needs for a moment."""
     dispatch: float
@@ -97,9 +97,9 @@ def _at_place(
     kept = (num_moe * kinds[True].kept if num_moe else 0.0) + (num_dense * kinds[False].kept if num_dense else 0.0)
     working = max([kinds[has].passing for has, number in ((True, num_moe), (False, num_dense)) if number] or [0.0])
     is_last = model.num_hidden_layers - 1 in place.layers
-    logits = 0.0
-    if is_last:  # gone by the time blocks run backward
-        logits = max(0.0, head.kept + head.passing - working)
+    # When the forward pass ends; gone by the time blocks run backward.
+    cached = sum(number * kinds[has].cached for has, number in ((True, num_moe), (False, num_dense)) if number)
+    logits = max(0.0, cached + (head.kept + head.passing if is_last else 0.0) - working)
     travels = 0.0
     if layout.ep_size > 1 and num_moe:
         travels = 2 * load * tokens * model.num_experts_per_tok * Widths.of(config).w * model.hidden_size
@@ -107,7 +107,7 @@ def _at_place(
         state.weights,
         state.gradients,
         state.optimizer,
-        _gathered(config, layout, place),
+        _gathered(config, layout, place, state),
         kept * flying + shared_bytes(config, tokens, device) * min(flying, train.gradient_accumulation_steps),
         logits,
         working,
@@ -115,9 +115,13 @@ def _at_place(
     )
 
 
-def _gathered(config: Config, layout: Layout, place: RankCounts) -> float:
-    """What is whole beside the shards: of stages 1 and 2 all weights from the first forward pass on, of 1 the gradients
-    until they are reduced; of 3 two blocks, or with a pipeline all that a rank has."""
+def _gathered(config: Config, layout: Layout, place: RankCounts, state: StateBytes) -> float:
+    """What is whole beside the shards.
+
+    Weights: of stages 1 and 2 all from the first forward pass on; of 3 two blocks, or with a pipeline all that a rank
+    has. Gradients: of stage 1, and with a pipeline, all while micro-batches add up, which become shards block by block
+    and then are gone; else those of one block.
+    """
     stage, parallel = config.parallel.zero_stage, config.parallel
     if not stage or (layout.dp_size == 1):
         return 0.0
@@ -128,4 +132,6 @@ def _gathered(config: Config, layout: Layout, place: RankCounts) -> float:
     if stage == 3 and layout.pp_size == 1:
         return block * (2 * width + 4)
     whole = place.total * width
-    return whole + (4 * place.total if stage == 1 or layout.pp_size > 1 else 4 * block)
+    if layout.pp_size > 1 or (stage == 1 and config.train.gradient_accumulation_steps > 1):
+        return whole + max(4 * block, 4 * (place.total + block) - state.gradients)
+    return whole + 4 * block

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_dist.config import Config, ConfigError, ModelConfig
 from moe_dist.config.checks import check_sections
+from moe_dist.config.sections.training import check_train
 from moe_dist.models.counts import RankCounts, per_rank, split_layers
 from moe_dist.parallel.layout import Layout, layers_by_pp_rank
 from moe_dist.plan.cluster import Cluster
@@ -212,6 +213,7 @@ def _try_passes(
             one = asked.model_copy(update={"train": train})
             found.tried += 1
             try:
+                check_train(train)
                 check_sections(one)
                 layout = Layout.of(one, world_size)
             except (ConfigError, ValueError) as error:
@@ -247,7 +249,7 @@ def _schedules(pp_size: int, model: ModelConfig) -> Iterator[tuple[str, int]]:
             yield schedule, 1
         elif 2 * pp_size <= model.num_hidden_layers:
             yield schedule, 2
-            for several in (4, 8, 12):
+            for several in (4, 8, 12, 16, 24):
                 if schedule == "interleaved_1f1b" and several * pp_size <= model.num_hidden_layers:
                     yield schedule, several
 

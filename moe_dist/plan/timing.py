@@ -234,16 +234,18 @@ def _sharding(
             layout.edp_size // max(1, shard // layout.ep_size),
         ),
     ]
-    reduced = sum(half_all_reduce(group, 4 * size, cluster) for size, group, _ in groups)
+    travels = 2 if parallel.reduce_dtype == "bfloat16" else 4
+    reduced = sum(half_all_reduce(group, travels * size, cluster) for size, group, _ in groups)
     gathered = sum(half_all_reduce(group, width * size, cluster) for size, group, _ in groups)
     across = sum(
-        2 * half_all_reduce(Group(copies, 1), 4 * size / group.size, cluster)
+        2 * half_all_reduce(Group(copies, 1), travels * size / group.size, cluster)
         for size, group, copies in groups
         if parallel.zero_stage and copies > 1
     )
     stage, pipelined = parallel.zero_stage, layout.pp_size > 1
-    if stage == 0:
-        return 2 * reduced
+    if stage == 0:  # buckets travel beside backward of the last micro-batch
+        hides = parallel.overlap_grad_reduce and not pipelined and parallel.engine == "torch"
+        return 2 * reduced - (min(2 * reduced, cluster.overlap * backward) if hides else 0.0)
     reduced *= cluster.reduce_scatter_cost
     if parallel.engine == "deepspeed":
         return gathered + 2 * reduced * (num_micro if stage == 2 else 1)

@@ -189,7 +189,9 @@ def log_skipped_documents(datasets: Datasets) -> None:
         logger.warning("%s; train.log names all", cut_off(truncated))
 
 
-def run_info(config: Config, mesh: Mesh, datasets: Datasets, run_id: str, counters: Counters) -> RunInfo:
+def run_info(
+    config: Config, mesh: Mesh, datasets: Datasets, run_id: str, counters: Counters, memory_before: int = 0
+) -> RunInfo:
     """What is about to run, for people (collective: every rank tells its host)."""
     trainable, total, active = model_sizes(config)
     return RunInfo(
@@ -202,6 +204,8 @@ def run_info(config: Config, mesh: Mesh, datasets: Datasets, run_id: str, counte
         output_dir=str(config.train.output_dir),
         world_size=mesh.layout.world_size,
         device=mesh.device.type,
+        device_name=torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "",
+        memory_before=memory_before,
         hosts=mesh.from_all(socket.gethostname()),
         stage_of_rank=[mesh.layout.coordinates(rank)[0] for rank in range(mesh.layout.world_size)],
         stage_of_layer=_stage_of_layer(config),

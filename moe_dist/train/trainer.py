@@ -21,6 +21,7 @@ from moe_dist.monitor.train_log import log_path
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.device import set_deterministic
 from moe_dist.parallel.engines.registry import build_engine
+from moe_dist.parallel.layout import refuse_unplanned
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
 from moe_dist.pretrained.adapters import load_adapter
@@ -37,7 +38,7 @@ from moe_dist.train.init_distributed import own_mesh
 from moe_dist.train.loop import TrainingLoop
 from moe_dist.train.merging import merge
 from moe_dist.train.rank_sync import StopRequests
-from moe_dist.train.reporting import Reporter, sinks_of
+from moe_dist.train.reporting import Reporter, peak_memory, sinks_of
 from moe_dist.train.result import TrainingResult
 from moe_dist.train.run_setup import (
     architecture_of,
@@ -115,6 +116,7 @@ class MoETrainer(TrainingLoop):
         return self._train(dataset)
 
     def _train(self, dataset: Any) -> TrainingResult:
+        refuse_unplanned(self.config, self.mesh.layout.world_size)
         if dataset is not None:
             self.config.data = given(self.config.data)
         self.start = take_run_folder(self.config, self.mesh, self.job)
@@ -156,6 +158,7 @@ class MoETrainer(TrainingLoop):
         num_domains = len(self.datasets.domains)
         self.first_step.at("building the model")
         self.loader = build_loader(config, self.datasets.train, mesh)
+        self._memory_before = peak_memory(mesh.device)
         self.model = build_model(config, mesh, self.clock, self._given)
         if self.model.lora is not None:
             sinks.message(sentence(config.model, config.lora))
@@ -208,7 +211,8 @@ class MoETrainer(TrainingLoop):
         self.persistence.begin(self.reporter.sinks.message)
         self._opened(log_path(self.output_dir, self.mesh.rank))
         log_skipped_documents(self.datasets)
-        self.reporter.open(run_info(self.config, self.mesh, self.datasets, self.start.run, self.counters))
+        what = (self.config, self.mesh, self.datasets, self.start.run, self.counters, self._memory_before)
+        self.reporter.open(run_info(*what))
         self.started = time.perf_counter() - self.counters.elapsed
         self.callbacks.emit("on_run_begin")
         self._do(self.callbacks.requests())

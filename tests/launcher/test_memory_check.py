@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from command_line import Say
 from patches import Replace
 
 from launcher.cli import memory_check
 from launcher.cli.memory_check import refuse_what_cannot_fit
 from moe_dist.config import Config, ConfigError, load_config
+from moe_dist.plan import machine
 
 
 def run_of(device: str, **parallel: object) -> Config:
@@ -20,9 +22,10 @@ def run_of(device: str, **parallel: object) -> Config:
 
 def on_a_machine(replace: Replace, device: str, cuda: float | None, host: float | None) -> None:
     """What it says of the devices that a run could take."""
-    for name, size, other in (("cuda_memory", cuda, "cpu"), ("host_memory", host, "cuda")):
-        if device != other:
-            replace(memory_check, name, lambda size=size: None if size is None else int(size))
+    if device != "cpu":
+        replace(memory_check, "cuda_devices", lambda: [] if cuda is None else [("GPU", int(cuda))])
+    if device != "cuda":
+        replace(memory_check, "host_memory", lambda: None if host is None else int(host))
 
 
 @pytest.mark.parametrize(
@@ -55,5 +58,29 @@ def test_the_nearest_is_named(replace: Replace) -> None:
     refuse_what_cannot_fit(named, "run.yaml", 8)
 
 
+def test_check_holds_a_run_file_against_the_machine_it_names(say: Say) -> None:
+    """Exit code 2 and one line with what fits; nothing where the devices are not known. Seen to print the layout."""
+    done = say("check", "configs/moe_64x.yaml", "launch.cluster=h100", "parallel.zero_stage=0", "parallel.ep_size=1")
+    assert done.code == 2
+    assert done.err.startswith(
+        "moe-dist: error: parallel.zero_stage=0: weights, gradients and optimizer state take 106 GB"
+    )
+    assert "on a rank of h100, which has 85 GB; this fits: moe-dist train configs/moe_64x.yaml" in done.err
+    assert say("check", "configs/moe_64x.yaml", "launch.cluster=h100").code == 0
+
+
+def test_check_says_nothing_where_the_machine_is_not_known(replace: Replace) -> None:
+    """Ranks of other hosts, whose memory nobody here knows; but devices like those here, where there are some."""
+    many = run_of("auto", ep_size=1)
+    replace(memory_check, "cuda_devices", lambda: devices)
+    devices: list[tuple[str, int]] = []
+    refuse_what_cannot_fit(many, "run.yaml", 16, here=False)
+    devices = [("GPU", 24 * 10**9)]
+    with pytest.raises(
+        ConfigError, match=r"take 106 GB on a rank, which has 24 GB; this fits: moe-dist launch torchrun"
+    ):
+        refuse_what_cannot_fit(many, "run.yaml", 16, here=False)
+
+
 def test_this_machine_says_how_much_it_has() -> None:
-    assert (memory_check.host_memory() or 0) > 1e9
+    assert (machine.host_memory() or 0) > 1e9

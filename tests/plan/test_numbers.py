@@ -14,7 +14,7 @@ from moe_dist.parallel import state_bytes as state
 from moe_dist.parallel.engines.replicated import ReplicatedEngine
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.plan import timing
+from moe_dist.plan import memory, timing
 from moe_dist.plan.cluster import cluster_of
 from moe_dist.plan.search import estimate
 from moe_dist.train.build import build_model
@@ -47,14 +47,13 @@ def test_miscounted_key_value_heads_are_seen(replace: Replace) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_peak_is_what_the_allocator_measures(kind: str, precision: str) -> None:
-    """Within 10 %, with each kind of recomputation; 15 % where dense blocks are computed again under autocast,
-    which the plan has 13 % too small. Seen to fail with the copies that autocast keeps of weights left
-    out of `block_activations`, and with one gradient of logits instead of two in `head_activations`."""
+    """Within 6 %, with each kind of recomputation. Seen to fail with the copies that autocast keeps of weights left
+    out of `block_activations`, until backward and, where blocks are computed again, until forward ends (12.8 % too
+    small); and with one gradient of logits instead of two in `head_activations`."""
     for recompute in RECOMPUTE:
         config = small(kind, precision, recompute)
         kept, peak = measured_step(config)
-        within = 0.15 if (kind, precision, recompute) == ("dense", "bf16", "full") else 0.1
-        assert planned_peak(config) == pytest.approx(peak, rel=within), (recompute, kept, peak)
+        assert planned_peak(config) == pytest.approx(peak, rel=0.06), (recompute, kept, peak)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -81,16 +80,25 @@ def test_state_is_what_one_process_holds(more: dict[str, Any], replace: Replace)
     assert (found.weights, found.gradients) == (held.weights, held.gradients)
     if more:
         replace(state, "moments", lambda optimizer: 1)  # as without masters: 2 numbers of 4 bytes, not 3
-        assert estimate(config, 1, cluster_of("cpu")).memory.optimizer != held.optimizer
+        with pytest.raises(AssertionError):
+            assert estimate(config, 1, cluster_of("cpu")).memory.optimizer == held.optimizer
 
 
-def test_a_skewed_layer_takes_longer_and_more(replace: Replace) -> None:
-    """The wrong term: imbalance left out of the time."""
+def assert_skew_costs() -> None:
     config = load_config("configs/mixtral_8x7b.yaml")
-    cluster = cluster_of("h100")
-    even, skewed = (estimate(config, 64, cluster, imbalance) for imbalance in (1.0, 2.0))
+    even, skewed = (estimate(config, 64, cluster_of("h100"), imbalance) for imbalance in (1.0, 2.0))
     assert skewed.memory.total > even.memory.total
     assert skewed.time.imbalance > 0 == even.time.imbalance
     assert skewed.time.dispatch > even.time.dispatch
-    replace(timing, "rank_load", lambda model, ep_size, imbalance: 1.0)
-    assert estimate(config, 64, cluster, 2.0).time.total == pytest.approx(even.time.total)
+
+
+def test_a_skewed_layer_takes_longer_and_more() -> None:
+    assert_skew_costs()
+
+
+@pytest.mark.parametrize("owner", [timing, memory])
+def test_imbalance_that_is_left_out_is_seen(owner: Any, replace: Replace) -> None:
+    """The wrong term: every rank gets the mean, in time or in memory."""
+    replace(owner, "rank_load", lambda model, ep_size, imbalance: 1.0)
+    with pytest.raises(AssertionError):
+        assert_skew_costs()

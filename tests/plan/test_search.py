@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from patches import Replace
 
 from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.layout import Layout
-from moe_dist.plan import links
+from moe_dist.plan import links, timing
 from moe_dist.plan.cluster import Cluster, cluster_of
 from moe_dist.plan.links import group_of
 from moe_dist.plan.search import Estimate, estimate, plan
@@ -85,25 +86,40 @@ def test_every_layout_of_a_plan_is_one_that_check_accepts() -> None:
     assert found.rejected["memory: needs more than a device has"] > 0
 
 
-def crossing() -> list[tuple[str, bool]]:
+def assert_neighbours_share_a_host() -> None:
+    """ep of 8 stays in a host of 8, all else crosses; where ep crosses, its exchange takes more than twice as long."""
     layout = Layout(32, pp_size=2, ep_size=8)
-    return [(axis, group_of(layout, axis, 8).crosses) for axis in ("ep", "edp", "dp", "pp")]
-
-
-def test_neighbours_share_a_host(replace: Replace) -> None:
-    """ep of 8 stays in a host of 8, everything else crosses; in the wrong order of hosts ep crosses."""
-    assert crossing() == [("ep", False), ("edp", True), ("dp", True), ("pp", True)]
-    assert group_of(Layout(32, pp_size=2, ep_size=16), "ep", 8).together == 8
-    right = estimate(base(), 32, H100).time
-    spread = estimate(
-        base().model_copy(update={"parallel": base().parallel.model_copy(update={"ep_size": 8})}), 32, H100
+    crossing = {axis: group_of(layout, axis, 8).crosses for axis in ("ep", "edp", "dp", "pp")}
+    assert crossing == {"ep": False, "edp": True, "dp": True, "pp": True}
+    parallel = base().parallel.model_copy(update={"ep_size": 8})
+    inside, across = (
+        estimate(
+            base().model_copy(update={"parallel": parallel}), 32, H100.model_copy(update={"devices_per_host": size})
+        )
+        for size in (8, 1)
     )
-    replace(links, "group_of", lambda layout, axis, per_host, size=None: links.Group(layout.ep_size, 1))
-    from moe_dist.plan import timing
+    assert across.time.dispatch > 2 * inside.time.dispatch > 0 == estimate(base(), 32, H100).time.dispatch
 
-    replace(timing, "group_of", links.group_of)
-    wrong = estimate(spread.config, 32, H100)
-    assert wrong.time.dispatch > 2 * spread.time.dispatch > 0 == right.dispatch
+
+def test_neighbours_share_a_host() -> None:
+    assert_neighbours_share_a_host()
+    assert group_of(Layout(32, pp_size=2, ep_size=16), "ep", 8).together == 8
+
+
+def test_the_wrong_order_of_hosts_is_seen(replace: Replace) -> None:
+    """The wrong term: ranks of an ep group are counted slowest, as replicas are, and so lie on different hosts."""
+    right = group_of
+
+    def wrong(layout: Layout, axis: str, per_host: int, size: int | None = None) -> links.Group:
+        return right(layout, {"ep": "pp", "pp": "ep"}.get(axis, axis), per_host, size)
+
+    replace(sys.modules[__name__], "group_of", wrong)
+    with pytest.raises(AssertionError):
+        assert_neighbours_share_a_host()
+    replace(timing, "group_of", lambda layout, axis, per_host, size=None: links.Group(size or layout.ep_size, 1))
+    replace(sys.modules[__name__], "group_of", right)
+    with pytest.raises(AssertionError):
+        assert_neighbours_share_a_host()
 
 
 def test_a_hundred_thousand_devices_and_a_thousand_experts_take_seconds() -> None:
@@ -113,7 +129,7 @@ def test_a_hundred_thousand_devices_and_a_thousand_experts_take_seconds() -> Non
     config = config.model_copy(update={"model": model})
     start = time.process_time()
     found = plan(config, 100_000, H100, global_batch=200_000)
-    assert time.process_time() - start < 30
+    assert time.process_time() - start < 15  # 2 s where nothing else runs
     assert found.ranked
     assert found.tried < 10_000
 
@@ -132,6 +148,28 @@ def test_layouts_come_in_the_order_that_was_measured() -> None:
     assert min(rows, key=lambda row: row[2])[1] <= 1.15 * min(row[1] for row in rows)
     wrong = rows_of(kept["100mbit"], devices_per_host=2, link_bandwidth=1e12)
     assert kendall([row[1] for row in wrong], [row[2] for row in wrong]) < 0.7
+
+
+def test_what_is_compiled_is_not_computed_again() -> None:
+    """Seen to propose recomputation, which the run file then refused."""
+    config = base(torch_compile=True)
+    found = plan(config, 4, H100.model_copy(update={"memory_gb": 60.0}))
+    assert {one.config.train.gradient_checkpointing for one in found.ranked} == {"none"}
+    assert any(reason.startswith("torch_compile=true: nothing is compiled") for reason in found.rejected)
+
+
+def test_gradients_that_travel_beside_backward_are_hidden() -> None:
+    """Of stage 0, as the trainer does it, unless it is told not to; and half as many bytes take half as long. Seen to
+    fail as it was: nothing hidden, and four bytes whatever `reduce_dtype` says."""
+    config = base()
+
+    def exposed(**parallel: object) -> float:
+        changed = config.parallel.model_copy(update=parallel)
+        return estimate(config.model_copy(update={"parallel": changed}), 16, H100).time.sharding
+
+    assert exposed() < exposed(overlap_grad_reduce=False)
+    halves = exposed(overlap_grad_reduce=False, reduce_dtype="bfloat16") / exposed(overlap_grad_reduce=False)
+    assert halves == pytest.approx(0.5, rel=0.01)
 
 
 def test_what_cannot_be_is_said_in_a_line() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moe_dist.config import Config
-from moe_dist.parallel.engines.replicated import ReplicatedEngine
+from moe_dist.parallel.engines.registry import build_engine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.build import build_model
 from moe_dist.train.loss import head_cross_entropy
@@ -16,11 +16,12 @@ from moe_dist.train.loss import head_cross_entropy
 _FORWARD_DONE = "forward done"
 
 
-def measured_step(config: Config) -> tuple[int, int]:
-    """Bytes kept from forward to backward, and the peak of the step, both above what is there between steps."""
-    mesh = Mesh.single()
+def measured_step(config: Config, mesh: Mesh | None = None) -> tuple[int, int]:
+    """Bytes kept from forward to backward, and the peak of the step, both above what is there between steps: of one
+    process, or of this rank of `mesh`, on which gradients that are sharded are not there between steps."""
+    mesh = mesh or Mesh.single()
     model = build_model(config, mesh)
-    engine = ReplicatedEngine(model, config, mesh)
+    engine = build_engine(model, config, mesh)
     model.gradient_checkpointing_enable(config.train.gradient_checkpointing)
     model.train()
     shape = config.train.per_device_train_batch_size, config.data.max_seq_length
@@ -35,16 +36,23 @@ def measured_step(config: Config) -> tuple[int, int]:
         with torch.autocast("cpu", torch.bfloat16, enabled=config.train.bf16):
             return model(ids, position_ids=positions, document_ids=documents, head_function=loss_of)
 
-    loss().backward()
-    engine.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        made = loss()
-        with record_function(_FORWARD_DONE):
-            pass
-        made.backward()
-        del made
+    def step() -> None:
+        engine.zero_grad()
+        for left in reversed(range(config.train.gradient_accumulation_steps)):
+            engine.before_backward(left == 0)
+            made = loss()
+            with record_function(_FORWARD_DONE):
+                pass
+            engine.backward(made)
+            del made
+        engine.reduce()
         engine.norm()
         engine.step(1e-3)
+
+    step()
+    engine.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
     kept, peak = kept_and_peak(profiled)
     assert peak > kept > 0
     return kept, peak

@@ -61,6 +61,12 @@ def check_prometheus(prometheus: PrometheusConfig) -> PrometheusConfig:
 class ParallelConfig(Section):
     """How ranks share the work: world = pp_size x edp x ep_size, and dp = edp x ep_size."""
 
+    layout: Literal["given", "auto"] = "given"
+    """given: as the keys below say; auto: what `moe-dist plan` ranks first for so many ranks of this machine, or of
+    launch.cluster, with as many sequences in a step as the run file has: ep_size, pp_size, schedule, stages,
+    zero_stage, shard_size, recomputation, micro-batch, accumulation. Resumes keep it on as many ranks."""
+    planned_ranks: Positive | None = None
+    """Ranks for which layout=auto has chosen the keys below: a run writes it, nobody else."""
     ep_size: Positive = 1
     """Expert parallelism: ranks over which the experts of a layer are spread."""
     dispatcher: DispatcherName = "auto"
@@ -220,6 +226,9 @@ class LaunchConfig(Section):
     """Ranks started on this machine by `moe-dist train`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto takes CUDA where there is one."""
+    cluster: PathText | None = None
+    """What the run is meant for: h100, h200, b200, a100, l40s, cpu, or a cluster file (docs/planning.md). `check` holds
+    it against that, and parallel.layout=auto chooses for it; default: this machine."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Collective library; auto: gloo for CPU, NCCL for CUDA."""
     timeout: PositiveFloat = 120.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import json
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from moe_dist.config import ConfigError
 from moe_dist.monitor.expert_stats import overall, used_share
 from moe_dist.monitor.health.doctor import findings
 from moe_dist.monitor.report import figures, specialisation
@@ -26,7 +27,13 @@ from moe_dist.monitor.run_log import SERIES, Row, RunLog, read_run
 PAGE = Path(__file__).with_name("report_page.html")
 
 
-def write_report(folders: Sequence[Path | str], output: Path | str | None = None) -> Path:
+Planned = Callable[[RunLog], tuple[Sequence[str], Sequence[Sequence[str]]]]
+"""What a plan says of a run beside what it has measured: titles, and rows whose first cell names them."""
+
+
+def write_report(
+    folders: Sequence[Path | str], output: Path | str | None = None, planned: Planned | None = None
+) -> Path:
     """Read the run folders and write the page; returns where: `report.html` in the folder of a single run.
 
     Several runs are compared on one page, `report.html` in the current folder. Raises ConfigError for a folder
@@ -36,11 +43,11 @@ def write_report(folders: Sequence[Path | str], output: Path | str | None = None
     default = runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")
     path = Path(output) if output is not None else default
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(runs), encoding="utf-8")
+    path.write_text(page(runs, planned), encoding="utf-8")
     return path
 
 
-def page(runs: Sequence[RunLog]) -> str:
+def page(runs: Sequence[RunLog], planned: Planned | None = None) -> str:
     """The whole page as HTML."""
     made = Page()
     names = ", ".join(run.name for run in runs)
@@ -62,6 +69,8 @@ def page(runs: Sequence[RunLog]) -> str:
         if any((row.get("ranks") or {}).get("rows_to") for row in run.train):
             caption = f"Token flow{of}: rows, (token, expert) pairs, from rank to rank in the last interval."
             made.chart(f"flow-{index}", figures.flow(run), caption)
+    if planned is not None:
+        made.section("planned", "Planned and measured", "".join(_planned(run, planned, len(runs) > 1) for run in runs))
     made.section("experts", "Experts")
     for index, run in enumerate(runs):
         if not any(row["layers"] for row in run.train):
@@ -216,6 +225,14 @@ def _layer_table(run: RunLog) -> str:
     titles = ["layer", "imbalance", "experts in use", "dead", "dropped", "balancing loss", "z-loss", "router entropy"]
     made = table([*titles, "busiest expert", "least busy"], rows)
     return f"<details><summary>The last interval in numbers</summary>{made}</details>"
+
+
+def _planned(run: RunLog, planned: Planned, named: bool) -> str:
+    heading = f"<h3>{_text(run.name)}</h3>" if named else ""
+    try:
+        return heading + table(*planned(run))
+    except ConfigError as error:  # of an older version, or on a device that no plan knows
+        return f"{heading}<p>No plan: {_text(error)}.</p>"
 
 
 def _configuration(run: RunLog) -> str:

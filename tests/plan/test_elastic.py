@@ -16,8 +16,10 @@ from moe_dist.checkpoint.lock import Job
 from moe_dist.config import Config, ConfigError, load_mapping
 from moe_dist.monitor.sinks.multi_sink import Sinks
 from moe_dist.parallel.layout import Layout
+from moe_dist.plan import elastic
+from moe_dist.plan.cluster import cluster_of
+from moe_dist.plan.elastic import replan
 from moe_dist.train import MoETrainer
-from moe_dist.train.elastic import replan
 
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * 12 for i in range(24)]
 
@@ -54,8 +56,10 @@ def plan(world: int, **changed: dict) -> tuple[int, int, int, int]:
     )
 
 
-def test_the_nearest_layout_that_keeps_the_batch() -> None:
-    """Without a checkpoint the batch is that of the fewest ranks the configuration is made for: 4 x 3."""
+def test_the_nearest_layout_that_keeps_the_batch(replace: Replace) -> None:
+    """Where nobody knows the devices. Without a checkpoint the batch is that of the fewest ranks the configuration is
+    made for: 4 x 3."""
+    replace(elastic, "machine_of", lambda config, per_host: None)
     assert plan(4) == (1, 4, 3, 1)
     assert plan(2) == (1, 2, 3, 2)
     assert plan(3) == (1, 1, 2, 2)
@@ -64,6 +68,17 @@ def test_the_nearest_layout_that_keeps_the_batch() -> None:
     assert plan(4, parallel={"pp_size": 2, "ep_size": 2}, train={"gradient_accumulation_steps": 2}) == (2, 2, 3, 2)
     assert plan(2, parallel={"pp_size": 2, "ep_size": 2}, train={"gradient_accumulation_steps": 2}) == (2, 1, 3, 4)
     assert plan(3, parallel={"pp_size": 2, "ep_size": 2}, train={"gradient_accumulation_steps": 2}) == (1, 1, 2, 2)
+
+
+def test_a_plan_chooses_among_those_that_keep_the_batch(replace: Replace) -> None:
+    """On two ranks four of ep no longer go: the fastest that fits, and not the nearest. As configured where that goes,
+    whatever a plan has to say. Seen to fail with the first taken: (1, 2, 3, 2)."""
+    fast = cluster_of("cpu").model_copy(update={"devices_per_host": 4})
+    replace(elastic, "machine_of", lambda config, per_host: fast)
+    assert plan(2) == (1, 1, 3, 2)
+    assert plan(4) == (1, 4, 3, 1)
+    fast = fast.model_copy(update={"memory_gb": 9e-4})  # with all experts on each rank nothing fits
+    assert plan(2) == (1, 2, 1, 6)
 
 
 def test_only_when_asked() -> None:
