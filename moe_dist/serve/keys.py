@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moe_dist.serve.errors import Refused
 
-ROLES = {"user": {"infer"}, "metrics": {"metrics"}, "admin": {"infer", "metrics"}}
+ROLES = {"user": {"infer"}, "metrics": {"metrics"}, "admin": {"infer", "metrics", "train"}}
 """What each role may do."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _LIMITS = ("requests_per_minute", "tokens_per_minute")
