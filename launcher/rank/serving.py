@@ -56,12 +56,12 @@ def _serve(engine: Any, place: Any, options: dict[str, Any]) -> int:
     from moe_dist.serve.audit import AuditLog
     from moe_dist.serve.engine_thread import EngineThread
     from moe_dist.serve.gate import Limits
-    from moe_dist.serve.keys import KeyRing, read_keys
+    from moe_dist.serve.keys import KeyRing
     from moe_dist.serve.server import run
 
     audit: AuditLog | None = None
     try:
-        keys = KeyRing(read_keys(Path(options["keys"]))) if options["keys"] else None
+        keys = KeyRing(Path(options["keys"])) if options["keys"] else None
         if options["audit"]:
             audit = AuditLog(Path(options["audit"]), **options["audit_options"])
         trainings = _trainings(options["train"], audit) if options["train"] else None
