@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -40,6 +41,7 @@ from launcher.connect.environment import (
 from launcher.connect.exit_codes import EXIT_CONFIG, EXIT_FAILED
 from launcher.connect.mpi import join_mpi
 from launcher.connect.output import complain
+from launcher.connect.rank_job import LAUNCHER
 from moe_dist import __version__
 from moe_dist.config import ConfigError, dump_config, load_config
 from moe_dist.config.vocabulary import vocabulary_needed
@@ -137,6 +139,10 @@ def train(context: typer.Context, config: ConfigPath) -> None:
     from launcher.backends.local import launch
     from launcher.cli.memory_check import refuse_what_cannot_fit
 
+    if LAUNCHER in os.environ:  # a server that has started this: when it has gone, save and end
+        from launcher.rank.worker import die_with_parent
+
+        die_with_parent(int(os.environ.pop(LAUNCHER)), signal.SIGTERM)
     refuse_what_cannot_fit(settings, config, settings.launch.nproc_per_node)
     raise typer.Exit(launch(settings))
 

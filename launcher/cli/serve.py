@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.backends.command import TRAIN
 from launcher.cli.checkpoint import Key
 from launcher.cli.inference import AnyModel, CachePolicy, Dtype, ExpertCacheGb, Nproc, Step, run_inference
 from launcher.cli.paths import expanded
@@ -54,6 +55,13 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 256,
     cache_tokens: Annotated[int, typer.Option(min=16, help="Places for tokens of all answers together.")] = 131_072,
     drain_seconds: Annotated[int, typer.Option(min=0, help="For answers under way when SIGTERM comes.")] = 30,
+    train_dir: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", callback=expanded, help="Let admins train by /train, with files in here alone."),
+    ] = None,
+    train_code: Annotated[
+        bool, typer.Option("--train-code", help="Let trainings name package.module:Class of one's own, which runs.")
+    ] = False,
     nproc: Nproc = 1,
     step: Step = None,
     dtype: Dtype = "fp32",
@@ -79,6 +87,10 @@ def serve(
         raise ConfigError("--tls-certificate and --tls-key: both, or neither")
     if audit_text and audit is None:
         raise ConfigError("--audit-text: only with --audit-log FILE")
+    if train_code and train_dir is None:
+        raise ConfigError("--train-code: only with --train-dir FOLDER")
+    if train_dir is not None and not Path(train_dir).is_dir():
+        raise ConfigError(f"--train-dir {train_dir}: there is no such folder")
     from moe_dist.serve.gate import is_loopback
 
     if not is_loopback(host) and keys is None:
@@ -104,10 +116,14 @@ def serve(
         "audit": audit,
         "audit_options": {"max_bytes": audit_mb * 2**20, "with_text": audit_text},
         "limits": {"body_bytes": max_body_kb * 1000, "request_seconds": max_seconds, "max_tokens": max_tokens},
+        "train": None,
         "max_waiting": max_waiting,
         "drain_seconds": drain_seconds,
         "engine": engine,
     }
+    if train_dir is not None:
+        command = [sys.executable, "-u", *TRAIN]
+        options["train"] = {"folder": train_dir, "own_code": train_code, "command": command}
     raise typer.Exit(run_inference("serve", model, context.args, options, nproc, step, dtype, encryption_key))
 
 

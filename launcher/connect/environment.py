@@ -22,6 +22,10 @@ BATCH = "MOE_DIST_GLOBAL_BATCH"
 _SPECIAL_STEPS = 0xFFFFFFF0  # the batch script, the shell of salloc: steps that nobody started with srun
 STORE, TOKEN = "MOE_DIST_STORE", "MOE_DIST_TOKEN"
 """How ranks meet: the socket on which rank 0 serves ("" for the others), and a word that keeps strangers out."""
+_OF_RANKS = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)$|MASTER_(ADDR|PORT)$|"
+    r"(MOE_DIST|TORCHELASTIC|PET|SLURM|PMI|PMIX|OMPI|HYDRA|MPI)_"
+)
 _PORTS = range(10000, 30000)  # below those that Linux hands out by itself
 
 
@@ -45,6 +49,11 @@ def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
     Half of it counts: someone has tried, and starting ranks inside a rank would only hide it.
     """
     return "RANK" in environ or ("WORLD_SIZE" in environ and "MASTER_ADDR" in environ)
+
+
+def outside_of_ranks(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What is left for a program that is none of these ranks, though one of them starts it."""
+    return {name: value for name, value in environ.items() if name == "MOE_DIST_DEBUG" or not _OF_RANKS.match(name)}
 
 
 def refuse_half_a_torchrun(environ: Mapping[str, str] = os.environ) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launcher.connect.environment import Environment
+from launcher.connect.environment import Environment, outside_of_ranks
 from launcher.connect.exit_codes import EXIT_CTRL_C
-from launcher.connect.rank_job import Inference
+from launcher.connect.rank_job import LAUNCHER, Inference
 from moe_dist.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from moe_dist.serve.audit import AuditLog
+    from moe_dist.serve.training import TrainingQueue
 
 
 def serve(config: Config, environment: Environment, wanted: Inference) -> int:
@@ -50,18 +56,20 @@ def _serve(engine: Any, place: Any, options: dict[str, Any]) -> int:
     from moe_dist.serve.audit import AuditLog
     from moe_dist.serve.engine_thread import EngineThread
     from moe_dist.serve.gate import Limits
-    from moe_dist.serve.keys import KeyRing, read_keys
+    from moe_dist.serve.keys import KeyRing
     from moe_dist.serve.server import run
 
-    audit = None
+    audit: AuditLog | None = None
     try:
-        keys = KeyRing(read_keys(Path(options["keys"]))) if options["keys"] else None
+        keys = KeyRing(Path(options["keys"])) if options["keys"] else None
         if options["audit"]:
             audit = AuditLog(Path(options["audit"]), **options["audit_options"])
+        trainings = _trainings(options["train"], audit) if options["train"] else None
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     thread = EngineThread(engine, options["max_waiting"])
-    service = Service(thread, options["name"], limits=Limits(**options["limits"]), keys=keys, audit=audit)
+    parts: dict[str, Any] = {"keys": keys, "audit": audit, "trainings": trainings}
+    service = Service(thread, options["name"], limits=Limits(**options["limits"]), **parts)
     tls = (Path(options["tls"][0]), Path(options["tls"][1])) if options["tls"] else None
     host, port = place.getsockname()[:2]
     scheme, host = "http" if tls is None else "https", f"[{host}]" if ":" in host else host
@@ -82,3 +90,19 @@ def _serve(engine: Any, place: Any, options: dict[str, Any]) -> int:
         if audit is not None:
             audit.close()
     return EXIT_CTRL_C if number == signal.SIGINT else 0
+
+
+def _trainings(wanted: dict[str, Any], audit: AuditLog | None) -> TrainingQueue:
+    """Raises OSError."""
+    from moe_dist.serve.training import TrainingQueue
+
+    environment = outside_of_ranks() | {LAUNCHER: str(os.getpid())}
+    if not wanted["own_code"]:
+        environment["PYTHONSAFEPATH"] = "1"  # a file in the folder must not be imported for a module of its name
+
+    def tell(line: dict[str, Any]) -> None:
+        if audit is not None:
+            audit.write({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **line}, {})
+
+    folder, own_code = Path(wanted["folder"]), wanted["own_code"]
+    return TrainingQueue(folder, wanted["command"], environment, own_code=own_code, tell=tell)

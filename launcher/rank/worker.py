@@ -271,11 +271,11 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def die_with_parent(parent: int) -> None:
-    """No orphans: the kernel ends this process when its parent is gone (Linux)."""
+def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """No orphans: the kernel ends this process when its parent is gone (Linux), by this signal."""
     if not sys.platform.startswith("linux"):
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it went before the kernel knew
         os._exit(EXIT_FAILED)
 

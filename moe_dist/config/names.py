@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
 from moe_dist.config.not_offered import GENERATION, instead_of, needs_nothing
+from moe_dist.config.paths import PATHS
 from moe_dist.config.sections.all import Sections
-from moe_dist.config.sections.base import Section
+from moe_dist.config.sections.base import Choice, Section
 from moe_dist.config.wording import ConfigError, allowed, show
 
 SECTIONS: dict[str, type[Section]] = {}
@@ -34,6 +35,24 @@ FIELDS = {
 # Keys are unique over all sections, so a bare key names its full one; a test holds config.py to that. The keys of a
 # group keep its name: `prometheus.port`.
 HOMES = {full.partition(".")[2]: full for full in FIELDS}
+
+
+def _limits(kind: Any, metadata: Sequence[Any] = ()) -> Iterator[Any]:
+    """The functions that a value of this type goes through, at any depth."""
+    for limit in metadata:
+        yield from _limits(None, limit.metadata) if isinstance(limit, FieldInfo) else [getattr(limit, "func", None)]
+    for inner in get_args(kind):
+        yield from _limits(inner, getattr(inner, "__metadata__", ()))
+
+
+PATH_KEYS = frozenset(key for key, field in FIELDS.items() if PATHS & {*_limits(field.annotation, field.metadata)})
+"""Whose values are files, folders, patterns or URLs, or names that may be one."""
+CODE_KEYS = frozenset(
+    key
+    for key, field in FIELDS.items()
+    if any(isinstance(f, Choice) for f in _limits(field.annotation, field.metadata))
+)
+"""That take a `package.module:Class` of a person's own, which then runs."""
 # Too general to follow out of another section: `model.name` is not the dataset's name.
 GENERAL = {"limit", "name", "path", "source", "split"}
 # Sections of other trainers' files. Their keys go where they belong, by name.

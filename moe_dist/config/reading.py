@@ -29,6 +29,15 @@ from moe_dist.config.yaml_text import parse_yaml, read_yaml
 Tree = TypeVar("Tree", bound=Sections)
 
 MAX_FILES = 100
+Admit = Callable[[str, Any], Any]
+"""Gets a full key (or `base`, `model.from`) and its value before anything is read by it, and returns what is meant;
+raises ConfigError for what it does not allow."""
+
+
+def as_it_is(key: str, value: Any) -> Any:
+    return value
+
+
 _KERNEL = "model.attn_implementation"  # how it is computed, not what
 _PRETRAINED = "model.from_pretrained"
 
@@ -36,7 +45,8 @@ _PRETRAINED = "model.from_pretrained"
 class Reading:
     """One call of `load_config`: values by full key, and who said each."""
 
-    def __init__(self, notice: Callable[[str], None]) -> None:
+    def __init__(self, notice: Callable[[str], None], admit: Admit = as_it_is) -> None:
+        self._admit = admit
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.spellings: dict[str, str] = {}
@@ -73,7 +83,7 @@ class Reading:
             if not isinstance(name, str):
                 raise ConfigError(f"base={show(base)}: the path of a YAML file, or a list of them ({path})")
             said = f"base={show(name)} ({path})"
-            self.file(path.parent / expanded(name, said), said, (*stack, place))
+            self.file(Path(self._admit("base", str(path.parent / expanded(name, said)))), said, (*stack, place))
         self.layer(raw, str(path), path.parent)
 
     def layer(self, raw: Mapping[Any, Any], origin: str, folder: Path) -> None:
@@ -81,6 +91,7 @@ class Reading:
         said: dict[str, tuple[str, Any]] = {}
         for spelling, value in spellings(raw, origin):
             for key, meant in place(spelling, value, origin, self.notice):
+                meant = self._admit(key, meant)
                 if key in said and said[key][1] != meant:
                     first, other = said[key]
                     both = f"{first}={show(other)} and {spelling}={show(value)}"

@@ -27,7 +27,16 @@ from moe_dist.serve.errors import Refused
 from moe_dist.serve.gate import Asked, Gate, Limits
 from moe_dist.serve.keys import KeyRing
 from moe_dist.serve.metrics import ServeMetrics
-from moe_dist.serve.schema import ChatRequest, CompletionRequest, Message
+from moe_dist.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    InferAnswer,
+    InferRequest,
+    Message,
+    SamplingRequest,
+)
+from moe_dist.serve.train_routes import train_routes
+from moe_dist.serve.training import TrainingQueue
 
 T = TypeVar("T")
 _COMPLETION_TOKENS = 16
@@ -38,10 +47,17 @@ class Service:
     """One model behind OpenAI's interface. `application` is what an ASGI server runs."""
 
     def __init__(
-        self, thread: EngineThread, name: str, *, limits: Limits, keys: KeyRing | None, audit: AuditLog | None
+        self,
+        thread: EngineThread,
+        name: str,
+        *,
+        limits: Limits,
+        keys: KeyRing | None,
+        audit: AuditLog | None,
+        trainings: TrainingQueue | None = None,
     ) -> None:
         assert thread.engine.tokenizer is not None
-        self.thread, self.name, self.limits = thread, name, limits
+        self.thread, self.name, self.limits, self.trainings = thread, name, limits, trainings
         self.engine, self.tokenizer = thread.engine, thread.engine.tokenizer
         self.metrics = ServeMetrics(thread.engine)
         self.started = int(time.time())
@@ -56,6 +72,13 @@ class Service:
 
     def card(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self.started, "owned_by": "moe-dist"}
+
+    async def infer(self, request: Request, body: InferRequest) -> dict[str, Any]:
+        prompt = await self._encode(self.engine.encode, body.prompt)
+        answers, events = self._begin(request, body, [prompt], body.prompt, self.limits.max_tokens)
+        await _unless_gone(request, _all_of(events))
+        [answer] = answers.answers
+        return {"text": answer.text, "finish_reason": answer.finished, "usage": answers.usage()}
 
     async def complete(self, request: Request, body: CompletionRequest) -> Response:
         prompts = [await self._encode(self.engine.encode, prompt) for prompt in body.prompts]
@@ -86,8 +109,31 @@ class Service:
     ) -> Response:
         if body.model != self.name:
             raise Refused(404, f"model {body.model!r} is not here: {self.name!r} is", "model_not_found", param="model")
+        default = self.limits.max_tokens if is_chat else _COMPLETION_TOKENS
+        answers, events = self._begin(request, body, prompts, said, default, is_chat=is_chat)
+        if not body.stream:
+            await _unless_gone(request, _all_of(events))
+            return JSONResponse(answers.whole())
+        # The status is known once the engine has taken the request.
+        first: dict[str, Any] = await _unless_gone(request, anext(events))
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        return StreamingResponse(
+            _pieces(answers, first, events, with_usage), media_type="text/event-stream", headers=_NOT_BUFFERED
+        )
+
+    def _begin(
+        self,
+        request: Request,
+        body: SamplingRequest,
+        prompts: list[list[int]],
+        said: Any,
+        default: int,
+        *,
+        is_chat: bool = False,
+    ) -> tuple[Answers, AsyncIterator[dict[str, Any]]]:
+        """Where answers gather, and what makes them. `default`: of max_tokens. Raises Refused."""
         limit = self.limits.max_tokens
-        wanted = body.wanted_tokens or (limit if is_chat else _COMPLETION_TOKENS)
+        wanted = body.wanted_tokens or min(default, limit)
         if wanted > limit:
             raise Refused(400, f"max_tokens={wanted}: at most {limit} here", "max_tokens_too_large", param="max_tokens")
         try:
@@ -98,16 +144,7 @@ class Service:
         answers = Answers(self.name, self.tokenizer, [len(prompt) for prompt in prompts], is_chat)
         asked.prompt_tokens = sum(answers.prompt_sizes)
         asked.said = {"prompt": said}
-        events = self._events(prompts, options, answers, asked)
-        if not body.stream:
-            await _unless_gone(request, _all_of(events))
-            return JSONResponse(answers.whole())
-        # The status is known once the engine has taken the request.
-        first: dict[str, Any] = await _unless_gone(request, anext(events))
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(
-            _pieces(answers, first, events, with_usage), media_type="text/event-stream", headers=_NOT_BUFFERED
-        )
+        return answers, self._events(prompts, options, answers, asked)
 
     async def _events(
         self, prompts: list[list[int]], options: SamplingOptions, answers: Answers, asked: Asked
@@ -235,6 +272,12 @@ def _routes(service: Service) -> FastAPI:
     @app.post("/v1/chat/completions", summary="Answer a conversation")
     async def chat(request: Request, body: ChatRequest) -> Response:
         return await service.chat(request, body)
+
+    @app.post("/infer", summary="A text in, a text out", response_model=InferAnswer)
+    async def infer(request: Request, body: InferRequest) -> dict[str, Any]:
+        return await service.infer(request, body)
+
+    app.include_router(train_routes(service.trainings))
 
     @app.get("/v1/models", summary="The model that is served")
     async def models() -> dict[str, Any]:

@@ -31,9 +31,11 @@ NEEDED = {
     "/v1/models": "infer",
     "/v1/completions": "infer",
     "/v1/chat/completions": "infer",
+    "/infer": "infer",
+    "/train": "train",
     "/metrics": "metrics",
 }
-"""What a client must be allowed to do."""
+"""What a client must be allowed to do, there and below."""
 OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json")
 """That say nothing about the model or who uses it."""
 
@@ -58,6 +60,8 @@ class Asked:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: str | None = None
+    training: str | None = None
+    """The id of one that the request is about."""
     said: dict[str, Any] = field(default_factory=dict)
     """Prompts and answers."""
     tickets: set[int] = field(default_factory=set)
@@ -113,12 +117,12 @@ class Gate:
         path = scope["path"]
         if path not in OPEN:
             asked.client = await self._client(headers)
-            needed = NEEDED.get(path)
+            needed = NEEDED.get(_place(path))
             if needed is not None and not asked.client.may(needed):
                 raise Refused(403, f"key {asked.client.name}: role {asked.client.role} may not do this", "wrong_role")
             if self.is_draining:
                 raise Refused(503, "this server is being stopped", "shutting_down", retry_after=5)
-            if needed == "infer":
+            if needed in ("infer", "train"):
                 asked.client.begin()
         body = await self._body(receive)
         try:
@@ -164,7 +168,7 @@ class Gate:
 
     def _tell(self, scope: Message, asked: Asked, status: int, seconds: float) -> None:
         path = scope["path"]
-        label = path if path in NEEDED or path in OPEN else "other"
+        label = _place(path) if _place(path) in NEEDED or path in OPEN else "other"
         self.metrics.requests.labels(label, str(status)).inc()
         self.metrics.seconds.labels(label).observe(seconds)
         asked.client.spend("tokens_per_minute", asked.prompt_tokens + asked.completion_tokens)
@@ -185,7 +189,14 @@ class Gate:
             "completion_tokens": asked.completion_tokens,
             "finish_reason": asked.finish_reason,
         }
+        if asked.training is not None:
+            line["training"] = asked.training
         self.audit.write(line, asked.said)
+
+
+def _place(path: str) -> str:
+    """The one of NEEDED that a path is, or is below; else the path."""
+    return next((place for place in NEEDED if path.startswith(f"{place}/")), path)
 
 
 def is_loopback(host: str) -> bool:

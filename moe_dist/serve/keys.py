@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import re
 import secrets
 import time
@@ -17,7 +18,9 @@ from pathlib import Path
 
 from moe_dist.serve.errors import Refused
 
-ROLES = {"user": {"infer"}, "metrics": {"metrics"}, "admin": {"infer", "metrics"}}
+logger = logging.getLogger(__name__)
+
+ROLES = {"user": {"infer"}, "metrics": {"metrics"}, "admin": {"infer", "metrics", "train"}}
 """What each role may do."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _LIMITS = ("requests_per_minute", "tokens_per_minute")
@@ -55,6 +58,8 @@ class Client:
     role: str
     hash: str = ""
     limits: dict[str, Bucket] = field(default_factory=dict)
+    line: tuple[str, ...] = ()
+    """Of the file, word by word."""
 
     def may(self, what: str) -> bool:
         return what in ROLES.get(self.role, ())
@@ -121,7 +126,7 @@ def read_keys(path: Path) -> dict[str, Client]:
             extract_parameters(hashed)
         except InvalidHashError:
             raise ValueError(f"{where}: {name} has no argon2 hash") from None
-        found[name] = Client(name, role, hashed, dict(_limit(word, where) for word in words[3:]))
+        found[name] = Client(name, role, hashed, dict(_limit(word, where) for word in words[3:]), tuple(words))
     if not found:
         raise ValueError(f"{path}: there is no key; moe-dist serve --hash-key NAME:ROLE writes one")
     return found
@@ -135,16 +140,22 @@ def _limit(word: str, where: str) -> tuple[str, Bucket]:
 
 
 class KeyRing:
-    """Checks keys. What argon2 has found good once is known by its SHA-256 from then on, for as long as this runs."""
+    """Checks keys. What argon2 has found good once is known by its SHA-256 from then on, while its line is there.
 
-    def __init__(self, clients: dict[str, Client]) -> None:
-        self.clients = clients
+    The file is read again when it has changed; one that is wrong is one warning, and the keys stay what they were.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError naming file and line."""
+        self._path, self._seen = path, _look(path)
+        self.clients = read_keys(path)
         self._good: dict[bytes, Client] = {}
         self._one = asyncio.Lock()
         self._checks: dict[bytes, asyncio.Task[bool]] = {}
 
     async def client(self, authorization: str | None) -> Client:
         """Whose key this header has. Raises Refused: 401, and 429 when too many unknown keys wait to be checked."""
+        self._look_again()
         scheme, _, key = (authorization or "").partition(" ")
         key = key.strip()
         if scheme.lower() != "bearer" or not key:
@@ -153,26 +164,55 @@ class KeyRing:
         if digest in self._good:
             return self._good[digest]
         wrong = Refused(401, "this key is not known here", "invalid_api_key")
-        client = self.clients.get(key.partition(".")[0])
-        if client is None or len(key) > _MAX_KEY:
+        if len(key) > _MAX_KEY:
             raise wrong
+        client = self.clients.get(key.partition(".")[0])
         if digest not in self._checks:  # a burst of requests with one key is one check
             if len(self._checks) >= _MAX_CHECKS:
                 raise Refused(429, "too many keys are being checked", "rate_limit_exceeded", retry_after=1)
             self._checks[digest] = asyncio.create_task(self._check(client, key, digest))
-        if not await asyncio.shield(self._checks[digest]):  # whoever else waits for it
+        is_right = await asyncio.shield(self._checks[digest])  # whoever else waits for it
+        if client is None or not is_right or self.clients.get(client.name) is not client:
             raise wrong
         return client
 
-    async def _check(self, client: Client, key: str, digest: bytes) -> bool:
+    async def _check(self, client: Client | None, key: str, digest: bytes) -> bool:
+        # A name that is not there costs what one costs that is: time and a place in the queue must not tell them apart.
+        hashed = client.hash if client is not None else next(iter(self.clients.values())).hash
         try:
             async with self._one:
-                is_right = await asyncio.to_thread(_verify, client.hash, key)
-            if is_right:
+                is_right = await asyncio.to_thread(_verify, hashed, key)
+            if is_right and client is not None and self.clients.get(client.name) is client:
                 self._good[digest] = client
             return is_right
         finally:
             del self._checks[digest]
+
+    def _look_again(self) -> None:
+        if (seen := _look(self._path)) == self._seen:
+            return
+        self._seen = seen
+        try:
+            found = read_keys(self._path)
+        except ValueError as error:
+            logger.warning("the keys stay as they were: %s", error)
+            return
+        # Who is still there with the same line keeps what is left of his limits.
+        for name, new in found.items():
+            if (old := self.clients.get(name)) is not None and old.line == new.line:
+                found[name] = old
+        self.clients = found
+        self._good = {digest: one for digest, one in self._good.items() if self.clients.get(one.name) is one}
+        logger.warning("%s has changed: %d keys", self._path, len(found))
+
+
+def _look(path: Path) -> tuple[int, int, int] | None:
+    """Other when the file has changed; None for one that cannot be seen."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _verify(hashed: str, key: str) -> bool:

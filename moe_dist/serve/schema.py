@@ -22,8 +22,9 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
-class _Request(_Strict):
-    model: str = Field(max_length=512)
+class SamplingRequest(_Strict):
+    """How to go on: what all that write text have in common."""
+
     max_tokens: Count | None = None
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, gt=0, le=1)
@@ -33,14 +34,6 @@ class _Request(_Strict):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     ignore_eos: bool = False
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    n: Literal[1] | None = 1
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
-    user: str | None = Field(None, max_length=512)
-    store: Literal[False] | None = None
-    metadata: dict[str, str] | None = None
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -65,6 +58,36 @@ class _Request(_Strict):
             ignore_eos=self.ignore_eos,
             logprobs=self.num_logprobs,
         )
+
+
+class InferRequest(SamplingRequest):
+    """`/infer`: a text to go on from, for whoever wants no more than that."""
+
+    prompt: str
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class InferAnswer(BaseModel):
+    text: str
+    finish_reason: str
+    usage: Usage
+
+
+class _Request(SamplingRequest):
+    model: str = Field(max_length=512)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = 1
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
+    user: str | None = Field(None, max_length=512)
+    store: Literal[False] | None = None
+    metadata: dict[str, str] | None = None
 
 
 class CompletionRequest(_Request):
@@ -121,3 +144,10 @@ class ChatRequest(_Request):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TrainRequest(_Strict):
+    """`/train`. `config`: a run file in the folder of trainings, or what one would hold."""
+
+    config: Annotated[str, Field(min_length=1, max_length=1024)] | dict[str, Any]
+    overrides: list[Annotated[str, Field(max_length=4096)]] = Field([], max_length=256, description="key=value each")

@@ -83,6 +83,8 @@ class _Server(uvicorn.Server):
         thread = self.service.thread
         thread.failed = self._end
         thread.start(asyncio.get_running_loop())
+        if self.service.trainings is not None:
+            self.service.trainings.start()
         try:
             await self.serve([place])
         finally:
@@ -91,6 +93,13 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answers and a training under way end side by side."""
+        ends = [super().shutdown(sockets)]
+        if self.service.trainings is not None:
+            ends.append(self.service.trainings.stop(self.config.timeout_graceful_shutdown or 0))
+        await asyncio.gather(*ends)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from moe_dist.serve.keys import new_key
@@ -67,6 +68,14 @@ class Server:
             assert time.monotonic() < deadline, f"{name} is {self.metric(name)}, not {value}"
             time.sleep(0.02)
 
+    def wait_for_a_step(self, client: httpx.Client, training: str) -> None:
+        deadline = time.monotonic() + 60
+        while (found := client.get(f"/train/{training}").json())["step"] is None:
+            log = client.get(f"/train/{training}/log").text
+            assert time.monotonic() < deadline, (found, log)
+            assert found["status"] in ("queued", "running"), (found, log)
+            time.sleep(0.1)
+
     def audited(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.audit.read_text().splitlines()]
 
@@ -99,6 +108,19 @@ def _the_way_to_serve() -> Any:
     return _serving
 
 
+@pytest.fixture(scope="session")
+def run_file() -> dict[str, Any]:
+    """A training of seconds from `text.txt`, whose last step is far away."""
+    return {
+        "model": MODEL,
+        "data": {"path": "text.txt", "source": "text", "max_seq_length": 32, "validation_split": 0.0},
+        "train": {"max_steps": 100_000, "output_dir": "runs/one", "logging_steps": 1, "progress": "none"},
+        "checkpoint": {"save_steps": 50_000},
+        "monitor": {"tensorboard": False},
+        "launch": {"device": "cpu"},
+    }
+
+
 @pytest.fixture(scope="package")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("runs") / "run"
@@ -109,14 +131,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With keys `alice` (user), `watch` (metrics), `poor` (one request a minute); eight answers at once, 32 in all."""
+    """With keys `alice` (user), `watch` (metrics), `boss` (admin), `poor` (one request a minute); eight answers at
+    once, 32 in all. Trainings are in `trainings` beside the log.
+    """
     folder = tmp_path_factory.mktemp("serve")
     keys, lines = {}, []
-    for name, role in (("alice", "user"), ("watch", "metrics"), ("poor", "user")):
+    for name, role in (("alice", "user"), ("watch", "metrics"), ("boss", "admin"), ("poor", "user")):
         keys[name], line = new_key(name, role)
         lines.append(line + " requests_per_minute=1" * (name == "poor"))
     (folder / "keys").write_text("\n".join(["# who may ask", *lines]))
-    options = ("--keys", folder / "keys", "--audit-log", folder / "audit.jsonl", "--max-batch", 8)
+    (folder / "trainings").mkdir()
+    options: tuple[object, ...] = ("--keys", folder / "keys", "--audit-log", folder / "audit.jsonl", "--max-batch", 8)
+    options += ("--train-dir", folder / "trainings")
     limits = ("--max-waiting", 24, "--max-tokens", 1500, "--max-body-kb", 20)
     with _serving(run, folder, *options, *limits, keys=keys) as found:
         yield found

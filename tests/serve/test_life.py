@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from argon2 import PasswordHasher
 from command_line import Say
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -31,7 +32,7 @@ from moe_dist.serve.audit import AuditLog
 from moe_dist.serve.engine_thread import EngineFailedError, EngineThread
 from moe_dist.serve.errors import Refused
 from moe_dist.serve.gate import Limits
-from moe_dist.serve.keys import Bucket, Client, KeyRing, new_key, read_keys
+from moe_dist.serve.keys import Bucket, KeyRing, new_key, read_keys
 from moe_dist.serve.server import listen
 from moe_dist.serve.server import run as run_server
 
@@ -129,17 +130,70 @@ def test_a_bucket_refills() -> None:
     assert bucket.level == 60
 
 
-def test_a_burst_of_one_key_is_one_check_and_many_keys_are_too_many() -> None:
-    key, line = new_key("bob", "user")
-    client = Client("bob", "user", line.split()[2])
+@pytest.fixture
+def ring(tmp_path: Path) -> tuple[KeyRing, Path, dict[str, str]]:
+    """Of bob and carol, its file, and their keys. The hashes cost little."""
+    keys, lines = {}, []
+    for name in ("bob", "carol"):
+        keys[name] = f"{name}.{'x' * 20}"
+        lines.append(f"{name} user {PasswordHasher(1, 64, 1).hash(keys[name])} requests_per_minute=5")
+    (tmp_path / "keys").write_text("\n".join(lines))
+    return KeyRing(tmp_path / "keys"), tmp_path / "keys", keys
+
+
+@pytest.mark.parametrize("guessed", ["bob", "nobody"])
+def test_a_burst_of_one_key_is_one_check_and_many_keys_are_too_many(
+    ring: tuple[KeyRing, Path, dict[str, str]], guessed: str
+) -> None:
+    """Nobody can tell whether the name of a guess is known. Planted: without a check for unknown names all are 401."""
+    found, _, keys = ring
 
     async def ask() -> None:
-        ring = KeyRing({"bob": client})
-        assert await asyncio.gather(*(ring.client(f"Bearer {key}") for _ in range(40))) == [client] * 40
-        guesses = (ring.client(f"Bearer bob.{number}") for number in range(12))
-        found = await asyncio.gather(*guesses, ring.client(f"bearer {key}"), return_exceptions=True)
-        assert [error.status for error in found[:-1] if isinstance(error, Refused)] == [401] * 8 + [429] * 4
-        assert found[-1] is client
+        assert {one.name for one in await asyncio.gather(*(found.client(f"Bearer {keys['bob']}") for _ in range(40)))}
+        guesses = (found.client(f"Bearer {guessed}.{number}") for number in range(12))
+        *wrong, right = await asyncio.gather(*guesses, found.client(f"bearer {keys['bob']}"), return_exceptions=True)
+        assert [error.status for error in wrong if isinstance(error, Refused)] == [401] * 8 + [429] * 4
+        assert right is found.clients["bob"]
+
+    asyncio.run(ask())
+
+
+def test_a_key_file_that_changes_is_read_again(
+    ring: tuple[KeyRing, Path, dict[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who is gone from it is out, known or not; who stays keeps his limits; one that is wrong changes nothing."""
+    found, file, keys = ring
+    bob, carol = file.read_text().splitlines()
+
+    async def status(name: str) -> int:
+        try:
+            await found.client(f"Bearer {keys[name]}")
+        except Refused as refused:
+            return refused.status
+        return 200
+
+    async def ask() -> None:
+        assert [await status("bob"), await status("carol")] == [200, 200]
+        for _ in range(5):
+            found.clients["bob"].begin()
+        file.write_text(f"{bob}\n")
+        assert [await status("bob"), await status("carol")] == [200, 401]
+        with pytest.raises(Refused, match="requests_per_minute=5"):
+            found.clients["bob"].begin()
+        file.write_text(f"{bob}\ncarol king")
+        assert [await status("bob"), await status("carol")] == [200, 401]
+        assert "the keys stay as they were" in caplog.text
+        file.unlink()
+        assert await status("bob") == 200
+        file.write_text(f"{carol}\n{bob.replace('=5', '=6')}")
+        assert [await status("bob"), await status("carol")] == [200, 200]
+        found.clients["bob"].begin()
+        file.write_text(f"{carol}\n{bob.replace('=5', '=7')}")
+        checking = asyncio.create_task(status("bob"))
+        await asyncio.sleep(0)
+        file.write_text(carol)
+        assert await status("carol") == 200
+        assert await checking == 401
 
     asyncio.run(ask())
 
