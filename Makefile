@@ -6,6 +6,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-ch
 
 # COVERAGE=1: which lines are reached, in every process that the tests start; takes a third longer.
 TESTS := $(if $(COVERAGE),$(BIN)/coverage run -m pytest,$(BIN)/python -m pytest)
+# Files of tests run side by side, one to a core; a worker that starts ranks has up to four more processes.
+JOBS ?= auto
+BESIDE := -n $(JOBS) --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-fast test-slow proof coverage coverage-report lint format compat bench clean help
 
@@ -16,10 +19,10 @@ demo: .venv/run  ## train a mixture-of-experts model on this machine, about two 
 	@$(BIN)/moe-dist train configs/demo.yaml $(ARGS)
 
 test: .venv/dev  ## every test but the slow ones
-	$(TESTS) -m "not slow and not proof" $(ARGS)
+	$(TESTS) $(BESIDE) -m "not slow and not proof" $(ARGS)
 
 test-fast: .venv/dev  ## tests in one process only
-	$(BIN)/python -m pytest -m "not slow and not dist and not proof" $(ARGS)
+	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not dist and not proof" $(ARGS)
 
 test-slow: .venv/dev  ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -44,16 +44,21 @@ def test_miscounted_key_value_heads_are_seen(replace: Replace) -> None:
         assert_published_flops()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_peak_is_what_the_allocator_measures(kind: str, precision: str) -> None:
-    """Within 6 %, with each kind of recomputation. Seen to fail with the copies that autocast keeps of weights left
+@pytest.mark.parametrize(
+    ("kind", "precision", "recompute"),
+    [
+        (kind, precision, RECOMPUTE[(row + column) % 3])
+        for row, kind in enumerate(KINDS)
+        for column, precision in enumerate(PRECISIONS)
+    ],
+)
+def test_peak_is_what_the_allocator_measures(kind: str, precision: str, recompute: str) -> None:
+    """Within 6 %, in every pair of two of these; all 27 are in the table of docs/planning.md. Seen to fail with the copies that autocast keeps of weights left
     out of `block_activations`, until backward and, where blocks are computed again, until forward ends (12.8 % too
     small); and with one gradient of logits instead of two in `head_activations`."""
-    for recompute in RECOMPUTE:
-        config = small(kind, precision, recompute)
-        kept, peak = measured_step(config)
-        assert planned_peak(config) == pytest.approx(peak, rel=0.06), (recompute, kept, peak)
+    config = small(kind, precision, recompute)
+    kept, peak = measured_step(config)
+    assert planned_peak(config) == pytest.approx(peak, rel=0.06), (kept, peak)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
