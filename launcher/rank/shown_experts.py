@@ -20,8 +20,8 @@ def show_experts(engine: MoEInferenceEngine, prompts: Sequence[str], sampling: S
     import torch
 
     from moe_dist.evaluate.expert_study import shown
-    from moe_dist.evaluate.routing import watching
     from moe_dist.models.context import RoutingContext
+    from moe_dist.models.watching import watching
 
     assert engine.tokenizer is not None
     for prompt, answer in zip(prompts, engine.generate(prompts, sampling), strict=True):

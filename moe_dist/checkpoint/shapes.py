@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from moe_dist.checkpoint.storage.manifest import Manifest
 from moe_dist.config import LoraConfig, ModelConfig
 from moe_dist.models.adapter_shapes import adapter_shapes
-from moe_dist.models.shapes import logical_shapes
+from moe_dist.models.shapes import logical_shapes, stack_of
 
 Shape = tuple[int, ...]
 MODEL, OPTIMIZER = "model.", "optimizer."
@@ -54,7 +54,10 @@ def wrong_moments(found: Mapping[str, Shape], model: Mapping[str, Shape]) -> Ite
         if not full_name.startswith(OPTIMIZER):
             continue
         name, _, key = full_name.removeprefix(OPTIMIZER).rpartition(".")
-        weight = model.get(name)
+        stack, is_one = stack_of(name)
+        weight = model.get(stack)
+        if weight is not None and is_one:
+            weight = weight[1:]
         if weight is None:
             yield f"{full_name} {list(shape)} belongs to no weight of the model"
         elif shape not in _allowed(key, weight):

@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from moe_dist.checkpoint.shapes import MODEL, OPTIMIZER, SAVE_WEIGHTS, weight_source, wrong_moments, wrong_weights
 from moe_dist.checkpoint.shards import NAMES, TORCH_DTYPES, Piece, ShardReader
 from moe_dist.checkpoint.storage.manifest import Box, CheckpointError, Manifest, TensorEntry
+from moe_dist.models.shapes import stack_of
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.dtensor_layout import like_parameter
+from moe_dist.parallel.dtensor_layout import like_expert, like_parameter
 from moe_dist.parallel.engines.base import Engine
 from moe_dist.parallel.mesh import Mesh
 
@@ -41,8 +42,11 @@ class LogicalState:
         masters = {parameters[name]: master for name, master in model.masters.items()}
 
         def logical(name: str, tensor: Tensor) -> Tensor:
-            if name not in parameters or not tensor.ndim:  # a buffer is the same on every rank, as a count of steps
+            stack, is_one = stack_of(name)
+            if stack not in parameters or not tensor.ndim:  # a buffer is the same on every rank, as a count of steps
                 return tensor
+            if is_one:
+                return like_expert(tensor, parameters[stack])
             return like_parameter(tensor, parameters[name], name in stacked, mesh)
 
         for name, tensor in model.state_dict().items():

@@ -10,6 +10,8 @@ from moe_dist.config.deepspeed import check_deepspeed
 from moe_dist.config.sections.all import Sections
 from moe_dist.config.sections.lora import ALL_LINEAR, BUILT_IN_EXPERTS, BUILT_IN_ROUTERS, EXPERT_TARGETS, TARGETS
 from moe_dist.config.sections.model import EXPERT_CHOICE, divisors
+from moe_dist.config.sections.trained import MEASURED, WeightPattern
+from moe_dist.config.trained_weights import TrainedWeights
 from moe_dist.versions import too_old_to_split_backward
 
 
@@ -25,6 +27,7 @@ def check_sections(config: Sections) -> Sections:
             )
     check_routing(config)
     check_adapters(config)
+    check_trained(config)
     if parallel.ep_size > 1 and model.num_experts % parallel.ep_size:
         raise ValueError(
             f"parallel.ep_size={parallel.ep_size}: must divide model.num_experts={model.num_experts} "
@@ -115,6 +118,39 @@ def check_adapters(config: Sections) -> None:
             "lora.target_modules=[lm_head]: with parallel.pp_size="
             f"{config.parallel.pp_size} the first stages would have nothing to train; add q_proj, or take pp_size=1"
         )
+
+
+def check_trained(config: Sections) -> None:
+    """Experts and layers that the model has, an engine that can hold some experts of a stack still, and nothing else
+    that moves what is frozen. Whether names are those of weights is seen where these are known."""
+    model, train = config.model, config.train
+    for key in ("freeze", "train_only"):
+        for text in getattr(train, key):
+            pattern, name = WeightPattern.parse(text), f"train.{key}={text}"
+            if pattern.experts is not None and not model.moe_layers:
+                raise ValueError(f"{name}: the model has no expert layer")
+            if pattern.experts == MEASURED and model.router == EXPERT_CHOICE:
+                raise ValueError(f"{name}: with model.router={EXPERT_CHOICE} all experts get as many tokens; name some")
+            for word, ids, count in (
+                ("num_experts", pattern.experts, model.num_experts),
+                ("num_hidden_layers", pattern.layers, model.num_hidden_layers),
+            ):
+                if ids is not None and ids != MEASURED and max(ids) >= count:
+                    raise ValueError(f"{name}: {max(ids)} is not below model.{word}={count} (they count from 0)")
+            if pattern.experts is not None and config.parallel.engine == "deepspeed":
+                raise ValueError(
+                    f"{name}: parallel.engine=deepspeed updates whole stacks of experts; take parallel.engine=torch, "
+                    "or experts, which are all"
+                )
+    trained = TrainedWeights.of(config)
+    if config.balance.bias_update_rate and not config.lora.r and (train.freeze or train.train_only):
+        still = [n for n in model.moe_layers if not trained.part(f"layers.{n}.moe.router.weight")]
+        if still:
+            raise ValueError(
+                f"balance.bias_update_rate={config.balance.bias_update_rate:g}: moves the selection bias of layer "
+                f"{still[0]}, whose router is frozen by train.{'train_only' if train.train_only else 'freeze'}; set it "
+                "to 0"
+            )
 
 
 def check_held_out(config: Sections) -> None:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from moe_dist.config.wording import show
 
 _ADAPTERS = (
-    "lora.r above 0 trains adapters beside a frozen model (docs/finetuning.md); balance.freeze_router keeps a router"
+    "lora.r above 0 trains adapters beside a frozen model, train.freeze and train.train_only choose weights "
+    "(docs/finetuning.md)"
 )
 _TRACKERS = "monitor.tensorboard, monitor.prometheus.port and metrics.jsonl, which is always written"
 _SHARES = "parallel.ep_size, parallel.pp_size and parallel.zero_stage share out a model"

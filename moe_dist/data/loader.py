@@ -8,7 +8,7 @@ split of one G.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +16,7 @@ from typing import Any
 
 from moe_dist.data.batch import Batch, collate, filling_sample
 from moe_dist.data.order import GlobalOrder
-from moe_dist.data.packing import Sample, SampleDataset
+from moe_dist.data.packing import PackedDataset, Sample, SampleDataset
 from moe_dist.data.streaming import StreamingPackedDataset, StreamPoint
 
 
@@ -227,6 +227,21 @@ class GlobalLoader:
                 )
             batches.append(collate(samples, range(first, stream.samples), index, self._pin_memory))
         return _Step(batches, stream.point())
+
+
+class Chosen:
+    """Some samples of a dataset, by their numbers."""
+
+    def __init__(self, samples: PackedDataset, numbers: Sequence[int]) -> None:
+        self._samples, self._numbers = samples, numbers
+        self.max_seq_length, self.pad_id, self.domains = samples.max_seq_length, samples.pad_id, samples.domains
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def sample(self, index: int) -> Sample:
+        """As `PackedDataset.sample`."""
+        return self._samples.sample(self._numbers[index])
 
 
 def eval_batches(

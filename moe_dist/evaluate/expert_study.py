@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_dist.data.loader import eval_batches
+from moe_dist.data.loader import Chosen, eval_batches
 from moe_dist.data.packing import PADDING_DOCUMENT
 from moe_dist.data.tokenizer import Tokenizer
-from moe_dist.evaluate.held_out_text import Chosen
-from moe_dist.evaluate.routing import watching
 from moe_dist.models.transformer import Transformer
+from moe_dist.models.watching import watching
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.evaluation import evaluating
 from moe_dist.train.step import model_inputs

@@ -7,26 +7,12 @@ from pathlib import Path
 
 from moe_dist.config import Config
 from moe_dist.data.corpus import load_documents
-from moe_dist.data.packing import PackedDataset, Sample, pack
+from moe_dist.data.loader import Chosen
+from moe_dist.data.packing import PackedDataset, pack
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.train.build import build_validation
 
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-
-
-class Chosen:
-    """Some samples of a dataset, by their numbers."""
-
-    def __init__(self, samples: PackedDataset, numbers: Sequence[int]) -> None:
-        self._samples, self._numbers = samples, numbers
-        self.max_seq_length, self.pad_id, self.domains = samples.max_seq_length, samples.pad_id, samples.domains
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def sample(self, index: int) -> Sample:
-        """As `PackedDataset.sample`."""
-        return self._samples.sample(self._numbers[index])
 
 
 def held_out_text(

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.data.loader import eval_batches
+from moe_dist.data.loader import Chosen, eval_batches
 from moe_dist.data.tokenizer import Tokenizer
-from moe_dist.evaluate.held_out_text import Chosen
-from moe_dist.evaluate.routing import watching
 from moe_dist.models.precision import full
 from moe_dist.models.transformer import Transformer
+from moe_dist.models.watching import watching
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.evaluation import evaluating
 from moe_dist.train.loss import IGNORE

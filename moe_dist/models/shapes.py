@@ -18,6 +18,8 @@ SELECTION_BIAS = "moe.router.bias_E"
 """Within a block: what moves the choice of experts. State, not a parameter."""
 _NEVER_DECAYED = re.compile(r"(?:^|[._])(?:bias(?:[._]|$)|(?:layer|rms|group|batch)?norm(?:\.|$))", re.IGNORECASE)
 
+_OF_ONE = re.compile(r"(.+)\[\d+\]")
+
 
 def decays(name: str, ndim: int) -> bool:
     """Whether weight decay shrinks a parameter: matrices and embeddings, never biases and weights of norms.
@@ -25,6 +27,17 @@ def decays(name: str, ndim: int) -> bool:
     `ndim`: its dimensions, of a stack of experts those of one expert.
     """
     return ndim >= 2 and not _NEVER_DECAYED.search(name)
+
+
+def one_expert(name: str, expert: int) -> str:
+    """Name of one expert's part of a stack: `layers.0.moe.experts.w_down[3]`."""
+    return f"{name}[{expert}]"
+
+
+def stack_of(name: str) -> tuple[str, bool]:
+    """Name of the stack that a name of `one_expert` belongs to; any other name itself, and False."""
+    found = _OF_ONE.fullmatch(name)
+    return (found[1], True) if found else (name, False)
 
 
 def logical_shapes(model: ModelConfig) -> Shapes:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, LoraConfig, ModelConfig
+from moe_dist.config.trained_weights import TrainedWeights
 from moe_dist.models.adapter_shapes import adapter_shapes
 from moe_dist.models.attention import build_attention
 from moe_dist.models.attention_mask import Mask, masks_of
 from moe_dist.models.cache import Cache, LayerCache
 from moe_dist.models.context import ALONE, RoutingContext
 from moe_dist.models.experts import ExpertList, Experts
+from moe_dist.models.freezing import freeze_weights
 from moe_dist.models.grouped import StackedLowRank
 from moe_dist.models.initial_weights import seed_of, set_initial_weights, set_normal
 from moe_dist.models.layers import Linear, RMSNorm, SwiGLU
@@ -208,6 +210,8 @@ class Transformer(Stage):
             self.tie()
         self.lora: LoraConfig | None = None
         """Of its adapters; None: it has none, and all of it is trained."""
+        self.trained_in_part: dict[str, frozenset[int]] = {}
+        """Parameters of which only single experts are trained, by name: the global ids of these."""
         self.saves_adapters_alone = False
         """Whether the frozen weights lie in a folder that a checkpoint can name, and need not be in it."""
         self.masters: dict[str, Tensor] = {}
@@ -224,6 +228,14 @@ class Transformer(Stage):
         if lora.r:
             add_adapters(self, self.config, lora)
             self.lora = lora
+
+    def freeze(self, trained: TrainedWeights) -> None:
+        """Hold still what is not trained. Raises ConfigError for names that the whole model does not have."""
+        if trained.are_all:
+            return
+        whole = dict(self._whole().named_parameters())
+        trained.check(whole, (name for name, parameter in whole.items() if parameter.requires_grad))
+        self.trained_in_part = freeze_weights(self, trained)
 
     def tie(self) -> None:
         """Where the head is the embedding: let both be one weight."""
@@ -264,11 +276,14 @@ class Transformer(Stage):
         """Name -> shape of every parameter and buffer of the whole model, of which this may be a part. Made from the
         configuration, as a model without memory.
         """
+        return {name: tuple(tensor.shape) for name, tensor in self._whole().state_dict().items()}
+
+    def _whole(self) -> Transformer:
         with torch.device("meta"):
             whole = Transformer(self.config)
             if self.lora is not None:
                 whole.add_adapters(self.lora)
-        return {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+        return whole
 
     @property
     def saved_shapes(self) -> Shapes:
@@ -293,14 +308,14 @@ class Transformer(Stage):
         self.round_frozen(dtype)
         exact = self._of_routers()
         for name, parameter in self.named_parameters():
-            if parameter not in exact and not (self.lora is not None and not parameter.requires_grad):
+            if parameter not in exact and parameter.requires_grad:
                 self.masters[name] = parameter.data
                 parameter.data = parameter.data.to(dtype)
 
     def round_frozen(self, dtype: torch.dtype) -> None:
-        """Hold in `dtype` what is frozen beside adapters, without a copy in full precision; but not routers."""
+        """Hold in `dtype` what is frozen, without a copy in full precision; but not routers."""
         exact = self._of_routers()
-        for parameter in self.parameters() if self.lora is not None else ():
+        for parameter in self.parameters():
             if parameter not in exact and not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from moe_dist.parallel.mesh import Mesh
 
@@ -29,6 +30,19 @@ def like_parameter(tensor: Tensor, parameter: Tensor, stacked: bool, mesh: Mesh)
         # In this order, for both may cut dimension 0: first into blocks of experts, then each block.
         device_mesh, placements = mesh.experts_first, [Shard(0), *placements]
         shape[0] *= mesh.layout.ep_size
+    return _assembled(local, device_mesh, placements, shape)
+
+
+def like_expert(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor shaped as this rank's part of one expert of `parameter`, a block of experts that FSDP may have cut, as
+    part of that expert's logical tensor."""
+    if not isinstance(parameter, DTensor) or Shard(0) in parameter.placements:  # cut between experts: whole here
+        return tensor
+    placements = [Shard(place.dim - 1) if isinstance(place, Shard) else place for place in parameter.placements]
+    return _assembled(tensor, parameter.device_mesh, placements, list(parameter.shape[1:]))
+
+
+def _assembled(local: Tensor, device_mesh: DeviceMesh, placements: list[Placement], shape: list[int]) -> Tensor:
     strides = [1] * len(shape)
     for dim in range(len(shape) - 2, -1, -1):
         strides[dim] = strides[dim + 1] * shape[dim + 1]

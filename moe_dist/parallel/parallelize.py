@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_dist.config import Config
+from moe_dist.config.trained_weights import TrainedWeights
 from moe_dist.models.experts import Experts
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
@@ -24,6 +25,7 @@ def build_part(config: Config, mesh: Mesh, clock: Clock | None = None) -> Transf
             model = Transformer(config.model, config.balance)
         model.add_adapters(config.lora)
     parallelize(model, config, mesh, clock)
+    model.freeze(TrainedWeights.of(config))
     return model
 
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_dist.config import Config, ConfigError, OptimizerConfig
-from moe_dist.models.adapter_shapes import adapter_counts
+from moe_dist.config.trained_weights import ChosenExperts, TrainedWeights
 from moe_dist.models.counts import RankCounts, per_rank
+from moe_dist.models.trained_counts import TrainedCounts, check_trained, trained_counts
 from moe_dist.parallel.layout import Layout, layers_by_pp_rank
 
 _MOMENTS = {"adamw_torch_fused": 2, "adamw_torch": 2, "sgd": 1, "adafactor": 0}
@@ -36,20 +37,26 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def adapters_of_places(config: Config) -> list[tuple[int, int]]:
-    """For every place in the pipeline the weights of its layers' adapters: outside experts, of all experts.
+def trained_of_places(config: Config, chosen: ChosenExperts | None = None) -> list[TrainedCounts]:
+    """For every place in the pipeline the weights of its layers that are trained.
 
-    Raises ConfigError for a place without any: it would have nothing to train.
+    Raises ConfigError for a place without any, and for `train.freeze` and `train_only` that name nothing.
     """
-    if not config.lora.r:
-        return [(0, 0)] * config.parallel.pp_size
-    places = layers_by_pp_rank(config)
-    counts = [adapter_counts(config.model, config.lora, [n for layers in stages for n in layers]) for stages in places]
-    if not all(map(any, counts)):
+    trained, ep_size = TrainedWeights.of(config, chosen), config.parallel.ep_size
+    check_trained(config, trained)
+    places = [[n for layers in stages for n in layers] for stages in layers_by_pp_rank(config)]
+    counts = [trained_counts(config, trained, layers, ep_size) for layers in places]
+    if not all(count.dense or count.experts for count in counts):
+        key, way_out = f"lora.target_modules={config.lora.target_modules}", "add q_proj, or take pp_size=1"
+        if not trained.are_all:
+            key = (
+                f"train.train_only={config.train.train_only}" if trained.only else f"train.freeze={config.train.freeze}"
+            )
+            way_out = "train something of its layers, move them by parallel.stages, or take pp_size=1"
         raise ConfigError(
-            f"lora.target_modules={config.lora.target_modules}: with parallel.pp_size={config.parallel.pp_size} stage "
-            f"{[any(count) for count in counts].index(False)} would have nothing to train; add q_proj, or take "
-            "pp_size=1"
+            f"{key}: with parallel.pp_size={config.parallel.pp_size} stage "
+            f"{[bool(count.dense or count.experts) for count in counts].index(False)} would have nothing to train; "
+            f"{way_out}"
         )
     return counts
 
@@ -57,8 +64,9 @@ def adapters_of_places(config: Config) -> list[tuple[int, int]]:
 def state_bytes(config: Config, layout: Layout, places: Sequence[RankCounts] | None = None) -> list[StateBytes]:
     """For every place in the pipeline, what each of its ranks holds. `places`: where they have been counted already.
 
-    Beside adapters the model is frozen: of its weights there are no gradients and no moments, and with
-    `train.pure_bf16` no copies in float32.
+    Of weights that are frozen, beside adapters or by `train.freeze` and `train_only`, there are no gradients and no
+    moments, and with `train.pure_bf16` no copies in float32. Of a stack of experts that is trained in part there is the
+    whole gradient; moments are of those that are trained, here of the rank with most of them.
 
     Without what sharding pads, activations, communication buffers and what is gathered while a step runs.
     """
@@ -69,21 +77,31 @@ def state_bytes(config: Config, layout: Layout, places: Sequence[RankCounts] | N
     kept = moments(config.optimizer)
     found = []
     places = places or per_rank(config.model, layout, layers_by_pp_rank(config))
-    for place, (dense, experts) in zip(places, adapters_of_places(config), strict=True):
-        whole, part = place.total, place.dense // over + place.experts // over_experts
-        frozen = 0
-        if config.lora.r:
-            experts //= layout.ep_size
-            frozen, whole, part = whole, dense + experts, dense // over + experts // over_experts
+    for place, trained in zip(places, _trained(config, layout, places), strict=True):
+        dense, experts, moved = trained.dense, trained.experts // layout.ep_size, max(trained.moved)
+        whole, part = dense + experts, dense // over + experts // over_experts
+        moved_part = dense // over + moved // over_experts
+        still = (0, 0) if config.lora.r else (dense, experts)
+        frozen_dense, frozen_experts = place.dense - still[0], place.experts - still[1]
+        frozen = frozen_dense + frozen_experts
         if parallel.engine == "deepspeed":
             found.append(StateBytes(4 * (frozen + whole), 4 * part, 4 * part * (1 + kept)))
         elif parallel.zero_stage == 0 and config.train.pure_bf16:
-            rounded = whole if frozen else whole - place.routers
             weights = 2 * (frozen + whole + place.routers)  # routers stay in float32
-            found.append(StateBytes(weights, 4 * whole, 4 * (rounded + whole * kept)))
+            masters = whole - trained.routers
+            found.append(StateBytes(weights, 4 * whole, 4 * (masters + (dense + moved) * kept)))
         else:
-            if frozen:
-                frozen = place.dense // over + place.experts // over_experts
+            held = frozen_dense // over + frozen_experts // over_experts
             each = 2 if config.train.pure_bf16 else 4
-            found.append(StateBytes(each * frozen + 4 * part, 4 * part, 4 * part * kept))
+            found.append(StateBytes(each * held + 4 * part, 4 * part, 4 * moved_part * kept))
     return found
+
+
+def _trained(config: Config, layout: Layout, places: Sequence[RankCounts]) -> list[TrainedCounts]:
+    if config.lora.r or not TrainedWeights.of(config).are_all:
+        return trained_of_places(config)
+    # All of it: asked for thousands of layouts.
+    blocks = layout.ep_size
+    return [
+        TrainedCounts(place.dense, place.routers, place.experts * blocks, (place.experts,) * blocks) for place in places
+    ]

@@ -16,10 +16,12 @@ from moe_dist.checkpoint.storage import open_storage, same_storage, step_folder
 from moe_dist.checkpoint.storage.manifest import STATE_FILE, CheckpointError
 from moe_dist.config import Config, ModelConfig
 from moe_dist.config.huggingface import architecture_differences
+from moe_dist.config.trained_weights import ChosenExperts, TrainedWeights
 from moe_dist.data.identity import difference
 from moe_dist.data.loader import GlobalLoader
 from moe_dist.models.adapter_shapes import adapter_counts
 from moe_dist.models.counts import parameter_counts
+from moe_dist.models.trained_counts import trained_counts
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.train_log import open_log
 from moe_dist.parallel.engines.base import Engine
@@ -28,6 +30,7 @@ from moe_dist.parallel.state_bytes import moments
 from moe_dist.train.auto_balance import AutoBalance
 from moe_dist.train.build import Datasets
 from moe_dist.train.counters import Counters
+from moe_dist.train.esft import to_json
 from moe_dist.train.run_setup import RunStart, write_config
 from moe_dist.train.stopping import Pace, Stopping
 
@@ -35,6 +38,22 @@ if TYPE_CHECKING:
     from moe_dist.checkpoint.state import LogicalState
 
 logger = logging.getLogger("moe_dist")
+
+
+def checkpoints_of(config: Config, mesh: Mesh, start: RunStart) -> Checkpoints:
+    """Of the run, where `checkpoint.folder` says."""
+    checkpoint = config.checkpoint
+    return Checkpoints(
+        open_storage(checkpoint.folder or config.train.output_dir),
+        mesh,
+        checkpoint,
+        start.run,
+        start.generation,
+        start.lock,
+        config.parallel.zero_stage,
+        start.load_optimizer,
+        start.earlier,
+    )
 
 
 class Persistence:
@@ -51,26 +70,16 @@ class Persistence:
         acting: AutoBalance,
         start: RunStart,
         datasets: Datasets,
+        checkpoints: Checkpoints,
         alive: Callable[[], None],
     ) -> None:
         """`alive` is called while a save that training waits for makes progress."""
         self.config, self.mesh, self.model, self.engine = config, mesh, model, engine
         self.loader, self.stopping, self.acting, self._alive = loader, stopping, acting, alive
-        checkpoint = config.checkpoint
-        storage = open_storage(checkpoint.folder or config.train.output_dir)
-        self.start = start
+        self.start, self.checkpoints = start, checkpoints
         self._corpus: dict[str, Any] = mesh.ask_rank_zero(lambda: datasets.identities(config.num_evaluated))
-        self.checkpoints = Checkpoints(
-            storage,
-            mesh,
-            checkpoint,
-            start.run,
-            start.generation,
-            start.lock,
-            config.parallel.zero_stage,
-            start.load_optimizer,
-            start.earlier,
-        )
+        self.chosen: ChosenExperts | None = None
+        """Experts that `experts:esft` stands for."""
         self.pretrained: dict[str, Any] | None = None
         """What the weights of step 0 were read from, of this start or of the one that the checkpoint is of."""
         self.saved_step = -1
@@ -307,11 +316,11 @@ class Persistence:
         """Raises CheckpointError on every rank when one checkpoint would not fit where checkpoints go."""
         if not self.is_on:
             return
-        weights = trained = parameter_counts(self.config.model).total
+        weights, trained = parameter_counts(self.config.model).total, TrainedWeights.of(self.config)
         if self.config.lora.r:
-            trained = sum(adapter_counts(self.config.model, self.config.lora))
-            weights = trained if self.model.saves_adapters_alone else weights + trained
-        num_bytes = 4 * (weights + trained * moments(self.config.optimizer))
+            adapters = sum(adapter_counts(self.config.model, self.config.lora))
+            weights = adapters if self.model.saves_adapters_alone else weights + adapters
+        num_bytes = 4 * (weights + trained_counts(self.config, trained).total * moments(self.config.optimizer))
         storage = self.checkpoints.storage
         self.mesh.ask_rank_zero(lambda: check_room(storage, num_bytes))
 
@@ -339,6 +348,7 @@ class Persistence:
             "acting": self.acting.state_dict(),
             "corpus": self._corpus,
             "pretrained": self.pretrained,
+            "esft": to_json(self.chosen),
             "config": self.config.model_dump(mode="json"),
         }
         self.checkpoints.begin(counters.step, self._state(), trainer_state, metrics)

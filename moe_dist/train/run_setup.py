@@ -18,9 +18,11 @@ from moe_dist.checkpoint.run_folder import CONFIG, refuse_foreign, with_header
 from moe_dist.checkpoint.storage import open_storage
 from moe_dist.checkpoint.storage.manifest import CheckpointError
 from moe_dist.config import Config, ConfigError, ModelConfig, dump_config, load_config, load_mapping
+from moe_dist.config.trained_weights import ChosenExperts, TrainedWeights
 from moe_dist.data.losses import cut_off, losses
 from moe_dist.models.adapter_shapes import adapter_counts
 from moe_dist.models.counts import parameter_counts
+from moe_dist.models.trained_counts import has_own_classes, trained_counts
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.records import RunInfo
 from moe_dist.monitor.train_log import setup_logging
@@ -190,10 +192,16 @@ def log_skipped_documents(datasets: Datasets) -> None:
 
 
 def run_info(
-    config: Config, mesh: Mesh, datasets: Datasets, run_id: str, counters: Counters, memory_before: int = 0
+    config: Config,
+    mesh: Mesh,
+    datasets: Datasets,
+    run_id: str,
+    counters: Counters,
+    memory_before: int = 0,
+    chosen: ChosenExperts | None = None,
 ) -> RunInfo:
     """What is about to run, for people (collective: every rank tells its host)."""
-    trainable, total, active = model_sizes(config)
+    trainable, total, active = model_sizes(config, chosen)
     return RunInfo(
         sentence=sentence(config, mesh.layout, mesh.device.type, _num_tokens(datasets), (total, active)),
         layout=layout_lines(mesh.layout, config.model.num_experts),
@@ -217,20 +225,24 @@ def run_info(
     )
 
 
-def model_sizes(config: Config) -> tuple[int, int, int]:
+def model_sizes(config: Config, chosen: ChosenExperts | None = None) -> tuple[int, int, int]:
     """Parameters of the whole model: trainable, all, active for a token. Own classes are counted as built."""
-    model = config.model
-    if config.lora.r:
+    model, trained = config.model, TrainedWeights.of(config, chosen)
+    if not has_own_classes(config):
+        counts, trainable = parameter_counts(model), trained_counts(config, trained).total
         adapters = sum(adapter_counts(model, config.lora))
-        counts = parameter_counts(model)
-        return adapters, counts.total + adapters, counts.active + _active_adapters(config)
-    if (model.router, model.expert) == ("topk", "swiglu"):
-        counts = parameter_counts(model)
-        return counts.total - (counts.router if config.balance.freeze_router else 0), counts.total, counts.active
+        return trainable, counts.total + adapters, counts.active + _active_adapters(config)
     with torch.device("meta"):
         built = Transformer(model, config.balance)
+        built.add_adapters(config.lora)
+    built.freeze(trained)
     sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
-    trainable = sum(sizes[name] for name, parameter in built.named_parameters() if parameter.requires_grad)
+    moved = {name: len(ids) / model.num_experts for name, ids in built.trained_in_part.items()}
+    trainable = sum(
+        round(sizes[name] * moved.get(name, 1))
+        for name, parameter in built.named_parameters()
+        if parameter.requires_grad
+    )
     experts = sum(sizes[name] for name in built.expert_parameter_names())
     idle = experts * (model.num_experts - model.num_experts_per_tok) // max(1, model.num_experts)
     return trainable, sum(sizes.values()), sum(sizes.values()) - idle

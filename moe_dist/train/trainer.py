@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.checkpoint.lock import Job
+from moe_dist.checkpoint.manager import Checkpoints
 from moe_dist.config import Config, ModelConfig
 from moe_dist.config.host_cache import cache_folder
+from moe_dist.config.trained_weights import ChosenExperts, TrainedWeights
 from moe_dist.models.adapter_shapes import sentence
+from moe_dist.models.trained_counts import trained_sentence
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.sinks import ConsoleSink
 from moe_dist.monitor.train_log import log_path
@@ -23,6 +26,7 @@ from moe_dist.parallel.device import set_deterministic
 from moe_dist.parallel.engines.registry import build_engine
 from moe_dist.parallel.layout import refuse_unplanned
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.state_bytes import trained_of_places
 from moe_dist.parallel.status import Status
 from moe_dist.pretrained.adapters import load_adapter
 from moe_dist.pretrained.loading import load_pretrained
@@ -30,8 +34,9 @@ from moe_dist.train.auto_balance import AutoBalance
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_datasets, build_loader, build_model, given
 from moe_dist.train.callbacks import Callback, Callbacks, Event, load_callbacks
-from moe_dist.train.checkpointing import Persistence
+from moe_dist.train.checkpointing import Persistence, checkpoints_of
 from moe_dist.train.counters import Counters
+from moe_dist.train.esft import experts_of_task
 from moe_dist.train.evaluation import Evaluating
 from moe_dist.train.first_step import FirstStep
 from moe_dist.train.init_distributed import own_mesh
@@ -171,6 +176,8 @@ class MoETrainer(TrainingLoop):
         if config.lora.from_adapter is not None and starts_afresh(config, mesh, self.start):
             load_adapter(self.model, config, mesh)
             sinks.message(f"adapters start from {config.lora.from_adapter}")
+        checkpoints = checkpoints_of(config, mesh, self.start)
+        chosen = self._freeze(checkpoints, pretrained is not None or self._given is not None, sinks.message)
         self.engine = build_engine(self.model, config, mesh)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
         self.step = TrainStep(self.model, mesh, self.engine, self.balancer, config, self.status)
@@ -187,7 +194,8 @@ class MoETrainer(TrainingLoop):
             announce=self._announce("on_evaluate"),
         )
         parts = (self.model, self.engine, self.loader, self.stopping, self.acting)
-        self.persistence = Persistence(config, mesh, *parts, self.start, self.datasets, self.status.alive)
+        self.persistence = Persistence(config, mesh, *parts, self.start, self.datasets, checkpoints, self.status.alive)
+        self.persistence.chosen = chosen
         self.persistence.pretrained = None if pretrained is None else pretrained.provenance
         self.persistence.check_room()
         self.saving = Saving(
@@ -203,6 +211,22 @@ class MoETrainer(TrainingLoop):
         self.losses: list[float] = []
         self.result, self.rate = StepResult(nan, nan, 0, 0, skipped=False), nan
 
+    def _freeze(
+        self, checkpoints: Checkpoints, has_weights: bool, message: Callable[[str], None]
+    ) -> ChosenExperts | None:
+        """Hold still what is not trained, and say so; returns the experts that `experts:esft` stands for."""
+        config, mesh, trained, chosen = self.config, self.mesh, TrainedWeights.of(self.config), None
+        if trained.are_measured:
+            self.first_step.at("measuring which experts the data's tokens go to")
+            data, resume = self.datasets.train, self.start.resume
+            chosen = experts_of_task(config, mesh, self.model, data, checkpoints, resume, has_weights, message)
+            trained = TrainedWeights.of(config, chosen)
+            trained_of_places(config, chosen)
+            self.model.freeze(trained)
+        if not trained.are_all:
+            message(trained_sentence(config, trained))
+        return chosen
+
     def _announce(self, event: Event) -> Callable[[Any], None]:
         return lambda record: self.callbacks.emit(event, record)
 
@@ -212,7 +236,7 @@ class MoETrainer(TrainingLoop):
         self._opened(log_path(self.output_dir, self.mesh.rank))
         log_skipped_documents(self.datasets)
         what = (self.config, self.mesh, self.datasets, self.start.run, self.counters, self._memory_before)
-        self.reporter.open(run_info(*what))
+        self.reporter.open(run_info(*what, self.persistence.chosen))
         self.started = time.perf_counter() - self.counters.elapsed
         self.callbacks.emit("on_run_begin")
         self._do(self.callbacks.requests())

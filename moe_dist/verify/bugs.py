@@ -213,6 +213,9 @@ _OF_FEATURES: dict[str, Bug] = {
     "adapter_b_cut_from_the_layout_of_files": Bug(("lora",), where=_ep),
     "adapter_dropout_by_rank": Bug(("lora",)),
     "adapters_added_twice_in_an_evaluation": Bug(("lora",)),
+    "frozen_experts_decayed": Bug(("some_experts",), ("no_decay",), lambda layout: layout.engine == "torch"),
+    "experts_chosen_by_their_place_here": Bug(("some_experts",), where=_ep),
+    "norm_with_frozen_experts": Bug(("some_experts",), ("rare_clipping", "no_clipping")),
     "frozen_weights_decayed_by_fsdp": Bug(("lora",), ("no_decay",), _fsdp),
 }
 """In one feature under one kind of layout."""

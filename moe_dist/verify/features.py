@@ -59,6 +59,8 @@ PLAIN: Settings = {
     "parallel.dispatcher": "all_to_all",
     "parallel.ranks_per_host": None,
     "data.document_mask": True,
+    "train.freeze": [],
+    "train.train_only": [],
     "train.label_smoothing_factor": 0.0,
     "train.loss_chunk_tokens": "auto",
     "train.max_grad_norm": 0.5,
@@ -147,6 +149,10 @@ FEATURES: dict[str, dict[str, Settings]] = {
     },
     "embeddings": {"tied": {"model.tie_word_embeddings": True}},
     "document mask": {"no_document_mask": {"data.document_mask": False}},
+    "trained weights": {
+        "some_experts": {"train.freeze": ["experts:0,2-5"]},
+        "frozen_parts": {"train.freeze": ["embed_tokens", "*norm*"]},
+    },
     "adapters": {
         "lora": _ADAPTERS | {"lora.target_modules": "all-linear", "lora.dropout": 0.1},
         "lora_attention": _ADAPTERS | {"lora.target_modules": ["o_proj"], "lora.rslora": True},

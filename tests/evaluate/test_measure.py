@@ -16,11 +16,11 @@ from ranks import run_ranks
 from tiny import mesh_of, tiny_config
 
 from moe_dist.data.corpus import documents_from
+from moe_dist.data.loader import Chosen
 from moe_dist.data.packing import pack
 from moe_dist.data.tokenizer import ByteTokenizer
 from moe_dist.evaluate import measure as measuring
 from moe_dist.evaluate.expert_study import study
-from moe_dist.evaluate.held_out_text import Chosen
 from moe_dist.evaluate.measure import Measured, measure
 from moe_dist.parallel.parallelize import build_part
 from moe_dist.pretrained.inference import find_model, open_model

@@ -53,9 +53,12 @@ def test_miscounted_key_value_heads_are_seen(replace: Replace) -> None:
     ],
 )
 def test_peak_is_what_the_allocator_measures(kind: str, precision: str, recompute: str) -> None:
-    """Within 6 %, in every pair of two of these; all 27 are in the table of docs/planning.md. Seen to fail with the copies that autocast keeps of weights left
-    out of `block_activations`, until backward and, where blocks are computed again, until forward ends (12.8 % too
-    small); and with one gradient of logits instead of two in `head_activations`."""
+    """Within 6 %, in every pair of two of these; all 27 are in the table of docs/planning.md.
+
+    Seen to fail with the copies that autocast keeps of weights left out of `block_activations`, until backward and,
+    where blocks are computed again, until forward ends (12.8 % too small); and with one gradient of logits instead of
+    two in `head_activations`.
+    """
     config = small(kind, precision, recompute)
     kept, peak = measured_step(config)
     assert planned_peak(config) == pytest.approx(peak, rel=0.06), (kept, peak)

@@ -18,6 +18,7 @@ from moe_dist.config.sections.base import (
     Probability,
     Section,
 )
+from moe_dist.config.sections.trained import MEASURED, WeightPattern, entries
 
 
 def check_train(train: TrainConfig) -> TrainConfig:
@@ -101,6 +102,18 @@ class TrainConfig(Section):
     loss_chunk_tokens: NonNegative | Literal["auto"] = "auto"
     """Tokens whose logits the loss holds at once: memory does not grow with tokens x vocab_size; auto: 256 (on a
     GPU 1,024), more where they fit 64 MiB; 0: all of a micro-batch."""
+    freeze: list[str] = []
+    """Weights that stay as they are: parts of names, with * and ? (`router`, `embed_tokens`, `layers.0.attention`,
+    `*norm`), single experts (`experts:3,7`) or layers (`layers:0-9`). Of adapters with lora.r."""
+    train_only: list[str] = []
+    """The only weights that are trained, named likewise, without those of `freeze`; `experts:esft`: of each layer those
+    that the training data's tokens go to. Empty: all."""
+    esft_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """`experts:esft` takes the most wanted experts of a layer until they have this share of `esft_score`."""
+    esft_score: Literal["token", "gate"] = "token"
+    """What is counted for an expert: tokens that have it among their top-k, or its weights for them."""
+    esft_samples: Positive = 128
+    """Training samples that the affinity of experts is measured on, the first in their order."""
     gradient_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in backward: whole blocks, or attention only. Routing is never recomputed."""
     torch_compile: bool = False
@@ -137,6 +150,23 @@ class TrainConfig(Section):
     def _a_folder_has_a_name(cls, value: Any) -> Any:
         if isinstance(value, (str, Path)) and not str(value).strip():
             raise ValueError("a folder; '.' is this one")
+        return value
+
+    @field_validator("freeze", "train_only", mode="before")
+    @classmethod
+    def _one_entry_each(cls, value: Any) -> Any:
+        return entries(value)
+
+    @field_validator("freeze", "train_only")
+    @classmethod
+    def _patterns(cls, value: list[str]) -> list[str]:
+        return [WeightPattern.parse(text).text for text in value]
+
+    @field_validator("freeze")
+    @classmethod
+    def _nothing_measured(cls, value: list[str]) -> list[str]:
+        if f"experts:{MEASURED}" in value:
+            raise ValueError(f"experts:{MEASURED} chooses what is trained; it belongs to train_only")
         return value
 
     @field_validator("gradient_checkpointing", mode="before")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from moe_dist.parallel.state_bytes import StateBytes
 
 NamedState = Iterator[tuple[str, str, list[Tensor], bool]]
-"""(parameter name, state key, tensors, split): one tensor, or with `split` one for each of this rank's experts."""
+"""(parameter name, state key, tensors, split): one tensor, or with `split` one for each of this rank's experts. Where
+single experts of a stack are trained each has state under a name of its own (`shapes.one_expert`)."""
 
 
 class Engine(Protocol):

@@ -125,7 +125,7 @@ class FSDPEngine(TorchEngine):
         if self.zero_stage < 3:
             self.model.set_reshard_after_backward(is_last)
 
-    def reduce(self) -> None:
+    def _sum(self) -> None:
         """Nothing left to do: backward has reduced."""
 
     def norm(self) -> Tensor:

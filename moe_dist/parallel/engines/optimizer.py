@@ -6,16 +6,21 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_dist.config import OptimizerConfig
+from moe_dist.models.shapes import one_expert
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.engines.base import NamedState
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.state_bytes import StateBytes
+
+_NOTE = "RMS"
+"""Adafactor's of the weights' size, made anew by every step."""
 
 
 class TorchEngine(ABC):
@@ -41,6 +46,18 @@ class TorchEngine(ABC):
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch, added to those before it."""
         loss.backward()
+
+    def reduce(self) -> None:
+        """Gradients are summed; those of single experts that are not trained go, before a norm is taken."""
+        self._sum()
+        if still := self.optimizer.still:
+            views = self.views
+            for name, rows in still.items():
+                views[name][rows] = 0.0
+
+    @abstractmethod
+    def _sum(self) -> None:
+        """Sum gradients over replicas."""
 
     def step(self, rate: float) -> None:
         """One update from the gradients as they stand."""
@@ -77,7 +94,13 @@ class LogicalOptimizer:
         self.engine, self.model = engine, engine.model
         model, masters = engine.model, engine.model.masters
         trained = {name: p for name, p in engine.held_parameters().items() if p.requires_grad}
-        self.split = model.stacked_names() & trained.keys() if config.optim == "adafactor" else set()
+        self.moved = {name: self._rows(name, trained[name]) for name in model.trained_in_part if name in trained}
+        """Of parameters that are trained in part: row here -> global id of the expert, of those that are."""
+        self.still = {name: self._others(rows, local(trained[name]).shape) for name, rows in self.moved.items()}
+        """Rows of the same parameters that are not trained."""
+        self.split = set()
+        if config.optim == "adafactor":
+            self.split = (model.stacked_names() & trained.keys()) - self.moved.keys()
         self.targets: dict[str, list[Tensor]] = {}
         for name, parameter in trained.items():
             self.targets[name] = self._parts(name, masters.get(name, local(parameter.detach())))
@@ -86,10 +109,27 @@ class LogicalOptimizer:
             {"params": self._tensors(trained.keys() & decayed), "weight_decay": config.weight_decay},
             {"params": self._tensors(trained.keys() - decayed), "weight_decay": 0.0},
         ]
-        self.optimizer = torch_optimizer([group for group in groups if group["params"]], config)
+        groups = [group for group in groups if group["params"]]
+        # Of the experts that are trained a rank may have none, and torch has no optimizer of nothing.
+        nothing = [{"params": [torch.zeros(0, device=engine.mesh.device)]}]
+        self.optimizer = torch_optimizer(groups or nothing, config)
         self._create_state()
 
+    def _rows(self, name: str, parameter: nn.Parameter) -> dict[int, int]:
+        if name not in self.model.stacked_names():  # of one expert alone, which is not trained
+            return {}
+        from moe_dist.parallel.dtensor_layout import like_parameter, local_offset  # DTensors take long to import
+
+        first = local_offset(like_parameter(parameter.detach(), parameter, True, self.engine.mesh))[0]
+        trained = self.model.trained_in_part[name]
+        return {row: first + row for row in range(len(local(parameter))) if first + row in trained}
+
+    def _others(self, rows: dict[int, int], shape: torch.Size) -> list[int] | EllipsisType:
+        return [row for row in range(shape[0]) if row not in rows] if rows else ...
+
     def _parts(self, name: str, tensor: Tensor) -> list[Tensor]:
+        if name in self.moved:
+            return [tensor[row] for row in self.moved[name]]
         return list(tensor.unbind(0)) if name in self.split else [tensor]
 
     def _tensors(self, names: set[str]) -> list[Tensor]:
@@ -123,8 +163,12 @@ class LogicalOptimizer:
         """As `Engine.named_state`."""
         for name, targets in self.targets.items():
             states = [self.optimizer.state[target] for target in targets]
+            if name in self.moved:
+                for expert, state in zip(self.moved[name].values(), states, strict=True):
+                    yield from ((one_expert(name, expert), key, [state[key]], False) for key in state if key != _NOTE)
+                continue
             for key in states[0]:
-                if key != "RMS":  # Adafactor's note of the weights' size, made anew by every step
+                if key != _NOTE:
                     yield name, key, [state[key] for state in states], name in self.split
 
 

@@ -63,8 +63,7 @@ class ReplicatedEngine(TorchEngine):
         self.dense.zero()
         self.experts.zero()
 
-    def reduce(self) -> None:
-        """Sum over replicas. Call once per optimizer step, after the last micro-batch."""
+    def _sum(self) -> None:
         self.dense.send_rest()
         self.experts.send_rest()
         self.dense.wait()

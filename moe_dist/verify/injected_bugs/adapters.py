@@ -1,4 +1,4 @@
-"""Bugs of adapters: what ranks hold of them, their gradients and noise, and the frozen weights beside them."""
+"""Bugs of adapters and of frozen weights: what ranks hold of them, their gradients, noise and updates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_dist.models import grouped, initial_weights
 from moe_dist.models.experts import Experts
 from moe_dist.models.layers import Linear
 from moe_dist.models.noise import Sources
-from moe_dist.parallel.engines.optimizer import LogicalOptimizer, local
+from moe_dist.parallel.engines.optimizer import LogicalOptimizer, TorchEngine, local
 from moe_dist.parallel.engines.replicated import ReplicatedEngine
 from moe_dist.verify.injected_bugs.planting import Replace, rank
 
@@ -85,3 +85,36 @@ def frozen_weights_decayed_by_fsdp(replace: Replace) -> None:
                     local(parameter.detach()).mul_(1 - rate * decay)
 
     replace(LogicalOptimizer, "step", wrong)
+
+
+def frozen_experts_decayed(replace: Replace) -> None:
+    """Weight decay of the experts of a stack that are not trained, which are beside others that are."""
+    update = LogicalOptimizer.step
+
+    def wrong(self: LogicalOptimizer, rate: float) -> None:
+        update(self, rate)
+        decay = self.optimizer.param_groups[0]["weight_decay"]
+        for name, rows in self.still.items():
+            with torch.no_grad():
+                local(self.engine.held_parameters()[name].detach())[rows] *= 1 - rate * decay
+
+    replace(LogicalOptimizer, "step", wrong)
+
+
+def experts_chosen_by_their_place_here(replace: Replace) -> None:
+    """Ids of experts to train are counted on each rank anew."""
+
+    def wrong(self: LogicalOptimizer, name: str, parameter: nn.Parameter) -> dict[int, int]:
+        trained = self.model.trained_in_part[name]
+        return {row: row for row in range(len(local(parameter))) if row in trained}
+
+    replace(LogicalOptimizer, "_rows", wrong)
+
+
+def norm_with_frozen_experts(replace: Replace) -> None:
+    """Gradients of experts that are not trained stay in the norm that the others are clipped by."""
+
+    def wrong(self: TorchEngine) -> None:
+        self._sum()
+
+    replace(TorchEngine, "reduce", wrong)

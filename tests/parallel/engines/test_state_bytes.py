@@ -70,6 +70,9 @@ DEEPSPEED = [(*SHARDED[3 * z + i], "parallel.engine=deepspeed") for z in (1, 2) 
 LORA = ("balance.bias_update_rate=0", "lora.r=16", "lora.target_modules=all-linear")
 ADAPTERS = [(*LORA, *SHARDED[index]) for index in (2, 4, 10)]
 ADAPTERS += [(*LORA, *PIPELINE[2]), (*LORA, *DEEPSPEED[1]), (*LORA, "train.pure_bf16=true", *SHARDED[10])]
+FROZEN = ("balance.bias_update_rate=0", "train.train_only=[experts:1,4,11-12, layers:1]")
+IN_PART = [(*FROZEN, *SHARDED[index]) for index in (2, 4, 10)]
+IN_PART += [(*FROZEN, "train.pure_bf16=true"), ("train.freeze=[embed_tokens, experts]", *DEEPSPEED[1])]
 
 
 @pytest.mark.dist
@@ -80,6 +83,7 @@ ADAPTERS += [(*LORA, *PIPELINE[2]), (*LORA, *DEEPSPEED[1]), (*LORA, "train.pure_
         pytest.param(HYBRID + PIPELINE + OTHERS, id="hybrid, pipeline, precision"),
         pytest.param(DEEPSPEED, id="deepspeed"),
         pytest.param(ADAPTERS, id="adapters"),
+        pytest.param(IN_PART, id="frozen"),
     ],
 )
 def test_ranks_hold_what_the_formulas_say(asked: list[tuple[str, ...]]) -> None:
