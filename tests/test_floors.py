@@ -42,6 +42,7 @@ ROOMS: tuple[tuple[float, tuple[str, ...]], ...] = (
     (7, ("moe_dist.verify",)),
     (6, ("moe_dist.train",)),
     (5, ("moe_dist.pretrained",)),
+    (5, ("moe_dist.tasks",)),  # which evaluation asks, and training
     (4.2, ("moe_dist.checkpoint.tools",)),
     (4.0, ("moe_dist.checkpoint.storage",)),
     (4.1, ("moe_dist.checkpoint",)),
@@ -88,6 +89,7 @@ HEAVY = (
     *("torch", "numpy", "transformers", "datasets", "tokenizers", "tensorboard"),
     *("plotly", "pyarrow", "pandas", "deepspeed", "ray", "mpi4py"),
     *("fastapi", "uvicorn", "argon2"),
+    *("lm_eval", "sacrebleu", "sklearn"),
 )
 WITHOUT_COLLECTIVES = ("moe_dist.models", "moe_dist.monitor")
 ALL_TO_ALL_AT = "moe_dist.parallel.dispatch"

@@ -156,8 +156,8 @@ def check_trained(config: Sections) -> None:
 def check_held_out(config: Sections) -> None:
     """Something to evaluate on where evaluations are asked for, and an end of a stream, whose length nobody knows."""
     data, train = config.data, config.train
-    if train.eval_steps and data.validation_path is None:
-        key = f"train.eval_steps={train.eval_steps}: "
+    if (train.eval_steps or train.eval_tasks) and data.validation_path is None:
+        key = f"train.eval_steps={train.eval_steps}: " if train.eval_steps else "train.eval_tasks: "
         if data.streaming:
             raise ValueError(f"{key}nothing is held out of a stream (data.streaming=true); set data.validation_path")
         if not data.validation_split:

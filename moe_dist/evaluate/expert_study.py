@@ -18,8 +18,8 @@ from moe_dist.data.packing import PADDING_DOCUMENT
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.models.transformer import Transformer
 from moe_dist.models.watching import watching
+from moe_dist.parallel.engines.eval_mode import evaluating
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.evaluation import evaluating
 from moe_dist.train.step import model_inputs
 
 MOST_CELLS = 500_000_000

@@ -10,6 +10,7 @@ from 0 to 1. "All ranks": summed over them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Self
@@ -19,6 +20,11 @@ from moe_dist.monitor.metric import Metric, Record, Series, known
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def in_names(numbers: Mapping[str, float]) -> dict[str, float]:
+    """With keys that a name of Prometheus can hold."""
+    return {re.sub(r"\W+", "_", name): number for name, number in numbers.items()}
 
 
 def first(values: Sequence[float]) -> float:
@@ -250,6 +256,10 @@ class EvalRecord(Record):
         "Validation loss of a model that knows token frequencies only.", "nats/token", "eval/unigram_loss",
         "validation_unigram_loss", note="The baseline; null if not computed.")] = None
     is_best: Annotated[bool, Metric("Lowest validation loss so far.", "bool")] = False
+    tasks: Annotated[dict[str, float], Metric(
+        "Metrics of train.eval_tasks, of a task its own.", tag="eval/task_{}", gauge="task_{}",
+        value=in_names,
+        note="An object, `task: metric` -> number; elsewhere NAME is `task_metric`.")] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,12 +25,16 @@ from moe_dist.generate.options import SamplingOptions
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.records import EvalRecord
 from moe_dist.parallel.comm_timer import Clock
-from moe_dist.parallel.engines.optimizer import reshard
+from moe_dist.parallel.engines.eval_mode import evaluating
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.tasks.run import check_tasks, run_tasks
+from moe_dist.tasks.whole_model import WholeModel
 from moe_dist.train.build import Datasets
 from moe_dist.train.callbacks import Callback, RunState
 from moe_dist.train.loss import head_cross_entropy
 from moe_dist.train.step import model_inputs
+
+logger = logging.getLogger("moe_dist")
 
 
 @dataclass(frozen=True)
@@ -42,19 +48,6 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
-
-
-@contextmanager
-def evaluating(model: Transformer) -> Iterator[None]:
-    """No gradients, no dropout, no counting; afterwards the random state as it was, and what was sharded sharded."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        model.train(was_training)
-        reshard(model)
 
 
 SAMPLE_TEMPERATURE = 0.8
@@ -142,7 +135,8 @@ class Evaluating(Callback):
         """Validation loss of a model that knows token frequencies only; None when not computed."""
 
     def measure_baseline(self) -> None:
-        """What training is held against."""
+        """What training is held against. Raises ValueError for tasks that cannot be asked at the first evaluation."""
+        self.mesh.ask_rank_zero(partial(check_tasks, self.config.train.eval_tasks))
         if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
             vocabulary = self.config.model.vocab_size
             self.unigram = unigram_loss(self.datasets.train, self.datasets.validation, vocabulary)
@@ -177,11 +171,30 @@ class Evaluating(Callback):
                 loss_chunk_tokens=train.loss_chunk_tokens,
                 stop=self._asked_to_stop,
             )
+            tasks = {} if found is None else self._ask_tasks(size)
         if found is None:
             return
         self.step, self.loss = step, found.loss
         facts = (found.loss, found.perplexity, found.num_tokens, found.seconds)
-        self._announce(EvalRecord(step, *facts, self.unigram, self._is_best(found.loss)))
+        self._announce(EvalRecord(step, *facts, self.unigram, self._is_best(found.loss), tasks))
+
+    def _ask_tasks(self, size: int) -> dict[str, float]:
+        """Metrics of `train.eval_tasks`; none where one of them cannot be asked, which is no reason to end a run."""
+        train = self.config.train
+        if not train.eval_tasks:
+            return {}
+        whole = WholeModel(self.model, self.datasets.tokenizer, self.mesh, batch_size=size, bf16=train.bf16)
+        try:
+            results = run_tasks(whole, train.eval_tasks)
+        except ValueError as error:
+            logger.warning("train.eval_tasks: left out of this evaluation: %s", error)
+            return {}
+        return {
+            f"{name}: {metric}": number
+            for name, result in results.items()
+            for metric, number in result.metrics.items()
+            if "_stderr" not in metric
+        }
 
     def sample(self) -> str | None:
         """A text that the model writes as it is now; None with `train.sample_tokens` 0."""

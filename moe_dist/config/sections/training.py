@@ -124,6 +124,8 @@ class TrainConfig(Section):
     """Evaluate every this many steps; 0: only at the end."""
     eval_batches: Positive | None = None
     """Evaluate on at most this many batches, all ranks together; default: the whole validation set."""
+    eval_tasks: list[str] = []
+    """Tasks with right answers at each evaluation, as `moe-dist evaluate --tasks` has them."""
     early_stopping_patience: NonNegative = 0
     """Stop after this many evaluations without improvement; 0: never."""
     early_stopping_threshold: NonNegativeFloat = 0.0

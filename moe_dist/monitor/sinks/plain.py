@@ -49,6 +49,7 @@ class PlainConsole(Sink):
             gain = record.unigram_loss - record.loss
             pairs += [("unigram_loss", text.loss(record.unigram_loss)), ("below_unigram", f"{gain:.4f}")]
         pairs += [("tokens", f"{record.tokens:,}"), ("seconds", f"{record.seconds:.1f}")]
+        pairs += [(name.replace(": ", "/"), f"{number:.4f}") for name, number in record.tasks.items()]
         self._lines([join_within(WIDTH, [*pairs, ("best", "yes" if record.is_best else "no")])])
 
     def checkpoint(self, record: CheckpointRecord) -> None:

@@ -147,9 +147,9 @@ class RunMetrics:
                         yield _family(replace(series, name=series.name.format(key)), {(): value - before})
         for record in (seen.evaluation, seen.checkpoint):
             for metric in metrics_of(type(record)).values() if record is not None else ():
-                yield from (
-                    _family(series, {(): value}) for series in metric.series for _, value in metric.shown(record)
-                )
+                for series in metric.series:
+                    for key, value in metric.shown(record):
+                        yield _family(replace(series, name=series.name.format(key)), {(): value})
         if seen.info is not None and seen.train is not None and seen.train.ranks is not None:
             yield from _of_stages(seen.info, seen.train.ranks)
         # A layer that routed nothing in the interval has no ratios, and its experts are not dead.

@@ -91,6 +91,7 @@ def test_dead_for_long_is_not_absent_once(sink: PrometheusSink, train_record: Ma
 
 def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, eval_record: EvalRecord) -> None:
     record, before = train_record(), time.time()
+    eval_record = replace(eval_record, tasks={"sentiment: f1": 0.61, "a-b: acc": 0.5})
     sink.train(record)
     sink.evaluation(eval_record)
     sink.checkpoint(SAVED)
@@ -101,9 +102,10 @@ def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, e
     expected: dict[tuple[str, ...], float] = {}
     for source in (record, eval_record, SAVED):
         for field, metric in metrics_of(type(source)).items():
-            if field not in ("phase_seconds", "stragglers"):
+            if field not in ("phase_seconds", "stragglers", "tasks"):
                 expected |= {(series.exported,): getattr(source, field) for series in metric.series}
     expected |= {(f"moe_dist_phase_{phase}_seconds",): seconds for phase, seconds in record.phase_seconds.items()}
+    expected |= {("moe_dist_task_sentiment_f1",): 0.61, ("moe_dist_task_a_b_acc",): 0.5}
     expected["moe_dist_stragglers",] = 0
     assert record.ranks is not None
     for stage, ranks in (("0", (0, 1)), ("1", (2, 3))):

@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,7 @@ def test_tensorboard_events_equal_the_records(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     sink, record = TensorBoardSink(tmp_path / "tb"), train_record(500)
+    eval_record = replace(eval_record, tasks={"a-b: acc": 0.5})
     sink.open(info)
     sink.train(record)
     sink.evaluation(eval_record)
@@ -173,6 +175,7 @@ def test_tensorboard_events_equal_the_records(
         "eval/loss": eval_record.loss,
         "eval/perplexity": eval_record.perplexity,
         "eval/unigram_loss": eval_record.unigram_loss,
+        "eval/task_a_b_acc": 0.5,
         "perf/tokens_per_second": record.tokens_per_second,
         "perf/step_time_seconds": record.step_seconds,
         "perf/all_to_all_share": record.all_to_all_share,
