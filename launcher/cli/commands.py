@@ -131,6 +131,8 @@ def train(context: typer.Context, config: ConfigPath) -> None:
         from launcher.rank.worker import run_under_torchrun
 
         environment = detect()
+        if settings.train.auto_find_batch_size:
+            notice("train.auto_find_batch_size: not under this launcher, where lack of memory ends the run")
         run_under_torchrun(for_world(settings, environment.world_size, notice), environment)
     settings = for_world(settings, settings.launch.nproc_per_node, notice)
     from launcher.backends.local import launch
