@@ -14,12 +14,23 @@ import time
 from launcher.connect.environment import JOB, named_job
 from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_FAILED, EXIT_STOPPED
 from launcher.connect.rank_job import Proof
-from launcher.supervise.exit_status import End, Ended, Tries, note, restore_terminal, say, say_end, verdict
+from launcher.supervise.exit_status import (
+    End,
+    Ended,
+    Tries,
+    newest_step,
+    note,
+    restore_terminal,
+    say,
+    say_end,
+    verdict,
+)
 from launcher.supervise.forkserver import ForkServer
 from launcher.supervise.hang import HangDiagnosis, diagnose_hang
 from launcher.supervise.processes import GRACE, PATIENCE, POLL, Ranks, RankStarter, Signals
 from moe_dist.config import Config
 from moe_dist.monitor.train_log import log_path
+from moe_dist.plan.smaller_batches import batches, halved
 
 GAP = 2.0
 """Seconds between two looks that mean that this process was stopped, by Ctrl-Z for example, and its ranks with it."""
@@ -30,7 +41,8 @@ def launch(config: Config, proof: Proof | None = None) -> int:
 
     They train, or with `proof` they verify. When one fails the others are ended, and one line says which, how and
     where its log is. A run that saves is then started again from its newest checkpoint, until
-    `launch.max_restarts` starts in a row have not got any further.
+    `launch.max_restarts` starts in a row have not got any further. With `train.auto_find_batch_size` any run that
+    lacked memory in a step is, with smaller micro-batches, as long as there are smaller ones.
     """
     with Signals(last_words=proof is None) as signals, RankStarter(config, proof) as starter:
         job = named_job()
@@ -39,6 +51,10 @@ def launch(config: Config, proof: Proof | None = None) -> int:
             end = _run(config, proof, signals, job, starter.server)
             if proof is None:
                 note(end, config.train.output_dir)
+            if proof is None and not signals.first and (smaller := _smaller(end, config)) is not None:
+                say_end(end, f"; starting again {tries.place(newest_step(config))} with {batches(smaller, config)}")
+                config = smaller
+                continue
             saves = proof is None and config.checkpoint.save_steps > 0
             if end.code != EXIT_FAILED or signals.first or not saves or not config.launch.max_restarts:
                 say_end(end)
@@ -48,6 +64,11 @@ def launch(config: Config, proof: Proof | None = None) -> int:
             if more is None:
                 say(tries.summary)
                 return end.code
+
+
+def _smaller(end: End, config: Config) -> Config | None:
+    """The run with smaller micro-batches, where it has failed for want of memory and asks for that."""
+    return halved(config) if end.lacks_memory and config.train.auto_find_batch_size else None
 
 
 def _run(config: Config, proof: Proof | None, signals: Signals, job: dict[str, str], server: ForkServer | None) -> End:

@@ -133,6 +133,8 @@ def train(context: typer.Context, config: ConfigPath) -> None:
         from launcher.rank.worker import run_under_torchrun
 
         environment = detect()
+        if settings.train.auto_find_batch_size:
+            notice("train.auto_find_batch_size: not under this launcher, where lack of memory ends the run")
         settings = for_world(settings, environment.world_size, notice, per_host=environment.local_world_size)
         run_under_torchrun(settings, environment)
     settings = for_world(settings, settings.launch.nproc_per_node, notice)

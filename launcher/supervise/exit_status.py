@@ -19,7 +19,7 @@ from launcher.connect.exit_codes import (
     EXIT_UNSEEN,
 )
 from launcher.connect.output import EXIT_PIPE
-from launcher.supervise.oom_advice import why_killed
+from launcher.supervise.oom_advice import is_of_memory, why_killed
 from moe_dist.checkpoint.lock import begun
 from moe_dist.checkpoint.storage import open_storage, step_folder
 from moe_dist.config import Config
@@ -60,13 +60,15 @@ class Tries:
         self.count, self.furthest = (1, step) if further else (self.count + 1, self.furthest)
         if self.count > self.limit:
             return None
+        return f"; starting again {self.place(step)} (try {self.count} of {self.limit})"
+
+    def place(self, step: int) -> str:
+        """Where the next start begins, in words. `step`: the newest that is saved."""
         resume = self.config.checkpoint.resume
         has_begun = any(self.job in name for name in begun(self.config.train.output_dir))
         if resume != "auto" and not has_begun:
-            place = f"with checkpoint.resume={resume}"
-        else:
-            place = f"from {step_folder(step)}" if step >= 0 else "at the beginning"
-        return f"; starting again {place} (try {self.count} of {self.limit})"
+            return f"with checkpoint.resume={resume}"
+        return f"from {step_folder(step)}" if step >= 0 else "at the beginning"
 
     @property
     def summary(self) -> str:
@@ -75,11 +77,20 @@ class Tries:
 
 
 class End(NamedTuple):
-    """How one start of a run has ended, and the line that says it (None: it has been said)."""
+    """How one start of a run has ended, and the line that says it (None: it has been said).
+
+    `in_step`: a rank has failed after it had begun a step.
+    """
 
     code: int
     line: str | None = None
     log: str | None = None
+    in_step: bool = False
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether a step has needed more memory than there is: smaller micro-batches need less."""
+        return self.code == EXIT_FAILED and self.in_step and is_of_memory(self.line or "")
 
 
 def say_end(end: End, more: str = "") -> None:
@@ -122,17 +133,18 @@ def verdict(
     path = None if folder is None else log_path(folder, cause.rank)
     log = str(path) if path is not None and path.is_file() else None  # there is none before training has begun
     place = places.get(cause.rank)
-    where = f" {place}" if place is not None and place.step else ""
+    in_step = place is not None and place.step > 0
+    where = f" {place}" if in_step else ""
     if cause.code in (EXIT_AGAIN, EXIT_CTRL_C):
         return End(cause.code, told.get(0, "stopped on request"))
     if cause.code < 0 and cause.rank not in told:
         name = signal.Signals(-cause.code).name
         hint = why_killed() if name == "SIGKILL" else ""
-        return End(EXIT_FAILED, f"error: {who} was ended by {name}{where}{hint}{others}", log)
+        return End(EXIT_FAILED, f"error: {who} was ended by {name}{where}{hint}{others}", log, in_step)
     spoken = (EXIT_STOPPED, EXIT_DIFFERS, EXIT_UNSEEN, EXIT_PIPE)  # rank 0 has said why, or nobody listens
     code = cause.code if cause.code in (EXIT_CONFIG, *spoken) else EXIT_FAILED
     if cause.rank in told:
-        return End(code, f"error: {told[cause.rank]}")
+        return End(code, f"error: {told[cause.rank]}", in_step=in_step)
     if cause.code in spoken:
         return End(code)
     return End(code, f"error: {who} ended with exit code {cause.code}{where}{others}", log)

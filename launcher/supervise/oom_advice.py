@@ -10,14 +10,19 @@ _LESS = (
     "parallel.ep_size, data.max_seq_length, parallel.cpu_offload"
 )
 """The keys to change, those first that cost the least; docs/running.md has a table."""
-_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory")
-"""In the words of CUDA, of PyTorch on CPU, and of the system."""
+_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
+"""In the words of CUDA, of PyTorch on CPU, of the system, and of cuBLAS."""
 
 
 def advice(error: BaseException) -> str:
     """What to add to the error's own words; "" when memory was not what it lacked."""
     lacks = isinstance(error, MemoryError) or any(words in str(error).lower() for words in _WORDS)
     return f"; memory: {_LESS}" if lacks else ""
+
+
+def is_of_memory(line: str) -> bool:
+    """Whether what is said of an end has this advice in it."""
+    return _LESS in line
 
 
 def why_killed() -> str:

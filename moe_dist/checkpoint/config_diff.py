@@ -16,6 +16,7 @@ FREE = (
     "data.on_error",
     "data.path",
     "data.validation_path",
+    "train.auto_find_batch_size",
     "train.callbacks",
     "train.deterministic",
     "train.divergence",

@@ -28,7 +28,6 @@ _INSTEAD = {
     r"cp|cp_(size|degree)|(context|sequence)_parallel(_.*)?|ulysses(_.*)?|ring_attn(_.*)?": (
         "every rank holds whole sequences of data.max_seq_length; train.gradient_checkpointing makes room for them"
     ),
-    r"auto_find_batch_size": "moe-dist check shows the bytes of each rank; set train.per_device_train_batch_size",
     r"gradient_accumulation_steps_auto": (
         "train.gradient_accumulation_steps, the same in every step: the loss is a mean over the tokens of the global "
         "batch, however long its samples are, and a schedule counts steps of one size"

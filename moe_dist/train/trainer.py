@@ -115,6 +115,8 @@ class MoETrainer(TrainingLoop):
         """
         if not hasattr(self, "mesh"):
             self.mesh = own_mesh(self.config)
+            if self.config.train.auto_find_batch_size:
+                logger.warning("train.auto_find_batch_size: only `moe-dist train` starts again with smaller batches")
             result = self._train(dataset)
             merged = merge(self.config, result, self.status, logger.info) if self.mesh.rank == 0 else None
             return replace(result, merged=merged)

@@ -38,7 +38,6 @@ train: {use_cpu_offload: true}  =>  parallel.cpu_offload=true: needs parallel.ze
 zzzz: 1  =>  zzzz=1: unknown key  &  allowed: the sections model
 launch: {zzzz: 1}  =>  launch.zzzz=1  &  allowed in launch: nproc_per_node
 model: {path: some/model}  =>  model.path='some/model': unknown key  &  nearest: data.path
-advanced: {auto_find_batch_size: true}  =>  advanced.auto_find_batch_size=true: not offered yet  &  moe-dist check
 1: 2  =>  1=2: unknown key
 model: {num_experts: many}  =>  model.num_experts='many': a whole number, 0 or more (  &  run.yaml)
 model: {hidden_size: 12.5}  =>  model.hidden_size=12.5: a whole number above 0

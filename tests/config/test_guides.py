@@ -48,6 +48,7 @@ training:
   metric_for_best_model: eval_loss
   ddp_backend: gloo
   ddp_timeout: 3600
+  auto_find_batch_size: true
   gradient_accumulation_steps_auto: false
 moe:
   use_auxiliary_loss: true
@@ -86,7 +87,8 @@ optimizer.warmup_ratio=0.03 optimizer.weight_decay=0.01 optimizer.optim=adamw_to
 optimizer.adam_beta2=0.999 optimizer.adam_epsilon=1e-8
 train.per_device_train_batch_size=1 train.gradient_accumulation_steps=16 train.label_smoothing_factor=0.0
 train.max_grad_norm=1.0 train.num_train_epochs=3.0 train.max_steps=-1 train.gradient_checkpointing=full train.bf16=true
-train.fp16=false train.eval_steps=100 train.torch_compile=false train.early_stopping_patience=3
+train.fp16=false train.auto_find_batch_size=true train.eval_steps=100 train.torch_compile=false
+train.early_stopping_patience=3
 train.early_stopping_threshold=0.001
 lora.r=16 lora.alpha=32.0 lora.dropout=0.05 lora.target_modules=[q_proj,k_proj,v_proj,o_proj] lora.merge_and_save=true
 balance.use_auxiliary_loss=true balance.router_aux_loss_coef=0.001 balance.freeze_router=false

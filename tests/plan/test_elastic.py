@@ -19,6 +19,7 @@ from moe_dist.parallel.layout import Layout
 from moe_dist.plan import elastic
 from moe_dist.plan.cluster import cluster_of
 from moe_dist.plan.elastic import replan
+from moe_dist.plan.smaller_batches import halved
 from moe_dist.train import MoETrainer
 
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * 12 for i in range(24)]
@@ -162,3 +163,37 @@ def test_four_ranks_then_two_then_three_then_one(tmp_path: Path) -> None:
     for world, steps in ((4, 2), (2, 4), (3, 6), (1, 8)):
         losses += go_on(folder, 1, steps) if world == 1 else run_ranks(go_on, world, folder, world, steps)[0]
     assert losses == pytest.approx(straight, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((8, 1), (4, 2)), ((6, 2), (3, 4)), ((5, 2), (2, 5)), ((3, 1), (1, 3)), ((7, 3), (3, 7)), ((1, 4), None)],
+)
+def test_smaller_micro_batches_keep_the_global_batch(before: tuple[int, int], after: tuple[int, int] | None) -> None:
+    """The largest of half the size or less that divides it. Seen to fail with 5 x 2 halved to 2 x 4."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    found = halved(config(train=dict(zip(names, before, strict=True))))
+    assert (found and tuple(getattr(found.train, name) for name in names)) == after
+    assert found is None or found.global_batch_size(8) == before[0] * before[1] * 8
+
+
+def test_smaller_micro_batches_evaluate_the_same_samples() -> None:
+    """Which `eval_batches` counts in sizes of training, where evaluation has none of its own."""
+    held_out = {"validation_split": 0.2}
+    given = config(train={"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "eval_batches": 3})
+    found = halved(given)
+    assert found is not None
+    assert (found.train.per_device_train_batch_size, found.num_evaluated) == (1, given.num_evaluated)
+    own = {"per_device_train_batch_size": 4, "eval_batches": 3, "per_device_eval_batch_size": 4}
+    found = halved(config(train=own, data=held_out))
+    assert found is not None
+    assert (found.train.per_device_train_batch_size, found.train.eval_batches) == (2, 3)
+
+
+def test_smaller_micro_batches_fit_the_schedule() -> None:
+    """Of 6 x 1 on a pipeline of 2 that wants pairs of micro-batches."""
+    parallel = {"pp_size": 2, "ep_size": 1, "schedule": "interleaved_1f1b", "elastic": False}
+    train = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    found = halved(config(parallel=parallel, train=train, model={"num_hidden_layers": 4}))
+    assert found is not None
+    assert (found.train.per_device_train_batch_size, found.train.gradient_accumulation_steps) == (1, 6)

@@ -81,6 +81,9 @@ class TrainConfig(Section):
     """Sequences in one micro-batch of one rank."""
     per_device_eval_batch_size: Positive | None = None
     """Sequences in one evaluation batch of one rank; default: as in training."""
+    auto_find_batch_size: bool = False
+    """Out of memory in a step: `moe-dist train` starts all ranks again, from the newest checkpoint, with micro-batches
+    of half the size and so many more of them that the global batch stays. Not under other launchers."""
     gradient_accumulation_steps: Positive = 1
     """Micro-batches per rank in one optimizer step."""
     max_steps: int = Field(default=-1, ge=-1)

@@ -7,6 +7,8 @@ import signal
 import pytest
 
 from launcher.supervise.exit_status import Ended, verdict
+from launcher.supervise.oom_advice import advice
+from moe_dist.parallel.status import Position
 
 LOST = "rank {}: RuntimeError: [pair.cc:537] Read error [127.0.0.1]:749: Connection reset by peer"
 BROKEN = "rank {}: ZeroDivisionError: the fuse was short"
@@ -34,3 +36,21 @@ def test_the_cause_is_named_and_not_who_has_lost_a_peer(
     end = verdict(failed, {rank: text.format(rank) for rank, text in told.items()}, {}, None, alone=False)
     assert end.line is not None
     assert end.line.startswith(f"error: {named}")
+
+
+@pytest.mark.parametrize(
+    ("error", "step", "lacks"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."), 3, True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 3, True),
+        (MemoryError(), 3, True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."), 0, False),
+        (RuntimeError("the fuse was short"), 3, False),
+    ],
+)
+def test_a_step_that_lacks_memory_is_told_from_other_ends(error: Exception, step: int, lacks: bool) -> None:
+    """Smaller micro-batches help in a step alone: not where the model itself has no room. Seen to fail at step 0."""
+    told = {0: LOST.format(0), 1: f"rank 1: {type(error).__name__}: {error}{advice(error)}; log: x"}
+    failed = [Ended(rank, 100 + rank, 1) for rank in (0, 1)]
+    places = {rank: Position(0.1, step, "computing", None) for rank in (0, 1)}
+    assert verdict(failed, told, places, None, alone=False).lacks_memory is lacks
