@@ -12,10 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_dist.config import Config
-from moe_dist.models.adapter_shapes import adapter_counts, adapter_shapes, trainable_line
+from moe_dist.config.trained_weights import TrainedWeights
+from moe_dist.models.adapter_shapes import adapter_counts, trainable_line
 from moe_dist.models.adapter_shapes import sentence as sentence_of_adapters
 from moe_dist.models.counts import flops_per_token, parameter_counts, per_rank
-from moe_dist.models.shapes import STACKED, decays, logical_shapes
+from moe_dist.models.shapes import STACKED, decays
+from moe_dist.models.trained_counts import trainable_shapes, trained_counts, trained_sentence
 from moe_dist.parallel.dispatch_choice import chosen_dispatcher
 from moe_dist.parallel.layout import Axis, Layout, layers_by_pp_rank
 from moe_dist.parallel.state_bytes import state_bytes
@@ -55,13 +57,12 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         groups.add_row(axis, str(len(members[0])), escape(shown + more), meaning)
     console.print(groups)
     console.print()
-    if config.lora.r:
-        adapters = sum(adapter_counts(config.model, config.lora))
-        for line in (
-            sentence_of_adapters(config.model, config.lora),
-            trainable_line(adapters, counts.total + adapters),
-        ):
-            console.print(f"  {line}", soft_wrap=True, markup=False)
+    trained, adapters = TrainedWeights.of(config), sum(adapter_counts(config.model, config.lora))
+    lines = [sentence_of_adapters(config.model, config.lora)] if config.lora.r else []
+    lines += [] if trained.are_all else [trained_sentence(config, trained)]
+    if lines:
+        lines.append(trainable_line(trained_counts(config, trained).total, counts.total + adapters))
+        console.print("\n".join(f"  {line}" for line in lines), soft_wrap=True, markup=False)
         console.print()
     numbers = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
     numbers.add_row("parameters", f"{counts.total:,}", amount(counts.total))
@@ -132,15 +133,9 @@ def decay_groups(config: Config) -> dict[str, dict[str, int]]:
 
     A class of one's own is built for this, without memory; raises ValueError where it is not known.
     """
-    model = config.model
+    model, trained = config.model, TrainedWeights.of(config)
     if model.router == "topk" and model.expert in STACKED:
-        shapes = {name: shape for name, shape in logical_shapes(model).items() if not name.endswith(".bias_E")}
-        if config.lora.r:
-            shapes = adapter_shapes(model, config.lora)
-        if model.tie_word_embeddings:
-            shapes.pop("lm_head.weight", None)
-        if config.balance.freeze_router and not config.lora.r:
-            shapes = {name: shape for name, shape in shapes.items() if ".router." not in name}
+        shapes = trainable_shapes(config)
         decayed = {name for name, shape in shapes.items() if decays(name, len(shape) - (".moe.experts." in name))}
     else:
         import torch
@@ -152,6 +147,12 @@ def decay_groups(config: Config) -> dict[str, dict[str, int]]:
             built.add_adapters(config.lora)
         shapes = {name: tuple(p.shape) for name, p in built.named_parameters() if p.requires_grad}
         decayed = built.decayed_names()
+    parts = {name: trained.part(name) for name in shapes}
+    shapes = {
+        name: shape if parts[name] is True else (len(parts[name]), *shape[1:])  # type: ignore[arg-type]
+        for name, shape in shapes.items()
+        if parts[name]
+    }
     groups: dict[str, dict[str, int]] = {f"weight decay {config.optimizer.weight_decay:g}": {}, "no weight decay": {}}
     for name, shape in shapes.items():
         kin = re.sub(

@@ -137,10 +137,11 @@ def check_trained(config: Sections) -> None:
             ):
                 if ids is not None and ids != MEASURED and max(ids) >= count:
                     raise ValueError(f"{name}: {max(ids)} is not below model.{word}={count} (they count from 0)")
-            if pattern.experts is not None and config.parallel.engine == "deepspeed":
+            engine = config.parallel.engine
+            if pattern.experts is not None and engine != "torch":
                 raise ValueError(
-                    f"{name}: parallel.engine=deepspeed updates whole stacks of experts; take parallel.engine=torch, "
-                    "or experts, which are all"
+                    f"{name}: parallel.engine={engine} updates whole stacks of experts; take parallel.engine=torch, or "
+                    "experts, which are all"
                 )
     trained = TrainedWeights.of(config)
     if config.balance.bias_update_rate and not config.lora.r and (train.freeze or train.train_only):

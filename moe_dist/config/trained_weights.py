@@ -32,7 +32,8 @@ class TrainedWeights:
     @staticmethod
     def of(config: Sections, chosen: ChosenExperts | None = None) -> TrainedWeights:
         """As the configuration says; a router that `balance.freeze_router` keeps is frozen too."""
-        frozen = [*config.train.freeze, *(["router"] if config.balance.freeze_router else [])]
+        keeps_router = config.balance.freeze_router and not config.lora.r  # beside adapters it is frozen anyway
+        frozen = [*config.train.freeze, *(["router"] if keeps_router else [])]
         still, only = (tuple(map(WeightPattern.parse, texts)) for texts in (frozen, config.train.train_only))
         return TrainedWeights(still, only, config.model.num_experts, chosen)
 

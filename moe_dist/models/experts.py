@@ -6,6 +6,7 @@ Shape suffixes: R rows, D hidden, F intermediate, e experts held here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
 from moe_dist.config import ModelConfig
+from moe_dist.models.adapted_experts import AdaptedSwiGLU
 from moe_dist.models.grouped import StackedLowRank, grouped_mm_takes, multiply_one_by_one, multiply_rows
 from moe_dist.models.layers import ACTIVATIONS
 from moe_dist.models.noise import Sources, refuse_stray_noise
@@ -46,13 +48,29 @@ class Experts(nn.Module):
         `draws_noise` by `sources` within it."""
         dtype = self.compute_dtype(rows_RD)
         rows_RD, weights = rows_RD.to(dtype), (self.w_gate_up.to(dtype), self.w_down.to(dtype))
-        if self.is_adapted:
+        if self.is_adapted and (not len(rows_RD) or not self._adapters_are_grouped(dtype)):
             return self.in_parts(rows_RD, rows_per_expert, sources)
         if not grouped_mm_takes(dtype, self.w_down.shape[1:]):
             return loop_swiglu(rows_RD, *weights, rows_per_expert, self.hidden_act)
         # offsets[-1] must be the number of rows: the kernel leaves what lies past it as it was in memory.
         offsets = rows_per_expert.cumsum(0).to(torch.int32)
+        if self.is_adapted:
+            return self._with_adapters(rows_RD, weights, offsets)
         return _GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.hidden_act)
+
+    def _adapters_are_grouped(self, dtype: torch.dtype) -> bool:
+        """Whether the kernel takes their ranks, and nothing is dropped on the way into them."""
+        there = [adapter for adapter in (self.lora_gate_up, self.lora_down) if adapter is not None]
+        return not self.draws_noise and all(grouped_mm_takes(dtype, adapter.A.shape[2:]) for adapter in there)
+
+    def _with_adapters(self, rows_RD: Tensor, weights: tuple[Tensor, Tensor], offsets: Tensor) -> Tensor:
+        matrices: list[Tensor | None] = []
+        for adapter in (self.lora_gate_up, self.lora_down):
+            both = (None, None) if adapter is None else (adapter.A.to(rows_RD.dtype), adapter.B.to(rows_RD.dtype))
+            matrices.extend(both)
+        scale = next(adapter.scale for adapter in (self.lora_gate_up, self.lora_down) if adapter is not None)
+        backward = partial(_swiglu_backward, activation=self.hidden_act)
+        return AdaptedSwiGLU.apply(rows_RD, *weights, *matrices, offsets, scale, self.unit, backward)
 
     def in_parts(self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None) -> Tensor:
         """As `forward`, one step after the other: with biases and adapters, where there are any."""

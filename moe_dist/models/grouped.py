@@ -61,4 +61,4 @@ class StackedLowRank(nn.Module):
             kept = keep_mask(sources, first_expert, rows_RX, self.dropout)
             rows_RX = rows_RX * (kept / (1.0 - self.dropout))
         a, b = self.A.to(rows_RX.dtype), self.B.to(rows_RX.dtype)
-        return multiply(multiply(rows_RX, a, rows_per_expert), b, rows_per_expert) * self.scale
+        return multiply(multiply(rows_RX, a, rows_per_expert) * self.scale, b, rows_per_expert)

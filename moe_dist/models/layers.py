@@ -24,7 +24,12 @@ class LowRank(nn.Module):
         self.scale, self.dropout = scale, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.narrow(x), self.B.to(x.dtype)) * self.scale
+        return F.linear(self.narrow(x) * self.scale, self.B.to(x.dtype))
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """`out` (..., out) plus `forward` of x, without a second tensor of its size on the way."""
+        narrow = (self.narrow(x) * self.scale).flatten(0, -2)
+        return torch.addmm(out.flatten(0, -2), narrow, self.B.to(x.dtype).t()).view_as(out)
 
     def narrow(self, x: Tensor) -> Tensor:
         """A dropout(x), (..., r)."""
@@ -42,7 +47,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
-        return out if self.lora is None else out + self.lora(x)
+        return out if self.lora is None else self.lora.add_to(out, x)
 
 
 class RMSNorm(nn.Module):

@@ -105,7 +105,5 @@ def trained_sentence(config: Config, trained: TrainedWeights) -> str:
     some = sum(part is not True and part is not False for part in parts.values())
     in_part = f", {some} in part (single experts)" if some else ""
     kind = "tensors of adapters" if config.lora.r else "tensors"
-    return (
-        f"{whole + some} of {len(names)} {kind} are trained{in_part}: {counts.total:,} weights; all others stay as "
-        "they are (train.freeze, train.train_only)"
-    )
+    said = f"{whole + some} of {len(names)} {kind} are trained{in_part}: {counts.total:,} weights"
+    return f"{said}; all others stay as they are"

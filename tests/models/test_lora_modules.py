@@ -11,7 +11,7 @@ from tiny import tiny_config
 from torch import Tensor
 
 from moe_dist.config import ConfigError, LoraConfig, load_mapping
-from moe_dist.models import grouped
+from moe_dist.models import adapted_experts, grouped
 from moe_dist.models.adapter_shapes import adapter_counts, adapter_shapes, sentence, targets, trainable_line
 from moe_dist.models.counts import parameter_counts
 from moe_dist.models.experts import ClampedExperts, Experts, LoopExperts
@@ -116,17 +116,42 @@ def test_adapters_of_experts_by_the_kernel_are_those_of_the_specification(
 ) -> None:
     """Outputs, and gradients of rows, A and B; the kernel has really run. Seen to fail with B of the next expert."""
     calls, real = [], grouped.grouped_mm
-    if expected := 6 if kind is not LoopExperts and sum(counts) else 0:
-        replace(grouped, "grouped_mm", lambda *a, **k: calls.append(1) or real(*a, **k))
+    expected = {Experts: 6 + 10, ClampedExperts: 6}.get(kind, 0) if sum(counts) else 0
+    if expected:
+        module = adapted_experts if kind is Experts else grouped
+        replace(module, "grouped_mm", lambda *a, **k: calls.append(1) or real(*a, **k))
     experts = experts_of(kind)
     rows = torch.randn(sum(counts), 16, requires_grad=True)
     trained = [rows, *(p for p in experts.parameters() if p.requires_grad)]
     upstream = torch.randn(sum(counts), 16)
     found, wanted = experts(rows, torch.tensor(counts)), specification(experts, rows, counts)
-    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
     for one, other in zip(*(torch.autograd.grad(out, trained, upstream) for out in (found, wanted)), strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
     assert len(calls) == expected
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("left_out", ["lora_gate_up", "lora_down", "frozen", ""])
+def test_frozen_experts_and_their_adapters_in_one_step_are_those_step_by_step(left_out: str, activation: str) -> None:
+    """With one adapter of two, and with one that is frozen itself; and without a gradient of the rows."""
+    experts = experts_of(Experts)
+    experts.hidden_act = activation
+    if left_out == "frozen":
+        assert experts.lora_down is not None
+        experts.lora_down.A.requires_grad_(False)
+    elif left_out:
+        setattr(experts, left_out, None)
+    counts = torch.tensor([3, 0, 5, 2])
+    for wants_rows in (True, False):
+        rows = torch.randn(10, 16, requires_grad=wants_rows)
+        trained = [tensor for tensor in (rows, *experts.parameters()) if tensor.requires_grad]
+        found, wanted = experts(rows, counts), experts.in_parts(rows, counts, None)
+        assert "AdaptedSwiGLU" in type(found.grad_fn).__name__
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
+        upstream = torch.randn(10, 16)
+        for one, other in zip(*(torch.autograd.grad(out, trained, upstream) for out in (found, wanted)), strict=True):
+            assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_of_a_row_is_the_same_wherever_its_expert_runs() -> None:

@@ -45,16 +45,9 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], int, int, int]] = {
         *(4, 8, 1),
     ),
 }
-SLOW = {
-    "sgd",
-    "zero0-bf16",
-    "own-experts",
-    "layers",
-    "experts-zero1",
-    "adapters-of-experts-ep2-zero2",
-    "upper-layer-zero3-full",
-    "layers-pp2-zero_bubble",
-}
+SLOW = {"experts-zero1", "adapters-of-experts-ep2-zero2", "upper-layer-zero3-full", "layers-pp2-zero_bubble"}
+SLOW |= {"parts-deepspeed-ep4", "deepspeed", "zero0-bf16", "zero1-between-experts", "adafactor", "sgd"}
+SLOW |= {"own-experts", "layers"}
 
 
 @pytest.mark.dist

@@ -59,7 +59,7 @@ def test_state_is_of_single_experts(run: Path) -> None:
 
 
 def test_a_run_goes_on_bit_for_bit(run: Path, tmp_path: Path) -> None:
-    """Seen to fail with moments of the first expert for all."""
+    """Seen to fail with moments of single experts that are not read."""
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     train(tmp_path / "run", resume="auto")

@@ -178,5 +178,6 @@ def test_the_page_names_every_feature() -> None:
         for word, settings in words.items():
             assert f"`{word}`" in row
             for key, value in settings.items():
-                told = str(value).lower() if isinstance(value, bool) else str(value).rpartition(":")[2]
+                told = value.rpartition(":")[2] if isinstance(value, str) else str(value)  # of a class its name
+                told = told.lower() if isinstance(value, bool) else told
                 assert f"`{key}={told}`" in row
