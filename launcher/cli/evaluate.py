@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +29,10 @@ Data = Annotated[
 ]
 MaxSamples = Annotated[
     int | None,
-    typer.Option(min=1, help="Samples of data.max_seq_length tokens at most, spread over all text; default: all."),
+    typer.Option(
+        min=1,
+        help="Samples of data.max_seq_length tokens at most, spread over all text, and rows of a task; default: all.",
+    ),
 ]
 
 
@@ -35,55 +40,92 @@ def evaluate(
     context: typer.Context,
     model: Model,
     data: Data = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="T,...",
+            help="Tasks with right answers: [NAME=]FILE.jsonl, and YAML files or names of lm-evaluation-harness. With "
+            "them text is measured only where --data names some.",
+        ),
+    ] = None,
     max_samples: MaxSamples = None,
     json_file: Annotated[
         str | None,
         typer.Option("--json", metavar="FILE", callback=expanded, help="All numbers; - for standard output."),
     ] = None,
     adapter_path: AdapterPath = None,
+    report: Annotated[
+        str | None, typer.Option("--report", metavar="FILE", callback=expanded, help="Write a page that compares them.")
+    ] = None,
     nproc: Nproc = 1,
     step: Step = None,
     dtype: Dtype = "fp32",
     encryption_key: Key = None,
 ) -> None:
-    """Measure models on held-out text: loss, perplexity, bits per byte, accuracy, load of the experts.
+    """Measure models: losses of held-out text, tasks with right answers, load of the experts.
 
-    More models may follow the first, and then key=value; they stand side by side. Perplexity is told for each source,
-    the loss by position too. Everything is computed on [bold]--nproc[/bold] ranks in whatever layout.
+    More models may follow the first, and then key=value; they stand side by side, with intervals of their differences
+    from the first. Perplexity is told for each source, the loss by position too. Everything is computed on
+    [bold]--nproc[/bold] ranks in whatever layout.
 
     [dim]Example:[/dim]  moe-dist evaluate outputs/demo --data wiki=wiki.txt --data code=code.jsonl --json scores.json
     """
     models = [model, *(word for word in context.args if "=" not in word)]
     overrides = [word for word in context.args if "=" in word]
-    if started_by_torchrun() and len(models) > 1:
-        raise ConfigError(f"{' '.join(models)}: under torchrun one model at a time")
-    rows = []
+    under_torchrun = started_by_torchrun()
+    if under_torchrun and (len(models) > 1 or report):
+        raise ConfigError(f"{' '.join(models)}: under torchrun one model at a time, and no --report")
+    asked = [task for one in tasks or () for task in one.split(",") if task]
+    rows, samples = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number, one in enumerate(models):
-            result = json_file if started_by_torchrun() and json_file else f"{folder}/{number}.json"
-            options: dict[str, Any] = {"data": data or [], "max_samples": max_samples, "name": one, "result": result}
+            result = json_file if under_torchrun and json_file else f"{folder}/{number}.json"
+            sums = None if under_torchrun else f"{folder}/{number}.sums.json"
+            options: dict[str, Any] = {"data": data or [], "tasks": asked, "max_samples": max_samples}
+            options |= {"name": one, "result": result, "sums": sums}
             how = (nproc, step, dtype, encryption_key, adapter_path)
             code = run_inference("evaluate", one, overrides, options, *how)
             if code:
                 raise typer.Exit(code)
             rows.append(json.loads(Path(result).read_text("utf-8")))
+            samples.append({} if sums is None else json.loads(Path(sums).read_text("utf-8")))
+    from moe_dist.evaluate.comparison import compare
+
+    compared = compare(samples)
+    for row, intervals in zip(rows, compared.to_json(), strict=True):
+        row |= intervals
     text = json.dumps(rows[0] if len(rows) == 1 else rows, indent=1)
+    if json_file not in (None, "-"):
+        Path(json_file).write_text(text + "\n", "utf-8")
     if json_file == "-":
         print(text)
-        return
-    if json_file is not None:
-        Path(json_file).write_text(text + "\n", "utf-8")
-    print_scores(rows)
+    else:
+        print_scores(rows)
+    if report is not None:
+        from moe_dist.evaluate.comparison_page import write_comparison_page
+
+        write_comparison_page(rows, compared, Path(report))
+        print(report, file=sys.stderr)
 
 
 def print_scores(rows: list[dict[str, Any]]) -> None:
-    """A table of sources, one of positions, and what the experts have to do."""
+    """A table of sources, one of tasks, one of positions, and what the experts have to do."""
     console = Console(soft_wrap=True)
-    table = Table(
-        *("model", "source", "loss", "perplexity", "bits per byte", "accuracy", "tokens"),
-        box=None,
-        pad_edge=False,
-    )
+    if any("loss" in row for row in rows):
+        console.print(_losses([row for row in rows if "loss" in row]))
+    if any(row.get("tasks") for row in rows):
+        console.print(_tasks(rows))
+    if len(rows) > 1:
+        console.print(_differences(rows))
+    for row in rows:
+        named = f"{row['model']}: " if len(rows) > 1 else ""
+        for text in _more(row):
+            console.print(f"{named}{text}", highlight=False)
+
+
+def _losses(rows: list[dict[str, Any]]) -> Table:
+    titles = ("model", "source", "loss", "perplexity", "bits per byte", "accuracy", "tokens")
+    table = Table(*titles, box=None, pad_edge=False)
     for row in rows:
         sources = row["sources"]
         for name, of in [*(sources.items() if len(sources) > 1 else ()), ("all", row)]:
@@ -96,15 +138,44 @@ def print_scores(rows: list[dict[str, Any]]) -> None:
                 f"{of['tokens']:,}",
             )
             table.add_row(row["model"], name, *cells)
-    console.print(table)
-    for row in rows:
-        places = "  ".join(f"{one['from']}-{one['to'] - 1}: {one['loss']:.3f}" for one in row["loss_by_position"])
-        named = f"{row['model']}: " if len(rows) > 1 else ""
-        console.print(f"{named}loss by position  {places}", highlight=False)
-        if row["load_imbalance"]:
-            load = "  ".join(f"L{layer} {ratio:.2f}x" for layer, ratio in row["load_imbalance"].items())
-            console.print(f"{named}busiest expert, of the fair share  {load}", highlight=False)
-        console.print(f"{named}{row['tokens_per_second']:,.0f} tokens/s", highlight=False)
+    return table
+
+
+def _tasks(rows: list[dict[str, Any]]) -> Table:
+    """A line for each metric of each task, a column for each model."""
+    several = len(rows) > 1
+    table = Table("task", "metric", *(row["model"] if several else "value" for row in rows), box=None, pad_edge=False)
+    for name, of in rows[0]["tasks"].items():
+        for metric in [metric for metric in of if metric != "samples" and "_stderr" not in metric]:
+            table.add_row(name, metric, *(f"{row['tasks'][name].get(metric, math.nan):.4f}" for row in rows))
+    return table
+
+
+def _differences(rows: list[dict[str, Any]]) -> Table:
+    """What each model has more than the first, with its interval."""
+    table = Table("", "metric", f"more than {rows[0]['model']}", "95% interval", "", box=None, pad_edge=False)
+    for row in rows[1:]:
+        for metric, of in row["differences"].items():
+            interval = f"{of['low']:+.4f} to {of['high']:+.4f}"
+            table.add_row(row["model"], metric, f"{of['difference']:+.4f}", interval, of["verdict"])
+    return table
+
+
+def _more(row: dict[str, Any]) -> list[str]:
+    flops = f"{row['flops'] / 1e6:,.2f} MFLOP a token forward"
+    if row["flops_saved"] > 0:
+        flops += (
+            f", {row['flops_saved']:.0%} less than the dense model of equal width ({row['dense_flops'] / 1e6:,.2f})"
+        )
+    if "loss" not in row:
+        return [flops]
+    places = "  ".join(f"{one['from']}-{one['to'] - 1}: {one['loss']:.3f}" for one in row["loss_by_position"])
+    said = [f"loss by position  {places}"]
+    if row["load_imbalance"]:
+        load = "  ".join(f"L{layer} {ratio:.2f}x" for layer, ratio in row["load_imbalance"].items())
+        said.append(f"busiest expert, of the fair share  {load}")
+    said.append(f"calibration: confidence is {row['calibration_error']:.2%} off accuracy")
+    return [*said, flops, f"{row['tokens_per_second']:,.0f} tokens/s"]
 
 
 def experts(

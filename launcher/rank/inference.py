@@ -15,9 +15,12 @@ from launcher.connect.rank_job import Inference
 from moe_dist.config import Config
 
 if TYPE_CHECKING:
+    from moe_dist.data.tokenizer import Tokenizer
     from moe_dist.generate.engine import MoEInferenceEngine
     from moe_dist.generate.options import SamplingOptions
     from moe_dist.generate.requests import Completion
+    from moe_dist.models.transformer import Transformer
+    from moe_dist.parallel.mesh import Mesh
 
 
 def infer(config: Config, environment: Environment, wanted: Inference) -> int:
@@ -39,30 +42,28 @@ def infer(config: Config, environment: Environment, wanted: Inference) -> int:
 
             engine = MoEInferenceEngine(model, tokenizer, mesh=mesh, **wanted.options.get("engine", {}))
             return _generate(engine, wanted.options)
-        from moe_dist.evaluate.held_out_text import held_out_text
-
-        samples = held_out_text(config, tokenizer, wanted.options["data"], wanted.options["max_samples"])
-        parts: Any = (model, samples, tokenizer, mesh)
-        how: dict[str, Any] = {"batch_size": config.train.per_device_eval_batch_size or 4}
         if wanted.verb == "experts":
-            return _experts(parts, how, wanted)
-        return _evaluate(parts, how | {"document_mask": config.data.document_mask}, wanted)
+            return _experts(config, model, tokenizer, mesh, wanted)
+        return _evaluate(config, model, tokenizer, mesh, wanted)
 
 
-def _evaluate(parts: Any, how: dict[str, Any], wanted: Inference) -> int:
-    from moe_dist.evaluate.measure import measure
+def _evaluate(config: Config, model: Transformer, tokenizer: Tokenizer, mesh: Mesh, wanted: Inference) -> int:
+    from moe_dist.evaluate.evaluation import evaluate_model
 
-    mesh, found = parts[-1], measure(*parts, **how)
+    names = ("data", "tasks", "max_samples")
+    found = evaluate_model(config, model, tokenizer, mesh, **{name: wanted.options[name] for name in names})
     if mesh.rank == 0:
-        row = {"model": wanted.options["name"], **found.to_json()}
-        Path(wanted.options["result"]).write_text(json.dumps(row), "utf-8")
+        sums = wanted.options["sums"]
+        found.write(wanted.options["name"], Path(wanted.options["result"]), None if sums is None else Path(sums))
     return 0
 
 
-def _experts(parts: Any, how: dict[str, Any], wanted: Inference) -> int:
+def _experts(config: Config, model: Transformer, tokenizer: Tokenizer, mesh: Mesh, wanted: Inference) -> int:
     from moe_dist.evaluate.expert_study import lines, study
+    from moe_dist.evaluate.held_out_text import held_out_text
 
-    mesh, found = parts[-1], study(*parts, **how)
+    samples = held_out_text(config, tokenizer, wanted.options["data"], wanted.options["max_samples"])
+    found = study(model, samples, tokenizer, mesh, batch_size=config.train.per_device_eval_batch_size or 4)
     if mesh.rank == 0:
         if wanted.options["as_json"]:
             print(json.dumps(found.to_json(), ensure_ascii=False, indent=1), flush=True)

@@ -23,7 +23,7 @@ class Batch:
     - `document_ids` (B, S) int32, equal exactly for tokens of one document, -1 at padding; None when no row
       holds a boundary or padding, so that plain causal attention is right.
     - `num_valid`: number of labels that are not -100; `num_tokens`: number of tokens that are not padding.
-    - `sample_ids`: the samples in the first rows (rows after them are filling without labels), for tests.
+    - `sample_ids`: the samples in the first rows (rows after them are filling without labels).
     - `domain_ids` (B, S) uint8: the named source of each token, anything at padding; None unless there are several.
     - `index`: number of the micro-batch in its step, a * num_replicas + r.
     """

@@ -8,23 +8,27 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_dist.data.batch import Batch
 from moe_dist.data.loader import Chosen, eval_batches
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.models.precision import full
 from moe_dist.models.transformer import Transformer
 from moe_dist.models.watching import watching
+from moe_dist.parallel.engines.eval_mode import evaluating
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.evaluation import evaluating
 from moe_dist.train.loss import IGNORE
 from moe_dist.train.step import model_inputs
 
 _LOSS, _TOKENS, _CORRECT, _BYTES = range(4)
+NUM_BINS = 15
+"""Steps of confidence, as in the paper."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,23 @@ class Losses:
 @dataclass(frozen=True)
 class Measured:
     """`by_position`: (first position, past the last, loss in nats, tokens) of places in a sample, in powers of two.
-    `expert_load`: by layer the (token, expert) pairs of each expert.
+    `expert_load`: by layer the (token, expert) pairs of each expert. `confidence`: (tokens, mean probability of the
+    likeliest token, share of tokens that were it) of NUM_BINS equal steps of that probability. `samples`: of each one
+    loss (nats, summed), tokens, hits and bytes.
     """
 
     whole: Losses
     sources: dict[str, Losses]
     by_position: list[tuple[int, int, float, int]]
     expert_load: dict[int, list[int]]
+    confidence: list[tuple[int, float, float]]
+    samples: list[list[float]]
     seconds: float = field(compare=False)
+
+    @property
+    def calibration_error(self) -> float:
+        """Mean over tokens of the distance between confidence and accuracy of their step (Guo et al. 2017): ECE."""
+        return sum(count * abs(sure - hits) for count, sure, hits in self.confidence) / self.whole.num_tokens
 
     def to_json(self) -> dict[str, Any]:
         names = ("from", "to", "loss", "tokens")
@@ -79,6 +92,12 @@ class Measured:
             "load_imbalance": {
                 str(layer): max(load) * len(load) / max(1, sum(load)) for layer, load in self.expert_load.items()
             },
+            "calibration_error": self.calibration_error,
+            "calibration": [
+                {"from": i / NUM_BINS, "to": (i + 1) / NUM_BINS, "tokens": count, "confidence": sure, "accuracy": hits}
+                for i, (count, sure, hits) in enumerate(self.confidence)
+                if count
+            ],
             "seconds": self.seconds,
             "tokens_per_second": self.whole.num_tokens / self.seconds,
         }
@@ -99,11 +118,10 @@ def measure(
     when no token has a label.
     """
     started = time.perf_counter()
-    names, length = samples.domains or ("all",), samples.max_seq_length
+    names, config = samples.domains or ("all",), model.config
     batches = eval_batches(samples, batch_size, mesh.layout.dp_size, mesh.dp_rank)
-    device, config = mesh.device, model.config
-    sums = torch.zeros(len(names), 4, dtype=torch.float64, device=device)
-    places = torch.zeros(length, 2, dtype=torch.float64, device=device)
+    device = mesh.device
+    totals = _Totals(len(names), samples.max_seq_length, len(samples), device)
     pairs = torch.zeros(config.num_hidden_layers, config.num_experts + 1, dtype=torch.int64, device=device)
     with evaluating(model), watching(model) as seen:
         for batch in batches:
@@ -114,37 +132,60 @@ def measure(
             for layer, (ids_TK, _) in seen.items():
                 ids = ids_TK if valid_T is None else ids_TK.masked_fill(~valid_T[:, None], config.num_experts)
                 pairs[layer] += ids.flatten().bincount(minlength=config.num_experts + 1)
-            if model.lm_head is None:  # of a pipeline, the last stage
-                continue
-            source_BS = there.domain_ids if there.domain_ids is not None else torch.zeros_like(there.labels)
-            _add(sums, places, logits_BSV, there.labels, source_BS.long(), tokenizer)
-    for tensor in (sums, places, pairs):
+            if model.lm_head is not None:  # of a pipeline, the last stage
+                totals.add(logits_BSV, there, tokenizer)
+    for tensor in (totals.sources, totals.places, totals.samples, totals.bins, pairs):
         mesh.sum_over("world", tensor)
-    if not sums[:, _TOKENS].sum():
+    if not totals.sources[:, _TOKENS].sum():
         raise ValueError("nothing to measure: no token has another one of its document behind it")
-    each = {name: _losses(row) for name, row in zip(names, sums.tolist(), strict=True) if row[_TOKENS]}
+    each = {name: _losses(row) for name, row in zip(names, totals.sources.tolist(), strict=True) if row[_TOKENS]}
     load = {layer: row[:-1].tolist() for layer, row in enumerate(pairs) if row[:-1].any()}
     seconds = time.perf_counter() - started
-    return Measured(_losses(sums.sum(0).tolist()), each, _by_position(places), load, seconds)
+    whole = _losses(totals.sources.sum(0).tolist())
+    bins = [
+        (int(count), *(part / max(1, count) for part in (sure, hits))) for count, sure, hits in totals.bins.tolist()
+    ]
+    return Measured(whole, each, _by_position(totals.places), load, bins, totals.samples.tolist(), seconds)
 
 
-def _add(
-    sums: Tensor, places: Tensor, logits_BSV: Tensor, labels_BS: Tensor, source_BS: Tensor, tokenizer: Tokenizer
-) -> None:
-    """A batch's losses, tokens, hits and bytes, to the sums of sources and of places in a sample."""
-    flat = labels_BS.flatten()
-    loss_T = F.cross_entropy(full(logits_BSV.flatten(0, 1)), flat, ignore_index=IGNORE, reduction="none").double()
-    is_label_T = flat != IGNORE
-    hits_T = (logits_BSV.flatten(0, 1).argmax(-1) == flat) & is_label_T
-    source_T = source_BS.flatten().where(is_label_T, 0)
-    for column, values in ((_LOSS, loss_T), (_TOKENS, is_label_T.double()), (_CORRECT, hits_T.double())):
-        sums[:, column].index_add_(0, source_T, values)
-    places[:, 0] += loss_T.view(labels_BS.shape).sum(0)
-    places[:, 1] += is_label_T.view(labels_BS.shape).sum(0)
-    for labels_S, source_S in zip(labels_BS.cpu(), source_BS.cpu(), strict=True):
-        for source in source_S[labels_S != IGNORE].unique().tolist():
-            text = tokenizer.decode(labels_S[(labels_S != IGNORE) & (source_S == source)].tolist())
-            sums[source, _BYTES] += len(text.encode("utf-8", "surrogatepass"))
+class _Totals:
+    """Sums in float64. Of sources and of samples: losses, tokens, hits and bytes; of places in a sample: losses and
+    tokens; of steps of confidence: tokens, confidence and hits."""
+
+    def __init__(self, num_sources: int, length: int, num_samples: int, device: torch.device) -> None:
+        make = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.sources, self.samples = make(num_sources, 4), make(num_samples, 4)
+        self.places, self.bins = make(length, 2), make(NUM_BINS, 3)
+
+    def add(self, logits_BSV: Tensor, batch: Batch, tokenizer: Tokenizer) -> None:
+        """A batch's numbers."""
+        labels_BS = batch.labels
+        flat = labels_BS.flatten()
+        logs_TV = full(logits_BSV.flatten(0, 1)).log_softmax(-1)
+        is_label_T = flat != IGNORE
+        loss_T = F.nll_loss(logs_TV, flat, ignore_index=IGNORE, reduction="none").double()
+        sure_T, best_T = logs_TV.max(-1)
+        hits_T = ((best_T == flat) & is_label_T).double()
+        sources = torch.zeros_like(labels_BS) if batch.domain_ids is None else batch.domain_ids.long()
+        source_T = sources.flatten().where(is_label_T, 0)
+        sample_T = torch.zeros_like(labels_BS)
+        ids = torch.tensor(batch.sample_ids, dtype=torch.int64, device=flat.device)
+        sample_T[: len(ids)] = ids[:, None]  # behind them is padding without a label
+        for column, values in ((_LOSS, loss_T), (_TOKENS, is_label_T.double()), (_CORRECT, hits_T)):
+            self.sources[:, column].index_add_(0, source_T, values)
+            self.samples[:, column].index_add_(0, sample_T.flatten(), values)
+        self.places[:, 0] += loss_T.view(labels_BS.shape).sum(0)
+        self.places[:, 1] += is_label_T.view(labels_BS.shape).sum(0)
+        sure_T = sure_T.double().exp()[is_label_T]
+        bin_T = (sure_T * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+        for column, values in enumerate((torch.ones_like(sure_T), sure_T, hits_T[is_label_T])):
+            self.bins[:, column].index_add_(0, bin_T, values)
+        for labels_S, source_S, sample in zip(labels_BS.cpu(), sources.cpu(), sample_T[:, 0].tolist(), strict=True):
+            for source in source_S[labels_S != IGNORE].unique().tolist():
+                text = tokenizer.decode(labels_S[(labels_S != IGNORE) & (source_S == source)].tolist())
+                size = len(text.encode("utf-8", "surrogatepass"))
+                self.sources[source, _BYTES] += size
+                self.samples[sample, _BYTES] += size
 
 
 def _losses(row: list[float]) -> Losses:

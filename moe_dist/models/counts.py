@@ -262,6 +262,13 @@ def flops_per_token(model: ModelConfig, seq_length: int, *, causal: bool = False
     return 6 * matmul_parameters(model) + (attention // 2 if causal else attention)
 
 
+def dense_flops_per_token(model: ModelConfig, seq_length: int) -> int:
+    """`flops_per_token` of the dense model of equal width: each MLP as wide as all experts together, and no router."""
+    router = parameter_counts(model).router
+    every = model.model_copy(update={"num_experts_per_tok": model.num_experts})
+    return flops_per_token(every, seq_length) - 6 * router
+
+
 def expert_share(model: ModelConfig, seq_length: int) -> float:
     """Part of `flops_per_token` that routed experts do, 0..1."""
     return 6 * parameter_counts(model).active_experts / flops_per_token(model, seq_length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -87,6 +88,7 @@ def test_losses_are_those_of_transformers(run: Path, files: list[str], tmp_path:
         ids = [*PROSE.encode(), 256, *CODE.encode(), 256]
         end = len(PROSE.encode()) + 1
         totals = {"prose": [0.0, 0, 0, 0], "code": [0.0, 0, 0, 0]}
+        guesses: list[tuple[float, bool]] = []
         for start in range(0, len(ids), 32):  # samples of 32, in which documents do not see each other
             stops = sorted({start, min(max(start, end), start + 32, len(ids)), min(start + 32, len(ids))})
             for first, last in pairwise(stops):
@@ -94,6 +96,10 @@ def test_losses_are_those_of_transformers(run: Path, files: list[str], tmp_path:
                 targets = ids[first + 1 : last + (last % 32 == 0 and last not in (end, len(ids)))]
                 with torch.no_grad():
                     logs = theirs(torch.tensor([ids[first:last]])).logits[0].double().log_softmax(-1)
+                guesses += [
+                    (float(one.max().exp()), int(one.argmax()) == token)
+                    for one, token in zip(logs, targets, strict=False)
+                ]
                 for place_, token in enumerate(targets):
                     totals[name][0] -= float(logs[place_, token])
                     totals[name][1] += 1
@@ -108,6 +114,10 @@ def test_losses_are_those_of_transformers(run: Path, files: list[str], tmp_path:
             assert scores["accuracy"] == pytest.approx(hits / count)
             assert scores["bytes"] == num_bytes
             assert scores["bits_per_byte"] == pytest.approx(loss / math.log(2) / num_bytes, rel=1e-5)
+        steps = [[guess for guess in guesses if int(guess[0] * 15) == step] for step in range(15)]
+        off = sum(abs(sum(sure - hit for sure, hit in step)) for step in steps) / len(guesses)
+        assert found["calibration_error"] == pytest.approx(off, abs=1e-5)
+        assert [step["tokens"] for step in found["calibration"]] == [len(step) for step in steps if step]
         assert found["loss"] == pytest.approx(sum(t[0] for t in totals.values()) / found["tokens"], abs=1e-5)
         places = found["loss_by_position"]
         assert sum(place["tokens"] for place in places) == found["tokens"]
@@ -133,9 +143,24 @@ def test_what_the_run_holds_out_gives_the_loss_of_its_log(tmp_path: Path, say: S
 
 
 def test_models_side_by_side(run: Path, files: list[str], tmp_path: Path, say: Say) -> None:
-    said = say("evaluate", run / "checkpoint-2", run, *words(files), "--json", tmp_path / "both.json")
+    more = ("--json", tmp_path / "both.json", "--report", tmp_path / "page.html")
+    said = say("evaluate", run / "checkpoint-2", run, *words(files), *more)
     assert said.code == 0, said
     rows = json.loads((tmp_path / "both.json").read_text())
+    for metric, of in rows[1]["differences"].items():
+        assert of["paired"]
+        assert of["low"] <= of["difference"] <= of["high"]
+        assert of["difference"] == pytest.approx(rows[1][metric] - rows[0][metric])
+    assert rows[1]["differences"].keys() == {"loss", "perplexity", "accuracy", "bits_per_byte"}
+    page = (tmp_path / "page.html").read_text()
+    for part in (
+        "Differences from run/checkpoint-2",
+        "figure-difference",
+        "figure-calibration",
+        "figure-load",
+        "saved",
+    ):
+        assert part in page
     assert [row["model"] for row in rows] == [f"{run}/checkpoint-2", str(run)]
     assert rows[0]["loss"] != rows[1]["loss"]
     for row in rows:
@@ -182,6 +207,9 @@ def test_every_layout_measures_what_one_process_measures(layout: tuple[str, ...]
         assert found.whole.loss == pytest.approx(alone.whole.loss, abs=1e-6)
         assert (found.whole.num_tokens, found.whole.num_bytes) == (alone.whole.num_tokens, alone.whole.num_bytes)
         assert found.expert_load == alone.expert_load
+        assert found.calibration_error == pytest.approx(alone.calibration_error, abs=1e-5)
+        for sums, right in zip(found.samples, alone.samples, strict=True):
+            assert sums == pytest.approx(right, abs=1e-4)
         assert [row[3] for row in found.by_position] == [row[3] for row in alone.by_position]
         assert seen == studied
 
@@ -189,12 +217,12 @@ def test_every_layout_measures_what_one_process_measures(layout: tuple[str, ...]
 def test_a_wrong_sum_is_seen(run: Path, files: list[str], tmp_path: Path, say: Say, replace: Replace) -> None:
     """Planted: losses of both sources in one."""
     right = say("evaluate", run, *words(files), "--json", "-").out
-    add = measuring._add
+    add = measuring._Totals.add
 
-    def mixed(sums: Any, places: Any, logits: Any, labels: Any, source: Any, tokenizer: Any) -> None:
-        add(sums, places, logits, labels, source * 0, tokenizer)
+    def mixed(totals: Any, logits: Any, batch: Any, tokenizer: Any) -> None:
+        add(totals, logits, dataclasses.replace(batch, domain_ids=batch.domain_ids * 0), tokenizer)
 
-    replace(measuring, "_add", mixed)
+    replace(measuring._Totals, "add", mixed)
     wrong = say("evaluate", run, *words(files), "--json", "-").out
     assert json.loads(wrong)["sources"].keys() != json.loads(right)["sources"].keys()
 
@@ -249,3 +277,46 @@ def test_tokens_with_their_experts(run: Path, say: Say, monkeypatch: pytest.Monk
     monkeypatch.setenv("FORCE_COLOR", "1")
     coloured = say("generate", run, "-p", "x =", "--show-experts", "--max-tokens", 3).out
     assert "\x1b[97;48;5;" in coloured
+
+
+def test_tasks_alone_and_beside_losses(run: Path, files: list[str], tmp_path: Path, say: Say) -> None:
+    tasks = Path(__file__).parents[2] / "configs" / "tasks"
+    wanted = f"{tasks}/sentiment.jsonl,plural={tasks}/plurals.jsonl"
+    said = say("evaluate", run, "--tasks", wanted, "--max-samples", 6, "--json", tmp_path / "scores.json")
+    assert said.code == 0, said
+    row = json.loads((tmp_path / "scores.json").read_text())
+    told = {"model", "tasks", "f1", "bleu", "chrf", "exact_match", "flops", "dense_flops", "flops_saved", "intervals"}
+    assert row.keys() == told
+    assert row["tasks"]["sentiment"].keys() == {"accuracy", "f1", "samples"}
+    assert row["f1"] == row["tasks"]["sentiment"]["f1"]
+    assert row["tasks"]["plural"]["samples"] == 6
+    low, high = row["intervals"]["sentiment: f1"]
+    assert 0 <= low <= row["f1"] <= high <= 1
+    assert [line.split()[:2] for line in said.out.splitlines()[1:3]] == [["sentiment", "accuracy"], ["sentiment", "f1"]]
+    both = say("evaluate", run, "--tasks", wanted, *words(files), "--max-samples", 2, "--json", "-")
+    assert both.code == 0, both
+    assert json.loads(both.out).keys() >= {"loss", "tasks", "sources"}
+    for task, part in (("none.jsonl", "none.jsonl"), (f"{tasks}/sentiment.jsonl,a={tasks}/none.yaml", "NAME=")):
+        wrong = say("evaluate", run, "--tasks", task)
+        assert (wrong.code, wrong.out, len(wrong.err.splitlines())) == (2, "", 1), wrong
+        assert part in wrong.err
+
+
+def test_tasks_during_a_training_are_those_of_the_command(tmp_path: Path, say: Say) -> None:
+    task = str(Path(__file__).parents[2] / "configs" / "tasks" / "sentiment.jsonl")
+    options = OPTIONS | {"eval_tasks": [task]}
+    MoETrainer({}, model_config=MODEL, training_config=options, output_dir=tmp_path / "run").train(TEXTS)
+    plain = MoETrainer({}, model_config=MODEL, training_config=OPTIONS, output_dir=tmp_path / "plain").train(TEXTS)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = {row["step"]: row["tasks"] for row in rows if row["kind"] == "eval"}
+    assert logged.keys() == {2, 4}
+    for step, tasks in logged.items():
+        said = say("evaluate", tmp_path / "run", "--step", step, "--tasks", task, "--json", "-")
+        row = json.loads(said.out)["tasks"]["sentiment"]
+        assert tasks == {"sentiment: accuracy": row["accuracy"], "sentiment: f1": row["f1"]}
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert losses[-1] == plain.losses[-1]  # they leave no trace in training
+    wrong = OPTIONS | {"eval_tasks": ["none.jsonl"]}
+    trainer = MoETrainer({}, model_config=MODEL, training_config=wrong, output_dir=tmp_path / "wrong")
+    with pytest.raises(ValueError, match=r"none\.jsonl"):
+        trainer.train(TEXTS)
