@@ -50,15 +50,16 @@ def exchange(group: Group, sent: float, cluster: Cluster) -> float:
     return seconds + _latency(group, cluster)
 
 
-def half_all_reduce(group: Group, size: float, cluster: Cluster) -> float:
-    """Seconds of an all-gather or a reduce-scatter of `size` bytes of one rank's whole: half an all-reduce."""
+def half_all_reduce(group: Group, size: float, cluster: Cluster, pieces: int = 1) -> float:
+    """Seconds of an all-gather or a reduce-scatter of `size` bytes of one rank's whole: half an all-reduce. They travel
+    in `pieces`, each a collective of its own."""
     if group.size == 1:
         return 0.0
     link, network = _bandwidths(cluster)
     hosts = math.ceil(group.size / group.together)
     inside = size * (group.together - 1) / group.together / link
     outside = size / group.together * (hosts - 1) / hosts / network
-    return inside + outside + _latency(group, cluster)
+    return inside + outside + pieces * _latency(group, cluster)
 
 
 def send(crosses: bool, size: float, cluster: Cluster) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -222,24 +223,34 @@ def _sharding(
     largest = max(places, key=lambda place: place.total)
     shard = parallel.shard_size or layout.dp_size
     per_host = cluster.devices_per_host
+    travels = 2 if parallel.reduce_dtype == "bfloat16" else 4
+    num_moe = sum(config.model.has_experts(layer) for layer in largest.layers)
+
+    def pieces(size: float, units: int) -> int:
+        """Collectives: of FSDP one for each unit that it wraps, else one for each bucket."""
+        if parallel.zero_stage and parallel.engine == "torch":
+            return units
+        return math.ceil(travels * size / (parallel.bucket_cap_mb * 2**20))
+
     groups = [
         (
             largest.dense,
             group_of(layout, "dp", per_host, shard if parallel.zero_stage else None),
             layout.dp_size // shard,
+            pieces(largest.dense, len(largest.layers) + num_moe + 1),  # blocks, routers, and the stage itself
         ),
         (
             largest.experts,
             group_of(layout, "edp", per_host, max(1, shard // layout.ep_size) if parallel.zero_stage else None),
             layout.edp_size // max(1, shard // layout.ep_size),
+            pieces(largest.experts, num_moe),
         ),
     ]
-    travels = 2 if parallel.reduce_dtype == "bfloat16" else 4
-    reduced = sum(half_all_reduce(group, travels * size, cluster) for size, group, _ in groups)
-    gathered = sum(half_all_reduce(group, width * size, cluster) for size, group, _ in groups)
+    reduced = sum(half_all_reduce(group, travels * size, cluster, count) for size, group, _, count in groups)
+    gathered = sum(half_all_reduce(group, width * size, cluster, count) for size, group, _, count in groups)
     across = sum(
         2 * half_all_reduce(Group(copies, 1), travels * size / group.size, cluster)
-        for size, group, copies in groups
+        for size, group, copies, _ in groups
         if parallel.zero_stage and copies > 1
     )
     stage, pipelined = parallel.zero_stage, layout.pp_size > 1
@@ -256,7 +267,7 @@ def _sharding(
     hidden_forward = min(by_forward * gathered, cluster.overlap * forward * (by_forward if stage == 3 else 1))
     there = reduces * reduced + (gathers - by_forward) * gathered
     hidden_backward = min(there, cluster.overlap * backward * (num_micro if stage > 1 else 1))
-    return by_forward * gathered + there - hidden_forward - hidden_backward + across
+    return (by_forward * gathered - hidden_forward) + (there - hidden_backward) + across
 
 
 def _update(config: Config, layout: Layout, places: Sequence[RankCounts], cluster: Cluster) -> float:

@@ -17,6 +17,7 @@ from moe_dist.config import load_config
 
 DEMO = str(Path(__file__).parents[3] / "configs" / "demo.yaml")
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "datasets", "numpy")
+PLAN = ("plan", DEMO, "--gpu", "cpu", "--gpus", "8")
 INSTANT = [("--help",), ("train", "--help"), ("check", DEMO), ("check", DEMO, "--json")]
 
 
@@ -63,7 +64,7 @@ def light(*arguments: str) -> Light:
     return Light(done.returncode, done.stdout, [line for line in lines if line not in told])
 
 
-@pytest.mark.parametrize("arguments", INSTANT, ids=" ".join)
+@pytest.mark.parametrize("arguments", [*INSTANT, PLAN], ids=" ".join)
 def test_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert light(*arguments).code == 0
 
