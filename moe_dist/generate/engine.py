@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.generate.expert_cache import CachePolicy, ExpertCache, ExpertCacheStats
 from moe_dist.generate.options import SamplingOptions
 from moe_dist.generate.paged_cache import BLOCK, BlockPool, StepCache
-from moe_dist.generate.requests import Completion, Event, Live, LogProbs
+from moe_dist.generate.requests import Completion, Event, Live, LogProbs, Occupied
 from moe_dist.generate.sampling import BeamSearch, next_token
 from moe_dist.generate.text_stream import TextStream
 from moe_dist.models.context import RoutingContext
@@ -80,20 +80,20 @@ class MoEInferenceEngine:
         self._next_number = 0
         self._cancelled: list[Event] = []
 
+        self._occupied: Occupied | None = None
     @property
     def expert_cache_stats(self) -> ExpertCacheStats | None:
         """Hits, misses and bytes so far; None without an expert cache."""
         return None if self.expert_cache is None else self.expert_cache.stats
 
     @property
-    def num_waiting(self) -> int:
-        """Requests of this replica that no pass has begun with."""
-        return len(self._waiting)
+    def occupied(self) -> Occupied:
+        """Of all replicas, as it was after the last pass; of a single one as it is."""
+        return self._occupied or self._own
 
     @property
-    def num_live(self) -> int:
-        """Requests of this replica in the batch."""
-        return len(self._live)
+    def _own(self) -> Occupied:
+        return Occupied(len(self._live), len(self._waiting), self.pool.num_used, self.pool.max_blocks)
 
     def add(self, prompt: str | Sequence[int], options: SamplingOptions = GREEDY) -> int:
         """A request, and its number. On several ranks each calls this alike, in the same order; one replica does it.
@@ -195,8 +195,10 @@ class MoEInferenceEngine:
         is_busy = bool(self._live or self._waiting)
         if self.mesh.group("dp") is None:
             return events, is_busy
-        told = self.mesh.from_all((events, is_busy), "dp")
-        return [event for found, _ in told for event in found], any(busy for _, busy in told)
+        told = self.mesh.from_all((events, is_busy, self._own), "dp")
+        every = [own for _, _, own in told]
+        self._occupied = Occupied(*(sum(getattr(own, one.name) for own in every) for one in fields(Occupied)))
+        return [event for found, _, _ in told for event in found], any(busy for _, busy, _ in told)
 
     def _plan(self) -> list[tuple[Live, int]]:
         """What goes through the model now: (request, tokens of each of its sequences). Prompts go first."""

@@ -31,6 +31,16 @@ class Event:
 
 
 @dataclass
+@dataclass(frozen=True)
+class Occupied:
+    """Requests in the batch and in the queue, blocks of the cache that are held, and those that there may be."""
+
+    live: int
+    waiting: int
+    blocks: int
+    max_blocks: int
+
+
 class Completion:
     """A whole answer. `tokens`: new ones, an end token and what completed a stop text among them."""
 
