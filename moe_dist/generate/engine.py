@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.generate.expert_cache import CachePolicy, ExpertCache, ExpertCacheStats
+from moe_dist.generate.json_schema import JsonAnswer, JsonSchemas
 from moe_dist.generate.options import SamplingOptions
 from moe_dist.generate.paged_cache import BLOCK, BlockPool, StepCache
 from moe_dist.generate.requests import Completion, Event, Live, LogProbs, Occupied
@@ -79,8 +81,8 @@ class MoEInferenceEngine:
         self._live: list[Live] = []
         self._next_number = 0
         self._cancelled: list[Event] = []
-
         self._occupied: Occupied | None = None
+
     @property
     def expert_cache_stats(self) -> ExpertCacheStats | None:
         """Hits, misses and bytes so far; None without an expert cache."""
@@ -114,6 +116,7 @@ class MoEInferenceEngine:
             )
         if options.num_beams > self.max_rows:
             raise ValueError(f"num_beams={options.num_beams}: at most max_rows={self.max_rows}")
+        json = self.json_answer(options)
         number = self._next_number
         self._next_number += 1
         if number % self.mesh.layout.dp_size == self.mesh.dp_rank:
@@ -127,8 +130,22 @@ class MoEInferenceEngine:
                 beams = BeamSearch(options.num_beams, options.length_penalty, options.max_tokens, eos_ids)
             decode = self.tokenizer.decode if self.tokenizer is not None else lambda ids: ""
             stream = TextStream(decode, options.stop)
-            self._waiting.append(Live(number, options, [tokens], len(tokens), stream, blocks, generator, beams))
+            self._waiting.append(Live(number, options, [tokens], len(tokens), stream, blocks, generator, beams, json))
         return number
+
+    def json_answer(self, options: SamplingOptions) -> JsonAnswer | None:
+        """Where an answer by the schema of `options` begins; None without one. Raises ValueError: without a tokenizer
+        or llguidance, for a schema that cannot be followed, and where no answer is so short.
+        """
+        if options.json_schema is None:
+            return None
+        return self._json_schemas.answer(options.json_schema, options.max_tokens)
+
+    @cached_property
+    def _json_schemas(self) -> JsonSchemas:
+        if self.tokenizer is None:
+            raise ValueError("an answer by a JSON schema needs a tokenizer: MoEInferenceEngine(model, tokenizer)")
+        return JsonSchemas(self.tokenizer, self.vocab_size)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt; an empty text begins where a document ends. Raises ValueError."""
@@ -293,10 +310,16 @@ class MoEInferenceEngine:
             sequences = live.sequences * (options.num_beams // len(live.sequences))
             scores, numbers = live.beams.propose(few, sequences, options.repetition_penalty)
             return torch.cat((scores.double(), numbers.double())).cpu()
-        if options.temperature or options.repetition_penalty != 1.0:
-            token = next_token(logits[row], live.sequences[0], options, live.generator)
+        scores = logits[row]
+        if live.json is not None:
+            scores = scores.masked_fill(~live.json.allowed().to(scores.device), float("-inf"))
+        if options.temperature or options.repetition_penalty != 1.0 or live.json is not None:
+            token = next_token(scores, live.sequences[0], options, live.generator)
         else:
             token = likeliest[row]
+        if live.json is not None:
+            num_left = options.max_tokens - (len(live.sequences[0]) - live.num_prompt)
+            token = live.json.take(token, num_left)
         found = [float(token)]
         if options.logprobs is not None:
             logs = logits[row].double().log_softmax(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -75,7 +75,7 @@ class Service:
 
     async def infer(self, request: Request, body: InferRequest) -> dict[str, Any]:
         prompt = await self._encode(self.engine.encode, body.prompt)
-        answers, events = self._begin(request, body, [prompt], body.prompt, self.limits.max_tokens)
+        answers, events = await self._begin(request, body, [prompt], body.prompt, self.limits.max_tokens)
         await _unless_gone(request, _all_of(events))
         [answer] = answers.answers
         return {"text": answer.text, "finish_reason": answer.finished, "usage": answers.usage()}
@@ -92,9 +92,12 @@ class Service:
     def _chat_prompt(self, messages: list[Message]) -> list[int]:
         return chat_prompt(self.tokenizer, [message.as_text for message in messages])
 
-    async def _encode(self, encode: Any, prompt: Any) -> list[int]:
+    async def _run(self, function: Callable[[Any], T], argument: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, function, argument)
+
+    async def _encode(self, encode: Callable[[Any], list[int]], prompt: Any) -> list[int]:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._encoder, partial(encode, prompt))
+            return await self._run(encode, prompt)
         except ValueError as error:
             raise Refused(400, str(error), "invalid_prompt") from error
 
@@ -110,7 +113,7 @@ class Service:
         if body.model != self.name:
             raise Refused(404, f"model {body.model!r} is not here: {self.name!r} is", "model_not_found", param="model")
         default = self.limits.max_tokens if is_chat else _COMPLETION_TOKENS
-        answers, events = self._begin(request, body, prompts, said, default, is_chat=is_chat)
+        answers, events = await self._begin(request, body, prompts, said, default, is_chat=is_chat)
         if not body.stream:
             await _unless_gone(request, _all_of(events))
             return JSONResponse(answers.whole())
@@ -121,7 +124,7 @@ class Service:
             _pieces(answers, first, events, with_usage), media_type="text/event-stream", headers=_NOT_BUFFERED
         )
 
-    def _begin(
+    async def _begin(
         self,
         request: Request,
         body: SamplingRequest,
@@ -146,6 +149,11 @@ class Service:
         asked.said = {"prompt": said}
         return answers, self._events(prompts, options, answers, asked)
 
+        if options.json_schema is not None:  # what is compiled here the engine has ready
+            try:
+                await self._run(self.engine.json_answer, options)
+            except ValueError as error:
+                raise Refused(422, str(error), "invalid_json_schema", param="response_format") from error
     async def _events(
         self, prompts: list[list[int]], options: SamplingOptions, answers: Answers, asked: Asked
     ) -> AsyncIterator[dict[str, Any]]:
