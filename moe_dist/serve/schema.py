@@ -179,6 +179,27 @@ class ChatRequest(_Request):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    error: Error
+
+
+ERROR = "What is wrong, in OpenAI's shape"
+ERROR_AS_JSON: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": ERROR,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}},
+    }
+}
+"""Where an answer is text, an error is not."""
+
+
 class TrainRequest(_Strict):
     """`/train`. `config`: a run file in the folder of trainings, or what one would hold."""
 
