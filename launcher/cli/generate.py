@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -45,6 +46,10 @@ def generate(
     length_penalty: Annotated[float, typer.Option(help="Of beam search: above 0 likes long answers.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the end of a document.")] = False,
+    json_schema: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", callback=expanded, help="Answers are JSON by this schema (extra json-schema)."),
+    ] = None,
     show_experts: Annotated[
         bool, typer.Option("--show-experts", help="Colour every token by its busiest expert, layer by layer.")
     ] = False,
@@ -89,6 +94,7 @@ def generate(
         "num_beams": num_beams,
         "length_penalty": length_penalty,
         "ignore_eos": ignore_eos,
+        "json_schema": json_schema and _read_schema(json_schema),
     }
     from moe_dist.generate.options import SamplingOptions
 
@@ -104,6 +110,16 @@ def generate(
     options |= {"chat": chat, "system": system, "engine": engine, "show_experts": show_experts}
     how = (nproc, step, dtype, encryption_key, adapter_path)
     raise typer.Exit(run_inference("generate", model, context.args, options, *how))
+
+
+def _read_schema(path: str) -> str:
+    """Its text. Whether it can be followed is known where the tokenizer is."""
+    if importlib.util.find_spec("llguidance") is None:
+        raise ConfigError("--json-schema needs llguidance: pip install 'moe-dist[json-schema]'")
+    try:
+        return json.dumps(json.loads(Path(path).read_text("utf-8")), allow_nan=False)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--json-schema {path}: {error}") from error
 
 
 def _standard_input() -> str:

@@ -11,11 +11,11 @@ import typer
 
 from launcher.backends.command import TRAIN
 from launcher.cli.checkpoint import Key
-from launcher.cli.inference import AnyModel, CachePolicy, Dtype, ExpertCacheGb, Nproc, Step, run_inference
+from launcher.cli.inference import AnyModel, CachePolicy, Dtype, ExpertCacheGb, Step, run_inference
 from launcher.cli.paths import expanded
 from moe_dist.config import ConfigError
 
-_NEEDS = ("fastapi", "uvicorn", "argon2")
+_NEEDS = ("fastapi", "fastapi_offline", "uvicorn", "argon2")
 
 
 def serve(
@@ -62,7 +62,16 @@ def serve(
     train_code: Annotated[
         bool, typer.Option("--train-code", help="Let trainings name package.module:Class of one's own, which runs.")
     ] = False,
-    nproc: Nproc = 1,
+    nproc: Annotated[
+        int,
+        typer.Option(
+            "--nproc",
+            "--workers",
+            "-n",
+            min=1,
+            help="Ranks on this machine; key=value says the layout: without one, replicas.",
+        ),
+    ] = 1,
     step: Step = None,
     dtype: Dtype = "fp32",
     expert_cache_gb: ExpertCacheGb = None,

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from moe_dist.config.not_offered import GENERATION, instead_of, needs_nothing
 from moe_dist.config.paths import PATHS
 from moe_dist.config.sections.all import Sections
-from moe_dist.config.sections.base import Choice, Section
+from moe_dist.config.sections.base import RUNS_CODE, Choice, Section
 from moe_dist.config.wording import ConfigError, allowed, show
 
 SECTIONS: dict[str, type[Section]] = {}
@@ -38,19 +38,18 @@ HOMES = {full.partition(".")[2]: full for full in FIELDS}
 
 
 def _limits(kind: Any, metadata: Sequence[Any] = ()) -> Iterator[Any]:
-    """The functions that a value of this type goes through, at any depth."""
+    """The functions that a value of this type goes through, and marks beside it, at any depth."""
     for limit in metadata:
-        yield from _limits(None, limit.metadata) if isinstance(limit, FieldInfo) else [getattr(limit, "func", None)]
+        yield from _limits(None, limit.metadata) if isinstance(limit, FieldInfo) else [getattr(limit, "func", limit)]
     for inner in get_args(kind):
         yield from _limits(inner, getattr(inner, "__metadata__", ()))
 
 
-PATH_KEYS = frozenset(key for key, field in FIELDS.items() if PATHS & {*_limits(field.annotation, field.metadata)})
+_LIMITS = {key: tuple(_limits(field.annotation, field.metadata)) for key, field in FIELDS.items()}
+PATH_KEYS = frozenset(key for key, limits in _LIMITS.items() if any(limit in PATHS for limit in limits))
 """Whose values are files, folders, patterns or URLs, or names that may be one."""
 CODE_KEYS = frozenset(
-    key
-    for key, field in FIELDS.items()
-    if any(isinstance(f, Choice) for f in _limits(field.annotation, field.metadata))
+    key for key, limits in _LIMITS.items() if any(limit is RUNS_CODE or isinstance(limit, Choice) for limit in limits)
 )
 """That take a `package.module:Class` of a person's own, which then runs."""
 # Too general to follow out of another section: `model.name` is not the dataset's name.

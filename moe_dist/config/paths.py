@@ -43,5 +43,5 @@ PathText = Annotated[str, BeforeValidator(plain), AfterValidator(expand)]
 """A file, folder, pattern or URL, or a name that may be one: every key that holds a path has this type, or `Folder`."""
 Folder = Annotated[Path, BeforeValidator(plain), AfterValidator(_expand_path)]
 """The same as a `Path`."""
-PATHS = frozenset((expand, _expand_path))
+PATHS = (expand, _expand_path)
 """What the values of such keys go through."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.generate.expert_cache import CachePolicy, ExpertCache, ExpertCacheStats
+from moe_dist.generate.json_schema import JsonAnswer, JsonSchemas
 from moe_dist.generate.options import SamplingOptions
 from moe_dist.generate.paged_cache import BLOCK, BlockPool, StepCache
-from moe_dist.generate.requests import Completion, Event, Live, LogProbs
+from moe_dist.generate.requests import Completion, Event, Live, LogProbs, Occupied
 from moe_dist.generate.sampling import BeamSearch, next_token
 from moe_dist.generate.text_stream import TextStream
 from moe_dist.models.context import RoutingContext
@@ -79,6 +81,7 @@ class MoEInferenceEngine:
         self._live: list[Live] = []
         self._next_number = 0
         self._cancelled: list[Event] = []
+        self._occupied: Occupied | None = None
 
     @property
     def expert_cache_stats(self) -> ExpertCacheStats | None:
@@ -86,14 +89,13 @@ class MoEInferenceEngine:
         return None if self.expert_cache is None else self.expert_cache.stats
 
     @property
-    def num_waiting(self) -> int:
-        """Requests of this replica that no pass has begun with."""
-        return len(self._waiting)
+    def occupied(self) -> Occupied:
+        """Of all replicas, as it was after the last pass; of a single one as it is."""
+        return self._occupied or self._own
 
     @property
-    def num_live(self) -> int:
-        """Requests of this replica in the batch."""
-        return len(self._live)
+    def _own(self) -> Occupied:
+        return Occupied(len(self._live), len(self._waiting), self.pool.num_used, self.pool.max_blocks)
 
     def add(self, prompt: str | Sequence[int], options: SamplingOptions = GREEDY) -> int:
         """A request, and its number. On several ranks each calls this alike, in the same order; one replica does it.
@@ -114,6 +116,7 @@ class MoEInferenceEngine:
             )
         if options.num_beams > self.max_rows:
             raise ValueError(f"num_beams={options.num_beams}: at most max_rows={self.max_rows}")
+        json = self.json_answer(options)
         number = self._next_number
         self._next_number += 1
         if number % self.mesh.layout.dp_size == self.mesh.dp_rank:
@@ -127,8 +130,22 @@ class MoEInferenceEngine:
                 beams = BeamSearch(options.num_beams, options.length_penalty, options.max_tokens, eos_ids)
             decode = self.tokenizer.decode if self.tokenizer is not None else lambda ids: ""
             stream = TextStream(decode, options.stop)
-            self._waiting.append(Live(number, options, [tokens], len(tokens), stream, blocks, generator, beams))
+            self._waiting.append(Live(number, options, [tokens], len(tokens), stream, blocks, generator, beams, json))
         return number
+
+    def json_answer(self, options: SamplingOptions) -> JsonAnswer | None:
+        """Where an answer by the schema of `options` begins; None without one. Raises ValueError: without a tokenizer
+        or llguidance, for a schema that cannot be followed, and where no answer is so short.
+        """
+        if options.json_schema is None:
+            return None
+        return self._json_schemas.answer(options.json_schema, options.max_tokens)
+
+    @cached_property
+    def _json_schemas(self) -> JsonSchemas:
+        if self.tokenizer is None:
+            raise ValueError("an answer by a JSON schema needs a tokenizer: MoEInferenceEngine(model, tokenizer)")
+        return JsonSchemas(self.tokenizer, self.vocab_size)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt; an empty text begins where a document ends. Raises ValueError."""
@@ -195,8 +212,10 @@ class MoEInferenceEngine:
         is_busy = bool(self._live or self._waiting)
         if self.mesh.group("dp") is None:
             return events, is_busy
-        told = self.mesh.from_all((events, is_busy), "dp")
-        return [event for found, _ in told for event in found], any(busy for _, busy in told)
+        told = self.mesh.from_all((events, is_busy, self._own), "dp")
+        every = [own for _, _, own in told]
+        self._occupied = Occupied(*(sum(getattr(own, one.name) for own in every) for one in fields(Occupied)))
+        return [event for found, _, _ in told for event in found], any(busy for _, busy, _ in told)
 
     def _plan(self) -> list[tuple[Live, int]]:
         """What goes through the model now: (request, tokens of each of its sequences). Prompts go first."""
@@ -291,10 +310,16 @@ class MoEInferenceEngine:
             sequences = live.sequences * (options.num_beams // len(live.sequences))
             scores, numbers = live.beams.propose(few, sequences, options.repetition_penalty)
             return torch.cat((scores.double(), numbers.double())).cpu()
-        if options.temperature or options.repetition_penalty != 1.0:
-            token = next_token(logits[row], live.sequences[0], options, live.generator)
+        scores = logits[row]
+        if live.json is not None:
+            scores = scores.masked_fill(~live.json.allowed().to(scores.device), float("-inf"))
+        if options.temperature or options.repetition_penalty != 1.0 or live.json is not None:
+            token = next_token(scores, live.sequences[0], options, live.generator)
         else:
             token = likeliest[row]
+        if live.json is not None:
+            num_left = options.max_tokens - (len(live.sequences[0]) - live.num_prompt)
+            token = live.json.take(token, num_left)
         found = [float(token)]
         if options.logprobs is not None:
             logs = logits[row].double().log_softmax(-1)

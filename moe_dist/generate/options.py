@@ -14,7 +14,8 @@ class SamplingOptions:
 
     `temperature` 0, or below ALMOST_GREEDY, takes the likeliest token; above, tokens are drawn after repetition
     penalty, temperature, top-k, top-p and min-p, in this order. `stop`: texts that end it, not part of the answer.
-    `ignore_eos`: go on behind the end of a document. `logprobs`: natural logarithms of the model's probabilities, of
+    `json_schema`: the text of a JSON schema; the answer is JSON by it, whole within `max_tokens`. `ignore_eos`: go on
+    behind the end of a document. `logprobs`: natural logarithms of the model's probabilities, of
     the token and of so many of the likeliest ones. `num_beams` above 1 is beam search, which draws nothing.
     """
 
@@ -30,6 +31,7 @@ class SamplingOptions:
     length_penalty: float = 1.0
     ignore_eos: bool = False
     logprobs: int | None = None
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError naming option and value."""
@@ -53,3 +55,6 @@ class SamplingOptions:
         if self.num_beams > 1 and (self.temperature or self.logprobs is not None):
             key = "temperature" if self.temperature else "logprobs"
             raise ValueError(f"{key}={getattr(self, key)}: beam search (num_beams={self.num_beams}) has none")
+        if self.json_schema is not None and (self.num_beams > 1 or self.stop or self.ignore_eos):
+            key = "num_beams" if self.num_beams > 1 else "stop" if self.stop else "ignore_eos"
+            raise ValueError(f"{key}={getattr(self, key)}: an answer by a JSON schema ends where the schema says")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moe_dist.generate.json_schema import JsonAnswer
 from moe_dist.generate.options import SamplingOptions
 from moe_dist.generate.sampling import BeamSearch
 from moe_dist.generate.text_stream import TextStream
@@ -28,6 +29,16 @@ class Event:
     text: str
     finished: str | None = None
     logprobs: tuple[LogProbs, ...] = ()
+
+
+@dataclass(frozen=True)
+class Occupied:
+    """Requests in the batch and in the queue, blocks of the cache that are held, and those that there may be."""
+
+    live: int
+    waiting: int
+    blocks: int
+    max_blocks: int
 
 
 @dataclass
@@ -60,6 +71,7 @@ class Live:
     """Blocks that it may come to need."""
     generator: torch.Generator | None
     beams: BeamSearch | None
+    json: JsonAnswer | None = None
     tables: list[list[int]] = field(default_factory=list)
     num_cached: int = 0
     """Tokens of each sequence that have been through the model."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from moe_dist import __version__
 from moe_dist.data.chat_template import chat_prompt
@@ -28,8 +30,11 @@ from moe_dist.serve.gate import Asked, Gate, Limits
 from moe_dist.serve.keys import KeyRing
 from moe_dist.serve.metrics import ServeMetrics
 from moe_dist.serve.schema import (
+    ERROR,
+    ERROR_AS_JSON,
     ChatRequest,
     CompletionRequest,
+    ErrorAnswer,
     InferAnswer,
     InferRequest,
     Message,
@@ -59,6 +64,7 @@ class Service:
         assert thread.engine.tokenizer is not None
         self.thread, self.name, self.limits, self.trainings = thread, name, limits, trainings
         self.engine, self.tokenizer = thread.engine, thread.engine.tokenizer
+        self.has_keys = keys is not None
         self.metrics = ServeMetrics(thread.engine)
         self.started = int(time.time())
         self._encoder = ThreadPoolExecutor(1, "tokenizer")  # one: tokenizers are not made for several at a time
@@ -75,7 +81,7 @@ class Service:
 
     async def infer(self, request: Request, body: InferRequest) -> dict[str, Any]:
         prompt = await self._encode(self.engine.encode, body.prompt)
-        answers, events = self._begin(request, body, [prompt], body.prompt, self.limits.max_tokens)
+        answers, events = await self._begin(request, body, [prompt], body.prompt, self.limits.max_tokens)
         await _unless_gone(request, _all_of(events))
         [answer] = answers.answers
         return {"text": answer.text, "finish_reason": answer.finished, "usage": answers.usage()}
@@ -92,9 +98,12 @@ class Service:
     def _chat_prompt(self, messages: list[Message]) -> list[int]:
         return chat_prompt(self.tokenizer, [message.as_text for message in messages])
 
-    async def _encode(self, encode: Any, prompt: Any) -> list[int]:
+    async def _run(self, function: Callable[[Any], T], argument: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, function, argument)
+
+    async def _encode(self, encode: Callable[[Any], list[int]], prompt: Any) -> list[int]:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._encoder, partial(encode, prompt))
+            return await self._run(encode, prompt)
         except ValueError as error:
             raise Refused(400, str(error), "invalid_prompt") from error
 
@@ -110,7 +119,7 @@ class Service:
         if body.model != self.name:
             raise Refused(404, f"model {body.model!r} is not here: {self.name!r} is", "model_not_found", param="model")
         default = self.limits.max_tokens if is_chat else _COMPLETION_TOKENS
-        answers, events = self._begin(request, body, prompts, said, default, is_chat=is_chat)
+        answers, events = await self._begin(request, body, prompts, said, default, is_chat=is_chat)
         if not body.stream:
             await _unless_gone(request, _all_of(events))
             return JSONResponse(answers.whole())
@@ -121,7 +130,7 @@ class Service:
             _pieces(answers, first, events, with_usage), media_type="text/event-stream", headers=_NOT_BUFFERED
         )
 
-    def _begin(
+    async def _begin(
         self,
         request: Request,
         body: SamplingRequest,
@@ -140,6 +149,11 @@ class Service:
             options = body.sampling(wanted)
         except ValueError as error:
             raise Refused(422, str(error), "invalid_value") from error
+        if options.json_schema is not None:  # what is compiled here the engine has ready
+            try:
+                await self._run(self.engine.json_answer, options)
+            except ValueError as error:
+                raise Refused(422, str(error), "invalid_json_schema", param="response_format") from error
         asked: Asked = request.scope["asked"]
         answers = Answers(self.name, self.tokenizer, [len(prompt) for prompt in prompts], is_chat)
         asked.prompt_tokens = sum(answers.prompt_sizes)
@@ -186,6 +200,7 @@ class Service:
             raise Refused(400, str(error), "context_length_exceeded") from error
 
 
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _NOT_BUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -240,11 +255,13 @@ async def _gone(request: Request) -> None:
 
 
 def _routes(service: Service) -> FastAPI:
-    app = FastAPI(
+    app = FastAPIOffline(
         title="moe-dist",
         version=__version__,
         description="A mixture-of-experts model by OpenAI's interface.",
         redoc_url=None,
+        static_url="/docs/assets",
+        responses={"default": {"model": ErrorAnswer, "description": ERROR}},
     )
 
     @app.exception_handler(Refused)
@@ -254,7 +271,9 @@ def _routes(service: Service) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def by_framework(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        return await refused(request, Refused(error.status_code, str(error.detail), code))
+        answer = await refused(request, Refused(error.status_code, str(error.detail), code))
+        answer.headers.update(error.headers or {})  # which methods there are
+        return answer
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -265,30 +284,6 @@ def _routes(service: Service) -> FastAPI:
         text = f"{place or 'body'}: {first['msg']}"
         return await refused(request, Refused(422, text[:500], "invalid_value", param=place and place[:100]))
 
-    @app.post("/v1/completions", summary="Go on from prompts")
-    async def completions(request: Request, body: CompletionRequest) -> Response:
-        return await service.complete(request, body)
-
-    @app.post("/v1/chat/completions", summary="Answer a conversation")
-    async def chat(request: Request, body: ChatRequest) -> Response:
-        return await service.chat(request, body)
-
-    @app.post("/infer", summary="A text in, a text out", response_model=InferAnswer)
-    async def infer(request: Request, body: InferRequest) -> dict[str, Any]:
-        return await service.infer(request, body)
-
-    app.include_router(train_routes(service.trainings))
-
-    @app.get("/v1/models", summary="The model that is served")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.card()]}
-
-    @app.get("/v1/models/{name:path}", summary="The same by its name")
-    async def model(name: str) -> dict[str, Any]:
-        if name != service.name:
-            raise Refused(404, f"model {name!r} is not here: {service.name!r} is", "model_not_found", param="model")
-        return service.card()
-
     @app.get("/healthz", summary="Whether the engine lives")
     async def health() -> Response:
         return _state(service.thread.failure is None, "ok", "the engine has failed")
@@ -297,13 +292,39 @@ def _routes(service: Service) -> FastAPI:
     async def ready() -> Response:
         return _state(service.is_ready, "ready", "not ready")
 
-    @app.get("/metrics", summary="For Prometheus")
+    api = APIRouter(dependencies=[Security(HTTPBearer(auto_error=False))] if service.has_keys else [])
+
+    @api.post("/v1/completions", summary="Go on from prompts")
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        return await service.complete(request, body)
+
+    @api.post("/v1/chat/completions", summary="Answer a conversation")
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        return await service.chat(request, body)
+
+    @api.post("/infer", summary="A text in, a text out", response_model=InferAnswer)
+    async def infer(request: Request, body: InferRequest) -> dict[str, Any]:
+        return await service.infer(request, body)
+
+    @api.get("/v1/models", summary="The model that is served")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.card()]}
+
+    @api.get("/v1/models/{name:path}", summary="The same by its name")
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.name:
+            raise Refused(404, f"model {name!r} is not here: {service.name!r} is", "model_not_found", param="model")
+        return service.card()
+
+    @api.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse, responses=ERROR_AS_JSON)
     async def metrics() -> Response:
         with suppress(EngineFailedError, TimeoutError):  # in the middle of a long pass the last ones must do
             async with asyncio.timeout(2):
                 service.metrics.load = await service.thread.load()
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.text(), media_type=_PROMETHEUS)
 
+    api.include_router(train_routes(service.trainings))
+    app.include_router(api)
     return app
 
 

@@ -37,7 +37,7 @@ NEEDED = {
 }
 """What a client must be allowed to do, there and below."""
 OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json")
-"""That say nothing about the model or who uses it."""
+"""That say nothing about the model or who uses it, and what is below."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self.limits.body_bytes:
             raise self._too_large()
-        path = scope["path"]
-        if path not in OPEN:
+        place = _place(scope["path"])
+        if place not in OPEN:
             asked.client = await self._client(headers)
-            needed = NEEDED.get(_place(path))
+            needed = NEEDED.get(place)
             if needed is not None and not asked.client.may(needed):
                 raise Refused(403, f"key {asked.client.name}: role {asked.client.role} may not do this", "wrong_role")
             if self.is_draining:
@@ -168,11 +168,11 @@ class Gate:
 
     def _tell(self, scope: Message, asked: Asked, status: int, seconds: float) -> None:
         path = scope["path"]
-        label = _place(path) if _place(path) in NEEDED or path in OPEN else "other"
-        self.metrics.requests.labels(label, str(status)).inc()
-        self.metrics.seconds.labels(label).observe(seconds)
+        place = _place(path)
+        self.metrics.requests.labels(place, str(status)).inc()
+        self.metrics.seconds.labels(place).observe(seconds)
         asked.client.spend("tokens_per_minute", asked.prompt_tokens + asked.completion_tokens)
-        if self.audit is None or path in OPEN:
+        if self.audit is None or place in OPEN:
             return
         client = scope.get("client")
         line = {
@@ -195,8 +195,8 @@ class Gate:
 
 
 def _place(path: str) -> str:
-    """The one of NEEDED that a path is, or is below; else the path."""
-    return next((place for place in NEEDED if path.startswith(f"{place}/")), path)
+    """The one of NEEDED and OPEN that a path is, or is below; else `other`."""
+    return next((place for place in (*NEEDED, *OPEN) if path == place or path.startswith(f"{place}/")), "other")
 
 
 def is_loopback(host: str) -> bool:

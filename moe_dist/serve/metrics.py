@@ -44,11 +44,11 @@ class ServeMetrics(Collector):
         return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
-        engine, name = self._engine, "moe_dist_serve_"
-        yield GaugeMetricFamily(f"{name}live_requests", "Requests in the batch.", engine.num_live)
-        yield GaugeMetricFamily(f"{name}waiting_requests", "Requests in the queue.", engine.num_waiting)
-        yield GaugeMetricFamily(f"{name}cache_blocks", "Blocks of the cache that answers hold.", engine.pool.num_used)
-        yield GaugeMetricFamily(f"{name}cache_blocks_max", "Blocks that there may be.", engine.pool.max_blocks)
+        engine, name, occupied = self._engine, "moe_dist_serve_", self._engine.occupied
+        yield GaugeMetricFamily(f"{name}live_requests", "Requests in the batch.", occupied.live)
+        yield GaugeMetricFamily(f"{name}waiting_requests", "Requests in the queue.", occupied.waiting)
+        yield GaugeMetricFamily(f"{name}cache_blocks", "Blocks of the cache that answers hold.", occupied.blocks)
+        yield GaugeMetricFamily(f"{name}cache_blocks_max", "Blocks that there may be.", occupied.max_blocks)
         load = CounterMetricFamily(
             f"{name}expert_tokens", "Tokens that an expert got of served traffic.", labels=["layer", "expert"]
         )

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moe_dist.generate.json_schema import schema_text
 from moe_dist.generate.options import SamplingOptions
 
 Count = Annotated[int, Field(ge=1, le=2**31)]
@@ -22,6 +23,29 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
+class TextFormat(_Strict):
+    type: Literal["text"]
+
+
+class AnyJson(_Strict):
+    type: Literal["json_object"]
+
+
+class NamedSchema(_Strict):
+    name: str = Field(max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class BySchema(_Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | AnyJson | BySchema, Field(discriminator="type")]
+
+
 class SamplingRequest(_Strict):
     """How to go on: what all that write text have in common."""
 
@@ -34,6 +58,7 @@ class SamplingRequest(_Strict):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -57,7 +82,15 @@ class SamplingRequest(_Strict):
             stop=tuple(stop),
             ignore_eos=self.ignore_eos,
             logprobs=self.num_logprobs,
+            json_schema=self._json_schema,
         )
+
+    @property
+    def _json_schema(self) -> str | None:
+        wanted = self.response_format
+        if isinstance(wanted, BySchema):
+            return schema_text(wanted.json_schema.schema_)
+        return schema_text({"type": "object"}) if isinstance(wanted, AnyJson) else None
 
 
 class InferRequest(SamplingRequest):
@@ -144,6 +177,27 @@ class ChatRequest(_Request):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    error: Error
+
+
+ERROR = "What is wrong, in OpenAI's shape"
+ERROR_AS_JSON: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": ERROR,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}},
+    }
+}
+"""Where an answer is text, an error is not."""
 
 
 class TrainRequest(_Strict):

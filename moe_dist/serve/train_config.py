@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config import Config, ConfigError, load_config, load_mapping, show
+from moe_dist.config import Config, ConfigError, flatten, load_config, load_mapping, show
 from moe_dist.config.names import CODE_KEYS, PATH_KEYS
 
 _MUST_EXIST = ("base", "data.name", "data.tokenizer", "lora.from_adapter", "model.from", "model.from_pretrained")
@@ -25,9 +25,14 @@ def read_config(config: str | dict[str, Any], overrides: Sequence[str], folder: 
     `own_code`: whether classes by `package.module:Class` are allowed.
     """
     confined = _Confined(folder, own_code)
+    how: dict[str, Any] = {"notice": _unheard, "admit": confined}
     if isinstance(config, dict):
-        return load_mapping(config, overrides, notice=_unheard, admit=confined)
-    return load_config(confined("config", config), overrides, notice=_unheard, admit=confined)
+        found = load_mapping(config, overrides, **how)
+    else:
+        found = load_config(confined("config", config), overrides, **how)
+    for key, value in flatten(found).items():  # whatever way it has come
+        confined(key, value)
+    return found
 
 
 def _unheard(text: str) -> None:

@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from moe_dist.serve.errors import Refused
 from moe_dist.serve.gate import Asked
-from moe_dist.serve.schema import TrainRequest
+from moe_dist.serve.schema import ERROR_AS_JSON, TrainRequest
 from moe_dist.serve.training import Status, TrainingQueue
 
 
@@ -60,7 +60,12 @@ def train_routes(trainings: TrainingQueue | None) -> APIRouter:
     async def training(name: str) -> dict[str, Any]:
         return queue().card(queue().get(name))
 
-    @router.get("/{name}/log", summary="The last lines that it has printed", response_class=PlainTextResponse)
+    @router.get(
+        "/{name}/log",
+        summary="The last lines that it has printed",
+        response_class=PlainTextResponse,
+        responses=ERROR_AS_JSON,
+    )
     async def log(name: str, lines: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Response:
         return PlainTextResponse(queue().log(queue().get(name), lines))
 

@@ -136,7 +136,7 @@ def test_a_batch_says_what_each_prompt_alone_gets(options: SamplingOptions) -> N
     together = engine.generate(prompts, options)
     alone = [engine.generate([prompt], options)[0] for prompt in prompts]
     assert together == alone
-    assert engine.pool.num_used == engine.num_live == engine.num_waiting == 0
+    assert engine.occupied.blocks == engine.occupied.live == engine.occupied.waiting == 0
 
 
 @pytest.mark.parametrize(

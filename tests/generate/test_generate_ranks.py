@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ CASES: list[tuple[list[str], SamplingOptions]] = [
     (PROMPTS[:3], SamplingOptions(8, num_beams=3)),
     (PROMPTS[:2], SamplingOptions(4, logprobs=2)),
 ]
+if importlib.util.find_spec("llguidance") is not None:
+    CASES.append((PROMPTS[:3], SamplingOptions(24, temperature=1.5, seed=3, json_schema='{"type": "object"}')))
 LAYOUTS = {
     "ep": ("ep_size=2",),
     "ep-dedup": ("ep_size=2", "parallel.dispatcher=dedup"),

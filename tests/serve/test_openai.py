@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
+from pydantic import BaseModel
 
 from moe_dist.generate.engine import MoEInferenceEngine
 from moe_dist.generate.options import SamplingOptions
@@ -95,6 +97,41 @@ def test_stop_and_seed(server: Any, engine: MoEInferenceEngine) -> None:
     assert said.choices[0].finish_reason == "stop"
     drawn = [ask(client, temperature=1, seed=seed).choices[0].text for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_json_by_a_schema(server: Any) -> None:
+    """As OpenAI's client asks for it: a class in, an object of it out, whole within few tokens of noise."""
+    pytest.importorskip("llguidance")
+
+    class Person(BaseModel):
+        name: str
+        age: int
+        tags: list[str]
+
+    client = client_of(server)
+    said: Any = {"model": "run", "messages": [{"role": "user", "content": "who?"}], "max_completion_tokens": 60}
+    for seed in range(3):
+        found = client.chat.completions.parse(**said, response_format=Person, seed=seed)
+        assert found.choices[0].finish_reason == "stop"
+        assert isinstance(found.choices[0].message.parsed, Person)
+    anything = client.chat.completions.create(**said, response_format={"type": "json_object"})
+    assert isinstance(json.loads(anything.choices[0].message.content), dict)
+    for schema, words in (
+        ({"type": "nothing"}, "Invalid type"),
+        ({"minLength": 90, "type": "string"}, "shortest answer"),
+    ):
+        wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        with pytest.raises(openai.UnprocessableEntityError, match=words) as raised:
+            client.chat.completions.create(**said, response_format=wanted)
+        assert raised.value.body["param"] == "response_format"  # type: ignore[index]
+
+
+def test_a_text_in_and_a_text_out(server: Any, engine: MoEInferenceEngine) -> None:
+    headers = {"authorization": f"Bearer {server.keys['alice']}"}
+    body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    said = httpx.post(f"{server.url}/infer", json=body, headers=headers, timeout=60).json()
+    usage = {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}
+    assert said == {"text": ours(engine).text, "finish_reason": "length", "usage": usage}
 
 
 def test_models_and_probes(server: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,20 @@ def test_two_ranks_say_what_one_says(run: Path, tmp_path: Path, serving: Any) ->
             assert [choice["text"] for choice in said["choices"]] == [answer.text for answer in wanted]
             pairs = 2 * 2 * (said["usage"]["prompt_tokens"] + 3 * 5)
             assert server.metric("expert_tokens_total") == pairs
-            endless = BODY | {"prompt": "x", "max_tokens": 1500, "stream": True}
-            with client.stream("POST", "/v1/completions", json=endless) as reply:
+            endless = BODY | {"prompt": "x", "max_tokens": 1500}
+            with (
+                ThreadPoolExecutor(1) as pool,
+                client.stream("POST", "/v1/completions", json=endless | {"stream": True}) as reply,
+            ):
                 lines = reply.iter_lines()
                 next(lines)
+                whole = pool.submit(client.post, "/v1/completions", json=endless)
+                server.wait_for("live_requests", 2)
                 os.kill(_rank(server.process.pid, 1), signal.SIGKILL)
                 assert server.process.wait(30) == 1
                 last = [line for line in lines if line][-1]
+        assert whole.result().status_code == 503
+        assert whole.result().json()["error"]["code"] == "engine_failed"
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
         log = server.log.read_text()
         assert "rank 1" in log

@@ -35,6 +35,8 @@ class Choice:
 
 
 OwnClass = Annotated[str, AfterValidator(Choice())]
+RUNS_CODE = object()
+"""Beside a type: a value may name a `package.module:Class` of a person's own, whatever else it may be."""
 
 
 class Section(BaseModel):

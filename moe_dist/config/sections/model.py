@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from moe_dist.config.paths import PathText
 from moe_dist.config.sections.base import (
+    RUNS_CODE,
     NonNegative,
     Positive,
     PositiveFloat,
@@ -205,9 +206,9 @@ class ModelConfig(Section):
     """Factor on the routing weights after renormalising."""
     router_bias: bool = False
     """Bias in the router's logits (gpt-oss)."""
-    router: str = "topk"
+    router: Annotated[str, RUNS_CODE] = "topk"
     """Router class: a registered name, or `package.module:Class` of your own."""
-    expert: str = "swiglu"
+    expert: Annotated[str, RUNS_CODE] = "swiglu"
     """Expert class: a registered name, or `package.module:Class` of your own."""
     from_pretrained: PathText | None = None
     """Hugging Face model that training starts from: a folder, `org/name` or `org/name@revision` on the hub, or a URL of
