@@ -13,6 +13,7 @@ import pytest
 import torch
 from chat_tokenizers import tokenizer_of
 from command_line import Say
+from patches import Replace
 from tiny import tiny_config
 
 from moe_dist.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
@@ -139,11 +140,11 @@ def test_a_schema_that_cannot_be_followed_is_one_line(engine: MoEInferenceEngine
     assert not engine.occupied.waiting
 
 
-def test_a_way_is_gone_when_the_library_gives_up(engine: MoEInferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_way_is_gone_when_the_library_gives_up(engine: MoEInferenceEngine, replace: Replace) -> None:
     """States can get too complex for it: what is left is the end that was known before."""
     text = schema_text(SCHEMAS["tree"])
     answer = JsonSchemas(TOKENIZERS[_name(engine)], engine.vocab_size).answer(text, 60)
-    monkeypatch.setattr(JsonSchemas, "allowed", lambda self, state: torch.zeros(self.vocab_size, dtype=torch.bool))
+    replace(JsonSchemas, "allowed", lambda self, state: torch.zeros(self.vocab_size, dtype=torch.bool))
     said: list[int] = []
     while not said or said[-1] != engine.tokenizer.eos_id:  # type: ignore[union-attr]
         [allowed] = answer.allowed().nonzero().flatten().tolist()
