@@ -79,8 +79,12 @@ class Server:
             assert found["status"] in ("queued", "running"), (found, log)
             time.sleep(0.1)
 
-    def audited(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.audit.read_text().splitlines()]
+    def audited(self, at_least: int = 0) -> list[dict[str, Any]]:
+        """Lines of the audit log; that of an answer comes after it."""
+        deadline = time.monotonic() + 60
+        while len(lines := self.audit.read_text().splitlines()) < at_least and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return [json.loads(line) for line in lines]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from moe_dist.train.interrupts import APART
 
 pytestmark = pytest.mark.dist
 
-LIMIT = 5.0
+LIMIT = 60.0
 DATA_WORKERS = ("data.dataloader_num_workers=2",)
 
 
