@@ -145,7 +145,7 @@ def test_what_cannot_be_is_said(overrides: str) -> None:
     ],
 )
 def test_patterns_name_parts_of_names(freeze: str, name: str, part: Any) -> None:
-    config = tiny_config("balance.bias_update_rate=0", f"train.freeze=[{freeze}]")
+    config = tiny_config("balance.bias_update_rate=0", f"train.freeze=['{freeze}']")
     assert TrainedWeights.of(config).part(name) == part
 
 
