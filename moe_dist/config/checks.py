@@ -25,6 +25,7 @@ def check_sections(config: Sections) -> Sections:
             )
     check_routing(config)
     check_adapters(config)
+    check_preferences(config)
     if parallel.ep_size > 1 and model.num_experts % parallel.ep_size:
         raise ValueError(
             f"parallel.ep_size={parallel.ep_size}: must divide model.num_experts={model.num_experts} "
@@ -103,6 +104,39 @@ def check_adapters(config: Sections) -> None:
         raise ValueError(
             "lora.target_modules=[lm_head]: with parallel.pp_size="
             f"{config.parallel.pp_size} the first stages would have nothing to train; add q_proj, or take pp_size=1"
+        )
+
+
+def check_preferences(config: Sections) -> None:
+    """One loss, and log-probabilities of an answer that depend on its own tokens alone, today as at the start."""
+    if not config.learns_preferences:
+        return
+    data, train, balance = config.data, config.train, config.balance
+    if config.dpo.reference == "base" and not config.lora.r:
+        raise ValueError(
+            "dpo.reference=base: that is the model without its adapters, and lora.r=0 trains none; allowed: auto, start"
+        )
+    if train.label_smoothing_factor:
+        raise ValueError(
+            f"train.label_smoothing_factor={train.label_smoothing_factor:g}: is of the loss on tokens, which "
+            "data.format=preference has not; set dpo.label_smoothing"
+        )
+    if data.streaming:
+        raise ValueError("data.streaming=true: not with data.format=preference; set it to false")
+    if not data.document_mask:
+        raise ValueError(
+            "data.document_mask=false: answers of data.format=preference that share a sample would see each other; set "
+            "it to true"
+        )
+    if config.model.router == EXPERT_CHOICE:
+        raise ValueError(
+            f"model.router={EXPERT_CHOICE}: what becomes of an answer depends on the others in its micro-batch, and it "
+            "has no log-probability of its own; data.format=preference needs another router"
+        )
+    if balance.router_temperature_steps:
+        raise ValueError(
+            f"balance.router_temperature_steps={balance.router_temperature_steps}: the reference of "
+            "data.format=preference has one temperature; set it to 0"
         )
 
 

@@ -249,7 +249,7 @@ def eval_batches(
     num_batches = -(-len(dataset) // micro_batch_size)
     num_batches = num_batches if max_batches is None else min(num_batches, max_batches)
     num_samples = min(len(dataset), num_batches * micro_batch_size)
-    filling: Sample = filling_sample(dataset.max_seq_length, dataset.pad_id)
+    filling: Sample = filling_sample(dataset.max_seq_length, dataset.pad_id, dataset.rows_per_sample)
 
     def generate() -> Iterator[Batch]:
         for index in range(replica, -(-num_batches // num_replicas) * num_replicas, num_replicas):

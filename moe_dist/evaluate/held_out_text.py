@@ -17,6 +17,8 @@ _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 class Chosen:
     """Some samples of a dataset, by their numbers."""
 
+    rows_per_sample = 1
+
     def __init__(self, samples: PackedDataset, numbers: Sequence[int]) -> None:
         self._samples, self._numbers = samples, numbers
         self.max_seq_length, self.pad_id, self.domains = samples.max_seq_length, samples.pad_id, samples.domains

@@ -21,9 +21,8 @@ from moe_dist.evaluate.routing import watching
 from moe_dist.models.precision import full
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.evaluation import evaluating
 from moe_dist.train.loss import IGNORE
-from moe_dist.train.step import model_inputs
+from moe_dist.train.passes import evaluating, model_inputs
 
 _LOSS, _TOKENS, _CORRECT, _BYTES = range(4)
 
