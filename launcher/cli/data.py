@@ -55,9 +55,10 @@ def preview(
         found = look(settings, ranks)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    for number in range(min(samples, len(found.lengths))):
-        print(f"--- document {number + 1}: {int(found.lengths[number]):,} tokens")
-        print(_marked(found.document(number), characters, _on_a_terminal()))
+    for number in range(min(samples, found.train.num_documents)):
+        for heading, document in _shown(found, number):
+            print(f"--- {heading}: {int(found.lengths[document]):,} tokens")
+            print(_marked(found.document(document), characters, _on_a_terminal()))
     print("\n".join(_statistics(found, settings, ranks)))
 
 
@@ -105,6 +106,13 @@ def prepare(
         print(f"left out    {len(paths):>7,}  {reason}: {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}")
 
 
+def _shown(found: DataPreview, number: int) -> list[tuple[str, int]]:
+    """(heading, document) of what belongs together: of a pair both answers."""
+    if not found.are_pairs:
+        return [(f"document {number + 1}", number)]
+    return [(f"pair {number + 1}, {side}", 2 * number + place) for place, side in enumerate(("chosen", "rejected"))]
+
+
 def _on_a_terminal() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
@@ -130,10 +138,10 @@ def _statistics(found: DataPreview, settings: Config, ranks: int) -> list[str]:
     from moe_dist.train.data_preview import OF_A_STREAM
 
     train, lengths = found.train, found.lengths
-    total = int(lengths.sum())
+    total, rows = int(lengths.sum()), "2 x " if found.are_pairs else ""
     held_out = f", {found.validation_documents:,} more are held out" if found.validation_documents else ""
     lines = [
-        f"documents   {len(lengths):,}{held_out}",
+        f"{'pairs' if found.are_pairs else 'documents':<12}{train.num_documents:,}{held_out}",
         f"tokens      {total:,}, of which {found.labels:,} are learned ({100 * found.labels / total:.1f} %)",
         f"lengths     {int(lengths.min()):,} to {int(lengths.max()):,}, median {found.median:,}",
     ]
@@ -144,13 +152,13 @@ def _statistics(found: DataPreview, settings: Config, ranks: int) -> list[str]:
         bar = "#" * -(-_BAR * count // most)
         lines.append(f"  {f'{shortest:,}-{longest:,}':>{width}}  {count:>9,}  {bar}".rstrip())
     lines.append(
-        f"samples     {len(train):,} of {train.max_seq_length:,} tokens, {100 * found.fill:.1f} % filled "
+        f"samples     {len(train):,} of {rows}{train.max_seq_length:,} tokens, {100 * found.fill:.1f} % filled "
         f"(data.packing={'true' if settings.data.packing else 'false'})"
     )
     if train.truncated:
         lines.append(f"cut off     {cut_off(train.truncated)}")
     if found.skipped:
-        lines.append(f"left out    {losses(found.skipped, len(lengths) + found.validation_documents)}")
+        lines.append(f"left out    {losses(found.skipped, train.num_documents + found.validation_documents)}")
     steps = "until train.max_time" if found.steps is None else f"{found.steps:,} in all"
     if found.steps_per_epoch is None:
         epoch = f"a stream, of which {OF_A_STREAM:,} documents were read"

@@ -41,6 +41,7 @@ shown. Where the data lies may change; whether it is the same data is another qu
 """
 _ADAMW = ("adamw_torch_fused", "adamw_torch")
 ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **{f"dpo.{key}": ("data.format", ("preference",)) for key in ("beta", "label_smoothing", "loss_type", "reference")},
     "optimizer.adam_beta1": ("optimizer.optim", _ADAMW),
     "optimizer.adam_beta2": ("optimizer.optim", _ADAMW),
     "optimizer.adam_epsilon": ("optimizer.optim", _ADAMW),

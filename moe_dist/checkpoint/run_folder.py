@@ -18,7 +18,9 @@ from moe_dist.checkpoint.storage.manifest import CheckpointError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
-_WRITTEN_OVER = (CONFIG, METRICS, "targets.json")
+REFERENCE = "reference.safetensors"
+"""Log-probabilities of preferences under the start of a run."""
+_WRITTEN_OVER = (CONFIG, METRICS, REFERENCE, "targets.json")
 """Files of which a run does not keep what it finds, or not all of it."""
 _KEPT = ("train.log", "logs/rank-*.log", "tb/**/events.out.tfevents.*", "report.html", "profile.html", LAST_STEP)
 _HEADER = re.compile(r"# Written by moe-dist for run ([0-9a-f]+), sha256 ([0-9a-f]{64}): [^\n]*\n")

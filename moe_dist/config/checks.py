@@ -28,6 +28,7 @@ def check_sections(config: Sections) -> Sections:
     check_routing(config)
     check_adapters(config)
     check_trained(config)
+    check_preferences(config)
     if parallel.ep_size > 1 and model.num_experts % parallel.ep_size:
         raise ValueError(
             f"parallel.ep_size={parallel.ep_size}: must divide model.num_experts={model.num_experts} "
@@ -152,6 +153,39 @@ def check_trained(config: Sections) -> None:
                 f"{still[0]}, whose router is frozen by train.{'train_only' if train.train_only else 'freeze'}; set it "
                 "to 0"
             )
+
+
+def check_preferences(config: Sections) -> None:
+    """One loss, and log-probabilities of an answer that depend on its own tokens alone, today as at the start."""
+    if not config.learns_preferences:
+        return
+    data, train, balance = config.data, config.train, config.balance
+    if config.dpo.reference == "base" and not config.lora.r:
+        raise ValueError(
+            "dpo.reference=base: that is the model without its adapters, and lora.r=0 trains none; allowed: auto, start"
+        )
+    if train.label_smoothing_factor:
+        raise ValueError(
+            f"train.label_smoothing_factor={train.label_smoothing_factor:g}: is of the loss on tokens, which "
+            "data.format=preference has not; set dpo.label_smoothing"
+        )
+    if data.streaming:
+        raise ValueError("data.streaming=true: not with data.format=preference; set it to false")
+    if not data.document_mask:
+        raise ValueError(
+            "data.document_mask=false: answers of data.format=preference that share a sample would see each other; set "
+            "it to true"
+        )
+    if config.model.router == EXPERT_CHOICE:
+        raise ValueError(
+            f"model.router={EXPERT_CHOICE}: what becomes of an answer depends on the others in its micro-batch, and it "
+            "has no log-probability of its own; data.format=preference needs another router"
+        )
+    if balance.router_temperature_steps:
+        raise ValueError(
+            f"balance.router_temperature_steps={balance.router_temperature_steps}: the reference of "
+            "data.format=preference has one temperature; set it to 0"
+        )
 
 
 def check_held_out(config: Sections) -> None:

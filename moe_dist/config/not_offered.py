@@ -33,7 +33,9 @@ _INSTEAD = {
         "batch, however long its samples are, and a schedule counts steps of one size"
     ),
     r"neftune(_.*)?": "model.attention_dropout and balance.expert_dropout",
-    r"(dpo|ppo|grpo|kto|orpo|rlhf|reward|rm)(_.*)?|rl": "the next token is learned; docs/data.md says of which rows",
+    r"dpo_.*|(ppo|grpo|kto|orpo|rlhf|reward|rm)(_.*)?|rl": (
+        "data.format=preference and section dpo learn which of two answers is better (docs/finetuning.md)"
+    ),
     r"chat_template|train_on_(inputs|prompt)|(completion|assistant)_only_loss|mask_(prompt|history)": _MASKS,
     r"(sample_|eval_sample_|eval_|neat_)packing|pad_to_sequence_len|group_by_length": (
         "data.packing, in which documents see each other only with data.document_mask=false"

@@ -16,12 +16,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from moe_dist.data.conversations import Completion, Conversation
+from moe_dist.data.conversations import Completion, Conversation, Preference
+from moe_dist.data.preferences import SIDES
 from moe_dist.data.tokenised import IGNORE_INDEX, TokenRow
 from moe_dist.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ANSWERS = "Assistant:"
+_Encoded = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]
+"""Token ids (n,), and which of them are learned."""
 _PLAIN = "plain: Role, colon, content, a line each; version 1"
 
 
@@ -31,7 +34,7 @@ class Overlong(ValueError):
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """Conversations and completions as token ids with labels.
+    """Conversations, completions and preferences as token ids with labels.
 
     `on_overlong`: what becomes of more than `max_seq_length` tokens (None: no limit). `turns`: "last" learns only the
     last of the turns that would be learned.
@@ -49,8 +52,13 @@ class ChatEncoder:
         digest = hashlib.sha256(template.encode()).hexdigest()
         return f"chat|{digest}|{self.max_seq_length}|{self.on_overlong}|{self.turns}"
 
-    def __call__(self, said: Conversation | Completion) -> TokenRow:
+    def __call__(self, said: Conversation | Completion | Preference) -> TokenRow:
         """Token ids with labels, the end not added. Raises ValueError for what cannot be learned, naming why."""
+        if isinstance(said, Preference):
+            return self._preference(said)
+        return self._fitting(*self._encoded(said))
+
+    def _encoded(self, said: Conversation | Completion) -> _Encoded:
         if isinstance(said, Completion):
             ids, learned = self._completion(said)
         else:
@@ -59,7 +67,30 @@ class ChatEncoder:
             ids, learned = self._conversation(said)
         if not learned.any():
             raise ValueError("the template leaves no token to learn")
-        return self._fitting(ids, learned)
+        return ids, learned
+
+    def _preference(self, said: Preference) -> TokenRow:
+        """Both answers, each with the prompt: cut off or left out together, or not at all."""
+        sides = {name: self._encoded(getattr(said, name)) for name in SIDES}
+        limit = self.max_seq_length
+        over = [name for name, (ids, _) in sides.items() if limit is not None and len(ids) > limit]
+        note = None
+        if over:
+            lengths = " and ".join(f"{name!r} has {len(sides[name][0]):,} tokens" for name in over)
+            what = f"{lengths}, and max_seq_length is {limit:,}"
+            self._may_be_cut(what)
+            kept = {name: (int(learned[1:limit].sum()), int(learned.sum())) for name, (_, learned) in sides.items()}
+            if lost := [name for name, (count, _) in kept.items() if not count]:
+                raise ValueError(f"{what}: nothing of the answer in {lost[0]!r} is left")
+            words = ", ".join(f"{count:,} of {of:,} learned tokens of {name!r}" for name, (count, of) in kept.items())
+            note = f"{what}: cut off, {words} stay"
+            sides = {name: (ids[:limit], learned[:limit]) for name, (ids, learned) in sides.items()}
+        chosen, rejected = (
+            TokenRow(ids, np.where(learned, ids, IGNORE_INDEX), whole=True) for ids, learned in sides.values()
+        )
+        if np.array_equal(chosen.ids, rejected.ids):
+            raise ValueError(f"{'what is left of ' if over else ''}'chosen' and 'rejected' are the same tokens")
+        return chosen._replace(note=note, rejected=rejected)
 
     def _completion(self, said: Completion) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         # Apart, as they come when text is generated; together a token could lie across the border.
@@ -77,16 +108,19 @@ class ChatEncoder:
         limit = self.max_seq_length
         if limit is not None and len(ids) > limit:
             what = f"{len(ids):,} tokens, and max_seq_length is {limit:,}"
-            if self.on_overlong == "error":
-                raise Overlong(f"{what} (on_overlong=error; truncate and drop are the others)")
-            if self.on_overlong == "drop":
-                raise ValueError(f"{what}: dropped (on_overlong=drop)")
+            self._may_be_cut(what)
             kept = int(learned[1:limit].sum())
             if not kept:
                 raise ValueError(f"{what}: nothing to learn is left of it")
             note = f"{what}: cut off, {kept:,} of {int(learned.sum()):,} learned tokens stay"
             ids, learned = ids[:limit], learned[:limit]
         return TokenRow(ids, np.where(learned, ids, IGNORE_INDEX), whole=True, note=note)
+
+    def _may_be_cut(self, what: str) -> None:
+        if self.on_overlong == "error":
+            raise Overlong(f"{what} (on_overlong=error; truncate and drop are the others)")
+        if self.on_overlong == "drop":
+            raise ValueError(f"{what}: dropped (on_overlong=drop)")
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:

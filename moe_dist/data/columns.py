@@ -21,11 +21,12 @@ from moe_dist.data.conversations import (
     conversation_of,
     formats_in,
 )
+from moe_dist.data.preferences import preference_of
 from moe_dist.data.tokenised import TokenRow, check_text_row, columns_beside, token_row
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("auto", "text", CHAT, COMPLETION, INSTRUCTION)
+FORMATS = ("auto", "text", CHAT, COMPLETION, INSTRUCTION, PREFERENCE)
 CONVERSATIONS = {"chat", "conversation", "conversations", "dialog", "dialogue", "messages"}
 PROMPTS = {"context", "input", "instruction", "prompt", "query", "question"}
 ANSWERS = {"answer", "chosen", "completion", "output", "response"}
@@ -51,6 +52,16 @@ class Wanted:
         if self.format not in FORMATS:
             raise ValueError(f"format is {self.format!r}; allowed: {', '.join(FORMATS)}")
         self.is_talk = self.format not in ("auto", "text")
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether a row is a pair of answers; never by its columns alone, since it is another training."""
+        return self.format == PREFERENCE
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What a `Corpus` is told of its rows, once `check` has seen the columns."""
+        return {"whole": self.is_talk, "pairs": self.is_preference}
 
     @property
     def stamp(self) -> str:
@@ -89,7 +100,7 @@ class Wanted:
         if not self.is_talk:
             return columns_beside(self.text_field, columns)
         kinds = formats_in(set(columns) - set(self.ignored)) if self.format == "auto" else [self.format]
-        mine = {name for kind in kinds if kind != PREFERENCE for name in columns_of(kind)}
+        mine = {name for kind in kinds for name in columns_of(kind)}
         return [name for name in columns if name in mine and name not in self.ignored]
 
     def value(self, row: Any) -> str | TokenRow:
@@ -130,7 +141,7 @@ class Wanted:
                 what = f"could be {' or '.join(kinds)}" if kinds else "no conversation"
                 raise ValueError(f"{what} (fields: {sorted(given)}); data.format says which")
             kind = kinds[0]
-        return self.encode(conversation_of(given, kind))
+        return self.encode(preference_of(given) if kind == PREFERENCE else conversation_of(given, kind))
 
     def _says_talk(self, left: Sequence[str], kinds: Mapping[str, str], where: str) -> bool:
         """Whether the columns are those of conversations. Raises ValueError where that is not plain."""
@@ -138,10 +149,10 @@ class Wanted:
         if self.text_field in left and self.text_field not in TALKS and choices:
             choices.append(f"data.format=text (every token of {self.text_field!r} is learned)")
         if PREFERENCE in kinds:
-            more = f"; {' or '.join(choices)}" if choices else ""
+            more = f"; or leave them out by data.ignored_columns: {' or '.join(choices)}" if choices else ""
             raise ValueError(
-                f"{where} has columns of preferences ({kinds[PREFERENCE]}), and preference tuning is not offered: give "
-                f"conversations of what was chosen, or leave the others out by data.ignored_columns{more}"
+                f"{where} has columns of preferences ({kinds[PREFERENCE]}): data.format=preference learns which answer "
+                f"is better (DPO){more}"
             )
         if len(choices) > 1:
             raise ValueError(f"{where} can be read in several ways; choose: {', or '.join(choices)}")
@@ -149,14 +160,14 @@ class Wanted:
 
     def _check_talk(self, left: Sequence[str], kinds: Mapping[str, str], where: str) -> None:
         if self.format != "auto" and self.format not in kinds:
-            near = ", ".join(f"data.format={kind}" for kind in kinds if kind != PREFERENCE) or "data.format=text"
+            near = ", ".join(f"data.format={kind}" for kind in kinds) or "data.format=text"
             needs = ", ".join(columns_of(self.format)) if self.format != CHAT else " or ".join(TALKS[:2])
             raise ValueError(
                 f"{where} has nothing of data.format={self.format} ({needs}); it has {sorted(left)}: {near}?"
             )
         if self.encode is None:
             raise ValueError(f"{where} has conversations: give `chat`, a ChatEncoder, to make tokens of them")
-        if COMPLETION not in (self.format, *kinds):  # texts need no template
+        if not {COMPLETION, PREFERENCE} & {self.format, *kinds}:  # texts need no template
             check_template(self.encode.tokenizer)
 
     def _check_instructions(self, left: Sequence[str], where: str) -> None:

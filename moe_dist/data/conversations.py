@@ -1,8 +1,8 @@
 """Rows of chat data as one form: turns with a role and a text, and which of them are learned.
 
-What is known: `messages` (OpenAI), `conversations` (ShareGPT), `prompt` with `completion` (texts or turns), and
-`instruction`, `input`, `output` (Alpaca). A row that does not fit is refused in words that name the turn; whoever reads
-it adds file and line.
+What is known: `messages` (OpenAI), `conversations` (ShareGPT), `prompt` with `completion` (texts or turns),
+`instruction`, `input`, `output` (Alpaca), and `prompt` with a `chosen` and a `rejected` answer (`preferences.py`). A
+row that does not fit is refused in words that name the turn; whoever reads it adds file and line.
 """
 
 from __future__ import annotations
@@ -41,8 +41,18 @@ class Completion:
     completion: str
 
 
+@dataclass(frozen=True)
+class Preference:
+    """One prompt with two answers, of which the first is the better one; both learned alike, and both differ."""
+
+    chosen: Conversation | Completion
+    rejected: Conversation | Completion
+
+
 @dataclass
-class _Turns:
+class Turns:
+    """Of a row, while it is read."""
+
     turns: list[dict[str, Any]] = field(default_factory=list)
     learned: list[bool] = field(default_factory=list)
 
@@ -69,11 +79,13 @@ def columns_of(format_: str) -> tuple[str, ...]:
         CHAT: (*TALKS, "system", "tools"),
         COMPLETION: ("prompt", "completion", "tools"),
         INSTRUCTION: ("instruction", "input", "output", "system"),
+        PREFERENCE: ("prompt", "chosen", "rejected", "tools"),
     }[format_]
 
 
 def conversation_of(row: Mapping[str, Any], format_: str) -> Conversation | Completion:
-    """What a row of `format_` says. Raises ValueError naming the turn or the column that does not fit."""
+    """What a row of `format_` says, which is not `preference`. Raises ValueError naming the turn or the column that
+    does not fit."""
     if format_ == CHAT:
         return _chat(row)
     if format_ == COMPLETION:
@@ -87,15 +99,15 @@ def _chat(row: Mapping[str, Any]) -> Conversation:
         raise ValueError(f"no {' or '.join(TALKS[:2])} (fields: {sorted(map(str, row))})")
     if len(names) > 1:
         raise ValueError(f"both {' and '.join(names)}; which one? Remove one, or data.ignored_columns=[{names[1]}]")
-    found = _Turns()
-    system = _text(row.get("system"), "'system'") if row.get("system") is not None else ""
-    _add_all(found, row[names[0]], repr(names[0]))
+    found = Turns()
+    system = text_of(row.get("system"), "'system'") if row.get("system") is not None else ""
+    add_turns(found, row[names[0]], repr(names[0]))
     if system.strip():
         if found.turns[0]["role"] == "system":
             raise ValueError("a column 'system', and a first turn that is one too; remove one")
         found.turns.insert(0, {"role": "system", "content": system})
         found.learned.insert(0, False)
-    return _checked(found, row)
+    return checked(found, row)
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Conversation | Completion:
@@ -107,28 +119,29 @@ def _prompt_completion(row: Mapping[str, Any]) -> Conversation | Completion:
     if isinstance(row["prompt"], str):
         if not row["completion"]:
             raise ValueError("'completion' is empty: nothing to learn")
-        return Completion(_text(row["prompt"], "'prompt'"), _text(row["completion"], "'completion'"))
-    found = _Turns()
-    _add_all(found, row["prompt"], "'prompt'")
+        return Completion(text_of(row["prompt"], "'prompt'"), text_of(row["completion"], "'completion'"))
+    found = Turns()
+    add_turns(found, row["prompt"], "'prompt'")
     found.learned = [False] * len(found.learned)
-    _add_all(found, row["completion"], "'completion'")
-    return _checked(found, row)
+    add_turns(found, row["completion"], "'completion'")
+    return checked(found, row)
 
 
 def _instruction(row: Mapping[str, Any]) -> Conversation:
     for name in ("instruction", "output"):
         if row.get(name) is None:
             raise ValueError(f"no {name!r} (fields: {sorted(map(str, row))})")
-    texts = {name: _text(row.get(name) or "", repr(name)) for name in ("system", "instruction", "input", "output")}
+    texts = {name: text_of(row.get(name) or "", repr(name)) for name in ("system", "instruction", "input", "output")}
     asked = "\n\n".join(texts[name] for name in ("instruction", "input") if texts[name].strip())
     turns = [{"role": "system", "content": texts["system"]}] if texts["system"].strip() else []
     turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": texts["output"]}]
-    found = _Turns()
-    _add_all(found, turns, "the row")
-    return _checked(found, row)
+    found = Turns()
+    add_turns(found, turns, "the row")
+    return checked(found, row)
 
 
-def _add_all(found: _Turns, turns: Any, where: str) -> None:
+def add_turns(found: Turns, turns: Any, where: str) -> None:
+    """Put `turns`, as a row has them, behind those found. Raises ValueError naming `where`."""
     turns = _parsed(turns, where) if isinstance(turns, str) else turns
     if not _is_list(turns):
         raise ValueError(f"{where} is {type(turns).__name__}, not a list of turns")
@@ -138,7 +151,7 @@ def _add_all(found: _Turns, turns: Any, where: str) -> None:
         _add(found, turn, f"{where}, turn {number}")
 
 
-def _add(found: _Turns, turn: Any, where: str) -> None:
+def _add(found: Turns, turn: Any, where: str) -> None:
     if not isinstance(turn, Mapping):
         raise ValueError(f"{where} is {type(turn).__name__}, not an object with role and content")
     turn = {str(key): value for key, value in turn.items() if value is not None}
@@ -155,16 +168,16 @@ def _add(found: _Turns, turn: Any, where: str) -> None:
     where = f"{where} ({role})"
     calls = _calls(turn.get("tool_calls"), where)
     if said == "function_call":
-        calls, given = [_call(_parsed(_text(given, where), where), where)], ""
+        calls, given = [_call(_parsed(text_of(given, where), where), where)], ""
     if given is None and not calls:
         raise ValueError(f"{where} has no content")
-    content = _text("" if given is None else given, where)
+    content = text_of("" if given is None else given, where)
     if role == "system" and not content.strip():
         return  # it says nothing
     if not content.strip() and not calls and role != "tool":
         raise ValueError(f"{where} is empty")
     made = {"role": role, "content": content}
-    made |= {name: _text(turn[name], f"{where}: {name!r}") for name in _KEPT if name in turn}
+    made |= {name: text_of(turn[name], f"{where}: {name!r}") for name in _KEPT if name in turn}
     if calls:
         made["tool_calls"] = calls
     found.turns.append(made)
@@ -207,7 +220,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return made
 
 
-def _checked(found: _Turns, row: Mapping[str, Any]) -> Conversation:
+def checked(found: Turns, row: Mapping[str, Any]) -> Conversation:
+    """The turns as a conversation, with the tools of the row. Raises ValueError for an order that templates spoil."""
     systems = [number for number, turn in enumerate(found.turns) if turn["role"] in ("system", "developer")]
     if len(systems) > 1:
         raise ValueError(f"turn {systems[1] + 1} is a second system turn; templates drop or misplace it: join them")
@@ -224,7 +238,7 @@ def _checked(found: _Turns, row: Mapping[str, Any]) -> Conversation:
     return Conversation(found.turns, found.learned, list(tools) if tools else None)
 
 
-def _text(value: Any, where: str) -> str:
+def text_of(value: Any, where: str) -> str:
     """`value`, or the texts of a list of parts, joined."""
     if _is_list(value):
         parts = []

@@ -14,6 +14,7 @@ from moe_dist.data.chat_template import ChatEncoder
 from moe_dist.data.columns import Wanted
 from moe_dist.data.formats import check_formats
 from moe_dist.data.sources import Entry, FileSource, JsonlSource, RowSource, Source, Unreadable
+from moe_dist.data.tokenised import TokenRow
 from moe_dist.data.tokenizer import TokenIds
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class Document:
     """Of a document that came with them: the label of each of its tokens, -100 where it is not learned."""
     whole: bool = False
     """It ends as it is, without an end-of-document token, and stays in one sample."""
+    rejected: TokenRow | None = None
+    """Of a preference, where this is the chosen answer with its prompt: the other one."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Corpus:
 
     `skipped` lists what could not be read during the latest iteration. `streaming` tells that a pass is long
     and should not be packed into memory; `whole`, that documents are conversations, which no sample may hold a part
-    of; `truncated` lists those that were cut off to fit. `fingerprint` is None, or changes when the documents may have
-    changed. Only one iteration may run at a time.
+    of; `pairs`, that each is a preference; `truncated` lists those that were cut off to fit. `fingerprint` is None, or
+    changes when the documents may have changed. Only one iteration may run at a time.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Corpus:
         domains: file_lists.Domains | None = None,
         files: Sequence[tuple[str, str]] = (),
         whole: bool = False,
+        pairs: bool = False,
     ) -> None:
         """`limit`: only the first so many documents of the source, unreadable ones counted.
 
@@ -90,7 +94,7 @@ class Corpus:
         self.files = tuple(files)
         self._position = 0
         self.streaming = streaming
-        self.whole = whole
+        self.whole, self.pairs = whole, pairs
         self.skipped: list[SkippedDocument] = []
         self.truncated: list[SkippedDocument] = []
 
@@ -146,6 +150,7 @@ class Corpus:
             domains=self._domains,
             files=self.files,
             whole=self.whole,
+            pairs=self.pairs,
         )
 
     def _read(self, entry: Entry) -> Document | None:
@@ -169,7 +174,7 @@ class Corpus:
             return Document(entry.id, value, None, domain)
         if value.note:
             self.truncated.append(SkippedDocument(entry.id, 0, value.note, value.note.partition(", line ")[0], 0))
-        return Document(entry.id, None, value.ids, domain, value.labels, value.whole)
+        return Document(entry.id, None, value.ids, domain, value.labels, value.whole, value.rejected)
 
 
 def load_documents(
@@ -239,9 +244,7 @@ def load_documents(
     else:
         raise ValueError(f"data source {source!r} is unknown; allowed: {', '.join(SOURCES)}")
     named = file_lists.domains(path, source) if source != "stdlib" else None
-    return Corpus(
-        found, on_error=on_error, limit=limit, streaming=streaming, domains=named, files=files, whole=wanted.is_talk
-    )
+    return Corpus(found, on_error=on_error, limit=limit, streaming=streaming, domains=named, files=files, **wanted.kind)
 
 
 def documents_from(
@@ -276,7 +279,7 @@ def documents_from(
             wanted.check(list(dataset[0]), f"dataset {name!r}, row 0")
         stamp = getattr(dataset, "_fingerprint", None)  # datasets.Dataset: changes with every transformation
         found: Source = RowSource(dataset, name, wanted, stamp and f"{stamp}|{wanted.stamp}")
-        return Corpus(found, on_error=on_error, limit=limit, whole=wanted.is_talk)
+        return Corpus(found, on_error=on_error, limit=limit, **wanted.kind)
     if hasattr(dataset, "load_state_dict") and hasattr(dataset, "__iter__"):
         from moe_dist.data.dataset_sources import StreamSource
 
@@ -284,7 +287,7 @@ def documents_from(
             first_row: dict[str, Any] = next(iter(copy.deepcopy(dataset)), {})
             wanted.check(list(first_row), f"dataset {name!r}, row 0,")
         source = StreamSource(dataset, name, wanted, explain)
-        return Corpus(source, on_error=on_error, limit=limit, streaming=True, whole=wanted.is_talk)
+        return Corpus(source, on_error=on_error, limit=limit, streaming=True, **wanted.kind)
     raise ValueError(
         f"dataset {name!r} is {type(dataset).__name__}; give a list of texts, of dicts or of token ids, "
         "a datasets.Dataset or a datasets.IterableDataset"

@@ -232,6 +232,8 @@ class GlobalLoader:
 class Chosen:
     """Some samples of a dataset, by their numbers."""
 
+    rows_per_sample = 1
+
     def __init__(self, samples: PackedDataset, numbers: Sequence[int]) -> None:
         self._samples, self._numbers = samples, numbers
         self.max_seq_length, self.pad_id, self.domains = samples.max_seq_length, samples.pad_id, samples.domains
@@ -264,7 +266,7 @@ def eval_batches(
     num_batches = -(-len(dataset) // micro_batch_size)
     num_batches = num_batches if max_batches is None else min(num_batches, max_batches)
     num_samples = min(len(dataset), num_batches * micro_batch_size)
-    filling: Sample = filling_sample(dataset.max_seq_length, dataset.pad_id)
+    filling: Sample = filling_sample(dataset.max_seq_length, dataset.pad_id, dataset.rows_per_sample)
 
     def generate() -> Iterator[Batch]:
         for index in range(replica, -(-num_batches // num_replicas) * num_replicas, num_replicas):

@@ -11,36 +11,30 @@ the first token of the next one) and at padding, so no loss ever reaches across 
 a document that came tokenised may bring the labels of its tokens (`tokenised.py`).
 
 Conversations are not cut: a sample holds whole ones, as many as fit of those that come next, and padding. Without
-packing it holds one document.
+packing it holds one document. A sample of preferences has two rows, `PreferenceDataset`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_dist.data import cache
-from moe_dist.data.corpus import Corpus, Document, SkippedDocument
+from moe_dist.data.corpus import Corpus, SkippedDocument
+from moe_dist.data.pieces import labels_of, token_dtype, tokenize
 from moe_dist.data.tokenised import IGNORE_INDEX
-from moe_dist.data.tokenizer import TokenIds, Tokenizer
+from moe_dist.data.tokenizer import Tokenizer
 
 PADDING_DOCUMENT = -1
-DOCUMENTS_PER_BATCH = 256
 logger = logging.getLogger("moe_dist")
 
 Sample = dict[str, npt.NDArray[Any]]
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest unsigned dtype that holds every token id."""
-    return np.min_scalar_type(vocab_size - 1)
 
 
 def make_sample(
@@ -76,6 +70,7 @@ class SampleDataset(Protocol):
 
     max_seq_length: int
     pad_id: int
+    rows_per_sample: int
 
     def __len__(self) -> int: ...
 
@@ -110,6 +105,8 @@ class PackedDataset:
     has samples of its own. `truncated` lists the documents that were cut off to fit.
     """
 
+    rows_per_sample = 1
+
     def __init__(
         self,
         tokens: npt.NDArray[Any],
@@ -139,14 +136,16 @@ class PackedDataset:
         self.pad_id = pad_id
         self.skipped, self.truncated = list(skipped), list(truncated)
         self.domains, self._domain_of = tuple(domains), domain_of
-        if whole or not packed:
-            self._begins = sample_begins(document_starts, len(tokens), max_seq_length, not packed)
-        else:
-            full, tail = divmod(len(tokens), max_seq_length)
-            self._begins = np.arange(full + 1, dtype=np.int64) * max_seq_length
-            if tail and (keep_tail or full == 0):
-                self._begins = np.append(self._begins, len(tokens))
+        self._begins = self._cut(whole, packed, keep_tail)
         self._num_samples = len(self._begins) - 1
+
+    def _cut(self, whole: bool, packed: bool, keep_tail: bool) -> npt.NDArray[np.int64]:
+        """Where in the flat array samples begin, and after them where the last ends."""
+        if whole or not packed:
+            return sample_begins(self.document_starts, len(self.tokens), self.max_seq_length, not packed)
+        full, tail = divmod(len(self.tokens), self.max_seq_length)
+        begins = np.arange(full + 1, dtype=np.int64) * self.max_seq_length
+        return np.append(begins, len(self.tokens)) if tail and (keep_tail or full == 0) else begins
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -206,69 +205,71 @@ class PackedDataset:
         return min(len(self.tokens), int(self._begins[samples]) + 1)
 
 
-class Piece(NamedTuple):
-    """A document of n tokens; `labels` (n,) int32, None where each token is its own."""
+class PreferenceDataset(PackedDataset):
+    """Samples of two rows of S tokens: chosen answers in the first, and below each pair's chosen one the rejected one.
 
-    domain: int
-    tokens: npt.NDArray[Any]
-    labels: npt.NDArray[np.int32] | None
-
-
-def labels_of(tokens: npt.NDArray[Any], labels: npt.NDArray[np.int32] | None) -> npt.NDArray[np.int32]:
-    """The label of each token, written out."""
-    return tokens.astype(np.int32) if labels is None else labels
-
-
-def tokenize(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """Each document with the end-of-document token at the end; documents without a token fall out.
-
-    An end that a document with labels of its own has not brought is not learned. Raises ValueError naming a document
-    whose ids or labels are outside the tokenizer's vocabulary.
+    Documents 2 p and 2 p + 1 of the flat array are the chosen and the rejected answer of pair p, each with its prompt.
+    A sample holds whole pairs, as many as fit of those that come next: a pair is always in one micro-batch. `reference`
+    (P, 2) float64: log-probabilities of all pairs under the reference, of which a sample has its own.
     """
-    dtype = token_dtype(tokenizer.vocab_size)
-    encode_batch = getattr(tokenizer, "encode_batch", None)
-    while batch := list(islice(documents, DOCUMENTS_PER_BATCH if encode_batch else 1)):
-        texts = [document.text for document in batch if document.text is not None]
-        encoded = iter(_encoded(batch, texts, tokenizer))
-        for document in batch:
-            ids = np.asarray(next(encoded) if document.text is not None else document.tokens)
-            if ids.size == 0:
-                continue
-            for kind, found in (("token ids", ids), ("labels", document.labels)):
-                learned = np.asarray(() if found is None else found)
-                learned = learned[learned != IGNORE_INDEX] if kind == "labels" else learned
-                if learned.size and (int(learned.min()) < 0 or int(learned.max()) >= tokenizer.vocab_size):
-                    raise ValueError(
-                        f"document {document.id!r} holds {kind} from {learned.min()} to {learned.max()}, but "
-                        f"tokenizer {tokenizer.name!r} knows {tokenizer.vocab_size}: another one made them"
-                    )
-            # Documents that came tokenised may end in it already.
-            closed = document.whole or ids[-1] == tokenizer.eos_id
-            result = np.empty(len(ids) + (not closed), dtype=dtype)
-            result[len(ids) :] = tokenizer.eos_id
-            result[: len(ids)] = ids
-            labels = None
-            if document.labels is not None:
-                labels = np.full(len(result), IGNORE_INDEX, dtype=np.int32)
-                labels[: len(ids)] = document.labels
-            yield Piece(document.domain, result, labels)
 
+    rows_per_sample = 2
+    reference: npt.NDArray[np.float64] | None = None
 
-def _encoded(batch: Sequence[Document], texts: list[str], tokenizer: Tokenizer) -> list[TokenIds]:
-    """Token ids of each of the `texts` of a batch. Raises ValueError naming the document that cannot be encoded."""
-    encode_batch = getattr(tokenizer, "encode_batch", None)
-    try:
-        return list(encode_batch(texts) if encode_batch else map(tokenizer.encode, texts))
-    except Exception as error:  # tokenizers raises a bare Exception
-        for document in batch:
-            try:
-                tokenizer.encode(document.text or "")
-            except Exception as one:
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return len(self.document_starts) // 2
+
+    @property
+    def num_documents(self) -> int:
+        """Of these a pair is one."""
+        return self.num_pairs
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of the chosen and the rejected side of each pair (P, 2)."""
+        return np.diff(np.append(self.document_starts, len(self.tokens))).reshape(-1, 2)
+
+    def _cut(self, whole: bool, packed: bool, keep_tail: bool) -> npt.NDArray[np.int64]:
+        begins: list[int] = []
+        used = [0, 0]
+        for start, sides in zip(self.document_starts[::2].tolist(), self.lengths.tolist(), strict=True):
+            if max(sides) > self.max_seq_length:
                 raise ValueError(
-                    f"tokenizer {tokenizer.name!r} cannot encode document {document.id!r}: {one}; take another "
-                    "tokenizer, or give it an unknown token"
-                ) from error
-        raise
+                    f"a pair has {max(sides)} tokens on one side, and max_seq_length is {self.max_seq_length}"
+                )
+            fits = all(had + more <= self.max_seq_length for had, more in zip(used, sides, strict=True))
+            if not (begins and packed and fits):
+                begins.append(start)
+                used = [0, 0]
+            used = [had + more for had, more in zip(used, sides, strict=True)]
+        return np.array([*begins, len(self.tokens)], dtype=np.int64)
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`: as of a `PackedDataset`, of two rows (2, S); `reference` (pairs here, 2) where it is known.
+
+        Raises IndexError.
+        """
+        if not 0 <= index < self._num_samples:
+            raise IndexError(f"sample {index} is out of range: the dataset has {self._num_samples} samples")
+        first, last = np.searchsorted(self.document_starts, self._begins[index : index + 2]).tolist()
+        rows = [self._row(range(first + side, last, 2)) for side in (0, 1)]
+        made = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        if self._domain_of is not None:
+            made["domain_ids"] = self._domain_of[made["document_ids"]]
+        if self.reference is not None:
+            made["reference"] = self.reference[first // 2 : last // 2]
+        return made
+
+    def _row(self, numbers: range) -> Sample:
+        """These documents end to end."""
+        ends = np.append(self.document_starts[1:], len(self.tokens))
+        spans = [slice(int(self.document_starts[number]), int(ends[number])) for number in numbers]
+        documents = np.repeat(np.array(numbers, dtype=np.int32), [span.stop - span.start for span in spans])
+        labels = None if self.labels is None else np.concatenate([self.labels[span] for span in spans])
+        tokens = np.concatenate([self.tokens[span] for span in spans])
+        return make_sample(tokens, documents, self.max_seq_length, self.pad_id, labels)
 
 
 def pack(
@@ -311,7 +312,8 @@ def pack(
                 logger.warning("tokens are not kept for the next start: %s", error)
     else:
         tokens, starts, skipped, labels, truncated = stored
-    return PackedDataset(
+    kind = PreferenceDataset if corpus.pairs else PackedDataset
+    return kind(
         tokens,
         starts,
         max_seq_length=max_seq_length,

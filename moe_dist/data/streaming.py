@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_dist.data.corpus import Corpus, SkippedDocument
-from moe_dist.data.packing import Piece, Sample, labels_of, make_sample, token_dtype, tokenize
+from moe_dist.data.packing import Sample, make_sample
+from moe_dist.data.pieces import Piece, labels_of, token_dtype, tokenize
 from moe_dist.data.tokenizer import Tokenizer
 
 
@@ -49,6 +50,8 @@ class StreamingPackedDataset:
     ) -> None:
         if max_seq_length < 1:
             raise ValueError(f"max_seq_length is {max_seq_length}; give at least 1 token")
+        if corpus.pairs:
+            raise ValueError("preferences are not read as a stream: pack them")
         self._corpus = corpus
         self._tokenizer = tokenizer
         self._repeat = repeat

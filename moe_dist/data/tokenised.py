@@ -27,12 +27,14 @@ class TokenRow(NamedTuple):
     """`ids` (n,) int64; `labels` (n,) int64, the label of each of these tokens, or None: the token itself.
 
     `whole`: it ends as it is, and no sample may hold a part of it. `note`: what has been lost of it, in words.
+    `rejected`: of a preference, where this is the chosen answer with its prompt, the other one with the same.
     """
 
     ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64] | None = None
     whole: bool = False
     note: str | None = None
+    rejected: TokenRow | None = None
 
 
 def columns_beside(text_field: str, columns: Iterable[str]) -> list[str]:

@@ -20,7 +20,7 @@ from moe_dist.models.transformer import Transformer
 from moe_dist.models.watching import watching
 from moe_dist.parallel.engines.eval_mode import evaluating
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.step import model_inputs
+from moe_dist.train.passes import model_inputs
 
 MOST_CELLS = 500_000_000
 """Counts by layer, expert and token that are kept at most."""

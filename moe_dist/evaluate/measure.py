@@ -24,7 +24,7 @@ from moe_dist.models.watching import watching
 from moe_dist.parallel.engines.eval_mode import evaluating
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.loss import IGNORE
-from moe_dist.train.step import model_inputs
+from moe_dist.train.passes import model_inputs
 
 _LOSS, _TOKENS, _CORRECT, _BYTES = range(4)
 NUM_BINS = 15

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,21 @@ def add_adapters(model: nn.Module, config: ModelConfig, lora: LoraConfig) -> Non
 def adapters(model: nn.Module) -> Iterable[tuple[str, LowRank | StackedLowRank]]:
     """Name -> adapter, of those held here."""
     return ((name, part) for name, part in model.named_modules() if isinstance(part, (LowRank, StackedLowRank)))
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is what it was before it had adapters, bit for bit."""
+    found = [
+        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], part) for name, part in adapters(model)
+    ]
+    for holder, attribute, _ in found:
+        setattr(holder, attribute, None)
+    try:
+        yield
+    finally:
+        for holder, attribute, part in found:
+            setattr(holder, attribute, part)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ def first(values: Sequence[float]) -> float:
     return values[0]
 
 
+_OF_PREFERENCES = "Null where no preferences are learned."
 LAYER, EXPERT = ("layer",), ("layer", "expert")
 """Labels of Prometheus."""
 
@@ -147,7 +148,7 @@ class TrainRecord(Record):
         "Passes over the training data.", "passes", "train/epoch", "epoch", note="With fraction.")]
     loss: Annotated[float, Metric(
         "Training loss of the last logged step, nats per token.", "nats/token", "train/loss", "train_loss",
-        note="Cross-entropy, without auxiliary losses.")]
+        note="Cross-entropy, or of preferences the DPO loss per pair, without auxiliary losses.")]
     learning_rate: Annotated[float, Metric(
         "Learning rate of the last step.", "", "train/learning_rate", "learning_rate")]
     grad_norm: Annotated[float, Metric(
@@ -227,8 +228,20 @@ class TrainRecord(Record):
         note="A list, elsewhere how many: [below](#stragglers).")] = field(default_factory=list)
     ranks: Annotated[RanksRecord | None, Metric(
         "Every rank.", note="Lists in order of rank: [below](#ranks-every-rank-over-one-interval).")] = None
+    rewards_chosen: Annotated[float | None, Metric(
+        "Reward of chosen answers, beta (log p - log r), mean over the interval's pairs.", "nats", "rewards/chosen",
+        "reward_chosen", note=_OF_PREFERENCES)] = None
+    rewards_rejected: Annotated[float | None, Metric(
+        "Reward of rejected answers, mean over the interval's pairs.", "nats", "rewards/rejected", "reward_rejected",
+        note=_OF_PREFERENCES)] = None
+    reward_margin: Annotated[float | None, Metric(
+        "Reward of the chosen answer - reward of the rejected one, mean over the interval's pairs.", "nats",
+        "rewards/margins", "reward_margin", note=_OF_PREFERENCES)] = None
+    reward_accuracy: Annotated[float | None, Metric(
+        "Share of the interval's pairs whose chosen answer has the larger reward.", "0..1", "rewards/accuracies",
+        "reward_accuracy_ratio", note=_OF_PREFERENCES)] = None
     steps: Annotated[dict[str, list[float]], Metric(
-        "`loss`, `learning_rate`, `grad_norm` and `tokens_per_second` of each step of the interval, up to `step`.",
+        "`loss`, `learning_rate`, `grad_norm`, `tokens_per_second`, rewards of each step of the interval, to `step`.",
         note="Lists by name; TensorBoard has an event for each step under their tags.")] = field(default_factory=dict)
 
     @classmethod
@@ -249,8 +262,10 @@ class EvalRecord(Record):
     loss: Annotated[float, Metric(
         "Loss on the validation set, nats per token.", "nats/token", "eval/loss", "validation_loss",
         note="Cross-entropy.")]
-    perplexity: Annotated[float, Metric("exp(loss).", "", "eval/perplexity")]
-    tokens: Annotated[int, Metric("Tokens that the loss is a mean over, all ranks.", "tokens")]
+    perplexity: Annotated[float | None, Metric(
+        "exp(loss).", "", "eval/perplexity", note="Null of preferences, whose loss is of no token.")]
+    tokens: Annotated[int, Metric(
+        "Tokens that the loss is a mean over, all ranks.", "tokens", note="Of preferences, pairs.")]
     seconds: Annotated[float, Metric("Duration of the last evaluation.", "s", gauge="evaluation_seconds")]
     unigram_loss: Annotated[float | None, Metric(
         "Validation loss of a model that knows token frequencies only.", "nats/token", "eval/unigram_loss",
@@ -260,6 +275,18 @@ class EvalRecord(Record):
         "Metrics of train.eval_tasks, of a task its own.", tag="eval/task_{}", gauge="task_{}",
         value=in_names,
         note="An object, `task: metric` -> number; elsewhere NAME is `task_metric`.")] = field(default_factory=dict)
+    rewards_chosen: Annotated[float | None, Metric(
+        "Reward of chosen answers of the validation set.", "nats", "eval/rewards_chosen", "validation_reward_chosen",
+        note=_OF_PREFERENCES)] = None
+    rewards_rejected: Annotated[float | None, Metric(
+        "Reward of rejected answers of the validation set.", "nats", "eval/rewards_rejected",
+        "validation_reward_rejected", note=_OF_PREFERENCES)] = None
+    reward_margin: Annotated[float | None, Metric(
+        "Reward of the chosen answer - reward of the rejected one, validation set.", "nats", "eval/rewards_margins",
+        "validation_reward_margin", note=_OF_PREFERENCES)] = None
+    reward_accuracy: Annotated[float | None, Metric(
+        "Share of the validation pairs whose chosen answer has the larger reward.", "0..1", "eval/rewards_accuracies",
+        "validation_reward_accuracy_ratio", note=_OF_PREFERENCES)] = None
 
 
 @dataclass(frozen=True)

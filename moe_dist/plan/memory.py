@@ -56,7 +56,7 @@ def peak_memory(config: Config, layout: Layout, places: Sequence[RankCounts], im
     `imbalance`: rows of the busiest expert as multiples of the mean; `device`: cpu or another.
     """
     model, train = config.model, config.train
-    tokens = train.per_device_train_batch_size * config.data.max_seq_length
+    tokens = train.per_device_train_batch_size * config.rows_per_sample * config.data.max_seq_length
     load = rank_load(model, layout.ep_size, imbalance)
     has_dense = len(model.moe_layers) < model.num_hidden_layers
     kinds = {

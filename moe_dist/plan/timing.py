@@ -102,7 +102,7 @@ def _kinds(config: Config) -> list[bool]:
 
 def _block(config: Config, layout: Layout, has_experts: bool, cluster: Cluster, imbalance: float) -> _Pass:
     model, train = config.model, config.train
-    tokens = train.per_device_train_batch_size * config.data.max_seq_length
+    tokens = train.per_device_train_batch_size * config.rows_per_sample * config.data.max_seq_length
     layer = next(i for i in range(model.num_hidden_layers) if model.has_experts(i) is has_experts)
     part = blocks(model, [layer])[0]
     peak = cluster.peak_bf16 if Widths.of(config).w == 2 else cluster.peak_float32
@@ -135,8 +135,9 @@ def _block(config: Config, layout: Layout, has_experts: bool, cluster: Cluster, 
     uneven = (load - 1) * experts * passes
     times = 6 if train.gradient_checkpointing == "full" else 4
     first = config.balance.aux_loss_scope == "global_batch" and train.gradient_accumulation_steps > 1
-    if first and config.balance.aux_loss_coef:
-        forward, times = 2 * forward, times + 2
+    more = int(first and bool(config.balance.aux_loss_coef))
+    more += int(config.learns_preferences and config.dpo_reference == "base")  # without adapters, in every step
+    forward, times = (1 + more) * forward, times + 2 * more
     travel = times * _one_way(config, layout, tokens, load, cluster) if has_experts else 0.0
     return _Pass(forward, inputs, by_weights, uneven, travel)
 
@@ -181,7 +182,7 @@ def _one_way(config: Config, layout: Layout, tokens: int, load: float, cluster: 
 
 def _head(config: Config, cluster: Cluster) -> _Pass:
     model = config.model
-    tokens = config.train.per_device_train_batch_size * config.data.max_seq_length
+    tokens = config.train.per_device_train_batch_size * config.rows_per_sample * config.data.max_seq_length
     peak = cluster.peak_bf16 if Widths.of(config).w == 2 else cluster.peak_float32
     product = 2 * tokens * model.hidden_size * model.vocab_size / (peak * gemm_share(cluster, tokens))
     moved = 12 * tokens * model.vocab_size / cluster.memory_bandwidth
@@ -194,7 +195,7 @@ def _waits(config: Config, layout: Layout, cluster: Cluster) -> float:
     """Seconds of the messages of one micro-batch between stages, forward and backward."""
     if layout.pp_size == 1:
         return 0.0
-    tokens = config.train.per_device_train_batch_size * config.data.max_seq_length
+    tokens = config.train.per_device_train_batch_size * config.rows_per_sample * config.data.max_seq_length
     crosses = layout.dp_size >= cluster.devices_per_host or layout.world_size > cluster.devices_per_host
     size = tokens * config.model.hidden_size * Widths.of(config).r
     return 2 * config.parallel.stages_per_rank * send(crosses, size, cluster)

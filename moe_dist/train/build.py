@@ -139,6 +139,10 @@ def build_datasets(
 
 def build_validation(config: Config) -> PackedDataset | None:
     """The held-out samples of the configured source alone, as `build_datasets` has them; None where there are none."""
+    if config.learns_preferences:
+        raise ValueError(
+            "data.format=preference: what the run holds out are pairs of answers, and no text to measure on"
+        )
     tokenizer = _tokenizer(config)
     _, held_out = _documents(config, tokenizer, None)
     return None if held_out is None else _held_out(config, held_out, tokenizer, None)

@@ -19,6 +19,7 @@ from moe_dist.models.registry import Registry
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.records import CheckpointRecord, EvalRecord, TrainRecord
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.dpo import Rewards
 from moe_dist.train.result import TrainingResult
 
 logger = logging.getLogger("moe_dist")
@@ -64,6 +65,8 @@ class RunState:
     world_size: int
     model: Transformer
     """This rank's part; to be looked at, not to be changed."""
+    rewards: Rewards | None = None
+    """Of the last step of a run on preferences: `loss` is per pair then, and `num_labels` counts pairs."""
 
 
 @dataclass(frozen=True)

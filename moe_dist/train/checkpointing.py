@@ -82,6 +82,8 @@ class Persistence:
         """Experts that `experts:esft` stands for."""
         self.pretrained: dict[str, Any] | None = None
         """What the weights of step 0 were read from, of this start or of the one that the checkpoint is of."""
+        self.reference: str | None = None
+        """Of preferences: hash of the weights of step 0, of which there are log-probabilities in the run folder."""
         self.saved_step = -1
         """Step of the last save begun, or of the checkpoint the run goes on from."""
         self.goes_on_from: str | None = None
@@ -188,6 +190,7 @@ class Persistence:
     def _go_on_with(self, loaded: Loaded, counters: Counters, message: Callable[[str], None]) -> None:
         """All but the tensors."""
         self._compare(loaded, message)
+        self._check_reference(loaded)
         self._go_on_with_data(loaded, message)
         state = loaded.trainer_state
         for name in vars(counters).keys() & state["counters"].keys():
@@ -195,7 +198,7 @@ class Persistence:
         self._go_on_to_the_end(loaded, counters.step, message)
         self.acting.load_state_dict(state.get("acting"))
         self._same_model(loaded)
-        self.pretrained = state.get("pretrained")
+        self.pretrained, self.reference = state.get("pretrained"), state.get("reference")
 
     def _same_model(self, loaded: Loaded) -> None:
         """Adapters belong to one model: raises CheckpointError when the weights read from its folder are others."""
@@ -209,10 +212,26 @@ class Persistence:
                 f"were trained on ({saved.get('folder')}); give that model"
             )
 
+    def _check_reference(self, loaded: Loaded) -> None:
+        """Raises CheckpointError where `dpo.reference: auto` would leave adapters out of the reference that come from
+        another training."""
+        before = loaded.trainer_state["config"].get("data", {}).get("format")
+        is_other = self.config.learns_preferences and before != self.config.data.format
+        if is_other and self.config.dpo.reference == "auto" and self._adapters & loaded.manifest.tensors.keys():
+            raise CheckpointError(
+                f"dpo.reference=auto: {loaded.found} has adapters of another training; say whether the reference is "
+                "the model with them (start) or without them (base)"
+            )
+
+    @property
+    def _adapters(self) -> set[str]:
+        """Names in a checkpoint of what is trained beside a frozen model."""
+        trained = {f"{MODEL}{name}" for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return trained if self.model.lora is not None else set()
+
     def _read(self, loaded: Loaded, moments: bool = True) -> None:
-        state = self._state(moments)
-        adapters = {f"{MODEL}{name}" for name, p in self.model.named_parameters() if p.requires_grad}
-        if self.model.lora is not None and not moments and not adapters & loaded.manifest.tensors.keys():
+        state, adapters = self._state(moments), self._adapters
+        if adapters and not moments and not adapters & loaded.manifest.tensors.keys():
             state.leave_out(adapters)  # of a run that had none: they start afresh beside its weights
         self.checkpoints.read_tensors(loaded, state)
         self.engine.state_loaded()
@@ -349,6 +368,7 @@ class Persistence:
             "corpus": self._corpus,
             "pretrained": self.pretrained,
             "esft": to_json(self.chosen),
+            "reference": self.reference,
             "config": self.config.model_dump(mode="json"),
         }
         self.checkpoints.begin(counters.step, self._state(), trainer_state, metrics)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from moe_dist.config import Config
 from moe_dist.data.corpus import SkippedDocument
-from moe_dist.data.packing import IGNORE_INDEX, PackedDataset
+from moe_dist.data.packing import IGNORE_INDEX, PackedDataset, PreferenceDataset
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.train.build import build_datasets
 from moe_dist.train.stopping import Pace, Stopping
@@ -46,7 +46,13 @@ class DataPreview:
     @property
     def fill(self) -> float:
         """Share of the samples that is not padding."""
-        return self.train.num_tokens / (len(self.train) * self.train.max_seq_length)
+        room = len(self.train) * self.train.rows_per_sample * self.train.max_seq_length
+        return self.train.num_tokens / room
+
+    @property
+    def are_pairs(self) -> bool:
+        """Whether documents 2 p and 2 p + 1 are the chosen and the rejected answer of pair p."""
+        return isinstance(self.train, PreferenceDataset)
 
     @property
     def median(self) -> int:

@@ -18,9 +18,9 @@ from moe_dist.data.order import GlobalOrder
 from moe_dist.data.packing import PackedDataset
 from moe_dist.models.transformer import Transformer
 from moe_dist.models.watching import watching
+from moe_dist.parallel.engines.eval_mode import evaluating
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.evaluation import evaluating
-from moe_dist.train.step import model_inputs
+from moe_dist.train.passes import model_inputs
 
 Shares = dict[int, list[float]]
 """Layer -> of each expert its part of all affinity, 0..1."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,23 +31,27 @@ from moe_dist.tasks.run import check_tasks, run_tasks
 from moe_dist.tasks.whole_model import WholeModel
 from moe_dist.train.build import Datasets
 from moe_dist.train.callbacks import Callback, RunState
+from moe_dist.train.dpo import Dpo, Rewards, reward_facts, rewards_of
 from moe_dist.train.loss import head_cross_entropy
-from moe_dist.train.step import model_inputs
+from moe_dist.train.passes import model_inputs
 
 logger = logging.getLogger("moe_dist")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` nats per valid token over the whole validation set, the same on every rank."""
+    """`loss` nats per valid token over the whole validation set, the same on every rank; of preferences per pair, and
+    `num_tokens` counts pairs."""
 
     loss: float
     num_tokens: int
     seconds: float
+    rewards: Rewards | None = None
 
     @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+    def perplexity(self) -> float | None:
+        """None of preferences, whose loss is of no token."""
+        return math.exp(min(self.loss, 700.0)) if self.rewards is None else None
 
 
 SAMPLE_TEMPERATURE = 0.8
@@ -65,31 +69,39 @@ def evaluate(
     document_mask: bool = True,
     loss_chunk_tokens: int | Literal["auto"] = "auto",
     stop: Callable[[], bool] = lambda: False,
+    dpo: Dpo | None = None,
 ) -> Evaluation | None:
-    """Every rank calls this with as many batches as the others (`data.eval_batches` sees to it).
+    """Every rank calls this with as many batches as the others (`data.eval_batches` sees to it). `dpo`: of preferences.
 
     `stop` is asked now and then on every rank and answers the same on all; None when it has said yes. Raises ValueError
     when no token has a label: there is no loss then, least of all 0.
     """
     started = time.perf_counter()
-    totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    totals = torch.zeros(2 if dpo is None else 5, dtype=torch.float64, device=mesh.device)
     with evaluating(model), torch.autocast(mesh.device.type, dtype=torch.bfloat16, enabled=bf16):
         for number, batch in enumerate(batches, 1):
             if number % ASK_EVERY == 0 and stop():
+                if dpo is not None:
+                    dpo.take_sums()  # of what is not finished
                 return None
             on_device = batch.to(mesh.device, non_blocking=True)
 
             def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor = on_device.labels) -> Tensor:
                 return head_cross_entropy(hidden, weight, labels, chunk_tokens=loss_chunk_tokens)
 
-            loss = model(**model_inputs(on_device, document_mask=document_mask), head_function=loss_of)
+            function = loss_of if dpo is None else dpo.loss_of(dpo.with_reference(on_device), 1.0)
+            loss = model(**model_inputs(on_device, document_mask=document_mask), head_function=function)
             if model.lm_head is not None:  # of a pipeline, the last stage
                 totals[0] += loss
-                totals[1] += batch.num_valid
-    total, count = mesh.sum_over("world", totals).tolist()
+                totals[1] += batch.num_terms
+    if dpo is not None:
+        totals[2:] += dpo.take_sums()
+    total, count, *sums = mesh.sum_over("world", totals).tolist()
     if not count:
         raise ValueError("nothing to evaluate: no token of the validation samples has a label")
-    return Evaluation(total / count, int(count), time.perf_counter() - started)
+    return Evaluation(
+        total / count, int(count), time.perf_counter() - started, rewards_of(sums, count) if sums else None
+    )
 
 
 def sample_text(
@@ -123,12 +135,14 @@ class Evaluating(Callback):
         asked_to_stop: Callable[[], bool],
         paused: Callable[[], AbstractContextManager[None]],
         announce: Callable[[EvalRecord], None],
+        dpo: Dpo | None = None,
     ) -> None:
         """`asked_to_stop`: whether any rank has been (collective). What goes on inside `paused` is no training time.
-        `announce` tells all callbacks.
+        `announce` tells all callbacks. `dpo`: of preferences.
         """
         self.config, self.model, self.mesh, self.datasets, self.clock = config, model, mesh, datasets, clock
         self._is_best, self._asked_to_stop, self._paused, self._announce = is_best, asked_to_stop, paused, announce
+        self.dpo = dpo
         self.step, self.loss = -1, math.nan
         """Of the last evaluation."""
         self.unigram: float | None = None
@@ -137,9 +151,9 @@ class Evaluating(Callback):
     def measure_baseline(self) -> None:
         """What training is held against. Raises ValueError for tasks that cannot be asked at the first evaluation."""
         self.mesh.ask_rank_zero(partial(check_tasks, self.config.train.eval_tasks))
-        if self.datasets.validation is not None and isinstance(self.datasets.train, PackedDataset):
-            vocabulary = self.config.model.vocab_size
-            self.unigram = unigram_loss(self.datasets.train, self.datasets.validation, vocabulary)
+        train, validation = self.datasets.train, self.datasets.validation
+        if self.dpo is None and validation is not None and isinstance(train, PackedDataset):
+            self.unigram = unigram_loss(train, validation, self.config.model.vocab_size)
 
     def on_step_end(self, run: RunState) -> None:
         """Evaluate when it is time."""
@@ -170,13 +184,16 @@ class Evaluating(Callback):
                 document_mask=self.config.data.document_mask,
                 loss_chunk_tokens=train.loss_chunk_tokens,
                 stop=self._asked_to_stop,
+                dpo=self.dpo,
             )
             tasks = {} if found is None else self._ask_tasks(size)
         if found is None:
             return
         self.step, self.loss = step, found.loss
         facts = (found.loss, found.perplexity, found.num_tokens, found.seconds)
-        self._announce(EvalRecord(step, *facts, self.unigram, self._is_best(found.loss), tasks))
+        rewards: dict[str, Any] = reward_facts(found.rewards)
+        record = EvalRecord(step, *facts, self.unigram, self._is_best(found.loss), tasks=tasks, **rewards)
+        self._announce(record)
 
     def _ask_tasks(self, size: int) -> dict[str, float]:
         """Metrics of `train.eval_tasks`; none where one of them cannot be asked, which is no reason to end a run."""

@@ -80,6 +80,7 @@ class TrainingLoop:
             rank=self.mesh.rank,
             world_size=self.mesh.layout.world_size,
             model=self.model,
+            rewards=result.rewards,
         )
 
     def _one_step(self) -> None:

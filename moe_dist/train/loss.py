@@ -5,6 +5,7 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, C tokens of a chunk, D hi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,73 @@ def head_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
     hidden_TD, labels_T = hidden_BSD.flatten(0, 1).to(dtype), labels_BS.flatten()
     return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_T, label_smoothing, scale, chunk_tokens)
+
+
+def head_log_probs(
+    hidden_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, *, chunk_tokens: int | Literal["auto"] = "auto"
+) -> Tensor:
+    """Log-probability of each label (B, S) under the logits hidden @ weight.T, full precision; 0 where there is none.
+
+    Chunks as in `head_cross_entropy`. What is made of them decides their gradients, so backward computes logits again.
+    """
+    chunk_tokens = loss_chunk(chunk_tokens, hidden_BSD.device.type, len(weight_VD))
+    if chunk_tokens == 0:
+        logits_TV = full(F.linear(hidden_BSD, weight_VD)).flatten(0, 1)
+        losses_T = F.cross_entropy(logits_TV, labels_BS.flatten(), ignore_index=IGNORE, reduction="none")
+        return -losses_T.view_as(labels_BS)
+    device = hidden_BSD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+    hidden_TD = hidden_BSD.flatten(0, 1).to(dtype)
+    return _ChunkedLogProbs.apply(hidden_TD, weight_VD, labels_BS.flatten(), chunk_tokens).view_as(labels_BS)
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """Four matmuls where all logits would take three: those of a chunk are made once more for the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_tokens: int) -> Tensor:
+        log_probs_T = hidden_TD.new_zeros(len(hidden_TD), dtype=full_dtype())
+        sums_T = torch.empty_like(log_probs_T)
+        for part, logits_CV in _logits_of_chunks(hidden_TD, weight_VD, chunk_tokens):
+            labels_C = labels_T[part]
+            sums_T[part] = logits_CV.logsumexp(1)
+            found_C = logits_CV.gather(1, labels_C.clamp(min=0)[:, None])[:, 0] - sums_T[part]
+            log_probs_T[part] = found_C.masked_fill(labels_C == IGNORE, 0.0)
+        ctx.save_for_backward(hidden_TD, weight_VD, labels_T, sums_T)
+        ctx.chunk_tokens = chunk_tokens
+        return log_probs_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, labels_T, sums_T = ctx.saved_tensors
+        want_hidden, want_weight, *_ = ctx.needs_input_grad
+        dtype = hidden_TD.dtype
+        d_hidden = torch.empty_like(hidden_TD) if want_hidden else None
+        d_weight = weight_VD.new_zeros(weight_VD.shape, dtype=full_dtype()) if want_weight else None
+        gradient_T = gradient_T.masked_fill(labels_T == IGNORE, 0.0)
+        weight_cast = weight_VD.to(dtype)
+        for part, logits_CV in _logits_of_chunks(hidden_TD, weight_cast, ctx.chunk_tokens):
+            # Of log p: 1 at the label less the probability, each times what comes from above.
+            d_logits = logits_CV.sub_(sums_T[part, None]).exp_().mul_(-gradient_T[part, None])
+            d_logits.scatter_add_(1, labels_T[part, None].clamp(min=0), gradient_T[part, None])
+            d_logits = d_logits.to(dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, weight_cast, out=d_hidden[part])
+            if d_weight is not None:
+                _add_product(d_weight, d_logits, hidden_TD[part])
+        return d_hidden, None if d_weight is None else d_weight.to(weight_VD.dtype), None, None
+
+
+def _logits_of_chunks(hidden_TD: Tensor, weight_VD: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, their logits (C, V)), these in full precision and to be written over, computed in that of the tokens."""
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        weight_DV = weight_VD.to(hidden_TD.dtype).t()
+        buffer = hidden_TD.new_empty(min(chunk_tokens, len(hidden_TD)), len(weight_VD))
+        for start in range(0, len(hidden_TD), chunk_tokens):
+            part = slice(start, min(start + chunk_tokens, len(hidden_TD)))
+            x_CD = hidden_TD[part]
+            yield part, full(torch.mm(x_CD, weight_DV, out=buffer[: len(x_CD)]))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from moe_dist.config import Config
+from moe_dist.data.packing import PreferenceDataset
 from moe_dist.models.counts import flops_per_token
 from moe_dist.monitor.rank_facts import PHASE_KEYS
 from moe_dist.monitor.report.profile_page import Operator, PartTime, Profile, RankProfile, write_page
@@ -44,7 +46,10 @@ class _Run:
     def __post_init__(self) -> None:
         config, mesh = self.config, self.mesh
         self.clock = Clock(mesh.device, Status())
-        self.loader = build_loader(config, build_datasets(config).train, mesh)
+        samples = build_datasets(config).train
+        if isinstance(samples, PreferenceDataset) and config.dpo_reference == "start":
+            samples.reference = np.zeros((samples.num_pairs, 2))  # it takes as long whatever it is
+        self.loader = build_loader(config, samples, mesh)
         self.model = build_model(config, mesh, self.clock)
         self.engine = build_engine(self.model, config, mesh)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import resource
 import statistics
 import sys
@@ -48,6 +49,7 @@ from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.callbacks import Callback, RunState
 from moe_dist.train.counters import Counters
+from moe_dist.train.dpo import REWARD_FACTS, reward_facts
 from moe_dist.train.run_summary import causality_warning
 from moe_dist.train.stopping import Stopping
 
@@ -124,6 +126,7 @@ class Reporter(Callback):
         self._started = self._step_started = time.perf_counter()
         self._tokens = 0
         self._each: dict[str, list[float]] = {}
+        self._pairs: list[int] = []
         self._own: list[float] = []
         self._own_before = self.clock.status.own_seconds
 
@@ -150,6 +153,9 @@ class Reporter(Callback):
             "grad_norm": run.grad_norm,
             "tokens_per_second": run.num_tokens / max(1e-9, self._step_started - before),
         }
+        if self.config.learns_preferences:
+            values |= reward_facts(run.rewards) or dict.fromkeys(REWARD_FACTS, 0.0)
+            self._pairs.append(run.num_labels)
         for name, value in values.items():
             self._each.setdefault(name, []).append(value)
         self.collector.add(self._loads())
@@ -230,12 +236,20 @@ class Reporter(Callback):
             ranks=ranks,
             steps=self._each,
             **over_ranks(ranks),
+            **self._rewards(),
         )
         self.sinks.train(record)
         self._say(self.diagnosis.train(record))
         self.start_interval()
         status.at("agreeing on the next step")  # with rank 0, which has written its line first
         self._announce(record)
+
+    def _rewards(self) -> dict[str, Any]:
+        """Means over the pairs of the interval; nothing without any."""
+        pairs = sum(self._pairs)
+        if not pairs:
+            return {}
+        return {name: sum(map(operator.mul, self._each[name], self._pairs)) / pairs for name in REWARD_FACTS}
 
     def _remaining(self, run: RunState, step_seconds: float) -> float | None:
         ends = []

@@ -50,11 +50,12 @@ def sentence(
         limits = [f"{train.num_train_epochs:g} epochs"]
     if train.max_time is not None:
         limits.append(f"{train.max_time:g} s")
+    samples = "samples of 2 x" if config.learns_preferences else "sequences of"
     ranks = "1 process" if layout.world_size == 1 else f"{layout.world_size} processes"
     return (
         f"Training a {amount(total)}-parameter language model ({experts}; {amount(active)} active per "
         f"token) on {text}{size} with {ranks} on {device}, batches of {train.per_device_train_batch_size} x "
-        f"{train.gradient_accumulation_steps} x {layout.dp_size} = {batch} sequences of {config.data.max_seq_length} "
+        f"{train.gradient_accumulation_steps} x {layout.dp_size} = {batch} {samples} {config.data.max_seq_length} "
         f"tokens, for {' or '.join(limits)}."
     )
 

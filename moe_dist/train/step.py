@@ -11,14 +11,16 @@ from torch import Tensor
 
 from moe_dist.config import Config
 from moe_dist.data.batch import Batch
-from moe_dist.models.context import ALONE, RoutingContext
+from moe_dist.models.context import RoutingContext
 from moe_dist.models.precision import full
 from moe_dist.models.transformer import HeadFunction, Transformer
 from moe_dist.parallel.engines.base import Engine
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.status import Status
 from moe_dist.train.balance import Balancer
+from moe_dist.train.dpo import Dpo, Rewards, rewards_of
 from moe_dist.train.loss import head_cross_entropy
+from moe_dist.train.passes import model_inputs
 
 if TYPE_CHECKING:
     from moe_dist.parallel.pipeline import PipelinedTransformer
@@ -29,7 +31,8 @@ class StepResult:
     """`loss` nats per valid token of the global batch, `grad_norm` before clipping, both the same on every rank.
 
     `num_tokens`, `num_labels`: tokens and valid labels of the global batch; without a label `loss` is 0. `skipped`: a
-    loss or gradient was not finite and nothing was updated.
+    loss or gradient was not finite and nothing was updated. Of preferences `loss` is per pair, `num_labels` counts
+    pairs, and there are `rewards`.
     """
 
     loss: float
@@ -37,6 +40,7 @@ class StepResult:
     num_tokens: int
     num_labels: int
     skipped: bool
+    rewards: Rewards | None = None
 
 
 class TrainStep:
@@ -54,6 +58,7 @@ class TrainStep:
         self.status = status or Status()
         self.model, self.mesh, self.engine = model, mesh, engine
         self.balancer, self.config = balancer, config
+        self.dpo = Dpo(model, config, mesh.device) if config.learns_preferences else None
         self._micro_batch = ""
 
     def where(self) -> str:
@@ -71,12 +76,15 @@ class TrainStep:
         batches = [batch.to(self.mesh.device, non_blocking=True) for batch in batches]
         self.engine.zero_grad()
         self.status.at("computing")
-        loss = self.accumulate(batches, counts, step)
+        if self.dpo is not None:
+            batches = self._with_reference(batches, self.dpo)
+        loss, *rewards = self.accumulate(batches, counts, step)
         self.status.at("reducing gradients")
         self.engine.reduce()
         norm = self.engine.norm()
-        # Both numbers are sums over all ranks, so every rank takes the same branch below.
-        loss_value, norm_value, num_labels, num_tokens = torch.stack((loss, norm, *counts.double())).tolist()
+        # All are sums over all ranks, so every rank takes the same branch below.
+        values = torch.stack((loss, norm, *counts.double(), *rewards)).tolist()
+        loss_value, norm_value, num_labels, num_tokens, *sums = values
         finite = bool(torch.isfinite(torch.tensor((loss_value, norm_value))).all())
         if finite:
             self.status.at("updating weights")
@@ -86,7 +94,8 @@ class TrainStep:
             self.status.at("agreeing on the next step")
             self.balancer.update_bias()
         self.set_temperature(step + 1)
-        return StepResult(loss_value, norm_value, int(num_tokens), int(num_labels), skipped=not finite)
+        found = rewards_of(sums, num_labels) if sums else None
+        return StepResult(loss_value, norm_value, int(num_tokens), int(num_labels), not finite, found)
 
     def set_temperature(self, step: int) -> None:
         """The routers' temperature after `step` steps, for training and for whatever looks at the model then."""
@@ -95,9 +104,11 @@ class TrainStep:
             moe.router.set_temperature(temperature)
 
     def accumulate(self, batches: list[Batch], counts: Tensor, step: int) -> Tensor:
-        """Gradients of this rank's micro-batches; returns the loss of the global batch, 0-dim float64.
+        """Gradients of this rank's micro-batches; returns the loss of the global batch, (1,) float64.
 
-        `counts`: valid labels and tokens of the global batch.
+        Of preferences what `Dpo.take_sums` gives is behind it, (4,).
+
+        `counts`: valid labels (of preferences, pairs) and tokens of the global batch.
         """
         scale = 1.0 / full(counts[0].clamp(min=1))
         token_scale = 1.0 / full(counts[1].clamp(min=1))
@@ -125,9 +136,20 @@ class TrainStep:
                 total += loss.detach()
         self._micro_batch = ""
         self.status.at("reducing gradients")
-        return self.mesh.sum_over("world", total)  # only last stages have added to it
+        sums = total[None] if self.dpo is None else torch.cat((total[None], self.dpo.take_sums()))
+        return self.mesh.sum_over("world", sums)  # only last stages have added to it
+
+    def _with_reference(self, batches: list[Batch], dpo: Dpo) -> list[Batch]:
+        """What the reference says of all micro-batches, before the first of them trains."""
+        found = []
+        for number, batch in enumerate(batches):
+            self._micro_batch = f"the reference of micro-batch {number + 1} of {len(batches)}"
+            found.append(dpo.with_reference(batch))
+        return found
 
     def _loss_of(self, batch: Batch, scale: Tensor) -> HeadFunction:
+        if self.dpo is not None:
+            return self.dpo.loss_of(batch, scale)
         train, labels = self.config.train, batch.labels
 
         def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -159,25 +181,14 @@ class TrainStep:
         return len(batches) > 1 and balance.aux_loss_scope == "global_batch" and balance.aux_loss_coef > 0
 
     def _count_tokens(self, batches: list[Batch]) -> Tensor:
-        """[valid labels, tokens] of the global batch, int64 on the device."""
-        local = [sum(batch.num_valid for batch in batches), sum(batch.num_tokens for batch in batches)]
+        """[valid labels, of preferences pairs; tokens] of the global batch, int64 on the device."""
+        local = [sum(batch.num_terms for batch in batches), sum(batch.num_tokens for batch in batches)]
         return self.mesh.sum_over("dp", torch.tensor(local, dtype=torch.int64, device=self.mesh.device))
 
 
 def _no_loss(hidden: Tensor, weight: Tensor) -> Tensor:
     """Of a pass that only counts what routers choose."""
     return hidden.new_zeros(())
-
-
-def model_inputs(batch: Batch, context: RoutingContext = ALONE, *, document_mask: bool = True) -> dict[str, Any]:
-    """Arguments of the model for one micro-batch. `context`: what is the same for all micro-batches of a step."""
-    documents = batch.document_ids
-    valid = documents >= 0 if documents is not None and batch.num_tokens < documents.numel() else None
-    context = replace(context, valid_BS=valid, domain_ids_BS=batch.domain_ids)
-    inputs: dict[str, Any] = {"x": batch.input_ids, "context": context}
-    if document_mask:
-        inputs |= {"position_ids": batch.position_ids, "document_ids": documents}
-    return inputs
 
 
 def noise_seed(seed: int, step: int, micro_batch: int) -> int:

@@ -43,6 +43,7 @@ from moe_dist.train.init_distributed import own_mesh
 from moe_dist.train.loop import TrainingLoop
 from moe_dist.train.merging import merge
 from moe_dist.train.rank_sync import StopRequests
+from moe_dist.train.reference import StartReference
 from moe_dist.train.reporting import Reporter, peak_memory, sinks_of
 from moe_dist.train.result import TrainingResult
 from moe_dist.train.run_setup import (
@@ -140,6 +141,7 @@ class MoETrainer(TrainingLoop):
                 self.sample_before = None if self.stopping.reason else self.evaluating.sample()
                 if self.counters.step and self.stopping.reason:
                     return self._finished_before()
+                self._measure_reference()
                 self._begin()
                 with self.stop_requests:
                     while self.stopping.reason is None:
@@ -194,6 +196,7 @@ class MoETrainer(TrainingLoop):
             asked_to_stop=self._asked_to_stop,
             paused=self.reporter.paused,
             announce=self._announce("on_evaluate"),
+            dpo=self.step.dpo,
         )
         parts = (self.model, self.engine, self.loader, self.stopping, self.acting)
         self.persistence = Persistence(config, mesh, *parts, self.start, self.datasets, checkpoints, self.status.alive)
@@ -229,12 +232,25 @@ class MoETrainer(TrainingLoop):
             message(trained_sentence(config, trained))
         return chosen
 
+    def _measure_reference(self) -> None:
+        """Of preferences whose reference is the start: what the weights say of all pairs now, or said at step 0."""
+        dpo, persistence = self.step.dpo, self.persistence
+        self.reference = None
+        if dpo is None or self.config.dpo_reference != "start":
+            return
+        self.first_step.at("measuring the reference")
+        self.reference = StartReference(self.config, self.mesh, self.datasets)
+        self.reference.prepare(dpo, self.model, self.engine, persistence.reference, self.reporter.sinks.message)
+        persistence.reference = self.reference.weights
+
     def _announce(self, event: Event) -> Callable[[Any], None]:
         return lambda record: self.callbacks.emit(event, record)
 
     def _begin(self) -> None:
         """All that can be checked is right: the first change in the run folder."""
         self.persistence.begin(self.reporter.sinks.message)
+        if self.reference is not None:
+            self.reference.keep()
         self._opened(log_path(self.output_dir, self.mesh.rank))
         log_skipped_documents(self.datasets)
         what = (self.config, self.mesh, self.datasets, self.start.run, self.counters, self._memory_before)

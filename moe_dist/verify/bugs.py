@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_dist.verify.features import ADAPTERS, LOW_PRECISION, Choice, setting_of
+from moe_dist.verify.features import ADAPTERS, LOW_PRECISION, PREFERENCES, Choice, setting_of
 from moe_dist.verify.layouts import Case
 
 Where = Callable[[Case], bool]
@@ -42,6 +42,7 @@ class Bug:
             and not features & set(self.without)
             # Beside adapters most weights are frozen, and what is wrong with their gradients is not there.
             and (bool(ADAPTERS & set(self.words)) or not features & ADAPTERS)
+            and (bool(PREFERENCES & set(self.words)) or not features & PREFERENCES)  # another loss
             and any(map(self.where, layouts))
         )
 
@@ -217,6 +218,10 @@ _OF_FEATURES: dict[str, Bug] = {
     "experts_chosen_by_their_place_here": Bug(("some_experts",), where=_ep),
     "norm_with_frozen_experts": Bug(("some_experts",), ("rare_clipping", "no_clipping")),
     "frozen_weights_decayed_by_fsdp": Bug(("lora",), ("no_decay",), _fsdp),
+    # preferences
+    "reference_with_adapters_on": Bug(("dpo", "lora")),
+    "prompt_tokens_counted": Bug(("dpo",), ("even_batches",)),
+    "preferences_weighed_by_rank": Bug(("dpo",), ("even_batches",), _replicas),
 }
 """In one feature under one kind of layout."""
 

@@ -56,6 +56,10 @@ PLAIN: Settings = {
     "lora.init": "kaiming",
     "lora.rslora": False,
     "lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "data.format": "auto",
+    "dpo.beta": 0.1,
+    "dpo.label_smoothing": 0.0,
+    "dpo.reference": "auto",
     "parallel.dispatcher": "all_to_all",
     "parallel.ranks_per_host": None,
     "data.document_mask": True,
@@ -157,6 +161,15 @@ FEATURES: dict[str, dict[str, Settings]] = {
         "lora": _ADAPTERS | {"lora.target_modules": "all-linear", "lora.dropout": 0.1},
         "lora_attention": _ADAPTERS | {"lora.target_modules": ["o_proj"], "lora.rslora": True},
     },
+    "preferences": {
+        "dpo": {
+            "data.format": "preference",
+            "data.source": "memory",
+            "dpo.beta": 0.05,  # with more, tokens that bfloat16 sends elsewhere would move the loss
+            "dpo.label_smoothing": 0.1,
+            "batch.pairs": True,
+        },
+    },
     "dispatcher": {
         "all_gather": {"parallel.dispatcher": "all_gather"},
         "dedup": {"parallel.dispatcher": "dedup"},
@@ -197,14 +210,16 @@ COSTS = {"deep": 4, "own_experts": 3, "noisy_experts": 2, "compiled": 8}
 """How much longer a case takes: taken where more of what is wanted comes with it."""
 LOW_PRECISION = {"bf16", "pure_bf16", "half_reduction"}
 ADAPTERS = {*FEATURES["adapters"]}
+PREFERENCES = {*FEATURES["preferences"]}
 
 
 @dataclass(frozen=True)
 class Batches:
-    """How the micro-batches of a trial are made. `even`: all labels, one document, no padding."""
+    """How the micro-batches of a trial are made. `even`: all labels, one document, no padding. `pairs`: preferences."""
 
     even: bool = False
     num_domains: int = 0
+    pairs: bool = False
 
 
 Choice = frozenset[str]
@@ -236,4 +251,4 @@ def setting_of(word: str) -> Settings:
 def batches_of(chosen: Choice) -> Batches:
     """The micro-batches that these features describe."""
     settings = {key: value for word in chosen for key, value in setting_of(word).items()}
-    return Batches(settings.get("batch.even", False), settings.get("batch.num_domains", 0))
+    return Batches(**{name: settings.get(f"batch.{name}", False) for name in ("even", "num_domains", "pairs")})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -140,7 +140,8 @@ class Smallness:
             tree["train"]["torch_compile"] &= same
             if scenario.precision != "bfloat16":  # sums of chunks have more digits than one bfloat16 product
                 tree["train"]["loss_chunk_tokens"] = 0
-            return Training(config, Config.model_validate(tree), self._batches(scenario))
+            batches = replace(self._batches(scenario), pairs=config.learns_preferences)
+            return Training(config, Config.model_validate(tree), batches)
         except (ValidationError, ConfigError) as error:
             raise ConfigError(f"--layouts {scenario.name}: {reason(error)}") from None
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_dist.config import Config
-from moe_dist.data.batch import Batch
+from moe_dist.data.batch import Batch, Pairs
 from moe_dist.models.precision import in_dtype
 from moe_dist.parallel.dtensor_layout import like_parameter, local_offset
 from moe_dist.parallel.engines.optimizer import local
@@ -48,13 +48,15 @@ def micro_batches(config: Config, count: int, step: int = 0, kind: Batches | Non
             domains = torch.randint(0, kind.num_domains, (ROWS, length), generator=generator, dtype=torch.uint8)
         if kind.even:
             sizes = (labels.numel(), labels.numel(), [index], index)
-            batches.append(Batch(ids, labels, None, None, *sizes, domain_ids=domains))
+            pairs = _pairs(torch.zeros(ROWS, length, dtype=torch.int32)) if kind.pairs else None
+            batches.append(Batch(ids, labels, None, None, *sizes, domain_ids=domains, pairs=pairs))
             continue
         # A different share of valid labels in each micro-batch: 1, 1/2, 1/3, ...
         labels[torch.rand(ROWS, length, generator=generator) > 1.0 / (index + 1)] = -100
         documents = torch.zeros(ROWS, length, dtype=torch.int32)
         cut = length // 3 + index % 3  # no micro-batch has the positions of the one before
-        documents[:, cut:] = 1
+        if not kind.pairs or index % 4 != 3:  # of preferences one pair here, two elsewhere, and none in padding
+            documents[:, cut:] = 1
         if index % 3 == 1:
             documents[1, length // 2 :] = -1
         if index == 2:
@@ -63,10 +65,20 @@ def micro_batches(config: Config, count: int, step: int = 0, kind: Batches | Non
         positions = torch.arange(length).expand(ROWS, length).clone()
         positions[:, cut:] -= cut
         num_valid, num_tokens = int((labels >= 0).sum()), int((documents >= 0).sum())
-        batches.append(Batch(ids, labels, positions, documents, num_valid, num_tokens, [index], index, domains))
+        pairs = _pairs(documents) if kind.pairs else None
+        batches.append(Batch(ids, labels, positions, documents, num_valid, num_tokens, [index], index, domains, pairs))
     return batches
 
 
+def _pairs(documents: Tensor) -> Pairs:
+    """Preferences of which document p of the first row is the chosen and that of the second the rejected answer."""
+    count = int(documents.max()) + 1
+    sequences = 2 * documents.long() + torch.arange(ROWS)[:, None]
+    return Pairs(sequences.masked_fill(documents < 0, 2 * count), torch.arange(count))
+
+
+HELD_OUT = 99
+"""Number of the step whose batch is evaluated."""
 BUCKET_MB = 0.004
 """Gradients of the small models here still travel in many buckets, so that their order matters."""
 _Piece = tuple[tuple[int, ...], tuple[int, ...], Tensor]
@@ -84,10 +96,30 @@ class Trial:
         self.engine: Any = build_engine(self.model, config, mesh)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
         self.step = TrainStep(self.model, mesh, self.engine, self.balancer, config)
+        self.start: dict[tuple[int, int], Tensor] = {}
+        """By step and micro-batch: log-probabilities of its pairs under the first weights."""
 
     def share(self, batches: list[Batch]) -> list[Batch]:
         """This rank's micro-batches: number a * dp + r belongs to replica r, as in `GlobalLoader`."""
         return batches[self.mesh.dp_rank :: self.mesh.layout.dp_size]
+
+    def global_batch(self, count: int, step: int, kind: Batches) -> list[Batch]:
+        """This rank's share of that of `step`, with what the start says of it where that has been measured."""
+        found = self.share(micro_batches(self.config, count, step, kind))
+        if not self.start:
+            return found
+        return [one.with_reference(self.start[step, one.index]) for one in found]
+
+    def measure_start(self, count: int, steps: Sequence[int], kind: Batches) -> None:
+        """Of preferences whose reference is the start."""
+        if self.step.dpo is None or self.config.dpo_reference != "start":
+            return
+        for step in steps:
+            for batch in self.share(micro_batches(self.config, count, step, kind)):
+                measured = self.step.dpo.measured(batch.to(self.mesh.device)).pairs
+                assert measured is not None
+                assert measured.reference is not None
+                self.start[step, batch.index] = measured.reference
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Logical tensors of the whole model, in host memory: this rank's pieces, those of its `ep` and `pp` peers, and
@@ -181,9 +213,10 @@ def run_trial(
     with planted(plant) if plant else nullcontext(), in_dtype(DTYPES[precision]):
         trial = Trial(config, mesh, kind.num_domains)
         told = TrialResult(initial=trial.weights)
+        trial.measure_start(num_micro_batches, (*range(NUM_STEPS), HELD_OUT), kind)
         for step in range(NUM_STEPS):
             if step == NUM_STEPS - 1:  # and then train on: an evaluation must leave no trace
-                held_out = trial.share(micro_batches(config, num_micro_batches, 99, kind))
+                held_out = trial.global_batch(num_micro_batches, HELD_OUT, kind)
                 found = evaluate(
                     trial.model,
                     held_out,
@@ -191,15 +224,18 @@ def run_trial(
                     bf16=config.train.bf16,
                     document_mask=config.data.document_mask,
                     loss_chunk_tokens=config.train.loss_chunk_tokens,
+                    dpo=trial.step.dpo,
                 )
                 assert found is not None
                 told.evaluation.append(found.loss)
             with trial.unclipped() if step == 0 else nullcontext(told.gradients) as told.gradients:
-                batches = trial.share(micro_batches(config, num_micro_batches, step, kind))
+                batches = trial.global_batch(num_micro_batches, step, kind)
                 result = trial.step(batches, step, schedule.learning_rate(settings, step, NUM_STEPS))
             told.losses.append(result.loss)
             told.norms.append(result.grad_norm)
             told.loads |= {f"{step}.{name}": facts for name, facts in trial.loads().items()}
+            if result.rewards is not None and precision == "float64" and step:  # before, rounding may be all there is
+                told.loads[f"{step}.rewards"] = torch.tensor(astuple(result.rewards))
         told.weights, told.biases = trial.weights, trial.biases
     return told
 

@@ -29,7 +29,16 @@ lora: {merge_and_save: true}  =>  lora.merge_and_save=true: r=0 trains no adapte
 lora: {from_adapter: there}  =>  lora.from_adapter=
 load_in_4bit: true  =>  load_in_4bit=true: not offered yet; there is: train.bf16
 tp_size: 2  =>  tp_size=2: not offered yet; there is: parallel.ep_size
-data: {format: preference}  =>  data.format='preference': preference tuning is not offered; format=chat
+data: {format: preference}  =>  format=preference: source=stdlib has texts; set data.source=jsonl or parquet
+{data: {format: preference, source: memory}, dpo: {reference: base}}  =>  dpo.reference=base: that is the model without
+{data: {format: preference, source: memory}, train: {label_smoothing_factor: 0.1}}  =>  set dpo.label_smoothing
+{data: {format: preference, source: memory, document_mask: false}}  =>  data.document_mask=false: answers of
+{data: {format: preference, source: memory, streaming: true}, train: {max_steps: 9}}  =>  data.streaming=true: not with
+{data: {format: preference, source: memory}, model: {router: expert_choice}}  =>  model.router=expert_choice: what
+{data: {format: preference, source: memory}, balance: {router_temperature_steps: 9}}  =>  balance.router_temp
+dpo: {beta: 0}  =>  dpo.beta=0: a number above 0
+dpo: {loss_type: ipo}  =>  dpo.loss_type='ipo': only sigmoid
+dpo: {label_smoothing: 0.5}  =>  dpo.label_smoothing=0.5
 data: {format: chats}  =>  data.format='chats': one of auto, text, chat, prompt_completion
 data: {format: chat}  =>  format=chat: source=stdlib has texts; set data.source=jsonl or parquet
 sample_packing: true  =>  not offered yet; there is: data.packing

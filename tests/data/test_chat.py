@@ -227,7 +227,11 @@ def test_texts_to_complete_need_no_template() -> None:
         ({**ROWS["openai"], "text": "x"}, {}, "choose: data.format=chat .messages., or data.format=text"),
         ({**ROWS["openai"], **ROWS["alpaca"]}, {}, "choose: data.format=chat .*, or data.format=instruction"),
         (ROWS["alpaca"], {"text_field": "output"}, "or data.format=text .every token of 'output'"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {}, "preference tuning is not offered"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            {},
+            "columns of preferences .chosen, rejected.: data.format=preference learns which",
+        ),
         (
             {"Question": "q", "Answer": "a"},
             {"text_field": "Answer"},

@@ -17,7 +17,7 @@ from moe_dist.data.batch import collate
 from moe_dist.data.chat_template import ChatEncoder
 from moe_dist.data.losses import cut_off
 from moe_dist.models.transformer import Transformer
-from moe_dist.train.step import model_inputs
+from moe_dist.train.passes import model_inputs
 
 LENGTH = 64
 

@@ -24,9 +24,9 @@ from moe_dist.monitor.report.profile_page import terminal_lines
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.train.build import build_model
+from moe_dist.train.passes import model_inputs
 from moe_dist.train.profiler_ranges import Part, Ranges, entered, saved_for_backward
 from moe_dist.train.profiling import run_profile
-from moe_dist.train.step import model_inputs
 
 SLEEP = 0.02
 

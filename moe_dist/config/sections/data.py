@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from moe_dist.config.paths import PathText
 from moe_dist.config.sections.base import (
@@ -20,14 +20,7 @@ MAX_DOMAINS = 16
 """Named sources of data whose routing is counted apart."""
 
 
-Format = Literal["auto", "text", "chat", "prompt_completion", "instruction"]
-
-
-def _no_preferences(value: Any) -> Any:
-    """Known by name, and refused."""
-    if value == "preference":
-        raise ValueError("preference tuning is not offered; format=chat learns conversations of what was chosen")
-    return value
+Format = Literal["auto", "text", "chat", "prompt_completion", "instruction", "preference"]
 
 
 def file_source(path: object) -> str:
@@ -102,15 +95,16 @@ class DataConfig(Section):
     ignored_columns: list[str] = []
     """Columns of instruction data (instruction, messages, ...) that are left out on purpose: every token of text_field
     is then learned, and nothing of these."""
-    format: Annotated[Format, BeforeValidator(_no_preferences)] = "auto"
+    format: Format = "auto"
     """What rows are: `text` (text_field, all of it learned); `chat` (messages, or ShareGPT's conversations),
     `prompt_completion` (texts or turns) and `instruction` (instruction, input, output), of which only what the
-    assistant says is learned; `auto`: by the columns, and where they could be several things the run stops."""
+    assistant says is learned; `preference` (prompt, chosen, rejected): which answer is better (section `dpo`); `auto`:
+    by the columns, and where they could be several things the run stops."""
     assistant_turns: Literal["all", "last"] = "all"
     """Which turns of the assistant are learned: all that have no `train: false`, or the last of them alone."""
     on_overlong: Literal["truncate", "drop", "error"] = "truncate"
     """A conversation of more than max_seq_length tokens: cut off, leave out, or stop and name it; the first two are
-    counted and named. Texts go on in the next sample."""
+    counted and named. Of a preference both answers or none. Texts go on in the next sample."""
     packing: bool = True
     """Several documents share a sample, each for itself by document_mask; false: a sample has one, and padding."""
     streaming: bool = False
@@ -119,7 +113,7 @@ class DataConfig(Section):
     tokenizer: PathText = "bytes"
     """`bytes`, or the folder or name of any `transformers` tokenizer."""
     max_seq_length: Positive = 256
-    """Tokens S in one training sample."""
+    """Tokens S in one training sample, on each side of one of preferences."""
     validation_split: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of documents held out for validation; not of a stream."""
     document_mask: bool = True

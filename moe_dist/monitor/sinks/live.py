@@ -69,7 +69,9 @@ class LiveConsole(Sink):
             cells.append(Text(against, style=ALERT if worse else LABEL))
         if record.is_best:
             cells.append(Text("best", style=ACCENT))
-        cells.append(labelled("ppl", f"{record.perplexity:.2f}"))
+        if record.perplexity is not None:
+            cells.append(labelled("ppl", f"{record.perplexity:.2f}"))
+        cells += [labelled(*pair) for pair in text.reward_pairs(record)]
         self._print(fit(cells, self._console.width - MARGIN))
 
     def checkpoint(self, record: CheckpointRecord) -> None:
@@ -178,6 +180,7 @@ class ProgressLines:
         record = self.record
         cells = [
             labelled("loss", text.loss(record.loss), "bold"),
+            *(labelled(*pair) for pair in text.reward_pairs(record)),
             labelled("lr", f"{record.learning_rate:.2e}"),
             labelled("grad", f"{record.grad_norm:.2f}"),
             Text.assemble(text.compact(record.tokens_per_second), (" tok/s", LABEL)),

@@ -43,12 +43,15 @@ class PlainConsole(Sink):
         pairs = [
             ("eval step", str(record.step)),
             ("loss", text.loss(record.loss)),
-            ("perplexity", f"{record.perplexity:.2f}"),
         ]
+        if record.perplexity is not None:
+            pairs += [("perplexity", f"{record.perplexity:.2f}")]
+        pairs += text.reward_pairs(record)
         if record.unigram_loss is not None:
             gain = record.unigram_loss - record.loss
             pairs += [("unigram_loss", text.loss(record.unigram_loss)), ("below_unigram", f"{gain:.4f}")]
-        pairs += [("tokens", f"{record.tokens:,}"), ("seconds", f"{record.seconds:.1f}")]
+        counted = "tokens" if record.reward_margin is None else "pairs"
+        pairs += [(counted, f"{record.tokens:,}"), ("seconds", f"{record.seconds:.1f}")]
         pairs += [(name.replace(": ", "/"), f"{number:.4f}") for name, number in record.tasks.items()]
         self._lines([join_within(WIDTH, [*pairs, ("best", "yes" if record.is_best else "no")])])
 
@@ -112,6 +115,7 @@ def train_pairs(record: TrainRecord) -> list[tuple[str, str]]:
     pairs = [
         ("step", text.step_of(record)),
         ("loss", text.loss(record.loss)),
+        *text.reward_pairs(record),
         ("lr", f"{record.learning_rate:.2e}"),
         ("grad_norm", f"{record.grad_norm:.2f}"),
         ("tok/s", text.compact(record.tokens_per_second)),

@@ -90,6 +90,13 @@ def against_unigram(value: float | None, unigram: float | None) -> str:
     return f"unigram {unigram:.4f}, {'better' if value < unigram else 'worse'} by {abs(unigram - value):.4f}"
 
 
+def reward_pairs(record: TrainRecord | EvalRecord) -> list[tuple[str, str]]:
+    """Margin and accuracy of a run on preferences; nothing of others."""
+    if record.reward_margin is None or record.reward_accuracy is None:
+        return []
+    return [("margin", f"{record.reward_margin:.4f}"), ("accuracy", percent(record.reward_accuracy))]
+
+
 def eval_gain(record: EvalRecord) -> str:
     return against_unigram(record.loss, record.unigram_loss)
 

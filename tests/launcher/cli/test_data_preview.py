@@ -67,6 +67,28 @@ def test_text_is_learned_but_for_its_first_token(tmp_path: Path, run: Path, say:
     assert "tokens      4, of which 3 are learned (75.0 %)" in out
 
 
+def test_of_a_preference_both_answers_are_printed(tmp_path: Path, run: Path, say: Say) -> None:
+    rows = [{"prompt": "3 + 4?", "chosen": " 7", "rejected": " eight"}] * 9
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "p", "chosen": "c"}])))
+    more = (f"data.path={tmp_path}/pairs.jsonl", "data.format=preference", "data.max_seq_length=32")
+    code, out, _ = say("data", "preview", run, *more, "--samples", 1)
+    assert code == 0
+    lines = [
+        "--- pair 1, chosen: 9 tokens",
+        "3 + 4?{+ 7<eos>+}",
+        "--- pair 1, rejected: 13 tokens",
+        "3 + 4?{+ eight<eos>+}",
+    ]
+    assert out.splitlines()[:4] == lines
+    assert "pairs       9\n" in out
+    assert f"tokens      {9 * 22}, of which {9 * 10} are learned" in out
+    assert (
+        "samples     5 of 2 x 32 tokens, 61.9 % filled" in out
+    )  # two in a sample, since three rejected ones do not fit
+    assert "left out    1 of 10 documents" in out
+    assert "no 'rejected'" in out
+
+
 def test_the_steps_of_the_guide(tmp_path: Path, run: Path) -> None:
     """40,000 samples in batches of 1 x 16 x 4, three times: 625 and 1,875 steps."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 40_000)

@@ -90,7 +90,9 @@ def test_dead_for_long_is_not_absent_once(sink: PrometheusSink, train_record: Ma
 
 
 def test_a_scrape_equals_the_records(sink: PrometheusSink, train_record: Make, eval_record: EvalRecord) -> None:
-    record, before = train_record(), time.time()
+    rewards = {"rewards_chosen": 0.5, "rewards_rejected": -0.25, "reward_margin": 0.75, "reward_accuracy": 0.625}
+    record, before = train_record(**rewards), time.time()
+    eval_record = replace(eval_record, **{name: value / 2 for name, value in rewards.items()})
     eval_record = replace(eval_record, tasks={"sentiment: f1": 0.61, "a-b: acc": 0.5})
     sink.train(record)
     sink.evaluation(eval_record)
