@@ -129,7 +129,7 @@ def task_experts(overrides: tuple[str, ...], ep_size: int, pp_size: int) -> tupl
 @pytest.mark.dist
 @pytest.mark.parametrize("score", ["token", pytest.param("gate", marks=pytest.mark.slow)])
 def test_experts_of_a_task_are_the_same_in_every_layout(score: str) -> None:
-    """Seen to fail with shares of each replica's own samples."""
+    """Eleven samples: no layout shares them out evenly."""
     wanted, num_tokens = task_experts((f"train.esft_score={score}",), 1, 1)
     assert num_tokens == 11 * 16
     assert all(sum(shares) == pytest.approx(1.0, abs=1e-5) for shares in wanted.values())
