@@ -138,7 +138,7 @@ TOO_LONG = {"prompt": "p" * 10, "chosen": "a" * 20, "rejected": "b" * 60}
 
 
 def test_a_pair_that_is_too_long_is_cut_or_left_out_as_one_and_named() -> None:
-    """Seen red: with each side cut by itself, the note was of the chosen one, which is whole."""
+    """Seen red: cut off without a word."""
     found = corpus([TOO_LONG])
     (document,) = found
     assert document.rejected is not None
@@ -178,8 +178,7 @@ def packed(rows: list[Any] = ROWS, **options: Any) -> PreferenceDataset:
 
 @pytest.mark.parametrize("together", [True, False])
 def test_a_pair_is_in_one_sample_its_answers_below_each_other(together: bool) -> None:
-    """Each pair once, whole, on both sides. Seen red: rows filled one by one, so that a rejected answer came a sample
-    later than its chosen one."""
+    """Each pair once, whole, on both sides. Seen red: the last rejected answer of a row left out."""
     dataset, seen = packed(packed=together), []
     assert (dataset.num_pairs, dataset.num_documents) == (40, 40)
     for index in range(len(dataset)):
@@ -242,7 +241,7 @@ def test_rows_of_parquet_are_the_same_pairs(tmp_path: Path) -> None:
 
 
 def test_pairs_of_a_micro_batch_are_numbered_though_one_comes_twice() -> None:
-    """As where an epoch ends and the next begins. Seen red: numbered by document, both copies were one sequence."""
+    """As where an epoch ends and the next begins: two sequences. Seen red: numbered by document, as one."""
     dataset = packed()
     dataset.reference = np.arange(80.0).reshape(40, 2)
     batch = collate([dataset.sample(1), dataset.sample(1), dataset.sample(0)], [1, 1, 0], 0)

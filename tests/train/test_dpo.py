@@ -63,7 +63,7 @@ def model_of(lora: dict[str, Any] | None = None, **keys: Any) -> tuple[Transform
 @pytest.mark.parametrize("chunk", [5, 1000])
 @pytest.mark.parametrize("learns", ["both", "hidden", "weight"])
 def test_log_probabilities_in_chunks_are_those_of_all_logits(chunk: int, learns: str) -> None:
-    """Values and both gradients, with a gradient of its own for each token. Seen red: logits of the last chunk kept."""
+    """Values and both gradients, with a gradient of its own for each token. Seen red: the weight's written over."""
     with in_dtype(torch.float64):
         generator = torch.Generator().manual_seed(0)
         hidden, weight = torch.randn(2, 9, 6, generator=generator), torch.randn(13, 6, generator=generator)
@@ -172,7 +172,7 @@ def trainer_of_trl(trl: Any, model: Any, reference: Any, folder: Path) -> Any:
 def test_trl_computes_the_same(tmp_path: Path) -> None:
     """Loss, rewards, and the gradient of every weight of a Mixtral to 1e-5, the reference another model.
 
-    Seen red: with the prompts counted, and with the end of an answer left out.
+    Seen red: with the prompts counted, and with its loss of balancing left in.
     """
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install -e '.[dev]'")
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -257,7 +257,6 @@ def test_the_hash_of_weights_sees_one_number_and_two_that_changed_places() -> No
 
 @pytest.mark.dist
 def test_the_hash_of_weights_is_the_same_in_every_layout() -> None:
-    """Seen red: replicas added up."""
     alone = hash_in(1)
     for ep_size, overrides in ((2, ()), (1, ("parallel.zero_stage=3",)), (2, ("parallel.zero_stage=1",))):
         assert set(run_ranks(hash_in, 2, ep_size, *overrides)) == {alone}, (ep_size, overrides)

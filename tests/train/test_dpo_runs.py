@@ -172,7 +172,7 @@ def test_beside_adapters_the_reference_is_the_model_without_them(tmp_path: Path)
 @pytest.mark.parametrize("lora", [0, 2])
 def test_a_model_that_was_trained_on_text_can_be_the_start(lora: int, tmp_path: Path) -> None:
     """A checkpoint of another kind of run: the reference is of its weights. Whether of its adapters, too, must be said:
-    seen red with the model without them, whose loss at the first step is not ln 2."""
+    with the model without them the loss of the first step is not ln 2."""
     text = {"model": MODEL, "data": {"max_seq_length": 64, "source": "memory", "validation_split": 0}}
     text |= {"lora": {"r": lora}}
     options = {name: value for name, value in TRAINING.items() if name != "eval_steps"}
