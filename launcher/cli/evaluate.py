@@ -19,6 +19,8 @@ from launcher.cli.paths import expanded
 from launcher.connect.environment import started_by_torchrun
 from moe_dist.config import ConfigError
 
+WIDE = 200
+"""Columns of a table that goes into a file."""
 Data = Annotated[
     list[str] | None,
     typer.Option(
@@ -110,7 +112,11 @@ def evaluate(
 
 def print_scores(rows: list[dict[str, Any]]) -> None:
     """A table of sources, one of tasks, one of positions, and what the experts have to do."""
-    console = Console(soft_wrap=True)
+    from moe_dist.evaluate.comparison import short_names
+
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
+    names = short_names([row["model"] for row in rows])
+    rows = [row | {"model": name} for row, name in zip(rows, names, strict=True)]
     if any("loss" in row for row in rows):
         console.print(_losses([row for row in rows if "loss" in row]))
     if any(row.get("tasks") for row in rows):
@@ -153,7 +159,8 @@ def _tasks(rows: list[dict[str, Any]]) -> Table:
 
 def _differences(rows: list[dict[str, Any]]) -> Table:
     """What each model has more than the first, with its interval."""
-    table = Table("", "metric", f"more than {rows[0]['model']}", "95% interval", "", box=None, pad_edge=False)
+    titles = (f"more than {rows[0]['model']}", "metric", "difference", "95% interval", "is")
+    table = Table(*titles, box=None, pad_edge=False)
     for row in rows[1:]:
         for metric, of in row["differences"].items():
             interval = f"{of['low']:+.4f} to {of['high']:+.4f}"

@@ -64,6 +64,15 @@ class Comparison:
         return found
 
 
+def short_names(models: Sequence[str]) -> list[str]:
+    """Without the folders that all have in common."""
+    parts = [model.rstrip("/").split("/") for model in models]
+    shared = 0
+    while len(parts) > 1 and all(len(one) > shared + 1 for one in parts) and len({one[shared] for one in parts}) == 1:
+        shared += 1
+    return ["/".join(one[shared:]) for one in parts]
+
+
 def is_lower_better(metric: str) -> bool:
     return metric.rpartition(": ")[2].endswith(_LOWER_IS_BETTER)
 

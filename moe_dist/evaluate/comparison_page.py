@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from moe_dist.evaluate.comparison import LEVEL, Comparison, Interval
+from moe_dist.evaluate.comparison import LEVEL, NUM_DRAWS, Comparison, Interval, short_names
 from moe_dist.monitor.report.figures import COLOURS, DASHES, figure
 from moe_dist.monitor.report.page import Page, table
 
@@ -25,13 +25,13 @@ def write_comparison_page(rows: Sequence[Row], compared: Comparison, path: Path)
 
 def comparison_page(rows: Sequence[Row], compared: Comparison) -> str:
     """The whole page as HTML."""
-    made, names = Page(), _names(rows)
+    made, names = Page(), short_names([row["model"] for row in rows])
     made.section("numbers", "Numbers", _numbers(names, compared))
     if len(rows) > 1:
         made.section("differences", f"Differences from {names[0]}", _differences(names, compared))
         caption = (
             f"What each model has more than {names[0]}, in percent of its number, with {LEVEL:.0%} intervals: one that "
-            "does not touch the line is no accident of which samples were taken."
+            "does not touch the line is no accident of which samples were taken. Perplexities: see losses."
         )
         made.chart("difference", _forest(names, compared), caption)
     tasks = {metric for own in compared.intervals for metric in own if ": " in metric}
@@ -55,19 +55,10 @@ def comparison_page(rows: Sequence[Row], compared: Comparison) -> str:
         )
     made.section("cost", "Arithmetic", _cost(names, rows))
     lead = (
-        f"Intervals hold {LEVEL:.0%} of 1,000 drawings of samples with replacement. Differences draw the same samples "
-        "for both models wherever these are cut alike."
+        f"Intervals hold {LEVEL:.0%} of {NUM_DRAWS:,} drawings of samples with replacement; ± is half of one. "
+        "Differences draw the same samples for both models wherever these are cut alike."
     )
     return made.html("Models compared: " + ", ".join(names), [lead])
-
-
-def _names(rows: Sequence[Row]) -> list[str]:
-    """Names without the folders that all have in common."""
-    parts = [str(row["model"]).rstrip("/").split("/") for row in rows]
-    shared = 0
-    while len(rows) > 1 and all(len(one) > shared + 1 for one in parts) and len({one[shared] for one in parts}) == 1:
-        shared += 1
-    return ["/".join(one[shared:]) for one in parts]
 
 
 def _shown(metric: str) -> str:
@@ -75,39 +66,45 @@ def _shown(metric: str) -> str:
 
 
 def _numbers(names: Sequence[str], compared: Comparison) -> str:
-    metrics = list(dict.fromkeys(metric for own in compared.intervals for metric in own))
-    cell = lambda one: "-" if one is None else f"{_number(one.value)}  [{_number(one.low)}, {_number(one.high)}]"  # noqa: E731
-    return table(
-        ["", *names],
-        [[_shown(metric), *(cell(own.get(metric)) for own in compared.intervals)] for metric in metrics],
-    )
+    """Each number, and half of its interval."""
+    metrics = dict.fromkeys(metric for own in compared.intervals for metric in own)
+    rows = [[_shown(metric), *(_with_error(own.get(metric)) for own in compared.intervals)] for metric in metrics]
+    return table(["", *names], rows)
 
 
-def _number(value: float) -> str:
-    return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
+def _with_error(one: Interval | None) -> str:
+    return "-" if one is None else f"{_number(one.value)} ± {_number((one.high - one.low) / 2)}"
+
+
+def _number(value: float, sign: str = "") -> str:
+    return format(value, f"{sign}.4f" if abs(value) < 1000 else f"{sign}.3g")
 
 
 def _differences(names: Sequence[str], compared: Comparison) -> str:
+    all_paired = all(one.is_paired for others in compared.differences for one in others.values())
     rows = []
     for name, others in zip(names[1:], compared.differences[1:], strict=True):
         for metric, one in others.items():
-            interval = f"{one.low:+.4f} to {one.high:+.4f}"
-            how = "the same samples" if one.is_paired else "each its own"
+            interval = f"{_number(one.low, '+')} to {_number(one.high, '+')}"
+            how = [] if all_paired else ["the same samples" if one.is_paired else "each its own"]
             verdict = {"=": "no difference shown"}.get(one.verdict, one.verdict)
-            rows.append([name, _shown(metric), f"{one.value:+.4f}", interval, verdict, how])
-    return table(["model", "metric", "difference", f"{LEVEL:.0%} interval", "is", "drawn"], rows)
+            rows.append([name, _shown(metric), _number(one.value, "+"), interval, verdict, *how])
+    titles = ["model", "metric", "difference", f"{LEVEL:.0%} interval", "is"]
+    return table([*titles, *([] if all_paired else ["drawn"])], rows)
 
 
 def _forest(names: Sequence[str], compared: Comparison) -> go.Figure:
-    metrics = list(dict.fromkeys(metric for others in compared.differences for metric in others))
+    base = compared.intervals[0]
+    shown = (metric for others in compared.differences for metric in others if base[metric].value)
+    # A perplexity is the exponential of a loss, which says the same on a scale that leaves room for others.
+    metrics = list(dict.fromkeys(metric for metric in shown if not metric.endswith("perplexity")))
     made = figure(hovermode="closest", height=140 + 34 * len(metrics) * max(1, len(names) - 1))
     made.update_layout(
         xaxis={"title": {"text": f"percent more than {names[0]}"}, "ticksuffix": "%"},
         yaxis={"autorange": "reversed", "tickvals": list(range(len(metrics))), "ticktext": list(map(_shown, metrics))},
     )
-    base = compared.intervals[0]
     for number, others in enumerate(compared.differences[1:]):
-        kept = [(metric, one) for metric, one in others.items() if base[metric].value]
+        kept = [(metric, one) for metric, one in others.items() if metric in metrics]
         scale = [100 / abs(base[metric].value) for metric, _ in kept]
         offset = 0.5 * (number + 0.5) / (len(names) - 1) - 0.25
         made.add_scatter(

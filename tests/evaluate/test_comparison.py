@@ -59,8 +59,8 @@ def test_numbers_of_drawn_rows_are_those_of_the_rows_themselves() -> None:
     wanted = f1_score(right[chosen], found[chosen], average="macro")
     assert Sums("macro_f1", rows).value(list(times @ np.asarray(rows))) == pytest.approx(wanted)
     words = ["a", "cat", "sat", "on", "the", "mat", "."]
-    answers = [" ".join(draw.choice(words, 9)) for _ in range(40)]
-    references = [[" ".join(draw.choice(words, 9)), answer + " ."] for answer in answers]
+    answers = [" ".join(draw.choice(words, 8)) for _ in range(40)]  # shorter than what is right
+    references = [[" ".join(draw.choice(words, 12)), answer + " . a cat"] for answer in answers]
     sums = times @ np.asarray(text_metrics.bleu_rows(answers, references))
     again = text_metrics.bleu([answers[i] for i in chosen], [references[i] for i in chosen])
     assert Sums("bleu", []).value(list(sums)) == pytest.approx(again)

@@ -26,6 +26,7 @@ from moe_dist.evaluate.measure import Measured, measure
 from moe_dist.parallel.parallelize import build_part
 from moe_dist.pretrained.inference import find_model, open_model
 from moe_dist.train import MoETrainer
+from moe_dist.train.callbacks import Callback, RunState
 
 transformers = pytest.importorskip("transformers")
 
@@ -300,6 +301,23 @@ def test_tasks_alone_and_beside_losses(run: Path, files: list[str], tmp_path: Pa
         wrong = say("evaluate", run, "--tasks", task)
         assert (wrong.code, wrong.out, len(wrong.err.splitlines())) == (2, "", 1), wrong
         assert part in wrong.err
+
+
+def test_a_task_that_goes_away_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "task.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n')
+
+    class Removes(Callback):
+        def on_run_begin(self, run: RunState) -> None:
+            (tmp_path / "task.jsonl").unlink()
+
+    options = OPTIONS | {"eval_tasks": [f"{tmp_path}/task.jsonl"], "max_steps": 2}
+    trainer = MoETrainer(
+        {}, model_config=MODEL, training_config=options, output_dir=tmp_path / "run", callbacks=[Removes()]
+    )
+    assert trainer.train(TEXTS).losses
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tasks"] for row in rows if row["kind"] == "eval"] == [{}]
+    assert "train.eval_tasks: left out of this evaluation" in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_tasks_during_a_training_are_those_of_the_command(tmp_path: Path, say: Say) -> None:

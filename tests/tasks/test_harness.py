@@ -90,7 +90,7 @@ def ours(model: WholeModel) -> dict[str, TaskResult]:
     return run_tasks(model, [str(TASKS / f"{name}.yaml") for name in NAMES])
 
 
-@pytest.mark.parametrize("tokenizer", ["plain", "marked"])
+@pytest.mark.parametrize("tokenizer", ["plain", pytest.param("marked", marks=pytest.mark.slow)])
 def test_every_number_is_that_of_the_harness(exported: Path, tokenizer: str, tmp_path: Path, say: Say) -> None:
     """The parity table, with a tokenizer that sets marks and one that does not."""
     assert say("export", exported / "run", "--output", tmp_path / "hf", "--no-logits").code == 0

@@ -132,6 +132,19 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, rows: list[Any], par
         run_tasks(model_of(), [written(tmp_path, *rows)])
 
 
+def harness_by(overrides: tuple[str, ...]) -> Any:
+    return run_tasks(model_of(*overrides), [str(SHIPPED / "agreement.yaml"), str(SHIPPED / "prose.yaml")], 6)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_harness_asks_one_model_over_two_ranks() -> None:
+    alone = harness_by(())
+    for found in run_ranks(harness_by, 2, ("ep_size=2",)):
+        assert found["agreement"] == alone["agreement"]
+        assert found["prose"].metrics == pytest.approx(alone["prose"].metrics, rel=1e-5)
+
+
 def found_by(overrides: tuple[str, ...]) -> Any:
     model = model_of(*overrides)
     results = run_tasks(model, TASKS)
