@@ -112,6 +112,8 @@ class _Server(uvicorn.Server):
 
     def _heard(self, number: int, frame: object) -> None:
         self.force_exit = self.should_exit  # who asks twice will not wait
+        if self.force_exit and self.service.trainings is not None:
+            self.service.trainings.kill()
         self.signal = number
         self._end()
 

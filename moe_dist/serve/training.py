@@ -85,10 +85,14 @@ class TrainingQueue:
         if self._worker is None:
             return
         await asyncio.wait({self._worker}, timeout=seconds)
+        self.kill()
+        await self._worker
+
+    def kill(self) -> None:
+        """Whoever runs ends now. May be called by a signal handler."""
         for one in self._all.values():
             if one.process is not None:
                 _send(one.process, signal.SIGKILL)
-        await self._worker
 
     async def add(self, key: str, config: str | dict[str, Any], overrides: Sequence[str]) -> Training:
         """Queue one for the client `key`. Raises Refused: 422 for a configuration that cannot be, 429, 503."""

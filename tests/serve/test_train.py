@@ -176,6 +176,29 @@ def until(client: httpx.Client, training: str, *wanted: str) -> dict[str, Any]:
     return found
 
 
+def test_one_that_will_not_end_is_killed(folder: Path) -> None:
+    """Once the time for it is over. Planted: without `kill` this never ends."""
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(99)"
+    )
+    queue = TrainingQueue(folder, (sys.executable, "-u", "-c", deaf), dict(os.environ))
+
+    async def live() -> None:
+        queue.start()
+        going, waiting = await queue.add("boss", "run.yaml", []), await queue.add("boss", "run.yaml", [])
+        while "deaf" not in queue.log(going, 10):
+            await asyncio.sleep(0.02)
+        assert (queue.card(going)["status"], queue.card(waiting)["position"]) == ("running", 0)
+        async with asyncio.timeout(60):
+            await queue.stop(0.1)
+        assert (going.status, going.exit_code) == ("cancelled", 137)
+        assert (waiting.status, waiting.started) == ("cancelled", None)
+        with pytest.raises(Refused, match="being stopped"):
+            await queue.add("boss", "run.yaml", [])
+
+    asyncio.run(live())
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_the_queue_is_got_through_one_at_a_time(server: Any, boss: httpx.Client, run_file: dict[str, Any]) -> None:
