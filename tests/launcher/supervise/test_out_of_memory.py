@@ -33,6 +33,7 @@ Attention.forward = hungry
 class Hungry(Callback):
     """The module is what is wanted."""
 '''
+SAVES = ("balance.router_aux_loss_coef=0", "checkpoint.save_steps=2", "launch.max_restarts=0")
 ADAPTERS = ("lora.r=2", "lora.init=random", "lora.merge_and_save=true")
 
 
@@ -42,7 +43,7 @@ def train(config: Path, folder: Path, size: int, *options: str) -> Program:
     own = ("train.callbacks=[hungry:Hungry]", "train.auto_find_batch_size=true", f"train.output_dir={folder / 'run'}")
     batch = (f"per_device_train_batch_size={size}", f"gradient_accumulation_steps={4 // size}", "train.max_steps=4")
     environment = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return Program("moe-dist", "train", config, *own, *batch, *options, **environment)
+    return Program("moe-dist", "train", config, *own, *batch, *SAVES, *options, **environment)
 
 
 @pytest.fixture(scope="module")
