@@ -39,6 +39,14 @@ def _unheard(text: str) -> None:
     pass
 
 
+def _only_rows(key: str, tasks: Any) -> None:
+    for text in tasks if isinstance(tasks, list) else [tasks]:
+        if not (isinstance(text, str) and text.endswith(".jsonl") and "=" not in text):
+            raise ConfigError(
+                f"{key}={show(text)}: FILE.jsonl is allowed; one of lm-evaluation-harness can run code (--train-code)"
+            )
+
+
 class _Confined:
     """Every value on its way into a configuration: paths become whole ones within `folder`."""
 
@@ -51,7 +59,9 @@ class _Confined:
                 if isinstance(text, str) and ":" in text:
                     raise ConfigError(f"{key}={show(text)}: classes of one's own are not allowed here (--train-code)")
         if key in PATH_KEYS or key in ("base", "config", "model.from"):
-            return self._paths(key, value)
+            value, given = self._paths(key, value), value
+            if key == "train.eval_tasks" and not self.own_code:
+                _only_rows(key, given)
         return value
 
     def _paths(self, key: str, value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from moe_dist.config.paths import Folder
+from moe_dist.config.paths import Folder, PathText
 from moe_dist.config.sections.base import (
     Fraction,
     NonNegative,
@@ -127,7 +127,7 @@ class TrainConfig(Section):
     """Evaluate every this many steps; 0: only at the end."""
     eval_batches: Positive | None = None
     """Evaluate on at most this many batches, all ranks together; default: the whole validation set."""
-    eval_tasks: list[str] = []
+    eval_tasks: list[PathText] = []
     """Tasks with right answers at each evaluation, as `moe-dist evaluate --tasks` has them."""
     early_stopping_patience: NonNegative = 0
     """Stop after this many evaluations without improvement; 0: never."""
