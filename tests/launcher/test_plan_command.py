@@ -97,7 +97,7 @@ def test_shipped_run_files_fit_their_machines(name: str) -> None:
     assert found.fits(cluster), found.memory
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("name", list(SHIPPED))
 def test_a_plan_of_a_shipped_run_file_is_no_slower_than_the_file(name: str) -> None:
     """On the machine that it names, which is the one of its heading. Seen to fail with the last of the plan."""

@@ -51,7 +51,7 @@ SLOW |= {"own-experts", "layers"}
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in LAYOUTS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.proof] * (n in SLOW)) for n in LAYOUTS])
 def test_the_rest_is_trained_as_in_one_process(name: str) -> None:
     """Seen to fail with ids of experts counted on each rank of ep."""
     overrides, ep_size, num_micro_batches, pp_size = LAYOUTS[name]
@@ -110,7 +110,7 @@ def _rows(now: Tensor, before: Tensor) -> frozenset[int]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in FROZEN])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.proof] * (n in SLOW)) for n in FROZEN])
 def test_what_is_frozen_stays_bit_for_bit_and_has_no_state(name: str) -> None:
     """Seen to fail with the whole stack in the optimizer, where weight decay moves experts without a gradient."""
     overrides, ep_size = FROZEN[name]
@@ -127,7 +127,7 @@ def task_experts(overrides: tuple[str, ...], ep_size: int, pp_size: int) -> tupl
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("score", ["token", pytest.param("gate", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("score", ["token", pytest.param("gate", marks=pytest.mark.proof)])
 def test_experts_of_a_task_are_the_same_in_every_layout(score: str) -> None:
     """Eleven samples: no layout shares them out evenly."""
     wanted, num_tokens = task_experts((f"train.esft_score={score}",), 1, 1)

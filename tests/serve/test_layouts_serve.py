@@ -93,7 +93,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_clients_hear_what_one_process_says(layout: str) -> None:

@@ -202,7 +202,7 @@ def test_one_that_will_not_end_is_killed(folder: Path) -> None:
     asyncio.run(live())
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.dist
 def test_the_queue_is_got_through_one_at_a_time(server: Any, boss: httpx.Client, run_file: dict[str, Any]) -> None:
     """One is cancelled while it runs and saves, one while it waits, one trains to its end."""
@@ -231,7 +231,7 @@ def test_the_queue_is_got_through_one_at_a_time(server: Any, boss: httpx.Client,
     assert [line["path"] for line in lines if "path" in line] == ["/train"]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.dist
 def test_sigterm_lets_a_training_save(run: Path, folder: Path, tmp_path: Path, serving: Any) -> None:
     """What waits will not begin. Without keys this machine is an admin."""
@@ -247,7 +247,7 @@ def test_sigterm_lets_a_training_save(run: Path, folder: Path, tmp_path: Path, s
         assert "Traceback" not in server.log.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.dist
 def test_a_training_saves_when_its_server_is_killed(folder: Path) -> None:
     """The kernel tells it. The server here is another Python that starts one and dies at once."""

@@ -137,7 +137,7 @@ def harness_by(overrides: tuple[str, ...]) -> Any:
 
 
 @pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_harness_asks_one_model_over_two_ranks() -> None:
     alone = harness_by(())
     for found in run_ranks(harness_by, 2, ("ep_size=2",)):

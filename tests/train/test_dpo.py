@@ -167,7 +167,7 @@ def trainer_of_trl(trl: Any, model: Any, reference: Any, folder: Path) -> Any:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.filterwarnings("ignore")
 def test_trl_computes_the_same(tmp_path: Path) -> None:
     """Loss, rewards, and the gradient of every weight of a Mixtral to 1e-5, the reference another model.
