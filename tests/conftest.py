@@ -44,14 +44,6 @@ def _no_ranks_left() -> Iterator[None]:
     ranks.stop_all()
 
 
-@pytest.fixture(autouse=True)
-def _logger_as_python_made_it() -> Iterator[None]:
-    """A run keeps its messages from the root logger, where the next test may look for its own."""
-    yield
-    if (log := sys.modules.get("moe_dist.monitor.train_log")) is not None:
-        log.close_logging()
-
-
 @pytest.fixture
 def replace() -> Iterator[Replace]:
     """`replace(owner, name, wrong)`: `patches.replaced` until the test ends. What must not be called is replaced by

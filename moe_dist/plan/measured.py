@@ -155,8 +155,8 @@ def _config_of(run: RunLog, start: Row) -> Config:
 
 def _busiest(row: Row) -> float | None:
     """Seconds of computing and of the optimizer on the rank that has most of them."""
-    phases = (row.get("ranks") or {}).get("phase_seconds")
-    if not phases:
+    phases = (row.get("ranks") or {}).get("phase_seconds") or {}
+    if not {"computing", "optimizer"} <= phases.keys():  # of an earlier version
         return None
     return max(sum(seconds) for seconds in zip(phases["computing"], phases["optimizer"], strict=True))
 

@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,9 @@ def test_only_metrics_that_are_there(
     """Every metric in the dashboard and the rules is one a run exports; needs no Prometheus."""
     sink = SnapshotSink(logging_steps=10, per_expert="full")
     sink.open(RunInfo(**{**vars(info), "config_text": "checkpoint: {save_steps: 5}"}))
-    sink.train(train_record())
-    sink.evaluation(eval_record)
+    rewards = dict.fromkeys(("rewards_chosen", "rewards_rejected", "reward_margin", "reward_accuracy"), 0.5)
+    sink.train(train_record(**rewards))
+    sink.evaluation(replace(eval_record, tasks=dict.fromkeys(PHASE_KEYS, 0.5), **rewards))
     sink.checkpoint(CheckpointRecord(1, 1.0, 1.0, 1, "x"))
     exported = {sample.name for family in sink.metrics.collect() for sample in family.samples}
     records = (LayerRecord, RanksRecord, TrainRecord, EvalRecord, CheckpointRecord)

@@ -117,7 +117,7 @@ def test_training_arguments_are_taken_as_they_are(tmp_path: Path, arguments: typ
     assert (config.train.gradient_checkpointing, config.checkpoint.save_steps) == ("full", 0)
     config = config_of(eval_strategy="steps", eval_steps=20, report_to="tensorboard")
     assert (config.train.eval_steps, config.monitor.tensorboard) == (20, True)
-    with pytest.raises(ConfigError, match="push_to_hub=true: not offered yet; there is: checkpoint"):
+    with pytest.raises(ConfigError, match="push_to_hub=true: not offered yet; there is: moe-dist export"):
         config_of(push_to_hub=True)
     with pytest.raises(ConfigError, match="accelerator_config"):
         config_of(accelerator_config={"split_batches": True})
