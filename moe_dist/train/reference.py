@@ -24,7 +24,6 @@ from moe_dist.data.loader import eval_batches
 from moe_dist.data.packing import PreferenceDataset
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.engines.base import Engine
-from moe_dist.parallel.engines.weights_hash import weights_hash
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.build import Datasets
 from moe_dist.train.dpo import Dpo
@@ -99,6 +98,8 @@ class StartReference:
             "bias": config.balance.use_bias,
             "precision": [config.train.bf16, config.train.pure_bf16],
         }
+        from moe_dist.parallel.engines.weights_hash import weights_hash  # brings torch's sharding, for a second
+
         weights = weights_hash(model, engine, model.stacked_names(), model.masters, self.mesh)
         return hashlib.sha256(f"{weights}|{json.dumps(how, sort_keys=True)}".encode()).hexdigest()
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from patches import replaced
-from ranks import run_ranks
+from ranks import RankFailure, run_ranks
 from tiny import mesh_of, tiny_config
 
 from moe_dist.data.tokenizer import ByteTokenizer
@@ -70,5 +70,8 @@ def test_every_rank_has_the_answers_of_one_process(layout: str) -> None:
 
 @pytest.mark.dist
 def test_a_stage_that_hears_nothing_is_seen() -> None:
-    first, _ = run_ranks(answers_without_sharing, 2, LAYOUTS["pp"])
+    try:
+        first, _ = run_ranks(answers_without_sharing, 2, LAYOUTS["pp"], timeout=30)
+    except RankFailure:  # one stage has ended an answer, and the other waits for its next token
+        return
     assert first != answers(())
