@@ -12,6 +12,7 @@ Shape suffixes: T tokens, K top-k, D hidden, E experts, A rows that arrive, R ro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class DedupDispatcher(SpreadExperts):
     `AllToAllDispatcher`, whose sums over k it makes in parts: over the experts of a rank there, over ranks here.
     """
 
+    @cached_property
     def hops(self) -> list[Hop]:
         """The way to the rank of an expert."""
         return [Hop(self.group, self.num_experts, self.layer, self.clock, self.casts)]
@@ -57,7 +59,7 @@ class DedupDispatcher(SpreadExperts):
         there = Arrived(x_TD, ids_TK, routing.weights_TK, Origins([x_TD.shape[0]], [seed or 0]), 0)
         ways: list[Way] = []
         sent_pairs: list[int] = []
-        for hop in self.hops():
+        for hop in self.hops:
             there, way, told = hop.go(there.rows_AD, there.local_AK, there.weights_AK, there.origins, also)
             ways.append(way)
             sent_pairs, also = [*sent_pairs, *told], also[:0]
@@ -70,7 +72,7 @@ class DedupDispatcher(SpreadExperts):
     def combine(self, rows_RD: Tensor, plan: DedupPlan) -> Tensor:
         """(R, D) -> (T, D): weighted and summed over the experts of each rank where they are, then on the way back."""
         sums = tokens_from_rows(rows_RD, plan.weights_AK, plan.to_experts)
-        for hop, way in reversed(list(zip(self.hops(), plan.ways, strict=True))):
+        for hop, way in reversed(list(zip(self.hops, plan.ways, strict=True))):
             sums = hop.back(sums, way)
         return sums
 
@@ -103,6 +105,7 @@ class HierarchicalDispatcher(DedupDispatcher):
         self.clock.name(across, [other * within.size() + place for other in range(across.size())], self.ep_size)
         self.clock.name(within, [host * within.size() + other for other in range(within.size())], self.ep_size)
 
+    @cached_property
     def hops(self) -> list[Hop]:
         """To the host, and inside it."""
         hosts = self.across.size()

@@ -122,7 +122,8 @@ class Hop:
         outgoing = rows_PO.new_empty(parts, self._HEADER + 2 * count)
         outgoing[:, 0], outgoing[:, 1], outgoing[:, 2] = self.layer, hidden_size, pairs_P
         outgoing[:, self._HEADER : self._HEADER + count] = rows_PO
-        outgoing[:, self._HEADER + count :] = torch.tensor(origins.seeds, device=rows_PO.device)
+        for origin, seed in enumerate(origins.seeds):  # one by one: a tensor of them would make a GPU wait
+            outgoing[:, self._HEADER + count + origin] = seed
         incoming = exchange_headers(outgoing, self.group, self.clock, self.layer)
         numbers = torch.cat((incoming.flatten(), rows_PO.sum(1), also)).tolist()
         width = incoming.shape[1]
