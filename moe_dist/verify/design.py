@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from moe_dist.verify.bugs import BUGS, Bug
 from moe_dist.verify.features import COSTS, FEATURES, LOW_PRECISION, ONCE
 from moe_dist.verify.layouts import Case, layouts
 from moe_dist.verify.scenarios import Scenario, Smallness
@@ -36,6 +37,12 @@ def values_of(scenario: Scenario) -> dict[str, str]:
 def scenario_of(layout: Case, found: dict[str, str]) -> Scenario:
     """The scenario with these values of features in this layout."""
     return Scenario(layout, frozenset(word for feature, word in found.items() if feature in FEATURES and word != PLAIN))
+
+
+def _shows(scenario: Scenario, bug: Bug) -> bool:
+    """Whether the bug acts there, and however small what it does is: only in low precision might it be lost."""
+    features = scenario.features or frozenset()
+    return bug.acts_in([scenario.layout], features) and not (features - set(bug.words)) & LOW_PRECISION
 
 
 @dataclass
@@ -71,12 +78,22 @@ class Designer:
         return self._cover({frozenset([value]) for value in self._all_values()})
 
     def pairs(self) -> Design:
-        """Every pair of values, and the triples that have shown bugs."""
+        """Every pair of values, the triples that have shown bugs, and for every known bug a case that shows it."""
         wanted = {frozenset(pair) for pair in itertools.combinations(self._all_values(), 2) if pair[0][0] != pair[1][0]}
         wanted |= {frozenset([value]) for value in self._all_values()} | set(self._triples())
         # What costs much is wanted once, and of layouts only what there is.
         rare = {item for item in wanted if len(item) > 1 and any(word in ONCE for _, word in item)}
-        return self._cover({item for item in wanted - rare if self._layouts_with(item)})
+        design = self._cover({item for item in wanted - rare if self._layouts_with(item)})
+        for bug in BUGS.values():
+            if not bug.life and not any(_shows(case, bug) for case in design.scenarios):
+                design.scenarios += self._showing(bug)
+        return design
+
+    def _showing(self, bug: Bug) -> list[Scenario]:
+        """A scenario in which the bug acts, with nothing beside it; none where these ranks cannot have one."""
+        words = frozenset(bug.words)
+        cases = (Scenario(layout, words) for layout in self.layouts if bug.acts_in([layout], words))
+        return list(itertools.islice((case for case in cases if self.small.refusal(case) is None), 1))
 
     def forever(self) -> Iterator[Scenario]:
         """Scenarios drawn at random, for as long as wanted: a third of the features each, so that every three values

@@ -137,6 +137,13 @@ def test_the_page_counts_them() -> None:
     assert f"{len(_OF_LIVES)} in what comes after" in page
 
 
+def test_every_bug_has_a_case_that_shows_it() -> None:
+    """However small what it does is: in float64, or in DeepSpeed's float32, unless low precision is what it needs."""
+    for plant, bug in BUGS.items():
+        shown = [named_case(name) for name in candidates(plant)]
+        assert any(not (case.features or frozenset()) & LOW_PRECISION - set(bug.words) for case in shown), plant
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("plant", plants)
 def test_a_planted_bug_is_seen(plant: str) -> None:
