@@ -7,8 +7,10 @@ A rank that fails or does not answer in time ends the whole set, and the failure
 from __future__ import annotations
 
 import atexit
+import io
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import tempfile
@@ -22,6 +24,13 @@ from typing import Any
 
 GROUP_TIMEOUT = 60.0
 """Seconds: on a busy machine a rank of `verify` computes alone for 20 before the others hear of it."""
+PRELOADED = [
+    *("torch._dynamo", "torch.distributed.device_mesh", "torch.distributed.pipelining"),
+    *("transformers.optimization", "moe_dist.train.trainer", "moe_dist.verify.run"),
+]
+"""Imported once, in the process from which ranks are forked: seconds for each of them otherwise."""
+KEPT = 2
+"""Sets of ranks of different sizes; more only take memory."""
 _sets: dict[int, RankSet] = {}
 
 
@@ -35,7 +44,7 @@ class RankSet:
     def __init__(self, world_size: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "torch.distributed.device_mesh", "moe_dist.train.trainer"])
+        context.set_forkserver_preload(PRELOADED)
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.connections: list[Connection] = []
         self.processes = []
@@ -64,7 +73,7 @@ class RankSet:
                 break
             for rank in [rank for rank, connection in waiting.items() if connection in ready]:
                 try:
-                    ok, value = waiting.pop(rank).recv()
+                    ok, value = pickle.loads(waiting.pop(rank).recv_bytes())
                     (results if ok else problems)[rank] = value
                 except (EOFError, ConnectionError):
                     self.processes[rank].join(1)
@@ -96,8 +105,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
     `function` must be importable (top level of a test module). Raises RankFailure.
     """
     if world_size not in _sets:
-        for other in list(_sets):  # idle ranks of another size only take memory
-            _sets.pop(other).stop()
+        while len(_sets) >= KEPT:
+            _sets.pop(next(iter(_sets))).stop()
         _sets[world_size] = RankSet(world_size)
     try:
         return _sets[world_size].call(function, arguments, timeout)
@@ -146,4 +155,30 @@ def _serve(connection: Connection, rank: int, world_size: int, store: str, log: 
             answer = (True, function(*arguments))
         except BaseException:
             answer = (False, traceback.format_exc())
-        connection.send(answer)
+        connection.send_bytes(_dumps(answer))
+
+
+def _dumps(answer: Any) -> bytes:
+    """Tensors as bytes: multiprocessing would open a file and two sockets for each."""
+    import torch
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, value: Any) -> Any:
+            if type(value) is not torch.Tensor or value.device.type != "cpu" or value.layout is not torch.strided:
+                return NotImplemented
+            data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            return _tensor, (data, value.dtype, value.shape)
+
+    buffer = io.BytesIO()
+    Pickler(buffer).dump(answer)
+    return buffer.getvalue()
+
+
+def _tensor(data: bytes, dtype: Any, shape: Any) -> Any:
+    import torch
+
+    return (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype).reshape(shape)
+        if data
+        else torch.empty(shape, dtype=dtype)
+    )

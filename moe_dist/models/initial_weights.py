@@ -71,7 +71,7 @@ def _set_buffers(module: nn.Module, make: Callable[[], nn.Module], seed: int) ->
     if not buffers:
         return
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         fresh = make()
     for name, buffer in buffers.items():
         buffer.copy_(fresh.get_buffer(name))
@@ -88,5 +88,5 @@ def _reset(module: nn.Module, name: str, seed: int) -> None:
             f"{name} ({type(module).__name__}) holds parameters of its own: give the class a reset_parameters() method"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         reset()

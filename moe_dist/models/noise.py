@@ -40,6 +40,17 @@ def draws_noise(module: nn.Module) -> bool:
     )
 
 
+def seed_noise(seed: int, device: torch.device) -> None:
+    """Seed torch's random states of the CPU and of `device`.
+
+    Not by `torch.manual_seed`: that keeps the caller's stack as text for each kind of accelerator that has not been
+    used yet, which takes longer than a small layer.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
 @contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
     """Inside, seeds may be set: afterwards the random states of the CPU and of `device` are as before."""

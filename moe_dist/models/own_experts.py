@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_dist.models.noise import Sources, draws_noise, random_state_kept
+from moe_dist.models.noise import Sources, draws_noise, random_state_kept, seed_noise
 
 SeedOf = Callable[[int], int]
 """Global expert id -> seed of its initial weights."""
@@ -90,7 +90,7 @@ class ExpertList(nn.Module):
                     out.append(_run(expert, x_RD))
                 for seed, part_RD in zip(sources.seeds, x_RD.split(counts), strict=True):
                     if len(part_RD):
-                        torch.manual_seed(seed + int(key))
+                        seed_noise(seed + int(key), rows_RD.device)
                         out.append(_run(expert, part_RD))
         return _joined(out, rows_RD)
 
@@ -105,7 +105,7 @@ class ExpertList(nn.Module):
         dtype = like.dtype if like.is_floating_point() else None
         for key in self.experts:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed_of(int(key)))
+                torch.default_generator.manual_seed(seed_of(int(key)))
                 self.experts[key] = self.make_expert().to(like.device, dtype)
 
 

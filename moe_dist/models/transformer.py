@@ -26,6 +26,7 @@ from moe_dist.models.initial_weights import seed_of, set_initial_weights, set_no
 from moe_dist.models.layers import Linear, RMSNorm, SwiGLU
 from moe_dist.models.lora import add_adapters
 from moe_dist.models.moe import MoE
+from moe_dist.models.noise import seed_noise
 from moe_dist.models.recompute import recompute
 from moe_dist.models.rotary import rotary_table
 from moe_dist.models.router import Router
@@ -166,7 +167,7 @@ class Stage(nn.Module):
         x_BSD = x if self.embed_tokens is None else self.embed_tokens(x)
         for layer, block in self.layers.items():
             if noise is not None:
-                torch.manual_seed(noise + int(layer))
+                seed_noise(noise + int(layer), x.device)
             window = self.config.window(int(layer))
             if cache is None:
                 x_BSD = block(x_BSD, rotary, masks[window], context)

@@ -14,7 +14,7 @@ def as_stack(tensor: Tensor, mesh: Mesh) -> Tensor:
     """A whole block of experts (e, ...) as its place in the stack (E, ...): a DTensor over `ep`, sharing memory."""
     if mesh.group("ep") is None or mesh.sparse is None:
         return tensor
-    return DTensor.from_local(tensor, mesh.sparse["ep"], [Shard(0)], run_check=False)
+    return DTensor.from_local(tensor, mesh.ep_mesh, [Shard(0)], run_check=False)
 
 
 def like_parameter(tensor: Tensor, parameter: Tensor, stacked: bool, mesh: Mesh) -> Tensor:

@@ -7,7 +7,7 @@ dp = edp x ep, experts over edp; tokens differ between all ranks of dp.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeVar, cast
 
@@ -48,6 +48,8 @@ class Mesh:
     hybrid_sparse: DeviceMesh | None = None
     hosts: Hosts | None = None
     """Of this rank's expert group, where the dispatcher asks for them."""
+    _groups: dict[str, ProcessGroup | None] = field(default_factory=dict, repr=False, compare=False)
+    """By axis, once asked for: to cut one out of a DeviceMesh takes milliseconds."""
 
     @staticmethod
     def single(device: torch.device | str = "cpu") -> Mesh:
@@ -91,6 +93,12 @@ class Mesh:
         return Mesh(layout, dist.get_rank(), device, sparse, dense, hybrid_dense, hybrid_sparse, hosts)
 
     @cached_property
+    def ep_mesh(self) -> DeviceMesh:
+        """The ranks over which this rank's experts are spread."""
+        assert self.sparse is not None
+        return self.sparse["ep"]
+
+    @cached_property
     def experts_first(self) -> DeviceMesh:
         """The ranks of one pipeline stage in the order in which stacks of experts are cut: (ep, edp), or with hybrid
         sharding (ep, edp_replicate, edp_shard). Made of the groups that are there, without communication.
@@ -110,6 +118,11 @@ class Mesh:
 
         None when it has one member.
         """
+        if axis not in self._groups:
+            self._groups[axis] = self._group(axis)
+        return self._groups[axis]
+
+    def _group(self, axis: str) -> ProcessGroup | None:
         if axis == "world":
             return dist.group.WORLD if self.sparse is not None and self.layout.world_size > 1 else None
         if axis.endswith("_shard"):

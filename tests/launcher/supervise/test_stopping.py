@@ -192,7 +192,8 @@ def test_ctrl_c_typed_on_a_terminal(config: Path, tmp_path: Path) -> None:
     sent = time.monotonic()
     program.type("\x03")
     assert ends(program, sent) == 130
-    assert program.out.count("moe-dist: ") == 1
+    # A busy machine may be worth a warning before.
+    assert program.out.count("moe-dist: ") - program.out.count("moe-dist: warning: ") == 1, program.out
     assert "moe-dist: stopped by Ctrl-C after step" in program.out
     assert program.out.rindex("\x1b[?25h") > program.out.rindex("\x1b[?25l"), "the cursor is still hidden"
     before, _, _ = program.out.rpartition("moe-dist: stopped")
