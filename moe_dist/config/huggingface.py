@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from moe_dist.config.families import Family, families
 from moe_dist.config.families.base import Refuse, same
 from moe_dist.config.sections.model import ModelConfig
+from moe_dist.config.sections.rope import YARN_BOUNDS
 from moe_dist.config.text_files import read_text
 from moe_dist.config.wording import ConfigError, show
 
@@ -218,6 +219,8 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         del values[key]
     values |= {"num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
     values["expert"] = values["expert"].removesuffix("_loop")
+    if model.rope_scaling is not None and model.rope_scaling["rope_type"] == "yarn":
+        values["rope_scaling"] = {**YARN_BOUNDS, **model.rope_scaling}
     for key in ("decoder_sparse_step", "mlp_only_layers", "sliding_window", "layer_types"):
         del values[key]
     layers = range(model.num_hidden_layers)

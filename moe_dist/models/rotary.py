@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import ModelConfig
+from moe_dist.config.sections.rope import YARN_BOUNDS
 from moe_dist.models.precision import full, full_dtype
 
 
@@ -77,7 +78,7 @@ def _yarn(frequencies: Tensor, positions: Tensor, config: ModelConfig) -> Scaled
         """The pair, not a whole number, that turns so often over the length of pretraining."""
         return size * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-    low, high = pair_with(_number(scaling, "beta_fast", 32.0)), pair_with(_number(scaling, "beta_slow", 1.0))
+    low, high = (pair_with(_number(scaling, key, default)) for key, default in YARN_BOUNDS.items())
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from moe_dist.monitor.metric import Record
 from moe_dist.monitor.metrics import (
@@ -108,6 +108,8 @@ class RunInfo(Record):
     """Names of the sources of the training data; empty unless there are several."""
     run_id: str = ""
     """Of the run, over all its starts; drawn by chance."""
+    pretrained: dict[str, Any] = field(default_factory=dict)
+    """Where the weights of step 0 come from: `folder`, `revision` where it is known, and `files`, name to SHA-256."""
     start_step: int = 0
     """Optimizer steps finished when this start began: those of the checkpoint it goes on from."""
     start_tokens: int = 0

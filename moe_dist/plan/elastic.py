@@ -23,12 +23,12 @@ from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.layout import Layout
 from moe_dist.plan.cluster import Cluster
 from moe_dist.plan.machine import machine_of
-from moe_dist.plan.search import Estimate, Plan, estimate, plan
+from moe_dist.plan.search import BATCHES, Estimate, Plan, estimate, plan
 from moe_dist.train.run_summary import byte_size
 
 CHOSEN = {
     "parallel": ("planned_ranks", "ep_size", "pp_size", "schedule", "stages", "zero_stage", "shard_size"),
-    "train": ("gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    "train": ("gradient_checkpointing", *BATCHES),
 }
 """Keys that `parallel.layout=auto` chooses, by section."""
 
@@ -82,6 +82,9 @@ def chosen_keys(config: Config) -> list[str]:
     """What `parallel.layout=auto` has chosen, as words after a run file."""
     tree = config.model_dump(mode="json")
     words = {f"{section}.{key}": tree[section][key] for section, keys in CHOSEN.items() for key in keys}
+    for key in BATCHES:
+        if tree["train"][key] is None:  # what is evaluated was not chosen
+            del words[f"train.{key}"]
     return [f"{key}={'null' if value is None else str(value).replace(' ', '')}" for key, value in words.items()]
 
 
@@ -124,8 +127,12 @@ def _as_saved(config: Config, saved: SavedRun, world_size: int) -> Config | None
     if saved.config.get("parallel", {}).get("planned_ranks") != world_size:
         return None
     tree = config.model_dump()
-    for section, keys in CHOSEN.items():
-        tree[section] |= {key: saved.config[section][key] for key in keys}
+    before = saved.config["train"]
+    tree["parallel"] |= {key: saved.config["parallel"][key] for key in CHOSEN["parallel"]}
+    tree["train"] |= {"gradient_checkpointing": before["gradient_checkpointing"]}
+    tree["train"] |= config.train.micro_batches(
+        before["per_device_train_batch_size"], before["gradient_accumulation_steps"]
+    )
     try:
         found = Config.model_validate(tree)
         Layout.of(found, world_size)
@@ -262,10 +269,7 @@ def _plans(config: Config, world_size: int, batch: int) -> Iterator[Config]:
                 tree["parallel"] |= {"pp_size": pp_size, "ep_size": ep_size}
                 if pp_size != parallel.pp_size:
                     tree["parallel"] |= {"stages": None}
-                tree["train"] |= {
-                    "per_device_train_batch_size": size,
-                    "gradient_accumulation_steps": batch // dp_size // size,
-                }
+                tree["train"] |= config.train.micro_batches(size, batch // dp_size // size)
                 try:
                     found = Config.model_validate(tree)
                     Layout.of(found, world_size)

@@ -19,6 +19,13 @@ from moe_dist.plan.timing import StepTime, step_time
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved_1f1b", "zero_bubble", "dualpipe_v")
 MOST_STAGES = 64
+BATCHES = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "eval_batches",
+)
+"""Keys of `train` that go with the size of a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,8 @@ class Estimate:
         keys["parallel.zero_stage"] = parallel.zero_stage
         if parallel.shard_size is not None:
             keys["parallel.shard_size"] = parallel.shard_size
-        return keys | {
-            "train.gradient_checkpointing": train.gradient_checkpointing,
-            "train.per_device_train_batch_size": train.per_device_train_batch_size,
-            "train.gradient_accumulation_steps": train.gradient_accumulation_steps,
-        }
+        keys["train.gradient_checkpointing"] = train.gradient_checkpointing
+        return keys | {f"train.{key}": getattr(train, key) for key in BATCHES if getattr(train, key) is not None}
 
     @property
     def name(self) -> str:
@@ -205,8 +209,7 @@ def _try_passes(
         for recompute in ("none", "selective", "full"):
             train = asked.train.model_copy(
                 update={
-                    "per_device_train_batch_size": micro_batch,
-                    "gradient_accumulation_steps": per_replica // micro_batch,
+                    **asked.train.micro_batches(micro_batch, per_replica // micro_batch),
                     "gradient_checkpointing": recompute,
                 }
             )

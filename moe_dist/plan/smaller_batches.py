@@ -14,15 +14,12 @@ def halved(config: Config) -> Config | None:
     """
     train = config.train
     size = train.per_device_train_batch_size
-    counted = train.eval_batches if train.per_device_eval_batch_size is None else None  # in sizes of training
     for smaller in range(size // 2, 0, -1):
         each, left = divmod(size * train.gradient_accumulation_steps, smaller)
-        if left or (counted is not None and counted * size % smaller):
+        if left:
             continue
         tree = config.model_dump()
-        tree["train"] |= {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": each}
-        if counted is not None:
-            tree["train"]["eval_batches"] = counted * size // smaller
+        tree["train"] |= train.micro_batches(smaller, each)
         try:
             return Config.model_validate(tree)
         except ValidationError:

@@ -54,7 +54,22 @@ def busiest(run: Path, step: int, model: ModelConfig, number: int) -> Kept:
         raise ConfigError(f"{said}: a token goes to {model.num_experts_per_tok} experts; keep at least so many")
     if model.n_group > 1:
         raise ConfigError(f"{said}: experts stand in {model.n_group} groups, which would be others")
-    none = f"{said}: {run} has no load of experts up to step {step}"
+    try:
+        loads, steps = recorded_load(run, step, model)
+    except ConfigError as error:
+        raise ConfigError(f"{said}: {error}") from error
+    kept = {
+        layer: sorted(sorted(range(len(load)), key=lambda e, load=load: -load[e])[:number])  # type: ignore[misc]
+        for layer, load in loads.items()
+    }
+    had = sum(loads[layer][e] for layer, experts in kept.items() for e in experts)
+    return Kept(kept, had / sum(map(sum, loads.values())), steps)
+
+
+def recorded_load(run: Path, step: int, model: ModelConfig) -> tuple[dict[int, list[int]], tuple[int, int]]:
+    """Layer to (token, expert) pairs of each expert in the last records of `run` up to `step`, with the first and last
+    step of these. Raises ConfigError where no load was recorded."""
+    none = f"{run} has no load of experts up to step {step}"
     try:
         log = read_run(run)
     except ConfigError as error:
@@ -71,12 +86,7 @@ def busiest(run: Path, step: int, model: ModelConfig, number: int) -> Kept:
     idle = [layer for layer, load in loads.items() if not sum(load)]
     if idle:
         raise ConfigError(f"{none}{f', layer {idle[0]}' if records else ''}")
-    kept = {
-        layer: sorted(sorted(range(len(load)), key=lambda e, load=load: -load[e])[:number])  # type: ignore[misc]
-        for layer, load in loads.items()
-    }
-    had = sum(loads[layer][e] for layer, experts in kept.items() for e in experts)
-    return Kept(kept, had / sum(map(sum, loads.values())), (records[0][0], records[-1][0]))
+    return loads, (records[0][0], records[-1][0])
 
 
 class FewerExperts(SavedWeights):

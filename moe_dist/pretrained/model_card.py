@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from moe_dist import __version__
 from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.storage.manifest import Manifest
-from moe_dist.config import Config, ModelConfig
+from moe_dist.config import Config, ConfigError, ModelConfig
 from moe_dist.config.huggingface import MODEL_TYPE
 from moe_dist.models.counts import parameter_counts
+from moe_dist.pretrained.fewer_experts import recorded_load
 from moe_dist.versions import installed
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def model_card(
         f"{config.data.max_seq_length}",
         **{name.replace("_", " "): f"{value:.4f}" for name, value in sorted(manifest.metrics.items())},
         "first loss": None if done.get("initial_loss") is None else f"{done['initial_loss']:.4f}",
+        "expert load": _expert_load(found, config.model),
         "optimizer": f"{config.optimizer.optim}, learning rate {config.optimizer.learning_rate:g}, "
         f"{config.optimizer.lr_scheduler_type}",
         "layout": f"{layout['world']} ranks: pp {layout['pp']} x edp {layout['edp']} x ep {layout['ep']}, "
@@ -73,6 +75,23 @@ def model_card(
         "publishes it to say."
     )
     return _card(about, rows, is_own=model_type == MODEL_TYPE)
+
+
+def _expert_load(found: CheckpointRef, model: ModelConfig) -> str | None:
+    """As the run has logged it last; None where its log is not beside the checkpoint."""
+    place = found.storage.local_path(found.folder)
+    if place is None or not model.moe_layers:
+        return None
+    try:
+        loads, (first, last) = recorded_load(place.parent, found.step, model)
+    except ConfigError:
+        return None
+    busiest = [max(load) * len(load) / sum(load) for load in loads.values()]
+    idle = sum(not pairs for load in loads.values() for pairs in load)
+    return (
+        f"the busiest expert of a layer has {min(busiest):.1f} to {max(busiest):.1f} times the mean, {idle} of "
+        f"{sum(map(len, loads.values()))} have no token, in steps {first:,} to {last:,}"
+    )
 
 
 def upcycled_card(weights: UpcycledWeights, model_type: str, dtype: str) -> str:

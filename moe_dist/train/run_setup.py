@@ -199,6 +199,7 @@ def run_info(
     counters: Counters,
     memory_before: int = 0,
     chosen: ChosenExperts | None = None,
+    pretrained: dict[str, Any] | None = None,
 ) -> RunInfo:
     """What is about to run, for people (collective: every rank tells its host)."""
     trainable, total, active = model_sizes(config, chosen)
@@ -219,6 +220,7 @@ def run_info(
         stage_of_layer=_stage_of_layer(config),
         domains=list(datasets.domains),
         run_id=run_id,
+        pretrained=pretrained or {},
         start_step=counters.step,
         start_tokens=counters.tokens,
         start_skipped_steps=counters.skipped,

@@ -254,7 +254,7 @@ class MoETrainer(TrainingLoop):
         self._opened(log_path(self.output_dir, self.mesh.rank))
         log_skipped_documents(self.datasets)
         what = (self.config, self.mesh, self.datasets, self.start.run, self.counters, self._memory_before)
-        self.reporter.open(run_info(*what, self.persistence.chosen))
+        self.reporter.open(run_info(*what, self.persistence.chosen, self.persistence.pretrained))
         self.started = time.perf_counter() - self.counters.elapsed
         self.callbacks.emit("on_run_begin")
         self._do(self.callbacks.requests())

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from programs import Run, losses
+from programs import ONE_RANK, Program, Run, losses
 
 from moe_dist.config import load_config
+from moe_dist.parallel.layout import Layout
 
 pytestmark = pytest.mark.dist
 
@@ -43,6 +44,27 @@ def test_two_ranks_learn_what_one_does(one_rank: Run, two_ranks: Run) -> None:
     assert (saved.launch.nproc_per_node, saved.parallel.ep_size) == (2, 2)
     assert "Layout ep2-zero0 of 2 ranks" in two_ranks.program.out  # proven or not
     assert "Layout" not in one_rank.program.out
+
+
+def test_a_layout_left_open_is_chosen_and_trains_the_same(config: Path) -> None:
+    """On devices with so little memory that four ranks need a pipeline, recomputation and small micro-batches; as one
+    process does with the same sequences in a step. The report has what was planned beside what was measured."""
+    folder = config.parent / "auto"
+    (config.parent / "small.yaml").write_text("gpu: cpu\nmemory_gb: 8.0e-4\n")
+    words = ["balance.aux_loss_scope=sequence", "parallel.layout=auto", f"launch.cluster={config.parent}/small.yaml"]
+    run = Program("moe-dist", "train", config, *words, "launch.nproc_per_node=4", f"train.output_dir={folder}")
+    alone = config.parent / "auto-alone"
+    steps = ["train.gradient_accumulation_steps=4", f"train.output_dir={alone}"]
+    twin = Program("moe-dist", "train", config, *ONE_RANK, words[0], *steps)
+    assert (run.end(), twin.end()) == (0, 0), (run.err, twin.err)
+    assert "parallel.layout=auto on 4 ranks of cpu: pp2-1f1b-ep1-zero0-selective-mb1, 4 micro-" in run.out + run.err
+    saved = load_config(folder / "config.yaml")
+    layout = Layout.of(saved, saved.parallel.planned_ranks or 0)
+    assert (layout.pp_size, layout.dp_size, saved.train.gradient_checkpointing) == (2, 2, "selective")
+    assert losses(folder) == pytest.approx(losses(alone), abs=1e-5)
+    report = Program("moe-dist", "report", folder)
+    assert report.end() == 0
+    assert "Planned" in (folder / "report.html").read_text()
 
 
 def test_a_terminal_shows_a_live_line_and_is_left_sane(two_ranks: Run) -> None:

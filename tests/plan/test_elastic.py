@@ -82,6 +82,25 @@ def test_a_plan_chooses_among_those_that_keep_the_batch(replace: Replace) -> Non
     assert plan(2) == (1, 2, 1, 6)
 
 
+def test_what_is_evaluated_stays(replace: Replace) -> None:
+    """The same samples, in batches no larger than those of training; a size of its own stays too. Seen to fail as it
+    was: three batches of whatever size training had got.
+    """
+    replace(elastic, "machine_of", lambda config, per_host: None)
+    given = config(train={"per_device_train_batch_size": 6, "eval_batches": 3})
+    sizes = set()
+    for world in (2, 3, 4, 6, 8, 12, 24):
+        train = replan(given, world, 24)[0].train
+        size = train.per_device_eval_batch_size or train.per_device_train_batch_size
+        assert size * (train.eval_batches or 0) == 18, world
+        assert size <= train.per_device_train_batch_size
+        sizes.add((train.per_device_train_batch_size, size))
+    assert len(sizes) > 2, sizes
+    own = config(train={"per_device_train_batch_size": 6, "eval_batches": 3, "per_device_eval_batch_size": 4})
+    train = replan(own, 8, 24)[0].train
+    assert (train.per_device_train_batch_size, train.eval_batches, train.per_device_eval_batch_size) == (3, 3, 4)
+
+
 def test_only_when_asked() -> None:
     rigid = config(parallel={"elastic": False})
     assert replan(rigid, 3) == (rigid, None)
@@ -183,7 +202,7 @@ def test_smaller_micro_batches_evaluate_the_same_samples() -> None:
     given = config(train={"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "eval_batches": 3})
     found = halved(given)
     assert found is not None
-    assert (found.train.per_device_train_batch_size, found.num_evaluated) == (1, given.num_evaluated)
+    assert (found.train.per_device_train_batch_size, found.num_evaluated) == (2, given.num_evaluated)
     own = {"per_device_train_batch_size": 4, "eval_batches": 3, "per_device_eval_batch_size": 4}
     found = halved(config(train=own, data=held_out))
     assert found is not None

@@ -93,6 +93,25 @@ def test_resuming_keeps_it_on_as_many_ranks(tmp_path: Path, replace: Replace) ->
     assert replan(saved, 1)[1] is None
 
 
+def test_what_is_evaluated_stays_whatever_is_chosen(tmp_path: Path, replace: Replace) -> None:
+    """The samples that the file asks for, told to ranks, and after a stop those that it asks for then. Seen to fail as
+    it was: five batches of another size."""
+    on(replace, FAR)
+    given = config(tmp_path, train={"eval_batches": 5}, data={"validation_split": 0.3})
+    first, _ = replan(given, 1)
+    assert first.train.per_device_train_batch_size > 1
+    assert first.num_evaluated == given.num_evaluated == 5
+    assert load_mapping(given.model_dump(), [*chosen(first)]).train == first.train
+    MoETrainer(first).train(TEXTS)
+    more = config(tmp_path, train={"eval_batches": 6}, data={"validation_split": 0.3})
+    again, said = replan(more, 1)
+    assert "as in checkpoint-2" in str(said)
+    assert (again.train.per_device_train_batch_size, again.num_evaluated) == (
+        first.train.per_device_train_batch_size,
+        6,
+    )
+
+
 def test_a_micro_batch_that_trains_otherwise_stays(tmp_path: Path, replace: Replace) -> None:
     """On another number of ranks, here in a pipeline, where the balancing loss is counted over each.
 

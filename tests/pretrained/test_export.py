@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,11 @@ def test_transformers_loads_the_checkpoint(variant: str, tmp_path: Path, say: Sa
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert "| step | 1 |" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| step | 1 |" in card
+    assert re.search(
+        r"\| expert load \| the busiest .* has [\d.]+ to [\d.]+ times .*, \d+ of \d+ have .* 1 to 1 \|", card
+    )
     assert not list(tmp_path.glob("*.partial"))
     read = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert read.rope_parameters["rope_theta"] == 50000.0

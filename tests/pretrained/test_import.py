@@ -23,6 +23,7 @@ from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.config import Config, ConfigError, dump_config, load_mapping
 from moe_dist.models.huggingface import to_huggingface
 from moe_dist.models.transformer import Transformer
+from moe_dist.monitor.report.page import write_report
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.pretrained import loading
 from moe_dist.pretrained.loading import load_pretrained
@@ -300,5 +301,8 @@ def test_a_run_starts_from_it_and_needs_it_no_more(qwen: Path, tmp_path: Path) -
     assert again.pretrained == manifest.pretrained
     state = read_trainer_state(found_at(run, 2), again, Keys())
     assert state["pretrained"]["folder"] == str(tmp_path / "hf")
+    page = write_report([run]).read_text()
+    assert f"Weights of step 0: {tmp_path / 'hf'}" in page
+    assert all(f"{file}</th><td>{digest}</td>" in page for file, digest in state["pretrained"]["files"].items())
     with pytest.raises(ConfigError, match="no such file"):
         train(run / "config.yaml", max_steps=3, resume="never")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
+import time
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Say
 from folders import EVERY, random_weights, write_folder
 
 from moe_dist.config import Config, load_mapping
@@ -234,6 +237,30 @@ def test_published_sizes(name: str, tmp_path: Path) -> None:
     for reading in plan:
         for ranges in reading.ranges.values():
             assert all(one[1] < other[0] for one, other in pairwise(ranges)), "not merged"
+
+
+def test_check_says_which_rank_reads_what_of_235_billion_parameters(tmp_path: Path, say: Say) -> None:
+    """Totals and byte ranges of every rank, and the same for programs. A bound on work, not on a clock: CPU time with
+    much room."""
+    folder = write_headers(tmp_path / "hf", PUBLISHED["Qwen3-235B-A22B"][0])
+    (tmp_path / "run.yaml").write_text("train: {pure_bf16: true, gradient_accumulation_steps: 8}\n")
+    keys = ("parallel.ep_size=8", "parallel.pp_size=4", "parallel.zero_stage=1", "launch.cluster=h200")
+    words = ("check", tmp_path / "run.yaml", "--from-pretrained", folder, "--world-size", 64, *keys)
+    began = time.process_time()
+    said = say(*words)
+    assert time.process_time() - began < 15  # 2 s where nothing else runs
+    assert said.code == 0, said.err
+    assert "every tensor is there, in the shape of this model" in said.out
+    totals = re.findall(
+        r"^  ranks ([\d, ]+) read ([\d.]+) GB: ([\d,]+) tensors of (\d+) files$", said.out, re.MULTILINE
+    )
+    assert sorted(int(rank) for ranks, *_ in totals for rank in ranks.split(", ")) == list(range(64))
+    assert len(re.findall(r"(?m)^    model-\d{5}-of-\d{5}\.safetensors  .* bytes \d+-\d+", said.out)) >= 32
+    told = json.loads(say(*words, "--json").out)["from_pretrained"]
+    for (_, gigabytes, tensors, files), reading in zip(totals, told, strict=True):
+        bytes_read = sum(end - start for ranges in reading["ranges"].values() for start, end in ranges)
+        assert bytes_read / 1e9 == pytest.approx(float(gigabytes), rel=0.01)
+        assert (tensors.replace(",", ""), files) == (str(reading["num_tensors"]), str(len(reading["ranges"])))
 
 
 def test_ranges_are_where_the_values_lie(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_dist.config.families.base import COMMON_NAMES, SIZES, ExpertNames, Family, Refuse, read_window, write_window
 from moe_dist.config.sections.model import ModelConfig
+from moe_dist.config.sections.rope import YARN_BOUNDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,10 @@ class GptOss(Family):
         write_window(config, values, has_switch=False, has_types=True)
         # transformers wants a window even where no layer has it.
         values |= {"sliding_window": values["sliding_window"] or 128, "swiglu_limit": 7.0, "swiglu_alpha": 1.702}
+        values["attention_bias"] = True  # SGLang asks for it
+        for name in ("rope_parameters", "rope_scaling"):  # vLLM has no defaults for these
+            if values[name] is not None and values[name]["rope_type"] == "yarn":
+                values[name] = {**YARN_BOUNDS, **values[name]}
 
 
 GPT_OSS = GptOss(

@@ -8,6 +8,8 @@ from typing import Any
 _LENGTH = "original_max_position_embeddings"
 _LISTS = ("short_factor", "long_factor")
 _SWITCHES = ("truncate",)
+YARN_BOUNDS = {"beta_fast": 32.0, "beta_slow": 1.0}
+"""What the two are where a yarn leaves them out."""
 # Kind -> (keys it needs, keys it may have).
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "linear": ({"factor"}, set()),

@@ -181,6 +181,18 @@ class TrainConfig(Section):
 
     _one_precision_and_an_end = model_validator(mode="after")(check_train)
 
+    def micro_batches(self, size: int, count: int) -> dict[str, int]:
+        """Keys of this section for `count` micro-batches of `size` sequences, which leave what is evaluated as it is.
+
+        `eval_batches` counts in sizes of training where evaluation has none of its own.
+        """
+        keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": count}
+        if self.eval_batches is None or self.per_device_eval_batch_size is not None:
+            return keys
+        samples = self.eval_batches * self.per_device_train_batch_size
+        each = max(number for number in range(1, size + 1) if samples % number == 0)
+        return keys | {"eval_batches": samples // each} | ({} if each == size else {"per_device_eval_batch_size": each})
+
 
 class OptimizerConfig(Section):
     """Optimizer and learning-rate schedule."""

@@ -236,8 +236,13 @@ def _planned(run: RunLog, planned: Planned, named: bool) -> str:
 
 
 def _configuration(run: RunLog) -> str:
-    text = run.starts[-1]["config_text"] if run.starts else ""
-    return f"<details><summary>{_text(run.name)}</summary><pre>{_text(text)}</pre></details>"
+    start = run.starts[-1] if run.starts else {}
+    made = f"<details><summary>{_text(run.name)}</summary><pre>{_text(start.get('config_text', ''))}</pre></details>"
+    if origin := start.get("pretrained"):
+        revision = f", revision {origin['revision']}" if origin["revision"] else ""
+        files = table(["file", "SHA-256"], list(origin["files"].items()))
+        made += f"<details><summary>Weights of step 0: {_text(origin['folder'] + revision)}</summary>{files}</details>"
+    return made
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
