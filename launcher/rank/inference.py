@@ -45,13 +45,16 @@ def infer(config: Config, environment: Environment, wanted: Inference) -> int:
 
 
 def _evaluate(config: Config, model: Transformer, tokenizer: Tokenizer, mesh: Mesh, wanted: Inference) -> int:
-    from moe_dist.evaluate.evaluation import evaluate_model
+    from moe_dist.evaluate.evaluation import evaluate_model, evaluate_unigram
 
-    names = ("data", "tasks", "max_samples")
-    found = evaluate_model(config, model, tokenizer, mesh, **{name: wanted.options[name] for name in names})
+    text = {name: wanted.options[name] for name in ("data", "max_samples")}
+    tasks = {name: wanted.options[name] for name in ("tasks", "chat_template")}
+    found = evaluate_model(config, model, tokenizer, mesh, **text, **tasks)
     if mesh.rank == 0:
         sums = wanted.options["sums"]
         found.write(wanted.options["name"], Path(wanted.options["result"]), None if sums is None else Path(sums))
+        if (baseline := wanted.options["unigram"]) is not None:
+            evaluate_unigram(config, tokenizer, **text).write("unigram", *map(Path, baseline))
     return 0
 
 
