@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher.cli.checkpoint import Key
-from launcher.cli.inference import AdapterPath, Dtype, Model, Nproc, Step, run_inference
+from launcher.cli.inference import AdapterPath, Dtype, Int8, Model, Nproc, Step, run_inference
 from launcher.cli.paths import expanded
 from launcher.connect.environment import started_by_torchrun
 from moe_dist.config import ConfigError
 
+UNIGRAM = "unigram"
+"""A baseline that is no model's folder."""
 WIDE = 200
 """Columns of a table that goes into a file."""
 Data = Annotated[
@@ -50,7 +52,20 @@ def evaluate(
             "them text is measured only where --data names some.",
         ),
     ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option("--apply-chat-template", help="Tasks ask as a user does, by the tokenizer's chat template."),
+    ] = False,
     max_samples: MaxSamples = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            callback=expanded,
+            help="What all others are held against, another model or unigram: the best that token frequencies of the "
+            "text itself can do. Default: the first model.",
+        ),
+    ] = None,
     json_file: Annotated[
         str | None,
         typer.Option("--json", metavar="FILE", callback=expanded, help="All numbers; - for standard output."),
@@ -62,35 +77,45 @@ def evaluate(
     nproc: Nproc = 1,
     step: Step = None,
     dtype: Dtype = "fp32",
+    int8: Int8 = False,
     encryption_key: Key = None,
 ) -> None:
     """Measure models: losses of held-out text, tasks with right answers, load of the experts.
 
     More models may follow the first, and then key=value; they stand side by side, with intervals of their differences
-    from the first. Perplexity is told for each source, the loss by position too. Everything is computed on
-    [bold]--nproc[/bold] ranks in whatever layout.
+    from the first, or from [bold]--baseline[/bold]. Perplexity is told for each source, the loss by position too.
+    Everything is computed on [bold]--nproc[/bold] ranks in whatever layout.
 
     [dim]Example:[/dim]  moe-dist evaluate outputs/demo --data wiki=wiki.txt --data code=code.jsonl --json scores.json
     """
     models = [model, *(word for word in context.args if "=" not in word)]
+    models = [baseline, *models] if baseline not in (None, UNIGRAM) else models
     overrides = [word for word in context.args if "=" in word]
     under_torchrun = started_by_torchrun()
-    if under_torchrun and (len(models) > 1 or report):
-        raise ConfigError(f"{' '.join(models)}: under torchrun one model at a time, and no --report")
+    if under_torchrun and (len(models) > 1 or report or baseline):
+        raise ConfigError(f"{' '.join(models)}: under torchrun one model at a time, and no --report or --baseline")
     asked = [task for one in tasks or () for task in one.split(",") if task]
+    if baseline == UNIGRAM and asked and not data:
+        raise ConfigError(f"--baseline {UNIGRAM}: it answers no task; with --tasks name a text by --data, too")
+    if apply_chat_template and not asked:
+        raise ConfigError("--apply-chat-template: only with --tasks")
     rows, samples = [], []
     with tempfile.TemporaryDirectory() as folder:
+        of_text = (f"{folder}/{UNIGRAM}.json", f"{folder}/{UNIGRAM}.sums.json")
         for number, one in enumerate(models):
             result = json_file if under_torchrun and json_file else f"{folder}/{number}.json"
             sums = None if under_torchrun else f"{folder}/{number}.sums.json"
             options: dict[str, Any] = {"data": data or [], "tasks": asked, "max_samples": max_samples}
-            options |= {"name": one, "result": result, "sums": sums}
-            how = (nproc, step, dtype, encryption_key, adapter_path)
+            options |= {"name": one, "result": result, "sums": sums, "chat_template": apply_chat_template}
+            options["unigram"] = of_text if baseline == UNIGRAM and number == 0 else None
+            how = (nproc, step, dtype, encryption_key, adapter_path, int8)
             code = run_inference("evaluate", one, overrides, options, *how)
             if code:
                 raise typer.Exit(code)
-            rows.append(json.loads(Path(result).read_text("utf-8")))
-            samples.append({} if sums is None else json.loads(Path(sums).read_text("utf-8")))
+            written: list[tuple[str, str | None]] = [of_text] if options["unigram"] else []
+            for row_file, sums_file in [*written, (result, sums)]:
+                rows.append(json.loads(Path(row_file).read_text("utf-8")))
+                samples.append({} if sums_file is None else json.loads(Path(sums_file).read_text("utf-8")))
     from moe_dist.evaluate.comparison import compare
 
     compared = compare(samples)
@@ -120,7 +145,7 @@ def print_scores(rows: list[dict[str, Any]]) -> None:
     if any("loss" in row for row in rows):
         console.print(_losses([row for row in rows if "loss" in row]))
     if any(row.get("tasks") for row in rows):
-        console.print(_tasks(rows))
+        console.print(_tasks([row for row in rows if row.get("tasks")]))
     if len(rows) > 1:
         console.print(_differences(rows))
     for row in rows:
@@ -169,20 +194,30 @@ def _differences(rows: list[dict[str, Any]]) -> Table:
 
 
 def _more(row: dict[str, Any]) -> list[str]:
-    flops = f"{row['flops'] / 1e6:,.2f} MFLOP a token forward"
-    if row["flops_saved"] > 0:
-        flops += (
-            f", {row['flops_saved']:.0%} less than the dense model of equal width ({row['dense_flops'] / 1e6:,.2f})"
-        )
+    cost = [] if "flops" not in row else _cost(row)
     if "loss" not in row:
-        return [flops]
+        return cost
     places = "  ".join(f"{one['from']}-{one['to'] - 1}: {one['loss']:.3f}" for one in row["loss_by_position"])
     said = [f"loss by position  {places}"]
     if row["load_imbalance"]:
         load = "  ".join(f"L{layer} {ratio:.2f}x" for layer, ratio in row["load_imbalance"].items())
         said.append(f"busiest expert, of the fair share  {load}")
     said.append(f"calibration: confidence is {row['calibration_error']:.2%} off accuracy")
-    return [*said, flops, f"{row['tokens_per_second']:,.0f} tokens/s"]
+    return [*said, *cost, f"{row['tokens_per_second']:,.0f} tokens/s"]
+
+
+def _cost(row: dict[str, Any]) -> list[str]:
+    flops = f"{row['flops'] / 1e6:,.2f} MFLOP a token forward"
+    if row["flops_saved"] > 0:
+        flops += (
+            f", {row['flops_saved']:.0%} less than the dense model of equal width ({row['dense_flops'] / 1e6:,.2f})"
+        )
+    latency = row["latency"]
+    first, each = 1000 * latency["first_token_seconds"], 1000 * latency["seconds_per_token"]
+    return [
+        flops,
+        f"latency: {first:,.1f} ms to the first token behind {latency['prompt_tokens']}, {each:,.2f} ms for each after",
+    ]
 
 
 def experts(

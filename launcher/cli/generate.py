@@ -11,7 +11,20 @@ from typing import Annotated, Any
 import typer
 
 from launcher.cli.checkpoint import Key
-from launcher.cli.inference import AdapterPath, CachePolicy, Dtype, ExpertCacheGb, Model, Nproc, Step, run_inference
+from launcher.cli.inference import (
+    AdapterPath,
+    CachePolicy,
+    Dtype,
+    ExpertCacheGb,
+    ExpertFolder,
+    Int8,
+    Model,
+    Nproc,
+    Prefetch,
+    Step,
+    expert_cache,
+    run_inference,
+)
 from launcher.cli.paths import expanded
 from moe_dist.config import ConfigError
 
@@ -57,12 +70,11 @@ def generate(
     nproc: Nproc = 1,
     step: Step = None,
     dtype: Dtype = "fp32",
+    int8: Int8 = False,
     expert_cache_gb: ExpertCacheGb = None,
     cache_policy: CachePolicy = "lru",
-    expert_folder: Annotated[
-        str | None, typer.Option(callback=expanded, help="Folder for experts' files; default: host memory.")
-    ] = None,
-    prefetch: Annotated[bool, typer.Option("--prefetch", help="Fetch the next layer's experts ahead.")] = False,
+    expert_folder: ExpertFolder = None,
+    prefetch: Prefetch = False,
     encryption_key: Key = None,
 ) -> None:
     """Let a model go on from a prompt, answer a file of prompts, or talk.
@@ -102,13 +114,10 @@ def generate(
         SamplingOptions(**sampling | {"stop": tuple(stop or ())})
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    engine: dict[str, Any] = {}
-    if expert_cache_gb is not None:
-        engine = {"expert_cache_size_gb": expert_cache_gb, "cache_policy": cache_policy}
-        engine |= {"expert_folder": expert_folder, "prefetch": prefetch}
+    engine = expert_cache(expert_cache_gb, cache_policy, expert_folder, prefetch)
     options = {"sampling": sampling, "prompts": texts, "as_json": prompts is not None, "output": output}
     options |= {"chat": chat, "system": system, "engine": engine, "show_experts": show_experts}
-    how = (nproc, step, dtype, encryption_key, adapter_path)
+    how = (nproc, step, dtype, encryption_key, adapter_path, int8)
     raise typer.Exit(run_inference("generate", model, context.args, options, *how))
 
 

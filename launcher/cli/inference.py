@@ -11,6 +11,7 @@ from launcher.backends.command import for_world
 from launcher.cli.paths import expanded
 from launcher.connect.environment import detect, started_by_torchrun
 from launcher.connect.rank_job import Inference
+from moe_dist.config import ConfigError
 
 _MODEL = typer.Argument(
     metavar="MODEL",
@@ -30,10 +31,28 @@ AdapterPath = Annotated[
     ),
 ]
 Dtype = Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights.")]
+Int8 = Annotated[
+    bool, typer.Option("--int8", help="Weights of experts and linear maps as int8, a scale for each output.")
+]
 ExpertCacheGb = Annotated[
     float | None, typer.Option(help="Keep so much of the experts where the model computes, the rest elsewhere.")
 ]
 CachePolicy = Annotated[Literal["lru", "lfu"], typer.Option(help="Which expert leaves first.")]
+ExpertFolder = Annotated[
+    str | None, typer.Option(callback=expanded, help="Folder for experts' files; default: host memory.")
+]
+Prefetch = Annotated[bool, typer.Option("--prefetch", help="Fetch the next layer's experts ahead.")]
+
+
+def expert_cache(size_gb: float | None, policy: str, folder: str | None, prefetch: bool) -> dict[str, Any]:
+    """Arguments of the engine. Raises ConfigError for what only a cache has."""
+    if size_gb is None:
+        for name, given in (("--expert-folder", folder), ("--prefetch", prefetch)):
+            if given:
+                raise ConfigError(f"{name}: only with --expert-cache-gb")
+        return {}
+    how = {"expert_cache_size_gb": size_gb, "cache_policy": policy}
+    return how | {"expert_folder": folder, "prefetch": prefetch}
 
 
 def run_inference(
@@ -46,6 +65,7 @@ def run_inference(
     dtype: str,
     keys: list[str] | None,
     adapter: str | None = None,
+    int8: bool = False,
 ) -> int:
     """Find the model, and do what `verb` says on all ranks: here, where there is one. Returns the exit code."""
     from moe_dist.pretrained.inference import find_model
@@ -59,6 +79,7 @@ def run_inference(
         verb=verb,
         checkpoint=None if found.checkpoint is None else str(found.checkpoint),
         keys=tuple(keys or ()),
+        int8=int8,
         options=options,
     )
     if under_torchrun:

@@ -11,7 +11,18 @@ import typer
 
 from launcher.backends.command import TRAIN
 from launcher.cli.checkpoint import Key
-from launcher.cli.inference import AnyModel, CachePolicy, Dtype, ExpertCacheGb, Step, run_inference
+from launcher.cli.inference import (
+    AnyModel,
+    CachePolicy,
+    Dtype,
+    ExpertCacheGb,
+    ExpertFolder,
+    Int8,
+    Prefetch,
+    Step,
+    expert_cache,
+    run_inference,
+)
 from launcher.cli.paths import expanded
 from moe_dist.config import ConfigError
 
@@ -74,8 +85,11 @@ def serve(
     ] = 1,
     step: Step = None,
     dtype: Dtype = "fp32",
+    int8: Int8 = False,
     expert_cache_gb: ExpertCacheGb = None,
     cache_policy: CachePolicy = "lru",
+    expert_folder: ExpertFolder = None,
+    prefetch: Prefetch = False,
     encryption_key: Key = None,
 ) -> None:
     """Serve a model to OpenAI's clients: /v1/chat/completions, /v1/completions, /v1/models.
@@ -114,8 +128,7 @@ def serve(
     if not is_loopback(host) and tls_key is None:
         print("moe-dist: keys travel in the clear: --tls-certificate and --tls-key, or a proxy", file=sys.stderr)
     engine: dict[str, Any] = {"max_rows": max_batch, "cache_tokens": cache_tokens}
-    if expert_cache_gb is not None:
-        engine |= {"expert_cache_size_gb": expert_cache_gb, "cache_policy": cache_policy}
+    engine |= expert_cache(expert_cache_gb, cache_policy, expert_folder, prefetch)
     options = {
         "host": host,
         "port": port,
@@ -133,7 +146,9 @@ def serve(
     if train_dir is not None:
         command = [sys.executable, "-u", *TRAIN]
         options["train"] = {"folder": train_dir, "own_code": train_code, "command": command}
-    raise typer.Exit(run_inference("serve", model, context.args, options, nproc, step, dtype, encryption_key))
+    raise typer.Exit(
+        run_inference("serve", model, context.args, options, nproc, step, dtype, encryption_key, int8=int8)
+    )
 
 
 def _print_key(wanted: str) -> None:

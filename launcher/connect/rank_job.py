@@ -61,6 +61,8 @@ class Inference(Proof):
     verb: str = "generate"
     checkpoint: str | None = None
     keys: tuple[str, ...] = ()
+    int8: bool = False
+    """Weights of experts and linear maps as int8."""
     options: dict[str, Any] = field(default_factory=dict)
 
 

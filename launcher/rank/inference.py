@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from launcher.connect.environment import Environment
 from launcher.connect.output import clean
 from launcher.connect.rank_job import Inference
+from launcher.rank.opening import opened
 from moe_dist.config import Config
 
 if TYPE_CHECKING:
@@ -30,13 +31,9 @@ def infer(config: Config, environment: Environment, wanted: Inference) -> int:
 
         return serve(config, environment, wanted)
     from launcher.connect.process_groups import connected
-    from moe_dist.checkpoint.reading import locate
-    from moe_dist.checkpoint.storage import open_storage
-    from moe_dist.pretrained.inference import Source, open_model
 
     with connected(config, environment) as mesh:
-        found = None if wanted.checkpoint is None else locate(wanted.checkpoint, open_storage("."))
-        model, tokenizer = open_model(Source(config, found), mesh, wanted.keys)
+        model, tokenizer = opened(config, mesh, wanted)
         if wanted.verb == "generate":
             from moe_dist.generate.engine import MoEInferenceEngine
 
@@ -48,13 +45,16 @@ def infer(config: Config, environment: Environment, wanted: Inference) -> int:
 
 
 def _evaluate(config: Config, model: Transformer, tokenizer: Tokenizer, mesh: Mesh, wanted: Inference) -> int:
-    from moe_dist.evaluate.evaluation import evaluate_model
+    from moe_dist.evaluate.evaluation import evaluate_model, evaluate_unigram
 
-    names = ("data", "tasks", "max_samples")
-    found = evaluate_model(config, model, tokenizer, mesh, **{name: wanted.options[name] for name in names})
+    text = {name: wanted.options[name] for name in ("data", "max_samples")}
+    tasks = {name: wanted.options[name] for name in ("tasks", "chat_template")}
+    found = evaluate_model(config, model, tokenizer, mesh, **text, **tasks)
     if mesh.rank == 0:
         sums = wanted.options["sums"]
         found.write(wanted.options["name"], Path(wanted.options["result"]), None if sums is None else Path(sums))
+        if (baseline := wanted.options["unigram"]) is not None:
+            evaluate_unigram(config, tokenizer, **text).write("unigram", *map(Path, baseline))
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.connect.environment import Environment, outside_of_ranks
 from launcher.connect.exit_codes import EXIT_CTRL_C
 from launcher.connect.rank_job import LAUNCHER, Inference
+from launcher.rank.opening import opened
 from moe_dist.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -34,14 +35,10 @@ def serve(config: Config, environment: Environment, wanted: Inference) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     from launcher.connect.process_groups import connected
-    from moe_dist.checkpoint.reading import locate
-    from moe_dist.checkpoint.storage import open_storage
     from moe_dist.generate.engine import MoEInferenceEngine
-    from moe_dist.pretrained.inference import Source, open_model
 
     with connected(config, environment) as mesh:
-        found = None if wanted.checkpoint is None else locate(wanted.checkpoint, open_storage("."))
-        model, tokenizer = open_model(Source(config, found), mesh, wanted.keys)
+        model, tokenizer = opened(config, mesh, wanted)
         engine = MoEInferenceEngine(model, tokenizer, mesh=mesh, **options["engine"])
         if place is None:
             from moe_dist.serve.engine_thread import step_for_ever

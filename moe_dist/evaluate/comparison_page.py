@@ -53,7 +53,7 @@ def comparison_page(rows: Sequence[Row], compared: Comparison) -> str:
         made.chart(
             "load", _load(balanced), "Load of the busiest expert of each layer over the fair share; 1: balanced."
         )
-    made.section("cost", "Arithmetic", _cost(names, rows))
+    made.section("cost", "Arithmetic and time", _cost(names, rows))
     lead = (
         f"Intervals hold {LEVEL:.0%} of {NUM_DRAWS:,} drawings of samples with replacement; ± is half of one. "
         "Differences draw the same samples for both models wherever these are cut alike."
@@ -217,8 +217,12 @@ def _cost(names: Sequence[str], rows: Sequence[Row]) -> str:
             f"{row['dense_flops'] / 1e6:,.2f}",
             f"{row['flops_saved']:.0%}",
             f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else "-",
+            f"{1000 * row['latency']['first_token_seconds']:,.1f}",
+            f"{1000 * row['latency']['seconds_per_token']:,.2f}",
         ]
         for name, row in zip(names, rows, strict=True)
+        if "flops" in row
     ]
     titles = ["model", "MFLOP a token, forward", "dense model of equal width", "saved", "tokens per second, here"]
+    titles += ["ms to the first token", "ms a token"]
     return table(titles, cells)

@@ -13,7 +13,9 @@ from typing import Any
 from moe_dist.config import Config
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.evaluate.held_out_text import held_out_text
+from moe_dist.evaluate.latency import Latency, measure_latency
 from moe_dist.evaluate.measure import Measured, measure
+from moe_dist.evaluate.unigram import measure_unigram
 from moe_dist.models.counts import dense_flops_per_token, flops_per_token
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
@@ -26,21 +28,32 @@ SUMMED_UP = ("f1", "bleu", "chrf", "exact_match")
 
 
 @dataclass(frozen=True)
+class Cost:
+    """`flops`: of a forward pass for one token of a sequence of `data.max_seq_length`. `dense_flops`: those of the
+    dense model of equal width."""
+
+    flops: int
+    dense_flops: int
+    latency: Latency
+
+    def to_json(self) -> dict[str, Any]:
+        saved = 1 - self.flops / self.dense_flops
+        counts = {"flops": self.flops, "dense_flops": self.dense_flops, "flops_saved": saved}
+        return {**counts, "latency": self.latency.to_json()}
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """`measured`: None where only tasks were asked for."""
+    """`measured`: None where only tasks were asked for. `cost`: None of what is no model."""
 
     measured: Measured | None
     tasks: dict[str, TaskResult]
-    flops: int
-    """Floating-point operations of a forward pass for one token of a sequence of `data.max_seq_length`."""
-    dense_flops: int
-    """Those of the dense model of equal width."""
+    cost: Cost | None
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` writes of a model; docs/evaluation.md has the keys."""
         row = {} if self.measured is None else self.measured.to_json()
-        saved = 1 - self.flops / self.dense_flops
-        row |= {"flops": self.flops, "dense_flops": self.dense_flops, "flops_saved": saved}
+        row |= {} if self.cost is None else self.cost.to_json()
         if self.tasks:
             row["tasks"] = {name: result.to_json() for name, result in self.tasks.items()}
         for metric in SUMMED_UP:
@@ -82,9 +95,11 @@ def evaluate_model(
     data: Sequence[str] = (),
     tasks: Sequence[str] = (),
     max_samples: int | None = None,
+    chat_template: bool = False,
 ) -> Evaluation:
-    """Losses of `data`, or of what the run holds out, and `tasks`; with tasks and without data, these alone. A
-    collective. Raises ValueError for data and tasks that cannot be used.
+    """Losses of `data`, or of what the run holds out, and `tasks`; with tasks and without data, these alone.
+    `chat_template`: tasks ask as a user of the tokenizer's chat template does. A collective. Raises ValueError for data
+    and tasks that cannot be used.
     """
     size = config.train.per_device_eval_batch_size or 4
     measured = None
@@ -92,8 +107,20 @@ def evaluate_model(
         samples = held_out_text(config, tokenizer, data, max_samples)
         mask = config.data.document_mask
         measured = measure(model, samples, tokenizer, mesh, batch_size=size, document_mask=mask)
-    whole = WholeModel(model, tokenizer, mesh, batch_size=size)
+    whole = WholeModel(model, tokenizer, mesh, batch_size=size, chat_template=chat_template)
     results = run_tasks(whole, tasks, max_samples) if tasks else {}
     length = min(config.data.max_seq_length, config.model.max_position_embeddings)
-    counts = (of(config.model, length) // 3 for of in (flops_per_token, dense_flops_per_token))  # forward is a third
-    return Evaluation(measured, results, *counts)
+    flops, dense = (
+        of(config.model, length) // 3 for of in (flops_per_token, dense_flops_per_token)
+    )  # forward: a third
+    return Evaluation(measured, results, Cost(flops, dense, measure_latency(model, mesh)))
+
+
+def evaluate_unigram(
+    config: Config, tokenizer: Tokenizer, *, data: Sequence[str] = (), max_samples: int | None = None
+) -> Evaluation:
+    """What the frequencies of tokens of the same text say of it. In one process. Raises ValueError as
+    `evaluate_model`."""
+    samples = held_out_text(config, tokenizer, data, max_samples)
+    size = config.train.per_device_eval_batch_size or 4
+    return Evaluation(measure_unigram(samples, tokenizer, config.model.vocab_size, batch_size=size), {}, None)

@@ -118,10 +118,10 @@ def measure(
     when no token has a label.
     """
     started = time.perf_counter()
-    names, config = samples.domains or ("all",), model.config
+    config = model.config
     batches = eval_batches(samples, batch_size, mesh.layout.dp_size, mesh.dp_rank)
     device = mesh.device
-    totals = _Totals(len(names), samples.max_seq_length, len(samples), device)
+    totals = Totals(samples, device)
     pairs = torch.zeros(config.num_hidden_layers, config.num_experts + 1, dtype=torch.int64, device=device)
     with evaluating(model), watching(model) as seen:
         for batch in batches:
@@ -136,26 +136,19 @@ def measure(
                 totals.add(logits_BSV, there, tokenizer)
     for tensor in (totals.sources, totals.places, totals.samples, totals.bins, pairs):
         mesh.sum_over("world", tensor)
-    if not totals.sources[:, _TOKENS].sum():
-        raise ValueError("nothing to measure: no token has another one of its document behind it")
-    each = {name: _losses(row) for name, row in zip(names, totals.sources.tolist(), strict=True) if row[_TOKENS]}
     load = {layer: row[:-1].tolist() for layer, row in enumerate(pairs) if row[:-1].any()}
-    seconds = time.perf_counter() - started
-    whole = _losses(totals.sources.sum(0).tolist())
-    bins = [
-        (int(count), *(part / max(1, count) for part in (sure, hits))) for count, sure, hits in totals.bins.tolist()
-    ]
-    return Measured(whole, each, _by_position(totals.places), load, bins, totals.samples.tolist(), seconds)
+    return totals.measured(load, time.perf_counter() - started)
 
 
-class _Totals:
+class Totals:
     """Sums in float64. Of sources and of samples: losses, tokens, hits and bytes; of places in a sample: losses and
     tokens; of steps of confidence: tokens, confidence and hits."""
 
-    def __init__(self, num_sources: int, length: int, num_samples: int, device: torch.device) -> None:
+    def __init__(self, samples: Chosen, device: torch.device) -> None:
         make = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.sources, self.samples = make(num_sources, 4), make(num_samples, 4)
-        self.places, self.bins = make(length, 2), make(NUM_BINS, 3)
+        self.names = samples.domains or ("all",)
+        self.sources, self.samples = make(len(self.names), 4), make(len(samples), 4)
+        self.places, self.bins = make(samples.max_seq_length, 2), make(NUM_BINS, 3)
 
     def add(self, logits_BSV: Tensor, batch: Batch, tokenizer: Tokenizer) -> None:
         """A batch's numbers."""
@@ -186,6 +179,18 @@ class _Totals:
                 size = len(text.encode("utf-8", "surrogatepass"))
                 self.sources[source, _BYTES] += size
                 self.samples[sample, _BYTES] += size
+
+    def measured(self, load: dict[int, list[int]], seconds: float) -> Measured:
+        """What they come to. Raises ValueError when no token had a label."""
+        if not self.sources[:, _TOKENS].sum():
+            raise ValueError("nothing to measure: no token has another one of its document behind it")
+        rows = zip(self.names, self.sources.tolist(), strict=True)
+        each = {name: _losses(row) for name, row in rows if row[_TOKENS]}
+        whole = _losses(self.sources.sum(0).tolist())
+        bins = [
+            (int(count), *(part / max(1, count) for part in (sure, hits))) for count, sure, hits in self.bins.tolist()
+        ]
+        return Measured(whole, each, _by_position(self.places), load, bins, self.samples.tolist(), seconds)
 
 
 def _losses(row: list[float]) -> Losses:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moe_dist.models.experts import Experts
+from moe_dist.models.int8 import Int8Experts
 from moe_dist.models.moe import MoE
 from moe_dist.models.precision import full
 from moe_dist.models.transformer import Transformer
@@ -28,7 +29,7 @@ CachePolicy = Literal["lru", "lfu"]
 Key = tuple[int, int]
 """Layer, and expert as it is counted on this rank."""
 Weights = dict[str, Tensor]
-"""Parameters of one expert, each a stack of one."""
+"""Tensors of one expert, each a stack of one: its parameters, or where they are int8 these and their scales."""
 
 
 @dataclass
@@ -116,13 +117,14 @@ class ExpertCache:
     @torch.no_grad()
     def _take_over(self, moe: MoE) -> None:
         experts = moe.experts
-        if not isinstance(experts, Experts) or experts.draws_noise:
+        if not isinstance(experts, Experts | Int8Experts) or experts.draws_noise:
             raise ValueError(f"expert_cache_size_gb: experts of class {type(experts).__name__} are not one stack")
         if experts.is_adapted:
             raise ValueError(
                 "expert_cache_size_gb: these experts have adapters beside them; moe-dist export --merge makes one model"
             )
-        stacks = {name: parameter.detach() for name, parameter in experts.named_parameters(recurse=False)}
+        tensors = (*experts.named_parameters(recurse=False), *experts.named_buffers(recurse=False))
+        stacks = {name: tensor.detach() for name, tensor in tensors}
         device, one = next(iter(stacks.values())).device, sum(stack[0].nbytes for stack in stacks.values())
         self._largest = max(self._largest, one)
         if one > self.max_bytes:
@@ -158,11 +160,11 @@ class ExpertCache:
 
 
 class CachedExperts(nn.Module):
-    """Stands where `Experts` stood: the same rows in and out, one expert after the other."""
+    """Stands where `Experts` or `Int8Experts` stood: the same rows in and out, one expert after the other."""
 
     draws_noise = False
 
-    def __init__(self, experts: Experts, layer: int, cache: ExpertCache) -> None:
+    def __init__(self, experts: Experts | Int8Experts, layer: int, cache: ExpertCache) -> None:
         super().__init__()
         self.first_expert, self.num_local, self.layer = experts.first_expert, experts.num_local, layer
         self.casts_rows = experts.casts_rows

@@ -45,6 +45,20 @@ class HarnessModel(LM):
         super().__init__()
         self.model, self._stderr = model, sys.stderr
 
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness' own cache of requests, which is not used here."""
+        return self.model.tokenizer.name
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text. A template that knows no system message gets none, as `HFLM` does it."""
+        goes_on = not add_generation_prompt
+        try:
+            return self.model.rendered(chat_history, goes_on=goes_on)
+        except ValueError:
+            others = [one for one in chat_history if one["role"] != "system"]
+            return self.model.rendered(others, goes_on=goes_on)
+
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Of each (context, continuation): nats of the continuation, and whether greedy search would write it."""
         with redirect_stderr(self._stderr):  # what the model has to say is not the harness' chatter
@@ -111,7 +125,8 @@ def run_harness(names: Sequence[str], model: WholeModel, limit: int | None = Non
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=SEED)
         try:
-            results: dict[str, Any] = evaluate(lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=100)
+            how = {"apply_chat_template": model.chat_template, "fewshot_as_multiturn": model.chat_template}
+            results: dict[str, Any] = evaluate(lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=100, **how)
         except (ValueError, RuntimeError, OSError):
             raise
         except Exception as error:  # of a task's template or code

@@ -126,7 +126,7 @@ def _classify(task: RowTask, model: WholeModel) -> TaskResult:
     right = [right_class(row, choices, labels, task.path) for row, choices in zip(task.rows, each, strict=True)]
     pairs = []
     for row, choices in zip(task.rows, each, strict=True):
-        prompt = prompt_of(row, task.path)
+        prompt = model.asked(prompt_of(row, task.path))
         pairs += [model.encode_pair(prompt, choice) for choice in choices]
     scores = iter(model.score(pairs))
     found = []
@@ -152,7 +152,8 @@ def _write(task: RowTask, model: WholeModel) -> TaskResult:
             options.append(SamplingOptions(max_tokens=int(row.get("max_tokens", MAX_TOKENS)), stop=stops))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{task.path}: {error}") from error
-    prompts = [model.encode(prompt_of(row, task.path)) or [model.first_id] for row in task.rows]
+    asked = [model.asked(prompt_of(row, task.path)) for row in task.rows]
+    prompts = [model.encode(text) or [model.first_id] for text in asked]
     answers = [text.strip() for text in model.write(prompts, options)]
     given = [row["reference"] for row in task.rows]
     references = [[one] if isinstance(one, str) else one for one in given]

@@ -8,7 +8,7 @@ Shape suffixes: B batch, S sequence, D hidden, V vocabulary, N scored tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -32,12 +32,25 @@ Command = tuple[str, list[Any], Any]
 
 
 class WholeModel:
-    """`model`: this rank's part. `batch_size`: rows of a pass on each replica. `bf16`: compute so by autocast."""
+    """`model`: this rank's part. `batch_size`: rows of a pass on each replica. `bf16`: compute so by autocast.
+    `chat_template`: what is asked is what a user says, by the tokenizer's template. Raises ValueError where it has
+    none.
+    """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, mesh: Mesh, *, batch_size: int = 4, bf16: bool = False
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        *,
+        batch_size: int = 4,
+        bf16: bool = False,
+        chat_template: bool = False,
     ) -> None:
+        if chat_template and not getattr(tokenizer, "has_chat_template", False):
+            raise ValueError(f"tokenizer {tokenizer.name!r} has no chat template, by which tasks could be asked")
         self.model, self.tokenizer, self.mesh, self.batch_size, self.bf16 = model, tokenizer, mesh, batch_size, bf16
+        self.chat_template = chat_template
         inner = getattr(tokenizer, "inner", None)
         bos = None if inner is None else inner.bos_token_id
         self.first_id = tokenizer.eos_id if bos is None else int(bos)
@@ -48,6 +61,20 @@ class WholeModel:
     def max_length(self) -> int:
         """Tokens of a sequence at most."""
         return self.model.config.max_position_embeddings
+
+    def asked(self, text: str) -> str:
+        """How this model is asked for what comes behind `text`. Raises ValueError for what a template refuses."""
+        return self.rendered([{"role": "user", "content": text}]) if self.chat_template else text
+
+    def rendered(self, messages: Sequence[Mapping[str, str]], *, goes_on: bool = False) -> str:
+        """A conversation by the chat template, up to where the assistant begins; `goes_on`: in its last message."""
+        try:
+            found = self.tokenizer.inner.apply_chat_template(  # type: ignore[attr-defined]
+                list(messages), tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
+            )
+        except Exception as error:  # of jinja, in the words of whoever wrote the template
+            raise ValueError(f"the chat template of {self.tokenizer.name!r} refuses this: {error}") from error
+        return str(found)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids. `special`: with the marks that the tokenizer itself sets around a text, as a model of Hugging

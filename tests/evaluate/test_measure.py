@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from moe_dist.data.packing import pack
 from moe_dist.data.tokenizer import ByteTokenizer
 from moe_dist.evaluate import measure as measuring
 from moe_dist.evaluate.expert_study import study
+from moe_dist.evaluate.latency import measure_latency
 from moe_dist.evaluate.measure import Measured, measure
+from moe_dist.generate.engine import MoEInferenceEngine
 from moe_dist.parallel.parallelize import build_part
 from moe_dist.pretrained.inference import find_model, open_model
 from moe_dist.train import MoETrainer
@@ -169,6 +172,54 @@ def test_models_side_by_side(run: Path, files: list[str], tmp_path: Path, say: S
         assert f"{row['sources']['prose']['perplexity']:,.2f}" in said.out
 
 
+def test_a_baseline_that_knows_frequencies_alone(run: Path, files: list[str], tmp_path: Path, say: Say) -> None:
+    """Its loss is the entropy of the labels, whatever cuts them; the others are held against it, sample by sample."""
+    more = ("--baseline", "unigram", "--json", tmp_path / "both.json", "--report", tmp_path / "page.html")
+    said = say("evaluate", run / "checkpoint-2", run, *words(files), *more)
+    assert said.code == 0, said
+    rows = json.loads((tmp_path / "both.json").read_text())
+    assert [row["model"] for row in rows] == ["unigram", f"{run}/checkpoint-2", str(run)]
+    ids = [*PROSE.encode(), 256, *CODE.encode(), 256]
+    end = len(PROSE.encode()) + 1
+    labels = [token for place, token in enumerate(ids) if place not in (0, end)]
+    counts = [labels.count(token) for token in set(labels)]
+    entropy = -sum(count * math.log(count / len(labels)) for count in counts) / len(labels)
+    base = rows[0]
+    assert base["tokens"] == rows[1]["tokens"] == len(labels)
+    assert base["loss"] == pytest.approx(entropy, abs=1e-5)
+    assert base["accuracy"] == pytest.approx(max(counts) / len(labels))
+    assert not base.keys() & {"flops", "latency"}
+    assert rows[0]["sources"].keys() == rows[1]["sources"].keys()
+    for row in rows[1:]:
+        assert row["differences"]["loss"]["paired"]
+        assert row["differences"]["loss"]["difference"] == pytest.approx(row["loss"] - base["loss"])
+    assert "more than unigram" in said.out
+    assert "Differences from unigram" in (tmp_path / "page.html").read_text()
+    first = say("evaluate", run, "--baseline", run / "checkpoint-2", *words(files), "--json", "-")
+    assert [row["model"] for row in json.loads(first.out)] == [f"{run}/checkpoint-2", str(run)]
+    tasks = Path(__file__).parents[2] / "configs" / "tasks"
+    wrong = say("evaluate", run, "--baseline", "unigram", "--tasks", tasks / "sentiment.jsonl")
+    assert (wrong.code, wrong.out, len(wrong.err.splitlines())) == (2, "", 1), wrong
+    both = say("evaluate", run, "--baseline", "unigram", "--tasks", tasks / "sentiment.jsonl", *words(files))
+    assert both.code == 0, both
+
+
+def test_latency_is_how_long_a_token_takes(run: Path, files: list[str], say: Say, replace: Replace) -> None:
+    """Planted: passes that take longer, the first one longest."""
+    step = MoEInferenceEngine.step
+
+    def slow(engine: MoEInferenceEngine) -> Any:
+        time.sleep(0.05 if engine._waiting else 0.02)
+        return step(engine)
+
+    replace(MoEInferenceEngine, "step", slow)
+    said = say("evaluate", run, *words(files), "--json", "-")
+    latency = json.loads(said.out)["latency"]
+    assert latency["prompt_tokens"] == 128
+    assert latency["first_token_seconds"] >= 0.05
+    assert latency["seconds_per_token"] >= 0.02
+
+
 def test_what_cannot_be_measured_is_one_line(run: Path, tmp_path: Path, say: Say) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
     (tmp_path / "a.txt").write_text("abc")
@@ -194,10 +245,10 @@ def measured(overrides: tuple[str, ...]) -> tuple[Measured, Any]:
     model.initialize(5)
     samples = pack(documents_from([PROSE, CODE] * 3), ByteTokenizer(), max_seq_length=16, keep_tail=True)
     chosen = Chosen(samples, range(len(samples)))
-    return (
-        measure(model, chosen, ByteTokenizer(), mesh, batch_size=2),
-        study(model, chosen, ByteTokenizer(), mesh, batch_size=3).to_json(),
-    )
+    seen = study(model, chosen, ByteTokenizer(), mesh, batch_size=3).to_json()
+    waited = measure_latency(model, mesh)
+    assert min(waited.first_token_seconds, waited.seconds_per_token) > 0
+    return measure(model, chosen, ByteTokenizer(), mesh, batch_size=2), (seen, waited.prompt_tokens)
 
 
 @pytest.mark.dist
@@ -218,12 +269,12 @@ def test_every_layout_measures_what_one_process_measures(layout: tuple[str, ...]
 def test_a_wrong_sum_is_seen(run: Path, files: list[str], tmp_path: Path, say: Say, replace: Replace) -> None:
     """Planted: losses of both sources in one."""
     right = say("evaluate", run, *words(files), "--json", "-").out
-    add = measuring._Totals.add
+    add = measuring.Totals.add
 
     def mixed(totals: Any, logits: Any, batch: Any, tokenizer: Any) -> None:
         add(totals, logits, dataclasses.replace(batch, domain_ids=batch.domain_ids * 0), tokenizer)
 
-    replace(measuring._Totals, "add", mixed)
+    replace(measuring.Totals, "add", mixed)
     wrong = say("evaluate", run, *words(files), "--json", "-").out
     assert json.loads(wrong)["sources"].keys() != json.loads(right)["sources"].keys()
 
@@ -287,6 +338,7 @@ def test_tasks_alone_and_beside_losses(run: Path, files: list[str], tmp_path: Pa
     assert said.code == 0, said
     row = json.loads((tmp_path / "scores.json").read_text())
     told = {"model", "tasks", "f1", "bleu", "chrf", "exact_match", "flops", "dense_flops", "flops_saved", "intervals"}
+    told |= {"latency"}
     assert row.keys() == told
     assert row["tasks"]["sentiment"].keys() == {"accuracy", "f1", "samples"}
     assert row["f1"] == row["tasks"]["sentiment"]["f1"]

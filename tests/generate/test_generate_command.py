@@ -18,10 +18,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from launcher.rank.chat import Chat
 from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.tools.inspecting import Tensors
-from moe_dist.config import ModelConfig
+from moe_dist.config import ModelConfig, load_config
 from moe_dist.data.tokenizer import HuggingFaceTokenizer
 from moe_dist.generate.engine import MoEInferenceEngine
 from moe_dist.generate.options import SamplingOptions
+from moe_dist.models.int8 import to_int8
 from moe_dist.models.transformer import Transformer
 from moe_dist.pretrained.inference import find_model, open_model
 from moe_dist.train import MoETrainer
@@ -43,6 +44,7 @@ OPTIONS = {
     "progress": "none",
     "tensorboard": False,
     "validation_split": 0.0,
+    "sample_tokens": 24,
     "seed": 3,
 }
 TEXTS = [f"def f{i}(x):\n    return x * {i}\n" * 12 for i in range(8)]
@@ -117,6 +119,7 @@ def test_what_cannot_be_is_one_line_and_two(run: Path, tmp_path: Path, say: Say)
         ((run, "--prompts", tmp_path / "empty.txt"), "no prompt"),
         ((run, "--prompts", tmp_path / "none.txt"), "No such file"),
         ((run, "-p", "a", "--output", "x"), "only with --prompts"),
+        ((run, "-p", "a", "--prefetch"), "--prefetch: only with --expert-cache-gb"),
         ((run, "--chat", "--nproc", 2), "one process"),
         ((run, "-p", "a" * 5000), "at most"),
         ((run, "-p", "a", "model.hidden_size=nope"), "hidden_size"),
@@ -135,6 +138,36 @@ def test_an_expert_cache_says_the_same_and_how_often_it_had_an_expert(run: Path,
         said = say("generate", run, "-p", "def ", "--expert-cache-gb", 2e-5, *more, *SHORT)
         assert said.out == plain
         assert "hit" in said.err
+
+
+def test_int8_weights_say_what_they_save(run: Path, tmp_path: Path, say: Say) -> None:
+    """What is written is that of a model made int8, and an evaluation measures the same one."""
+    model, tokenizer = open_model(find_model(str(run)))
+    before, after = to_int8(model)
+    [wanted] = MoEInferenceEngine(model, tokenizer).generate(["def "], SamplingOptions(12, ignore_eos=True))
+    said = say("generate", run, "--prompts", prompts_of(tmp_path), "--int8", *SHORT)
+    assert json.loads(said.out)["text"] == wanted.text
+    assert said.err == f"int8: weights are {after / 1e6:,.1f} MB, not {before / 1e6:,.1f}\n"
+    losses = []
+    for more in ((), ("--int8",)):
+        found = say("evaluate", run, "--data", tmp_path / "prompts", "--json", "-", *more)
+        losses.append(json.loads(found.out)["loss"])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_samples_of_a_training_are_what_this_command_writes(run: Path, say: Say) -> None:
+    """That after training, from the checkpoint."""
+    *_, summary = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    train = load_config(run / "config.yaml").train
+    how = ("--temperature", 0.8, "--seed", train.seed, "--max-tokens", train.sample_tokens, "--ignore-eos")
+    found = say("generate", run, "--prompts", prompts_of(run.parent, train.sample_prompt), *how)
+    assert summary["sample_after"] == train.sample_prompt + json.loads(found.out)["text"]
+    assert summary["sample_before"] != summary["sample_after"]
+
+
+def prompts_of(folder: Path, prompt: str = "def ") -> Path:
+    (folder / "prompts").write_text(prompt)
+    return folder / "prompts"
 
 
 def test_a_conversation(run: Path, say: Say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

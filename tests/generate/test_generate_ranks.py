@@ -14,6 +14,7 @@ from tiny import mesh_of, tiny_config
 from moe_dist.data.tokenizer import ByteTokenizer
 from moe_dist.generate.engine import MoEInferenceEngine
 from moe_dist.generate.options import SamplingOptions
+from moe_dist.models.int8 import to_int8
 from moe_dist.parallel.parallelize import build_part
 
 PROMPTS = ["def f", "x", "a somewhat longer prompt", "end"]
@@ -27,6 +28,7 @@ CASES: list[tuple[list[str], SamplingOptions]] = [
 ]
 if importlib.util.find_spec("llguidance") is not None:
     CASES.append((PROMPTS[:3], SamplingOptions(24, temperature=1.5, seed=3, json_schema='{"type": "object"}')))
+INT8 = "int8"
 LAYOUTS = {
     "ep": ("ep_size=2",),
     "ep-dedup": ("ep_size=2", "parallel.dispatcher=dedup"),
@@ -34,15 +36,19 @@ LAYOUTS = {
     "pp": ("pp_size=2", "gradient_accumulation_steps=2"),
     "pp-vshape": ("pp_size=2", "gradient_accumulation_steps=4", "parallel.schedule=zero_bubble"),
     "replicas": (),
+    "ep-int8": ("ep_size=2", INT8),
 }
 
 
 def answers(overrides: tuple[str, ...]) -> list[Any]:
     """(tokens, text, finished, log-probabilities) of every case, on one rank."""
-    config = tiny_config("model.vocab_size=272", "model.num_hidden_layers=4", "max_position_embeddings=64", *overrides)
+    keys = [key for key in overrides if key != INT8]
+    config = tiny_config("model.vocab_size=272", "model.num_hidden_layers=4", "max_position_embeddings=64", *keys)
     mesh = mesh_of(config.parallel.ep_size, None, config.parallel.pp_size)
     model = build_part(config, mesh)
     model.initialize(5)
+    if INT8 in overrides:
+        to_int8(model)
     engine = MoEInferenceEngine(model, ByteTokenizer(), mesh=mesh, max_rows=4)
     found = []
     for prompts, options in CASES:
@@ -63,7 +69,7 @@ def answers_without_sharing(overrides: tuple[str, ...]) -> list[Any]:
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_has_the_answers_of_one_process(layout: str) -> None:
-    alone = answers(())
+    alone = answers(tuple(key for key in LAYOUTS[layout] if key == INT8))
     for rank, found in enumerate(run_ranks(answers, 2, LAYOUTS[layout])):
         assert found == alone, f"rank {rank}"
 

@@ -20,9 +20,34 @@ from moe_dist.pretrained.inference import find_model, open_model
 BODY = {"model": "run", "prompt": ["def ", "x", "abc"], "temperature": 0, "ignore_eos": True, "max_tokens": 6}
 
 
+PLANTED = """
+import importlib.abc, os, sys
+
+class Planting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "moe_dist.serve.load" and os.environ.get("RANK") == "1":
+            from moe_dist.generate.engine import MoEInferenceEngine
+            forward = MoEInferenceEngine._forward
+            def broken(self, rows):
+                if os.path.exists(os.environ["PLANTED"]):
+                    raise RuntimeError("this rank has no luck")
+                return forward(self, rows)
+            MoEInferenceEngine._forward = broken
+
+sys.meta_path.insert(0, Planting())
+"""
+"""A `sitecustomize` by which rank 1 raises in a pass once there is a file."""
+
+
 @pytest.mark.dist
-def test_two_ranks_say_what_one_says(run: Path, tmp_path: Path, serving: Any) -> None:
-    """Until one of them is killed: then whoever waits is told, and the command fails and names it."""
+@pytest.mark.parametrize("how", ["killed", pytest.param("raises", marks=pytest.mark.proof)])
+def test_two_ranks_say_what_one_says(
+    how: str, run: Path, tmp_path: Path, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until one of them is killed, or raises: then whoever waits is told, and the command fails and names it."""
+    (tmp_path / "sitecustomize.py").write_text(PLANTED)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("PLANTED", f"{tmp_path}/now")
     engine = MoEInferenceEngine(*open_model(find_model(str(run))))
     wanted = engine.generate(BODY["prompt"], SamplingOptions(max_tokens=6, ignore_eos=True))  # type: ignore[arg-type]
     with serving(run, tmp_path, "--nproc", 2, "ep_size=2") as server:
@@ -40,14 +65,16 @@ def test_two_ranks_say_what_one_says(run: Path, tmp_path: Path, serving: Any) ->
                 next(lines)
                 whole = pool.submit(client.post, "/v1/completions", json=endless)
                 server.wait_for("live_requests", 2)
-                os.kill(_rank(server.process.pid, 1), signal.SIGKILL)
+                if how == "killed":
+                    os.kill(_rank(server.process.pid, 1), signal.SIGKILL)
+                (tmp_path / "now").touch()
                 assert server.process.wait(30) == 1
                 last = [line for line in lines if line][-1]
         assert whole.result().status_code == 503
         assert whole.result().json()["error"]["code"] == "engine_failed"
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
         log = server.log.read_text()
-        assert "rank 1" in log
+        assert ("rank 1" if how == "killed" else "rank 1: RuntimeError: this rank has no luck") in log
         assert "Traceback" not in log
 
 

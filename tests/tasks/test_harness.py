@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from chat_tokenizers import tokenizer_of
+from chat_tokenizers import save_tokenizer, tokenizer_of
 from command_line import Say
 from patches import Replace
 
@@ -50,6 +51,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     plain.save_pretrained(place / "plain")
     marked.save_pretrained(place / "marked")
+    save_tokenizer(place / "llama3", "llama3")
     options = {"tokenizer": f"{place}/plain", "max_seq_length": 48, "max_steps": 3, "learning_rate": 1e-2}
     quiet: dict[str, Any] = {"progress": "none", "tensorboard": False, "save_steps": 3, "sample_tokens": 0}
     texts = ["The keys to the cabinet are on the table.\n2 + 3 = 5\n4 + 5 = 9\n" * 4] * 6
@@ -57,7 +59,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def theirs(folder: Path, tokenizer: Path) -> dict[str, Any]:
+def theirs(folder: Path, tokenizer: Path, *, chat: bool = False) -> dict[str, Any]:
     """What the harness' own class for `transformers` finds."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -75,31 +77,32 @@ def theirs(folder: Path, tokenizer: Path) -> dict[str, Any]:
         task.set_fewshot_seed(seed=1234)
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-    return evaluate(model, tasks, bootstrap_iters=0)
+    return evaluate(model, tasks, bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=chat)
 
 
-def loaded(exported: Path, tokenizer: str) -> WholeModel:
+def loaded(exported: Path, tokenizer: str, *, chat: bool = False) -> WholeModel:
     model, _ = open_model(find_model(str(exported / "run")))
     from transformers import AutoTokenizer
 
     inner = AutoTokenizer.from_pretrained(exported / tokenizer)
-    return WholeModel(model, HuggingFaceTokenizer(inner, tokenizer), Mesh.single(), batch_size=4)
+    return WholeModel(model, HuggingFaceTokenizer(inner, tokenizer), Mesh.single(), batch_size=4, chat_template=chat)
 
 
 def ours(model: WholeModel) -> dict[str, TaskResult]:
     return run_tasks(model, [str(TASKS / f"{name}.yaml") for name in NAMES])
 
 
-@pytest.mark.parametrize("tokenizer", ["plain", pytest.param("marked", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokenizer", ["plain", "llama3", pytest.param("marked", marks=pytest.mark.slow)])
 def test_every_number_is_that_of_the_harness(exported: Path, tokenizer: str, tmp_path: Path, say: Say) -> None:
-    """The parity table, with a tokenizer that sets marks and one that does not."""
+    """The parity table, with a tokenizer that sets marks, one that does not, and by a chat template."""
+    chat = tokenizer == "llama3"
     assert say("export", exported / "run", "--output", tmp_path / "hf", "--no-logits").code == 0
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    found = ours(loaded(exported, tokenizer))
+    found = ours(loaded(exported, tokenizer, chat=chat))
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert before == after  # a task in the middle of a training leaves nothing behind
-    wanted = theirs(tmp_path / "hf", exported / tokenizer)
+    wanted = theirs(tmp_path / "hf", exported / tokenizer, chat=chat)
     table = []
     for name in NAMES:
         right = {
@@ -117,6 +120,29 @@ def test_every_number_is_that_of_the_harness(exported: Path, tokenizer: str, tmp
         assert mine == right if exact else mine == pytest.approx(right, rel=1e-5), (name, metric)
     for name in NAMES:
         assert found[name].num_rows == len(wanted["samples"][name])
+    if chat:
+        assert ours(loaded(exported, tokenizer))["agreement"].metrics != found["agreement"].metrics
+
+
+def test_a_chat_template_asks_tasks(exported: Path, tmp_path: Path, say: Say) -> None:
+    """Rows of a file too; what the model sees is the question as a user's turn, and few-shot examples are turns."""
+    model = loaded(exported, "llama3", chat=True)
+    assert model.asked("a").endswith(
+        "user<|end_header_id|>\n\na<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    row = {"prompt": "The keys", "choices": [" are", " is"], "label": 0}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    seen: list[list[int]] = []
+    score = model.score
+    model.score = lambda requests: (seen.extend(ids for ids, _ in requests), score(requests))[1]  # type: ignore[method-assign]
+    run_tasks(model, [str(tmp_path / "rows.jsonl")])
+    text = model.tokenizer.inner.decode(seen[0])  # type: ignore[attr-defined]
+    assert text == model.asked("The keys") + " are"
+    said = say("evaluate", exported / "run", "--tasks", TASKS / "agreement.yaml", "--apply-chat-template")
+    assert (said.code, said.out, len(said.err.splitlines())) == (2, "", 1), said
+    assert "has no chat template" in said.err
+    said = say("evaluate", exported / "run", "--apply-chat-template")
+    assert (said.code, said.err) == (2, "moe-dist: error: --apply-chat-template: only with --tasks\n"), said
 
 
 def test_each_request_is_answered_as_the_harness_answers_it(exported: Path, tmp_path: Path, say: Say) -> None:
