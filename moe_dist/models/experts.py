@@ -59,9 +59,9 @@ class Experts(nn.Module):
         return _GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.hidden_act)
 
     def _adapters_are_grouped(self, dtype: torch.dtype) -> bool:
-        """Whether the kernel takes their ranks, and nothing is dropped on the way into them."""
-        there = [adapter for adapter in (self.lora_gate_up, self.lora_down) if adapter is not None]
-        return not self.draws_noise and all(grouped_mm_takes(dtype, adapter.A.shape[2:]) for adapter in there)
+        """Whether the kernel takes the sizes of the experts and the ranks beside them, and no row is dropped out."""
+        ranks = [adapter.A.shape[2] for adapter in (self.lora_gate_up, self.lora_down) if adapter is not None]
+        return not self.draws_noise and grouped_mm_takes(dtype, (*self.w_down.shape[1:], *ranks))
 
     def _with_adapters(self, rows_RD: Tensor, weights: tuple[Tensor, Tensor], offsets: Tensor) -> Tensor:
         matrices: list[Tensor | None] = []
