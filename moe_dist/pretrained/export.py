@@ -185,8 +185,15 @@ def _export_huggingface(
 def _export_adapter(source: Source, output: Path, dtype: torch.dtype | None, told: Told) -> Exported:
     """A folder for `peft`, read again."""
     model, lora, pretrained = source.config.model, source.config.lora, source.state.get("pretrained") or {}
-    weights = saved_adapter(source.found, source.manifest, source.keys, source.config)
-    weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items()}
+    if lora.use_dora:
+        merged = MergedWeights(source.found, source.manifest, source.keys, source.config, dtype, source.state)
+        weights = merged.adapter()
+        merged.close()
+    else:
+        weights = saved_adapter(source.found, source.manifest, source.keys, source.config)
+    for name in weights if dtype is not None else ():
+        if not name.endswith(".magnitude"):  # of which rounding takes more than training adds
+            weights[name] = weights[name].to(dtype)
     kind = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     with new_folder(output, "an export") as folder:
         try:

@@ -20,6 +20,7 @@ from moe_dist.models.noise import Sources, keep_mask
 from moe_dist.models.precision import in_dtype
 from moe_dist.models.transformer import Transformer
 
+DORA = "lora={target_modules: [q_proj, o_proj, gate_proj, down_proj, lm_head], use_dora: true}"
 OFF = ("balance.bias_update_rate=0", "lora.r=4", "lora.alpha=6", "lora.init=random")
 
 
@@ -39,7 +40,12 @@ def merged(model: Transformer, lora: LoraConfig) -> tuple[Transformer, dict[str,
     values = dict(model.named_parameters())
     for target in targets(model.config, lora):
         a, b = values[f"{target.module}.A"], values[f"{target.module}.B"]
-        state[target.weight] = state[target.weight] + lora.scale * (a @ b if target.num_experts else b @ a)
+        weight = state[target.weight]
+        whole = weight + lora.scale * (a @ b if target.num_experts else b @ a)
+        if lora.use_dora:  # Liu et al. 2024, equation 5; the length below is a constant, by section 4.3
+            magnitude = weight.norm(dim=1) + values[f"{target.module}.magnitude"]
+            whole = magnitude[:, None] * whole / whole.norm(dim=1, keepdim=True).detach()
+        state[target.weight] = whole
     plain.requires_grad_(False)
     return plain.eval(), state
 
@@ -56,8 +62,9 @@ def merged(model: Transformer, lora: LoraConfig) -> tuple[Transformer, dict[str,
             *("model.kv_lora_rank=8", "model.q_lora_rank=10", "model.qk_nope_head_dim=6", "model.qk_rope_head_dim=4"),
             "model.v_head_dim=6",
         ),
+        (DORA, "model.qkv_bias=true", "model.shared_expert_gate=true"),
     ],
-    ids=["all", "rslora", "clamped", "loop", "latents"],
+    ids=["all", "rslora", "clamped", "loop", "latents", "dora"],
 )
 def test_a_model_with_adapters_is_the_plain_one_with_their_sum(overrides: tuple[str, ...]) -> None:
     """Logits and the gradients of every A and B, to 1e-6. Seen to fail with the router's adapter left out, and with
@@ -69,6 +76,9 @@ def test_a_model_with_adapters_is_the_plain_one_with_their_sum(overrides: tuple[
 def _compare_with_the_sum(overrides: tuple[str, ...]) -> None:
     model = built(*overrides).eval()
     lora = tiny_config(*OFF, *overrides).lora
+    for name, parameter in model.named_parameters():
+        if name.endswith((".magnitude", ".bias")):  # zeros so far
+            torch.nn.init.uniform_(parameter, -0.2, 0.2)
     plain, state = merged(model, lora)
     ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
     upstream = torch.randn(2, 12, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -200,10 +210,14 @@ def test_dropout_is_of_training_alone() -> None:
     assert torch.equal(model(ids, noise=1), model(ids, noise=1))
 
 
-def test_with_zeros_in_b_the_model_is_what_it_was() -> None:
-    model = built("lora.target_modules=all-linear", "lora.init=kaiming").eval()
+@pytest.mark.parametrize("words", ["lora.target_modules=all-linear", DORA])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_zeros_in_b_the_model_is_what_it_was(words: str, dtype: torch.dtype) -> None:
+    model = built(words, "lora.init=kaiming").eval()
+    model.round_weights(dtype)
     plain = Transformer(model.config)
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if ".lora" not in name})
+    plain.round_weights(dtype)
     ids = torch.randint(0, 64, (2, 8))
     assert torch.equal(model(ids), plain.eval()(ids))
     assert all(p.abs().sum() > 0 for name, p in model.named_parameters() if name.endswith(".A"))
@@ -259,6 +273,12 @@ def test_all_linear_says_what_it_took_and_warns_of_the_router() -> None:
         (("lora.target_modules=[experts]", "model.num_experts=0"), r"experts: this model has none"),
         (("lora.target_modules=[experts]", "model.expert=moe_dist.verify.examples:TwoLinears"), r"a class of its own"),
         (("lora.target_modules=[gate]", "model.router=moe_dist.verify.examples:TemperedRouter"), r"a class of its own"),
+        (
+            ("lora.target_modules=all-linear", "lora.use_dora=true"),
+            r"has gate, no linear map.*name some, such as q_proj",
+        ),
+        (("lora.target_modules=[experts]", "lora.use_dora=true"), r"has experts, no linear map"),
+        (("lora.r=0", "lora.use_dora=true"), r"r=0 trains no adapters"),
     ],
 )
 def test_what_cannot_be_adapted_is_named(overrides: tuple[str, ...], said: str) -> None:
@@ -266,10 +286,12 @@ def test_what_cannot_be_adapted_is_named(overrides: tuple[str, ...], said: str) 
         built(*overrides)
 
 
+@pytest.mark.parametrize("use_dora", ["false", "true"])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_loss_at_the_head_sees_its_adapter(training: bool) -> None:
+def test_a_loss_at_the_head_sees_its_adapter(training: bool, use_dora: str) -> None:
     """A loss that is made from hidden states and weight, never from logits."""
-    model = built("lora.target_modules=[lm_head]", "lora.dropout=0.2").train(training)
+    overrides = ("lora.target_modules=[lm_head]", "lora.dropout=0.2", f"lora.use_dora={use_dora}")
+    model = built(*overrides).train(training)
     ids = torch.arange(12).view(2, 6)
     found, wanted = (gradients_at_the_head(model, ids, function) for function in (torch.nn.functional.linear, None))
     for one, other in zip(found, wanted, strict=True):
