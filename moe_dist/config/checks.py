@@ -111,6 +111,8 @@ def check_adapters(config: Sections) -> None:
         raise ValueError("balance.freeze_router=true: lora.target_modules has gate, the router; leave one of them out")
     if lora.use_dora:
         _check_dora(config, words)
+    if lora.quantize is not None:
+        _check_quantized(config)
     own = {"gate": ("router", BUILT_IN_ROUTERS)} | dict.fromkeys(EXPERT_TARGETS, ("expert", BUILT_IN_EXPERTS))
     for word, (key, known) in own.items():
         if config.model.moe_layers and word in words and getattr(config.model, key) not in known:
@@ -134,6 +136,20 @@ def _check_dora(config: Sections, words: Sequence[str]) -> None:
             "in transformers, and PEFT's format has magnitudes of these alone; name some, such as q_proj, or set "
             "use_dora=false"
         )
+
+
+def _check_quantized(config: Sections) -> None:
+    """Weights in few bits stay whole on their ranks, and are multiplied by code that knows them."""
+    model, parallel, said = config.model, config.parallel, f"lora.quantize={config.lora.quantize}"
+    if parallel.engine == "deepspeed" or parallel.zero_stage:
+        raise ValueError(
+            f"{said}: parallel.engine={parallel.engine}, zero_stage={parallel.zero_stage} cuts or casts weights, which "
+            "codes of blocks do not allow; take engine=torch and zero_stage=0, and share experts out by ep_size"
+        )
+    if model.moe_layers and model.expert not in BUILT_IN_EXPERTS:
+        raise ValueError(f"{said}: model.expert={model.expert} is a class of its own, which reads its weights itself")
+    if config.train.torch_compile:
+        raise ValueError(f"{said}: train.torch_compile=true cannot compile what makes weights whole; set it to false")
 
 
 def check_trained(config: Sections) -> None:

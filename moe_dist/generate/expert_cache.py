@@ -122,6 +122,8 @@ class ExpertCache:
             raise ValueError(
                 "expert_cache_size_gb: these experts have adapters beside them; moe-dist export --merge makes one model"
             )
+        if experts.is_quantized:
+            raise ValueError("expert_cache_size_gb: these experts are in few bits (lora.quantize); set it to null")
         stacks = {name: parameter.detach() for name, parameter in experts.named_parameters(recurse=False)}
         device, one = next(iter(stacks.values())).device, sum(stack[0].nbytes for stack in stacks.values())
         self._largest = max(self._largest, one)

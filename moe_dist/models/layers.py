@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.models.precision import full, full_dtype
+from moe_dist.models.quantized import QuantizedWeight, TimesQuantized
 
 
 class LowRank(nn.Module):
@@ -83,7 +84,7 @@ class DecomposedLowRank(LowRank):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with a place for an adapter, `lora`, which adds to what the map gives."""
+    """`nn.Linear` with a place for an adapter, `lora`, which adds to its result. The weight may be in few bits."""
 
     lora: LowRank | None
 
@@ -92,6 +93,11 @@ class Linear(nn.Linear):
         self.lora = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.weight, QuantizedWeight):
+            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            out = TimesQuantized.apply(x := x.to(dtype), self.weight, F.linear)
+            out = out if self.bias is None else out + self.bias.to(dtype)
+            return out if self.lora is None else self.lora.add_to(out, x)
         return super().forward(x) if self.lora is None else self.lora.beside(self.weight, self.bias, x)
 
 

@@ -175,10 +175,12 @@ def _export_huggingface(
         kind = values["model_type"]
         done = _write(source, output, weights, weights.config, kind, max_shard_bytes, write_config, checks, told)
     if isinstance(weights, MergedWeights):
-        said = (
+        notes = [
             f"adapters are added to the weights; rounding to {done.dtype} takes {weights.rounding:.2%} of what they add"
-        )
-        return done._replace(notes=[*done.notes, said])
+        ]
+        if (kind := source.config.lora.quantize) is not None:
+            notes.append(f"they were trained beside weights in {kind}, and are added to those of the model as it was")
+        return done._replace(notes=[*done.notes, *notes])
     return done
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from moe_dist.models.experts import ClampedExperts, Experts, LoopExperts
 from moe_dist.models.grouped import StackedLowRank
 from moe_dist.models.noise import Sources, keep_mask
 from moe_dist.models.precision import in_dtype
+from moe_dist.models.quantized import quantize_frozen
 from moe_dist.models.transformer import Transformer
 
 DORA = "lora={target_modules: [q_proj, o_proj, gate_proj, down_proj, lm_head], use_dora: true}"
@@ -284,6 +286,12 @@ def test_all_linear_says_what_it_took_and_warns_of_the_router() -> None:
 def test_what_cannot_be_adapted_is_named(overrides: tuple[str, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         built(*overrides)
+
+
+def test_few_bits_without_their_library_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(ConfigError, match=r"pip install 'moe-dist\[quantize\]'"):
+        quantize_frozen(built(), "nf4", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("use_dora", ["false", "true"])
