@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moe_dist.config.deepspeed import check_deepspeed
 from moe_dist.config.sections.all import Sections
 from moe_dist.config.sections.lora import ALL_LINEAR, BUILT_IN_EXPERTS, BUILT_IN_ROUTERS, EXPERT_TARGETS, TARGETS
@@ -107,6 +109,10 @@ def check_adapters(config: Sections) -> None:
     words = [*TARGETS] if lora.target_modules == ALL_LINEAR else lora.target_modules
     if balance.freeze_router and "gate" in words:
         raise ValueError("balance.freeze_router=true: lora.target_modules has gate, the router; leave one of them out")
+    if lora.use_dora:
+        _check_dora(config, words)
+    if lora.quantize is not None:
+        _check_quantized(config)
     own = {"gate": ("router", BUILT_IN_ROUTERS)} | dict.fromkeys(EXPERT_TARGETS, ("expert", BUILT_IN_EXPERTS))
     for word, (key, known) in own.items():
         if config.model.moe_layers and word in words and getattr(config.model, key) not in known:
@@ -119,6 +125,31 @@ def check_adapters(config: Sections) -> None:
             "lora.target_modules=[lm_head]: with parallel.pp_size="
             f"{config.parallel.pp_size} the first stages would have nothing to train; add q_proj, or take pp_size=1"
         )
+
+
+def _check_dora(config: Sections, words: Sequence[str]) -> None:
+    """Rows of linear maps alone have magnitudes."""
+    refused = [word for word in words if config.model.moe_layers and word in ("gate", *EXPERT_TARGETS)]
+    if refused:
+        raise ValueError(
+            f"lora.use_dora=true: lora.target_modules={config.lora.target_modules} has {refused[0]}, no linear map "
+            "in transformers, and PEFT's format has magnitudes of these alone; name some, such as q_proj, or set "
+            "use_dora=false"
+        )
+
+
+def _check_quantized(config: Sections) -> None:
+    """Weights in few bits stay whole on their ranks, and are multiplied by code that knows them."""
+    model, parallel, said = config.model, config.parallel, f"lora.quantize={config.lora.quantize}"
+    if parallel.engine == "deepspeed" or parallel.zero_stage:
+        raise ValueError(
+            f"{said}: parallel.engine={parallel.engine}, zero_stage={parallel.zero_stage} cuts or casts weights, which "
+            "codes of blocks do not allow; take engine=torch and zero_stage=0, and share experts out by ep_size"
+        )
+    if model.moe_layers and model.expert not in BUILT_IN_EXPERTS:
+        raise ValueError(f"{said}: model.expert={model.expert} is a class of its own, which reads its weights itself")
+    if config.train.torch_compile:
+        raise ValueError(f"{said}: train.torch_compile=true cannot compile what makes weights whole; set it to false")
 
 
 def check_trained(config: Sections) -> None:

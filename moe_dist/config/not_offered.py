@@ -19,8 +19,11 @@ _MASKS = "data.format: of conversations only what the assistant says is learned,
 # Whole names, in lower case: a key, or a section.
 _INSTEAD = {
     r"report_to|(use_)?(wandb|mlflow|comet|comet_ml|neptune|swanlab|trackio|clearml|aim)(_.*)?": _TRACKERS,
-    r"qlora(_.*)?|peft(_.*)?|use_(peft|dora|lora)|adapter|finetuning_type|freeze_(?!router).*": _ADAPTERS,
-    r"load_in_[48]bit|quantization(_.*)?|bnb(_.*)?|fp8(_.*)?|amp(_.*)?|fp16_.*|half_precision_backend": _PRECISION,
+    r"peft(_.*)?|use_(peft|lora)|adapter|finetuning_type|freeze_(?!router).*": _ADAPTERS,
+    r"load_in_[48]bit|quantization(_.*)?|bnb(_.*)?|qlora(_.*)?": (
+        "lora.quantize=nf4 or int8 holds the frozen weights beside adapters in 4 or 8 bits (docs/finetuning.md)"
+    ),
+    r"fp8(_.*)?|amp(_.*)?|fp16_.*|half_precision_backend": _PRECISION,
     r"(push_to_)?hub(_.*)?": "moe-dist export RUN --push ORG/NAME uploads a model, or adapters, once it is proven",
     r"fsdp(_.*)?": "parallel.zero_stage shards by FSDP2, over parallel.shard_size ranks",
     r"deepspeed": "parallel.engine=deepspeed, with parallel.deepspeed_config",

@@ -123,6 +123,8 @@ class ExpertCache:
             raise ValueError(
                 "expert_cache_size_gb: these experts have adapters beside them; moe-dist export --merge makes one model"
             )
+        if experts.is_quantized:
+            raise ValueError("expert_cache_size_gb: these experts are in few bits (lora.quantize); set it to null")
         tensors = (*experts.named_parameters(recurse=False), *experts.named_buffers(recurse=False))
         stacks = {name: tensor.detach() for name, tensor in tensors}
         device, one = next(iter(stacks.values())).device, sum(stack[0].nbytes for stack in stacks.values())

@@ -43,15 +43,18 @@ class Target(NamedTuple):
     num_out: int
     num_experts: int
 
-    def shapes(self, rank: int) -> Shapes:
-        """A (r, in) and B (out, r); of a stack A (E, in, r) and B (E, r, out), as rows are multiplied by them."""
+    def shapes(self, lora: LoraConfig) -> Shapes:
+        """A (r, in) and B (out, r); of a stack A (E, in, r) and B (E, r, out), as rows are multiplied by them. With
+        `use_dora` the magnitude (out,), too."""
         a: tuple[int, ...]
         b: tuple[int, ...]
+        rank = lora.r
         if self.num_experts:
             a, b = (self.num_experts, self.num_in, rank), (self.num_experts, rank, self.num_out)
         else:
             a, b = (rank, self.num_in), (self.num_out, rank)
-        return {f"{self.module}.A": a, f"{self.module}.B": b}
+        pair: Shapes = {f"{self.module}.A": a, f"{self.module}.B": b}
+        return pair | {f"{self.module}.magnitude": (self.num_out,)} if lora.use_dora else pair
 
 
 def targets(model: ModelConfig, lora: LoraConfig) -> list[Target]:
@@ -99,7 +102,7 @@ def _target(name: str, shape: tuple[int, ...], word: str, modules: tuple[str, ..
 
 def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
     """Name -> shape of every weight of the adapters."""
-    return {name: shape for target in targets(model, lora) for name, shape in target.shapes(lora.r).items()}
+    return {name: shape for target in targets(model, lora) for name, shape in target.shapes(lora).items()}
 
 
 def adapter_counts(model: ModelConfig, lora: LoraConfig, layers: Sequence[int] | None = None) -> tuple[int, int]:
@@ -110,7 +113,7 @@ def adapter_counts(model: ModelConfig, lora: LoraConfig, layers: Sequence[int] |
         last = model.num_hidden_layers - 1
         if layers is not None and (last if layer is None else layer) not in layers:
             continue
-        count = sum(map(prod, target.shapes(lora.r).values()))
+        count = sum(map(prod, target.shapes(lora).values()))
         if target.num_experts:
             num_experts += count
         else:
@@ -126,7 +129,8 @@ def sentence(model: ModelConfig, lora: LoraConfig) -> str:
         kind = re.sub(r"^layers\.\d+\.(?:attention\.)?", "", name)
         counts[kind] = counts.get(kind, 0) + 1
     said = ", ".join(f"{kind} ({count})" for kind, count in counts.items())
-    text = f"adapters of rank {lora.r} on {said}; all other weights are frozen"
+    kind = "adapters with magnitudes (DoRA)" if lora.use_dora else "adapters"
+    text = f"{kind} of rank {lora.r} on {said}; all other weights are frozen"
     if "moe.router" in counts:
         text += (
             "; moe.router is among them: tokens may go to other experts than in the model (leave out gate to avoid it)"

@@ -21,6 +21,7 @@ from moe_dist.models.layers import ACTIVATIONS
 from moe_dist.models.noise import Sources, refuse_stray_noise
 from moe_dist.models.own_experts import Expert as Expert
 from moe_dist.models.own_experts import ExpertList, SeedOf, check_stack
+from moe_dist.models.quantized import QuantizedWeight, TimesQuantized
 from moe_dist.models.registry import Registry
 
 
@@ -47,30 +48,34 @@ class Experts(nn.Module):
         """(R, D) -> (R, D). `rows_per_expert` (e,) int64 sums to R: rows come sorted by local expert, and where
         `draws_noise` by `sources` within it."""
         dtype = self.compute_dtype(rows_RD)
-        rows_RD, weights = rows_RD.to(dtype), (self.w_gate_up.to(dtype), self.w_down.to(dtype))
-        if self.is_adapted and (not len(rows_RD) or not self._adapters_are_grouped(dtype)):
+        rows_RD = rows_RD.to(dtype)
+        is_frozen = self.is_adapted or self.is_quantized
+        if is_frozen and (not len(rows_RD) or not self._adapters_are_grouped(dtype)):
             return self.in_parts(rows_RD, rows_per_expert, sources)
-        if not grouped_mm_takes(dtype, self.w_down.shape[1:]):
-            return loop_swiglu(rows_RD, *weights, rows_per_expert, self.hidden_act)
         # offsets[-1] must be the number of rows: the kernel leaves what lies past it as it was in memory.
         offsets = rows_per_expert.cumsum(0).to(torch.int32)
-        if self.is_adapted:
-            return self._with_adapters(rows_RD, weights, offsets)
+        if is_frozen:
+            return self._with_adapters(rows_RD, offsets)
+        weights = self.w_gate_up.to(dtype), self.w_down.to(dtype)
+        if not grouped_mm_takes(dtype, self.w_down.shape[1:]):
+            return loop_swiglu(rows_RD, *weights, rows_per_expert, self.hidden_act)
         return _GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.hidden_act)
 
     def _adapters_are_grouped(self, dtype: torch.dtype) -> bool:
-        """Whether the kernel takes their ranks, and nothing is dropped on the way into them."""
-        there = [adapter for adapter in (self.lora_gate_up, self.lora_down) if adapter is not None]
-        return not self.draws_noise and all(grouped_mm_takes(dtype, adapter.A.shape[2:]) for adapter in there)
+        """Whether the kernel takes the sizes of the experts and the ranks beside them, and no row is dropped out."""
+        ranks = [adapter.A.shape[2] for adapter in (self.lora_gate_up, self.lora_down) if adapter is not None]
+        return not self.draws_noise and grouped_mm_takes(dtype, (*self.w_down.shape[1:], *ranks))
 
-    def _with_adapters(self, rows_RD: Tensor, weights: tuple[Tensor, Tensor], offsets: Tensor) -> Tensor:
+    def _with_adapters(self, rows_RD: Tensor, offsets: Tensor) -> Tensor:
+        dtype = rows_RD.dtype
+        weights = [w if isinstance(w, QuantizedWeight) else w.to(dtype) for w in (self.w_gate_up, self.w_down)]
         matrices: list[Tensor | None] = []
         for adapter in (self.lora_gate_up, self.lora_down):
-            both = (None, None) if adapter is None else (adapter.A.to(rows_RD.dtype), adapter.B.to(rows_RD.dtype))
+            both = (None, None) if adapter is None else (adapter.A.to(dtype), adapter.B.to(dtype))
             matrices.extend(both)
-        scale = next(adapter.scale for adapter in (self.lora_gate_up, self.lora_down) if adapter is not None)
+        scales = [adapter.scale for adapter in (self.lora_gate_up, self.lora_down) if adapter is not None]
         backward = partial(_swiglu_backward, activation=self.hidden_act)
-        return AdaptedSwiGLU.apply(rows_RD, *weights, *matrices, offsets, scale, self.unit, backward)
+        return AdaptedSwiGLU.apply(rows_RD, *weights, *matrices, offsets, max(scales, default=1.0), self.unit, backward)
 
     def in_parts(self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None) -> Tensor:
         """As `forward`, one step after the other: with biases and adapters, where there are any."""
@@ -82,7 +87,11 @@ class Experts(nn.Module):
         return swiglu(gate_up, self.hidden_act)
 
     def _project(self, stack: str, rows_RX: Tensor, rows_per_expert: Tensor, sources: Sources | None) -> Tensor:
-        out = self.multiply(rows_RX, getattr(self, f"w_{stack}").to(rows_RX.dtype), rows_per_expert)
+        weight = getattr(self, f"w_{stack}")
+        if isinstance(weight, QuantizedWeight):
+            out = TimesQuantized.apply(rows_RX, weight, lambda rows, whole: self.multiply(rows, whole, rows_per_expert))
+        else:
+            out = self.multiply(rows_RX, weight.to(rows_RX.dtype), rows_per_expert)
         if (bias := getattr(self, f"b_{stack}", None)) is not None:
             out = out + bias.to(out.dtype)[torch.repeat_interleave(rows_per_expert, output_size=len(out))]
         lora = getattr(self, f"lora_{stack}")
@@ -94,12 +103,17 @@ class Experts(nn.Module):
         """That of autocast, or of the weights."""
         if torch.is_autocast_enabled(rows_RD.device.type):
             return torch.get_autocast_dtype(rows_RD.device.type)
-        return self.w_down.dtype
+        return rows_RD.dtype if isinstance(self.w_down, QuantizedWeight) else self.w_down.dtype
 
     @property
     def is_adapted(self) -> bool:
         """Whether there are adapters beside the weights."""
         return self.lora_gate_up is not None or self.lora_down is not None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are in few bits."""
+        return isinstance(self.w_down, QuantizedWeight)
 
     @property
     def draws_noise(self) -> bool:
@@ -144,8 +158,8 @@ class LoopExperts(Experts):
     multiply = staticmethod(multiply_one_by_one)
 
     def forward(self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None = None) -> Tensor:
-        if self.is_adapted:
-            return self.in_parts(rows_RD, rows_per_expert, sources)
+        if self.is_adapted or self.is_quantized:
+            return self.in_parts(rows_RD.to(self.compute_dtype(rows_RD)), rows_per_expert, sources)
         return loop_swiglu(rows_RD, self.w_gate_up, self.w_down, rows_per_expert, self.hidden_act)
 
 

@@ -42,7 +42,8 @@ def set_initial_weights(
             if module.logits_bias_E is not None:
                 nn.init.zeros_(module.logits_bias_E)
         elif isinstance(module, (nn.Linear, nn.Embedding)) and not _inside_experts(name):
-            set_normal(module.weight, std, seed_of(seed, name))
+            if isinstance(module.weight, Tensor):  # else in few bits, and it comes from a folder
+                set_normal(module.weight, std, seed_of(seed, name))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, (LowRank, StackedLowRank)):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.models.precision import full
+from moe_dist.models.precision import full, full_dtype
+from moe_dist.models.quantized import QuantizedWeight, TimesQuantized
 
 
 class LowRank(nn.Module):
@@ -26,6 +27,14 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.narrow(x) * self.scale, self.B.to(x.dtype))
 
+    def beside(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out): the map of `weight` (out, in) with this adapter."""
+        return self.add_to(F.linear(x, weight, bias), x)
+
+    def widen(self, weight: Tensor) -> Tensor:
+        """(out, in) -> (out, in + r), for x with `scale * narrow(x)` behind it: the map with this adapter."""
+        return torch.cat((weight, self.B.to(weight.dtype)), dim=1)
+
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """`out` (..., out) plus `forward` of x, without a second tensor of its size on the way."""
         narrow = (self.narrow(x) * self.scale).flatten(0, -2)
@@ -36,8 +45,46 @@ class LowRank(nn.Module):
         return F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))
 
 
+class DecomposedLowRank(LowRank):
+    """DoRA: W + scale * B A, and every row of it brought to a length that is trained. Liu et al. 2024.
+
+    `magnitude` (out,): that length less the row's of W, so that zeros, with zeros in B, change nothing, whatever W is
+    rounded to. No gradient goes through the row's own length (section 4.3), https://arxiv.org/abs/2402.09353.
+    """
+
+    def __init__(self, num_in: int, num_out: int, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(num_in, num_out, rank, scale, dropout)
+        self.magnitude = nn.Parameter(torch.empty(num_out))
+
+    def beside(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out). The bias is not scaled."""
+        out = self.add_to(F.linear(x, weight), x)
+        out = (out * self.factor(weight)).to(out.dtype)
+        return out if bias is None else out + bias.to(out.dtype)
+
+    def widen(self, weight: Tensor) -> Tensor:
+        """As of the base class, with rows scaled."""
+        return (super().widen(weight) * self.factor(weight).unsqueeze(1)).to(weight.dtype)
+
+    def factor(self, weight: Tensor) -> Tensor:
+        """(out,) in full precision: what each row of W + scale * B A is multiplied by."""
+        own, now = self.lengths(weight)
+        return (own + full(self.magnitude)) / now
+
+    @torch.no_grad()
+    def lengths(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(out,) each: the length of every row of W, and of W + scale * B A, which is not made."""
+        with torch.autocast(weight.device.type, enabled=False):
+            squared = torch.linalg.vector_norm(weight, dim=1, dtype=full_dtype()).square()
+            a, b = full(self.A), full(self.B) * self.scale
+            crossed = (full(F.linear(weight, a.to(weight.dtype))) * b).sum(1)
+            added = ((b @ (a @ a.t())) * b).sum(1)
+            own, now = squared.sqrt(), (squared + 2 * crossed + added).clamp_(min=0).sqrt_()
+        return own, now.clamp_(min=torch.finfo(now.dtype).tiny)  # a row of zeros stays one
+
+
 class Linear(nn.Linear):
-    """`nn.Linear` with a place for an adapter, `lora`, which adds to what the map gives."""
+    """`nn.Linear` with a place for an adapter, `lora`, which adds to its result. The weight may be in few bits."""
 
     lora: LowRank | None
 
@@ -46,8 +93,12 @@ class Linear(nn.Linear):
         self.lora = None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        return out if self.lora is None else self.lora.add_to(out, x)
+        if isinstance(self.weight, QuantizedWeight):
+            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            out = TimesQuantized.apply(x := x.to(dtype), self.weight, F.linear)
+            out = out if self.bias is None else out + self.bias.to(dtype)
+            return out if self.lora is None else self.lora.add_to(out, x)
+        return super().forward(x) if self.lora is None else self.lora.beside(self.weight, self.bias, x)
 
 
 class RMSNorm(nn.Module):

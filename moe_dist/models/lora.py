@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe_dist.config import ConfigError, LoraConfig, ModelConfig
 from moe_dist.models.adapter_shapes import targets
 from moe_dist.models.grouped import StackedLowRank
-from moe_dist.models.layers import LowRank
+from moe_dist.models.layers import DecomposedLowRank, LowRank
 from moe_dist.models.router import Router
 
 SeedOf = Callable[[str, int | None], int]
@@ -36,7 +36,8 @@ def add_adapters(model: nn.Module, config: ModelConfig, lora: LoraConfig) -> Non
                 f"lora.target_modules=gate: {type(holder).__name__} has logits of its own; leave out gate"
             )
         sizes = (target.num_in, target.num_out, lora.r, lora.scale, lora.dropout)
-        adapter = StackedLowRank(target.num_experts, *sizes) if target.num_experts else LowRank(*sizes)
+        dense = DecomposedLowRank if lora.use_dora else LowRank
+        adapter = StackedLowRank(target.num_experts, *sizes) if target.num_experts else dense(*sizes)
         setattr(holder, attribute, adapter)
 
 
@@ -70,6 +71,8 @@ def initialize_adapters(model: nn.Module, lora: LoraConfig, seed_of: SeedOf) -> 
         if hasattr(module, f"lora_{stack}")
     }
     for name, adapter in adapters(model):
+        if isinstance(adapter, DecomposedLowRank):
+            adapter.magnitude.zero_()
         for key, weight in (("A", adapter.A), ("B", adapter.B)):
             if isinstance(adapter, StackedLowRank):
                 for index in range(len(weight)):  # here (in, out), as rows are multiplied by it

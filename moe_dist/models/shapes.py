@@ -18,6 +18,9 @@ SELECTION_BIAS = "moe.router.bias_E"
 """Within a block: what moves the choice of experts. State, not a parameter."""
 _NEVER_DECAYED = re.compile(r"(?:^|[._])(?:bias(?:[._]|$)|(?:layer|rms|group|batch)?norm(?:\.|$))", re.IGNORECASE)
 
+_QUANTIZED = re.compile(
+    r"\.(?:(?:attention|mlp|moe\.shared_expert)\.\w+_proj\.weight|moe\.experts\.w_(?:gate_up|down))$"
+)
 _OF_ONE = re.compile(r"(.+)\[\d+\]")
 
 
@@ -27,6 +30,12 @@ def decays(name: str, ndim: int) -> bool:
     `ndim`: its dimensions, of a stack of experts those of one expert.
     """
     return ndim >= 2 and not _NEVER_DECAYED.search(name)
+
+
+def is_quantized(name: str) -> bool:
+    """Whether `lora.quantize` holds this weight in few bits: linear maps of blocks and experts, not routers, embedding,
+    head and norms."""
+    return bool(_QUANTIZED.search(name))
 
 
 def one_expert(name: str, expert: int) -> str:

@@ -110,7 +110,7 @@ class Head(Linear):
             return function(x, self.weight)
         # One map: what A makes of the hidden states beside them, B beside the weight.
         wide_BSX = torch.cat((x, self.lora.narrow(x) * self.lora.scale), dim=-1)
-        return function(wide_BSX, torch.cat((self.weight, self.lora.B.to(self.weight.dtype)), dim=1))
+        return function(wide_BSX, self.lora.widen(self.weight))
 
 
 class Stage(nn.Module):

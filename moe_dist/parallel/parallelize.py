@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from moe_dist.config import Config
+from moe_dist.config import Config, ConfigError
 from moe_dist.config.trained_weights import TrainedWeights
 from moe_dist.models.experts import Experts
+from moe_dist.models.quantized import quantize_frozen
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch_choice import chosen_dispatcher
@@ -25,6 +26,13 @@ def build_part(config: Config, mesh: Mesh, clock: Clock | None = None) -> Transf
             model = Transformer(config.model, config.balance)
         model.add_adapters(config.lora)
     parallelize(model, config, mesh, clock)
+    if config.lora.quantize is not None:
+        if config.model.from_pretrained is None:
+            raise ConfigError(
+                f"lora.quantize={config.lora.quantize}: weights are quantized as they are read; needs "
+                "model.from_pretrained"
+            )
+        quantize_frozen(model, config.lora.quantize, mesh.device)
     model.freeze(TrainedWeights.of(config))
     return model
 

@@ -7,11 +7,12 @@ sharded: all dp of them, or `parallel.shard_size`. Between steps, that is: after
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_dist.config import Config, ConfigError, OptimizerConfig
 from moe_dist.config.trained_weights import ChosenExperts, TrainedWeights
 from moe_dist.models.counts import RankCounts, per_rank
+from moe_dist.models.quantized_sizes import quantized_sizes
 from moe_dist.models.trained_counts import TrainedCounts, check_trained, trained_counts
 from moe_dist.parallel.layout import Layout, layers_by_pp_rank
 
@@ -65,8 +66,9 @@ def state_bytes(config: Config, layout: Layout, places: Sequence[RankCounts] | N
     """For every place in the pipeline, what each of its ranks holds. `places`: where they have been counted already.
 
     Of weights that are frozen, beside adapters or by `train.freeze` and `train_only`, there are no gradients and no
-    moments, and with `train.pure_bf16` no copies in float32. Of a stack of experts that is trained in part there is the
-    whole gradient; moments are of those that are trained, here of the rank with most of them.
+    moments, and with `train.pure_bf16` no copies in float32; with `lora.quantize` most of them are in few bits. Of a
+    stack of experts that is trained in part there is the whole gradient; moments are of those that are trained, here of
+    the rank with most of them.
 
     Without what sharding pads, activations, communication buffers and what is gathered while a step runs.
     """
@@ -94,6 +96,10 @@ def state_bytes(config: Config, layout: Layout, places: Sequence[RankCounts] | N
             held = frozen_dense // over + frozen_experts // over_experts
             each = 2 if config.train.pure_bf16 else 4
             found.append(StateBytes(each * held + 4 * part, 4 * part, 4 * moved_part * kept))
+        if (kind := config.lora.quantize) is not None:
+            few = quantized_sizes(config.model, kind, place.layers, layout.ep_size)
+            less = (2 if config.train.pure_bf16 else 4) * few.numbers - few.nbytes
+            found[-1] = replace(found[-1], weights=found[-1].weights - less)
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from moe_dist.config import Config
 from moe_dist.models.counts import RankCounts
+from moe_dist.models.quantized_sizes import quantized_sizes
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.state_bytes import StateBytes, state_bytes
 from moe_dist.plan.activations import Activations, Widths, block_activations, head_activations, shared_bytes
@@ -21,7 +22,7 @@ class Memory:
     gradients: float
     optimizer: float
     gathered: float
-    """Weights and gradients that sharding has whole for a while."""
+    """Weights and gradients that sharding has whole for a while, and weights in few bits for a product."""
     activations: float
     """Kept for backward, of all micro-batches in flight."""
     logits: float
@@ -116,13 +117,16 @@ def _at_place(
 
 
 def _gathered(config: Config, layout: Layout, place: RankCounts, state: StateBytes) -> float:
-    """What is whole beside the shards.
+    """What is whole beside the shards, or of weights in few bits the largest.
 
     Weights: of stages 1 and 2 all from the first forward pass on; of 3 two blocks, or with a pipeline all that a rank
     has. Gradients: of stage 1, and with a pipeline, all while micro-batches add up, which become shards block by block
     and then are gone; else those of one block.
     """
     stage, parallel = config.parallel.zero_stage, config.parallel
+    if (kind := config.lora.quantize) is not None:
+        each = 2 if config.train.pure_bf16 or config.train.bf16 else 4
+        return each * quantized_sizes(config.model, kind, place.layers, layout.ep_size).largest
     if not stage or (layout.dp_size == 1):
         return 0.0
     if parallel.engine == "deepspeed":

@@ -15,7 +15,9 @@ from moe_dist.checkpoint.storage.encryption import Keys
 from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
 from moe_dist.checkpoint.tools.inspecting import Tensors
 from moe_dist.config import Config, ConfigError, LoraConfig
-from moe_dist.models.adapter_shapes import adapter_shapes, targets
+from moe_dist.models.adapter_shapes import Target, adapter_shapes, targets
+from moe_dist.models.layers import DecomposedLowRank, Linear
+from moe_dist.models.shapes import logical_shapes
 from moe_dist.models.tensor_names import Part
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
@@ -31,7 +33,7 @@ from moe_dist.pretrained.source import WHOLE
 def load_adapter(model: Transformer, config: Config, mesh: Mesh) -> None:
     """First values of the adapters from `lora.from_adapter`, a PEFT folder, into this rank's part of the model.
 
-    It is not sharded yet. A collective; raises ConfigError on every rank.
+    It has its weights, and is not sharded yet. A collective; raises ConfigError on every rank.
     """
     folder = Path(str(config.lora.from_adapter))
     mesh.ask_rank_zero(lambda: bool(read_adapter(folder, config.model, config.lora)))
@@ -42,6 +44,9 @@ def load_adapter(model: Transformer, config: Config, mesh: Mesh) -> None:
             experts = held(name) or WHOLE
             whole = weights[name]
             parameter.copy_(whole if experts == WHOLE else whole[experts.start : experts.stop])
+    for module in model.modules():
+        if isinstance(module, Linear) and isinstance(module.lora, DecomposedLowRank):
+            module.lora.magnitude.sub_(module.lora.lengths(module.weight)[0])  # PEFT has whole lengths of rows
 
 
 def saved_adapter(found: CheckpointRef, manifest: Manifest, keys: Keys, config: Config) -> dict[str, Tensor]:
@@ -57,7 +62,8 @@ def saved_adapter(found: CheckpointRef, manifest: Manifest, keys: Keys, config: 
 
 
 class MergedWeights(SavedWeights):
-    """A checkpoint with adapters as the plain model that computes the same: W + scale * B A, one tensor at a time."""
+    """A checkpoint with adapters as the plain model that computes the same: W + scale * B A, one tensor at a time, its
+    rows brought to their lengths where there are magnitudes."""
 
     source = "as in the checkpoint, with its adapters"
 
@@ -78,6 +84,7 @@ class MergedWeights(SavedWeights):
         if has_adapters_alone(manifest.tensors, config.lora):
             self._folder = model_of_adapters(found, config, state)
         self._errors: dict[str, tuple[float, float]] = {}
+        self._lengths: dict[str, tuple[Tensor, Tensor]] = {}
         super().__init__(found, manifest, keys, config.model, dtype)
 
     def _look_up(self, every: dict[str, Part]) -> tuple[torch.dtype, dict[str, Part]]:
@@ -99,6 +106,15 @@ class MergedWeights(SavedWeights):
             self._errors[name] = (float(error.square().sum()), float(added.square().sum()))
         return rounded
 
+    def adapter(self) -> dict[str, Tensor]:
+        """The adapters as `write_adapter` takes them: of a magnitude the whole length."""
+        found = dict(self._adapter)
+        for target in self._targets.values() if self._lora.use_dora else ():
+            own, _ = self._rows(target)
+            name = f"{target.module}.magnitude"
+            found[name] = (own + found[name].double()).float()
+        return found
+
     @property
     def rounding(self) -> float:
         """What rounding has changed in the weights with adapters, over what the adapters have added (L2)."""
@@ -115,7 +131,21 @@ class MergedWeights(SavedWeights):
             delta = a[cut[0], cut[1]].double() @ b[cut[0], :, cut[2]].double()
         else:
             delta = b[cut[0]].double() @ a[:, cut[1]].double()
-        return (box.double() + delta * self._lora.scale).float()
+        whole = box.double() + delta * self._lora.scale
+        if self._lora.use_dora:
+            own, now = self._rows(target)
+            magnitude = own + self._adapter[f"{target.module}.magnitude"].double()
+            whole *= (magnitude / now)[cut[0]].unsqueeze(1)
+        return whole.float()
+
+    def _rows(self, target: Target) -> tuple[Tensor, Tensor]:
+        """(out,) each, float64: the length of every row without and with B A."""
+        if target.weight not in self._lengths:
+            weight = self._model_box(target.weight, (0, 0), logical_shapes(self.config)[target.weight]).double()
+            a, b = (self._adapter[f"{target.module}.{key}"].double() for key in "AB")
+            now = (weight + b @ a * self._lora.scale).norm(dim=1).clamp_(min=torch.finfo(torch.float32).tiny)
+            self._lengths[target.weight] = weight.norm(dim=1), now
+        return self._lengths[target.weight]
 
     def _model_box(self, ours: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
         """Without adapters."""

@@ -175,18 +175,27 @@ def _export_huggingface(
         kind = values["model_type"]
         done = _write(source, output, weights, weights.config, kind, max_shard_bytes, write_config, checks, told)
     if isinstance(weights, MergedWeights):
-        said = (
+        notes = [
             f"adapters are added to the weights; rounding to {done.dtype} takes {weights.rounding:.2%} of what they add"
-        )
-        return done._replace(notes=[*done.notes, said])
+        ]
+        if (kind := source.config.lora.quantize) is not None:
+            notes.append(f"they were trained beside weights in {kind}, and are added to those of the model as it was")
+        return done._replace(notes=[*done.notes, *notes])
     return done
 
 
 def _export_adapter(source: Source, output: Path, dtype: torch.dtype | None, told: Told) -> Exported:
     """A folder for `peft`, read again."""
     model, lora, pretrained = source.config.model, source.config.lora, source.state.get("pretrained") or {}
-    weights = saved_adapter(source.found, source.manifest, source.keys, source.config)
-    weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items()}
+    if lora.use_dora:
+        merged = MergedWeights(source.found, source.manifest, source.keys, source.config, dtype, source.state)
+        weights = merged.adapter()
+        merged.close()
+    else:
+        weights = saved_adapter(source.found, source.manifest, source.keys, source.config)
+    for name in weights if dtype is not None else ():
+        if not name.endswith(".magnitude"):  # of which rounding takes more than training adds
+            weights[name] = weights[name].to(dtype)
     kind = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     with new_folder(output, "an export") as folder:
         try:

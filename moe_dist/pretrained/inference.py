@@ -111,6 +111,7 @@ def _peft(folder: Path) -> dict[str, Any]:
             *_, module, parameter = name.split(".")
             words.add(f"experts.{parameter}" if module == "experts" else "gate" if module == "router" else module)
         lora = {"r": found["r"], "alpha": found["lora_alpha"], "rslora": found.get("use_rslora", False)}
+        lora["use_dora"] = found.get("use_dora", False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{said}: {ADAPTER_CONFIG} cannot be read: {error!r}") from None
     return lora | {"target_modules": sorted(words), "from_adapter": str(folder)}

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_dist.config import ModelConfig
 from moe_dist.config.families import families
 from moe_dist.models.experts import Experts
+from moe_dist.models.quantized import QuantizedWeight, quantized_weights
 from moe_dist.models.tensor_names import Names, Part, untied_head
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.mesh import Mesh
@@ -57,7 +58,9 @@ def load_pretrained(model: Transformer, config: ModelConfig, mesh: Mesh) -> Pret
     contents = mesh.ask_rank_zero(lambda: read_folder(folder, config))
     names = Names(config, families()[contents.family])
     reader, problems = SliceReader(folder), []
-    targets, held = {**dict(model.named_parameters()), **dict(model.named_buffers())}, held_by(model)
+    targets: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    targets |= {name: weight for name, _, weight in quantized_weights(model)}
+    held = held_by(model)
     for entry, first, count, part in pieces(readable(contents, names), held):
         try:
             values = reader.read(entry, first, count)
@@ -66,7 +69,13 @@ def load_pretrained(model: Transformer, config: ModelConfig, mesh: Mesh) -> Pret
             continue
         if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
             problems.append(f"{entry.name}: a value that is not finite ({entry.file})")
-        _box(targets[part.ours].data, part, held(part.ours) or WHOLE).copy_(part.to_ours(values))
+        target, experts = targets[part.ours], held(part.ours) or WHOLE
+        if isinstance(target, QuantizedWeight):
+            target.write(part.to_ours(values), _offset(part, experts))
+        else:
+            _box(target.data, part, experts).copy_(part.to_ours(values))
+    if not contents.problems and not problems:
+        problems += [f"{name}: came only in part" for name, _, one in quantized_weights(model) if not one.is_filled]
     if config.tie_word_embeddings and HEAD in contents.tensors and not contents.problems and mesh.rank == 0:
         head, embedding = (contents.tensors[name] for name in (HEAD, EMBEDDING))
         if not torch.equal(*(reader.read(entry, 0, config.vocab_size) for entry in (head, embedding))):
@@ -87,8 +96,12 @@ def held_by(model: Transformer) -> Held:
         if isinstance(module, Experts)
         for name, _ in module.named_parameters()  # of adapters beside them, too
     }
+    for name, module, _ in quantized_weights(model):
+        if isinstance(module, Experts):
+            stacks[name] = range(module.first_expert, module.first_expert + module.num_local)
     # Of tied embeddings only one; a selection bias is a buffer.
-    names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
+    names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    names |= {name for name, _, _ in quantized_weights(model)}
     return lambda ours: stacks.get(ours, WHOLE) if ours in names else None
 
 
@@ -96,8 +109,11 @@ def _box(tensor: Tensor, part: Part, experts: range) -> Tensor:
     """Where in a rank's tensor a part of ours goes, as a view."""
     if experts == WHOLE:
         return tensor
-    start = (part.offset[0] - experts.start, *part.offset[1:])
-    return tensor[tuple(slice(o, o + n) for o, n in zip(start, part.size, strict=True))]
+    return tensor[tuple(slice(o, o + n) for o, n in zip(_offset(part, experts), part.size, strict=True))]
+
+
+def _offset(part: Part, experts: range) -> tuple[int, ...]:
+    return part.offset if experts == WHOLE else (part.offset[0] - experts.start, *part.offset[1:])
 
 
 def _hashes(folder: Path, contents: Contents, mesh: Mesh) -> dict[str, str]:

@@ -3,7 +3,9 @@
 Linear maps are in its `target_modules`, but for those of dense layers beside experts. These, stacks of experts, and
 routers, which are parameters in `transformers`, are in `target_parameters`. Of stacks A is (E * r, in), the experts one
 after the other, and B (out, r * E) with the expert index running fastest. Two parameters of one module nest, the first
-within: `experts.base_layer.lora_A` is of gate and up, `experts.lora_A` of down.
+within: `experts.base_layer.lora_A` is of gate and up, `experts.lora_A` of down. Of DoRA, which linear maps alone may
+have, `lora_magnitude_vector` (out,) is the length of every row. Weights by our names are as in the model, but for that:
+of a magnitude it is the whole length here.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ from moe_dist.models.tensor_names import Names, Part
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 VERSION = "0.21.2"
 """Of `peft`, whose format this is."""
+_MAGNITUDE = "lora_magnitude_vector"
 _FORMER_EXPERTS = (".gate_proj", ".up_proj", ".down_proj")
 """As `target_modules` PEFT reads these as the experts of transformers 4, also where they are of a dense layer."""
 _WITHOUT = {
     "bias": "none",
-    "use_dora": False,
     "lora_bias": False,
     "fan_in_fan_out": False,
     "modules_to_save": None,
@@ -70,7 +72,8 @@ class PeftTarget(NamedTuple):
 
 
 def peft_targets(model: ModelConfig, lora: LoraConfig) -> list[PeftTarget]:
-    """Every adapter by PEFT's name. Raises ValueError where no Hugging Face family is this model."""
+    """Every adapter by PEFT's name. Raises ValueError where no Hugging Face family is this model, or PEFT's format has
+    no place for a magnitude."""
     there = {part.ours: (name, part) for name, part in Names(model).in_memory().items()}
     ours = targets(model, lora)
     stacks = {target.module for target in ours if target.num_experts}
@@ -85,6 +88,11 @@ def peft_targets(model: ModelConfig, lora: LoraConfig) -> list[PeftTarget]:
         if target.num_experts and target.module.replace("lora_gate_up", "lora_down") in stacks - {target.module}:
             nested = ".base_layer"
         prefix = f"base_model.model.{module}{nested}"
+        if is_parameter and lora.use_dora:
+            raise ConfigError(
+                f"lora.use_dora=true: PEFT's format has {target.weight} of a model with experts in target_parameters, "
+                "which have no magnitudes; merge the adapters (--merge), or name other modules"
+            )
         found.append(PeftTarget(target, module, parameter if is_parameter else None, prefix, part))
     return found
 
@@ -106,6 +114,7 @@ def adapter_config(model: ModelConfig, lora: LoraConfig, base: str | None) -> di
         # Which PEFT refuses beside target_parameters; it is of training alone.
         "lora_dropout": 0.0 if names else lora.dropout,
         "use_rslora": lora.rslora,
+        "use_dora": lora.use_dora,
         "target_modules": modules,
         "target_parameters": sorted(names) or None,
         "inference_mode": True,
@@ -124,11 +133,13 @@ def write_adapter(
     found: dict[str, Tensor] = {}
     for target in peft_targets(model, lora):
         names = (f"{target.ours.module}.A", f"{target.ours.module}.B")
-        for name in names:
+        for name in target.ours.shapes(lora):
             if not torch.isfinite(weights[name]).all():
                 raise ConfigError(f"{name}: a value that is not finite")
         for key, tensor in zip("AB", target.to_theirs(*(weights[name] for name in names)), strict=True):
             found[f"{target.prefix}.lora_{key}.weight"] = tensor.contiguous()
+        if lora.use_dora:
+            found[f"{target.prefix}.{_MAGNITUDE}"] = weights[f"{target.ours.module}.magnitude"]
     save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(adapter_config(model, lora, base), indent=2) + "\n", encoding="utf-8")
     return sum(tensor.nbytes for tensor in found.values())
@@ -149,15 +160,16 @@ def read_adapter(folder: Path, model: ModelConfig, lora: LoraConfig) -> dict[str
             left = set(file.keys())
             for target in peft_targets(model, lora):
                 names = [f"{target.prefix}.lora_{key}.weight" for key in "AB"]
+                names += [f"{target.prefix}.{_MAGNITUDE}"] * lora.use_dora
                 if missing := [name for name in names if name not in left]:
                     problems.append(f"{missing[0]}: missing")
                     continue
                 left -= set(names)
-                pair = [file.get_tensor(name).float() for name in names]
-                problems += _wrong_pair(target, names, pair, lora.r)
+                tensors = [file.get_tensor(name).float() for name in names]
+                problems += _wrong_tensors(target, names, tensors, lora)
                 if not problems:
-                    a, b = target.to_ours(*pair)
-                    weights |= {f"{target.ours.module}.A": a, f"{target.ours.module}.B": b}
+                    both = target.to_ours(*tensors[:2])
+                    weights |= dict(zip(target.ours.shapes(lora), (*both, *tensors[2:]), strict=True))
             problems += [f"{name}: not of this adapter" for name in sorted(left)]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{said}: {WEIGHTS} cannot be read: {error}") from None
@@ -168,10 +180,10 @@ def read_adapter(folder: Path, model: ModelConfig, lora: LoraConfig) -> dict[str
     return weights
 
 
-def _wrong_pair(target: PeftTarget, names: list[str], pair: list[Tensor], rank: int) -> Iterator[str]:
-    shapes = dict(zip("AB", target.ours.shapes(rank).values(), strict=True))
-    wanted = [tuple(tensor.shape) for tensor in target.to_theirs(*(torch.empty(shapes[key]) for key in "AB"))]
-    for name, tensor, shape in zip(names, pair, wanted, strict=True):
+def _wrong_tensors(target: PeftTarget, names: list[str], tensors: list[Tensor], lora: LoraConfig) -> Iterator[str]:
+    a, b, *magnitude = target.ours.shapes(lora).values()
+    wanted = [tuple(tensor.shape) for tensor in target.to_theirs(torch.empty(a), torch.empty(b))] + magnitude
+    for name, tensor, shape in zip(names, tensors, wanted, strict=True):
         if tuple(tensor.shape) != shape:
             yield f"{name} is {list(tensor.shape)}, should be {list(shape)}"
         elif not torch.isfinite(tensor).all():
@@ -186,9 +198,9 @@ def _same_adapter(folder: Path, model: ModelConfig, lora: LoraConfig, said: str)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{said}: {CONFIG} cannot be read: {error}") from None
     wanted = adapter_config(model, lora, None)
-    keys = {"r": "lora.r", "lora_alpha": "lora.alpha", "use_rslora": "lora.rslora"}
+    keys = {"r": "lora.r", "lora_alpha": "lora.alpha", "use_rslora": "lora.rslora", "use_dora": "lora.use_dora"}
     for key, ours in keys.items():
-        if found.get(key, {"use_rslora": False}.get(key)) != wanted[key]:
+        if found.get(key, False if key.startswith("use_") else None) != wanted[key]:
             raise ConfigError(f"{said}: {key} is {found.get(key)} there, {ours} is {wanted[key]}; set it so")
     for key in ("target_modules", "target_parameters"):
         there, here = found.get(key) or [], wanted[key] or []

@@ -17,6 +17,7 @@ from moe_dist.config import Config, ModelConfig
 from moe_dist.config.host_cache import cache_folder
 from moe_dist.config.trained_weights import ChosenExperts, TrainedWeights
 from moe_dist.models.adapter_shapes import sentence
+from moe_dist.models.quantized import bytes_sentence
 from moe_dist.models.trained_counts import trained_sentence
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.sinks import ConsoleSink
@@ -177,6 +178,8 @@ class MoETrainer(TrainingLoop):
             pretrained = load_pretrained(self.model, config.model, mesh)
             sinks.message(str(pretrained))
             self.model.saves_adapters_alone = self.model.lora is not None
+            if config.lora.quantize is not None:
+                sinks.message(bytes_sentence(self.model))
         if config.lora.from_adapter is not None and starts_afresh(config, mesh, self.start):
             load_adapter(self.model, config, mesh)
             sinks.message(f"adapters start from {config.lora.from_adapter}")

@@ -217,6 +217,8 @@ _OF_FEATURES: dict[str, Bug] = {
     "frozen_experts_decayed": Bug(("some_experts",), ("no_decay",), lambda layout: layout.engine == "torch"),
     "experts_chosen_by_their_place_here": Bug(("some_experts",), where=_ep),
     "norm_with_frozen_experts": Bug(("some_experts",), ("rare_clipping", "no_clipping")),
+    "lengths_of_rows_of_a_shard": Bug(("dora",), where=_both(_fsdp, _replicas)),
+    "lengths_of_rows_learn_in_a_pipeline": Bug(("dora",), where=_pipeline),
     "frozen_weights_decayed_by_fsdp": Bug(("lora",), ("no_decay",), _fsdp),
     # preferences
     "reference_with_adapters_on": Bug(("dpo", "lora")),

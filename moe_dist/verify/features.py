@@ -55,6 +55,7 @@ PLAIN: Settings = {
     "lora.dropout": 0.0,
     "lora.init": "kaiming",
     "lora.rslora": False,
+    "lora.use_dora": False,
     "lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "data.format": "auto",
     "dpo.beta": 0.1,
@@ -160,6 +161,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
     "adapters": {
         "lora": _ADAPTERS | {"lora.target_modules": "all-linear", "lora.dropout": 0.1},
         "lora_attention": _ADAPTERS | {"lora.target_modules": ["o_proj"], "lora.rslora": True},
+        "dora": _ADAPTERS | {"lora.target_modules": ["o_proj", "lm_head"], "lora.use_dora": True},
     },
     "preferences": {
         "dpo": {

@@ -167,7 +167,7 @@ def shrunken(config: Config, world_size: int, num_stages: int | None = None) -> 
     tree["train"] |= {"bf16": False, "pure_bf16": False, "torch_compile": False}
     tree["parallel"] = ParallelConfig().model_dump()
     # The model's own adapters, narrower, and with values in B: as zeros they would leave A without a gradient.
-    tree["lora"] |= {"r": min(config.lora.r, 4), "init": "random", "from_adapter": None}
+    tree["lora"] |= {"r": min(config.lora.r, 4), "init": "random", "from_adapter": None, "quantize": None}
     tree["balance"]["act"] = "off"  # nothing is logged here, so nothing acts
     # AdamW divides by the gradient's own size: entries near zero would show rounding as a full step.
     tree["optimizer"] |= {"adam_epsilon": max(1e-6, config.optimizer.adam_epsilon)}

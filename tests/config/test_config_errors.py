@@ -27,7 +27,11 @@ lora: {r: 8, target_modules: []}  =>  lora.target_modules=[]: nothing would be t
 lora: {merge_and_save: true}  =>  lora.merge_and_save=true: r=0 trains no adapters
 {lora: {r: 8, merge_and_save: true}, checkpoint: {save_at_end: false}}  =>  lora.merge_and_save=true: adds the adapters
 lora: {from_adapter: there}  =>  lora.from_adapter=
-load_in_4bit: true  =>  load_in_4bit=true: not offered yet; there is: train.bf16
+load_in_4bit: true  =>  load_in_4bit=true: not offered yet; there is: lora.quantize=nf4 or int8
+lora: {quantize: nf4}  =>  lora.quantize=nf4: r=0 trains all weights, and only frozen ones can be in few bits
+{lora: {r: 8, quantize: int8}, parallel: {zero_stage: 3}}  =>  lora.quantize=int8: parallel.engine=torch, zero_stage=3
+{lora: {r: 8, quantize: int8}, train: {torch_compile: true}}  =>  lora.quantize=int8: train.torch_compile=true cannot
+lora: {r: 8, quantize: int8, use_dora: true}  =>  lora.quantize=int8: lengths of rows would be
 tp_size: 2  =>  tp_size=2: not offered yet; there is: parallel.ep_size
 data: {format: preference}  =>  format=preference: source=stdlib has texts; set data.source=jsonl or parquet
 {data: {format: preference, source: memory}, dpo: {reference: base}}  =>  dpo.reference=base: that is the model without

@@ -110,3 +110,15 @@ def test_imbalance_that_is_left_out_is_seen(owner: Any, replace: Replace) -> Non
     replace(owner, "rank_load", lambda model, ep_size, imbalance: 1.0)
     with pytest.raises(AssertionError):
         assert_skew_costs()
+
+
+def test_weights_in_few_bits_are_whole_one_stack_at_a_time() -> None:
+    """Of Mixtral on four ranks: two experts' gate and up in bfloat16, beside all of them in 4.5 bits."""
+    whole, few = (
+        estimate(load_config("configs/finetune_mixtral.yaml", [f"lora.quantize={kind}"]), 4, cluster_of("h100")).memory
+        for kind in ("null", "nf4")
+    )
+    assert few.gathered == 2 * 2 * 4096 * 2 * 14336
+    assert whole.gathered == 0
+    assert few.weights == pytest.approx(0.3 * whole.weights, rel=0.02)  # 4.5 bits of 16, and what stays as it is
+    assert few.activations == whole.activations

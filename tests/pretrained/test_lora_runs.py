@@ -168,6 +168,32 @@ def test_merged_is_the_model_plus_its_adapters(say: Any, tmp_path: Path) -> None
         assert torch.allclose(merged[name], wanted, rtol=1e-5, atol=1e-6), name
 
 
+def test_magnitudes_are_exported_read_and_merged_as_whole_lengths(say: Any, tmp_path: Path) -> None:
+    """DoRA: the run's checkpoint has what is beyond the model's own lengths. Seen to fail with that exported as it is,
+    and with the model's own lengths left in on reading."""
+    dora = {"target_modules": ["q_proj", "lm_head"], "use_dora": True}
+    run_of(folder_of(), tmp_path / "run", lora=dora)
+    name, word = "model.layers.0.self_attn.q_proj", "base_model.model.model.layers.0.self_attn.q_proj"
+    weight = load_file(folder_of() / "model.safetensors")[f"{name}.weight"].float()
+    found = tensors_of(tmp_path / "run" / "checkpoint-4")
+    a, b, change = (found[f"model.layers.0.attention.q_proj.lora.{key}"] for key in ("A", "B", "magnitude"))
+    assert 0 < change.abs().max() < 0.1
+    assert say("export", tmp_path / "run", "--dtype", "bf16", "--output", tmp_path / "adapter").code == 0
+    exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    magnitude = weight.norm(dim=1) + change
+    assert torch.allclose(exported[f"{word}.lora_magnitude_vector"], magnitude, rtol=1e-6)
+    said = say("export", tmp_path / "run", "--merge", "--output", tmp_path / "merged", "--dtype", "fp32")
+    assert said.code == 0, said  # its logits in transformers are those of the run
+    whole = weight + 2 * b @ a
+    wanted = magnitude[:, None] * whole / whole.norm(dim=1, keepdim=True)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.allclose(merged[f"{name}.weight"], wanted, rtol=1e-5, atol=1e-7)
+    start = dora | {"from_adapter": str(tmp_path / "adapter")}
+    run_of(folder_of(), tmp_path / "next", lora=start, max_steps=1, save_steps=1, learning_rate=1e-30)
+    again = tensors_of(tmp_path / "next" / "checkpoint-1")["model.layers.0.attention.q_proj.lora.magnitude"]
+    assert torch.allclose(again, change, atol=1e-6)
+
+
 def test_merged_in_the_models_own_type_says_what_rounding_takes(say: Any, tmp_path: Path) -> None:
     said = say("export", trained(), "--merge", "--output", tmp_path / "merged")
     assert said.code == 0, said

@@ -23,9 +23,18 @@ CASES = {
 }
 
 
-def with_adapters(family: str, words: list[str] | str) -> tuple[Transformer, dict[str, torch.Tensor]]:
+DORA = {
+    "qwen3_moe": ["q_proj", "o_proj", "lm_head"],
+    "qwen2_moe": ["q_proj", "v_proj", "shared_expert_gate"],
+    "deepseek_v3": ["q_a_proj", "kv_b_proj", "o_proj"],
+}
+
+
+def with_adapters(
+    family: str, words: list[str] | str, use_dora: bool = False
+) -> tuple[Transformer, dict[str, torch.Tensor]]:
     keys = {"model": BASE | FAMILIES[family][0] | {"model_type": family}}
-    lora = {"r": 3, "alpha": 5, "target_modules": words, "init": "random"}
+    lora = {"r": 3, "alpha": 5, "target_modules": words, "init": "random", "use_dora": use_dora}
     config = load_mapping(keys | {"lora": lora}, notice=lambda text: None)
     with torch.device("meta"):
         model = Transformer(config.model)
@@ -37,26 +46,38 @@ def with_adapters(family: str, words: list[str] | str) -> tuple[Transformer, dic
 def written(folder: Path, model: Transformer, adapters: dict[str, torch.Tensor]) -> Path:
     assert model.lora is not None
     folder.mkdir(exist_ok=True)
-    write_adapter(folder, model.config, model.lora, {name: p.detach() for name, p in adapters.items()}, None)
+    values = {name: p.detach() for name, p in adapters.items()}
+    for module, place in (name.rsplit(".", 1) for name in values if name.endswith(".magnitude")):
+        weight = model.get_parameter(f"{module.removesuffix('.lora')}.weight")
+        values[f"{module}.{place}"] = values[f"{module}.{place}"] + weight.detach().norm(dim=1)
+    write_adapter(folder, model.config, model.lora, values, None)
     return folder
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("deepseek_v3", "qwen2_moe"))) for name in CASES]
+    ("family", "use_dora"),
+    [
+        pytest.param(name, use_dora, marks=[pytest.mark.slow] * (name in ("deepseek_v3", "qwen2_moe")))
+        for use_dora, cases in ((False, CASES), (True, DORA))
+        for name in cases
+    ],
 )
-def test_peft_computes_the_same(family: str, tmp_path: Path) -> None:
-    """Logits to 1e-5, gradients of A and B too. Seen to fail with the expert index of B running slowest, and with A
-    stored rank-major."""
+def test_peft_computes_the_same(family: str, use_dora: bool, tmp_path: Path) -> None:
+    """Logits to 1e-5, gradients of A, B and magnitudes too. Seen to fail with the expert index of B running slowest,
+    with A stored rank-major, and with gradients that go through the lengths of rows."""
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[dev]'")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model, adapters = with_adapters(family, CASES[family])
+    model, adapters = with_adapters(family, DORA[family] if use_dora else CASES[family], use_dora)
     assert model.lora is not None
     theirs = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**huggingface_config(model.config)), experts_implementation="eager"
     )
     model.load_state_dict(from_huggingface(theirs.state_dict(), model.config), strict=False)
+    for name in adapters:
+        if name.endswith(".magnitude"):
+            torch.nn.init.uniform_(adapters[name], -0.1, 0.1)
     folder = written(tmp_path / "adapter", model, adapters)
     wrapped = peft.PeftModel.from_pretrained(theirs, str(folder), is_trainable=True).eval()
     ids = torch.randint(0, 200, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -70,6 +91,10 @@ def test_peft_computes_the_same(family: str, tmp_path: Path) -> None:
         pair = (adapters[f"{target.ours.module}.{key}"].grad for key in "AB")
         for key, one in zip("AB", target.to_theirs(*pair), strict=True):  # type: ignore[arg-type]
             other = gradients.pop(f"{target.prefix}.lora_{key}.default.weight")
+            assert (one - other).norm() <= 1e-5 * other.norm(), target
+        if use_dora:
+            one = adapters[f"{target.ours.module}.magnitude"].grad
+            other = gradients.pop(f"{target.prefix}.lora_magnitude_vector.default.weight")
             assert (one - other).norm() <= 1e-5 * other.norm(), target
     assert not gradients
 
@@ -109,7 +134,8 @@ def test_experts_have_the_layout_of_target_parameters(tmp_path: Path) -> None:
         ("lora_alpha", 16, "lora_alpha is 16 there"),
         ("use_rslora", True, "use_rslora is True there"),
         ("target_modules", ["k_proj"], "target_modules is"),
-        ("use_dora", True, "use_dora=True is not offered"),
+        ("use_dora", True, "use_dora is True there, lora.use_dora is False"),
+        ("bias", "all", "bias=all is not offered"),
         ("modules_to_save", ["lm_head"], "modules_to_save="),
         ("rank_pattern", {"q_proj": 4}, "rank_pattern="),
     ],
@@ -123,6 +149,15 @@ def test_another_adapter_than_the_run_says_is_named(key: str, value: object, sai
     with pytest.raises(ConfigError) as caught:
         read_adapter(folder, model.config, model.lora)
     assert said in str(caught.value)
+
+
+def test_magnitudes_that_peft_has_no_place_for_are_named() -> None:
+    model, _ = with_adapters("deepseek_v3", ["gate_proj"], use_dora=True)
+    assert model.lora is not None
+    with pytest.raises(
+        ConfigError, match=r"layers\.0\.mlp\.gate_proj\.weight .* have no magnitudes; merge the adapters"
+    ):
+        peft_targets(model.config, model.lora)
 
 
 def test_a_damaged_adapter_is_named(tmp_path: Path) -> None:

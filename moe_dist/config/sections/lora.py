@@ -34,6 +34,13 @@ def check_lora(lora: LoraConfig) -> LoraConfig:
         raise ValueError(
             f"from_adapter={lora.from_adapter}: needs r, alpha and target_modules as that adapter has them"
         )
+    if lora.use_dora and not lora.r:
+        raise ValueError("use_dora=true: r=0 trains no adapters; set r, or use_dora=false")
+    if lora.quantize is not None and (not lora.r or lora.use_dora):
+        why = "lengths of rows would be those of rounded weights; set use_dora=false"
+        if not lora.r:
+            why = "r=0 trains all weights, and only frozen ones can be in few bits; set r, or quantize=null"
+        raise ValueError(f"quantize={lora.quantize}: {why}")
     if lora.merge_and_save and not lora.r:
         raise ValueError(
             "merge_and_save=true: r=0 trains no adapters, and every checkpoint is a whole model, for moe-dist export; "
@@ -58,6 +65,12 @@ class LoraConfig(Section):
     all of these but lm_head."""
     rslora: bool = False
     """Multiply by alpha / sqrt(r) instead (https://arxiv.org/abs/2312.03732)."""
+    use_dora: bool = False
+    """Train the length of every row of the adapted weights, too (DoRA, https://arxiv.org/abs/2402.09353): of linear
+    maps, not of experts and routers."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Hold the frozen linear maps and experts in 4 (`nf4`) or 8 bits (`int8`), as they are read from
+    model.from_pretrained; null: as train.pure_bf16 says. Needs the extra `quantize`."""
     init: Literal["kaiming", "gaussian", "random"] = "kaiming"
     """First values of A, uniform or normal, with zeros in B, so that the model starts as it was; `random`: B too."""
     from_adapter: PathText | None = None

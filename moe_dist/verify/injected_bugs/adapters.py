@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe_dist.config import LoraConfig
 from moe_dist.models import grouped, initial_weights
 from moe_dist.models.experts import Experts
-from moe_dist.models.layers import Linear
+from moe_dist.models.layers import DecomposedLowRank, Linear
 from moe_dist.models.noise import Sources
 from moe_dist.parallel.engines.optimizer import LogicalOptimizer, TorchEngine, local
 from moe_dist.parallel.engines.replicated import ReplicatedEngine
@@ -70,6 +70,27 @@ def adapters_added_twice_in_an_evaluation(replace: Replace) -> None:
         return out if self.training or self.lora is None else out + self.lora(x)
 
     replace(Linear, "forward", wrong)
+
+
+def lengths_of_rows_of_a_shard(replace: Replace) -> None:
+    """The lengths that magnitudes are held against are those of half the columns."""
+    lengths = DecomposedLowRank.lengths
+
+    def wrong(self: DecomposedLowRank, weight: Tensor) -> tuple[Tensor, Tensor]:
+        kept = torch.arange(weight.shape[1]) < weight.shape[1] // 2
+        own, _ = lengths(self, weight)
+        return own, lengths(self, weight * kept)[1]
+
+    replace(DecomposedLowRank, "lengths", wrong)
+
+
+def lengths_of_rows_learn_in_a_pipeline(replace: Replace) -> None:
+    """Gradients of A and B go through the lengths of rows, which the method takes for constants."""
+
+    def wrong(self: DecomposedLowRank, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight.norm(dim=1), (weight + self.scale * self.B @ self.A).norm(dim=1)
+
+    replace(DecomposedLowRank, "lengths", wrong)
 
 
 def frozen_weights_decayed_by_fsdp(replace: Replace) -> None:
