@@ -3,7 +3,7 @@
     python tools/bench/plan_links.py --links 1gbit,100mbit
 
 Hosts are network namespaces with one rank each (`links.py`): needs root, `ip` and `tc`. The cluster is calibrated by
-the ranks themselves before anything is planned, then every layout trains a few steps.
+the ranks themselves before anything is planned, then all layouts train a few steps, in turns.
 """
 
 from __future__ import annotations
@@ -71,27 +71,26 @@ def measure(rounds: int) -> dict[str, Any]:
     device = torch.device("cpu")
     dist.init_process_group("gloo")
     keys = measured_device(device) | measured_links(device)
-    steps: list[list[float]] = []
+    trials = []
     for config in layouts():
         dist.barrier()
         mesh = Mesh.create(Layout.of(config, WORLD), device)
-        trial = Trial(config, mesh)
         count = config.train.gradient_accumulation_steps * mesh.layout.dp_size
         shape = config.train.per_device_train_batch_size, LENGTH
         batches = []
         for index in range(count):
             ids = torch.randint(0, MODEL["vocab_size"], shape, generator=torch.Generator().manual_seed(index))
             batches.append(Batch(ids, ids, None, None, ids.numel(), ids.numel(), [index], index))
-        times = []
-        for step in range(rounds + 1):
+        trials.append((Trial(config, mesh), batches))
+    steps: list[list[float]] = [[] for _ in trials]
+    for step in range(rounds + 1):  # in turns: what else runs here meets all of them
+        for (trial, batches), times in zip(trials, steps, strict=True):
             dist.barrier()
             began = time.perf_counter()
             trial.step(trial.share(batches), step, 1e-3)
             times.append(time.perf_counter() - began)
-        steps.append(times[1:])
-        del trial
     dist.barrier()
-    return {"cluster": keys, "steps": steps}
+    return {"cluster": keys, "steps": [times[1:] for times in steps]}
 
 
 def on_both(place: Link, rounds: int) -> list[dict[str, Any]]:
