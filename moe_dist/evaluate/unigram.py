@@ -14,8 +14,6 @@ from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.evaluate.measure import Measured, Totals
 from moe_dist.train.loss import IGNORE
 
-UNIGRAM = "unigram"
-
 
 def measure_unigram(samples: Chosen, tokenizer: Tokenizer, vocab_size: int, *, batch_size: int = 1) -> Measured:
     """As `measure`, of the frequencies of the labels of these samples themselves: no model without context has a lower
