@@ -5,7 +5,7 @@ Shape suffixes: R rows, D hidden, F intermediate, e experts held here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,8 @@ class Experts(nn.Module):
     each is stacked too, (num_experts, ...), whatever its other dimensions, and none is in an inner module.
     """
 
+    chunk_rows = 0
+    """Rows computed at once (`train.expert_chunk_factor`); 0: all."""
     lora_gate_up: StackedLowRank | None
     lora_down: StackedLowRank | None
 
@@ -59,7 +61,7 @@ class Experts(nn.Module):
         weights = self.w_gate_up.to(dtype), self.w_down.to(dtype)
         if not grouped_mm_takes(dtype, self.w_down.shape[1:]):
             return loop_swiglu(rows_RD, *weights, rows_per_expert, self.hidden_act)
-        return _GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.hidden_act)
+        return _GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.hidden_act, self.chunk_rows)
 
     def _adapters_are_grouped(self, dtype: torch.dtype) -> bool:
         """Whether the kernel takes the sizes of the experts and the ranks beside them, and no row is dropped out."""
@@ -228,42 +230,86 @@ _IN_PLACE: dict[str, tuple[Any, Any, dict[str, str]]] = {
 class _GroupedSwiGLU(torch.autograd.Function):
     """All experts in two grouped matmuls, and backward in four, without a host synchronisation.
 
-    Of the activations only gate_up is kept; the hidden one is made again in backward. Without a row nothing is called,
-    and gradients, zeros, come in the same order: an engine may reduce them as they come, on all ranks together.
+    Of the activations only gate_up is kept; the hidden one is made again in backward. Rows beyond the first
+    `chunk_rows` come chunk after chunk, and their gate_up is made again too: what is held beside rows does not grow
+    with a rank's load. Without a row nothing is called, and gradients, zeros, come in the same order: an engine may
+    reduce them as they come, on all ranks together.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor, activation: str
+        ctx: Any,
+        rows_RD: Tensor,
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        offsets: Tensor,
+        activation: str,
+        chunk_rows: int,
     ) -> Tensor:
-        ctx.activation = activation
+        ctx.activation, ctx.chunk_rows = activation, chunk_rows
         if not len(rows_RD):
             ctx.save_for_backward(rows_RD, rows_RD, w_gate_up, w_down, offsets)
             return rows_RD.new_empty(rows_RD.shape)
-        gate_up = grouped_mm(rows_RD, w_gate_up, offs=offsets)
-        ctx.save_for_backward(rows_RD, gate_up, w_gate_up, w_down, offsets)
-        return grouped_mm(swiglu(gate_up, activation), w_down, offs=offsets)
+        first, out = None, _Rows(len(rows_RD))
+        for (rows,), ends in _chunks(chunk_rows, offsets, rows_RD):
+            gate_up = grouped_mm(rows, w_gate_up, offs=ends)
+            first = gate_up if first is None else first
+            out.append(grouped_mm(swiglu(gate_up, activation), w_down, offs=ends))
+        ctx.save_for_backward(rows_RD, first, w_gate_up, w_down, offsets)
+        return out.whole
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         rows_RD, gate_up, w_gate_up, w_down, offsets = ctx.saved_tensors
-        want_rows, want_up, want_down, _, _ = ctx.needs_input_grad
+        want_rows, want_up, want_down, *_ = ctx.needs_input_grad
         if not len(rows_RD):
             wanted = zip((rows_RD, w_gate_up, w_down), ctx.needs_input_grad, strict=False)
             d_rows, d_up, d_down = (torch.zeros_like(like) if want else None for like, want in wanted)
-            return d_rows, d_up, d_down, None, None
+            return d_rows, d_up, d_down, None, None, None
         grad_RD = grad_RD.contiguous()  # the kernel refuses expanded ones, as of a sum
-        grad_hidden = grouped_mm(grad_RD, w_down.transpose(1, 2), offs=offsets)
-        hidden, grad_gate_up = torch.empty_like(grad_hidden), torch.empty_like(gate_up)
-        _swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up, ctx.activation)
-        return (
-            grouped_mm(grad_gate_up, w_gate_up.transpose(1, 2), offs=offsets) if want_rows else None,
-            grouped_mm(rows_RD.t(), grad_gate_up, offs=offsets) if want_up else None,
-            grouped_mm(hidden.t(), grad_RD, offs=offsets) if want_down else None,
-            None,
-            None,
-        )
+        out, d_up, d_down = _Rows(len(rows_RD)), None, None
+        for (rows, grad), ends in _chunks(ctx.chunk_rows, offsets, rows_RD, grad_RD):
+            if gate_up is None:
+                gate_up = grouped_mm(rows, w_gate_up, offs=ends)
+            grad_hidden = grouped_mm(grad, w_down.transpose(1, 2), offs=ends)
+            hidden, grad_gate_up = torch.empty_like(grad_hidden), torch.empty_like(gate_up)
+            _swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up, ctx.activation)
+            if want_rows:
+                out.append(grouped_mm(grad_gate_up, w_gate_up.transpose(1, 2), offs=ends))
+            d_up = _added(d_up, grouped_mm(rows.t(), grad_gate_up, offs=ends)) if want_up else None
+            d_down = _added(d_down, grouped_mm(hidden.t(), grad, offs=ends)) if want_down else None
+            gate_up = None
+        return out.whole if want_rows else None, d_up, d_down, None, None, None
+
+
+def _chunks(chunk_rows: int, offsets: Tensor, *tensors: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Slices of `tensors` (R, ...) of at most `chunk_rows` rows, and where every expert's rows end in them."""
+    num_rows = len(tensors[0])
+    size = min(chunk_rows or num_rows, num_rows)
+    for start in range(0, num_rows, size):
+        parts = [tensor[start : start + size] for tensor in tensors]
+        yield parts, offsets if size == num_rows else (offsets - start).clamp(0, len(parts[0]))
+
+
+class _Rows:
+    """A tensor (R, ...) put together from chunks of its rows; a single one is taken as it is."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows, self.filled = num_rows, 0
+
+    def append(self, part: Tensor) -> None:
+        if len(part) == self.num_rows:
+            self.whole = part
+            return
+        if not self.filled:
+            self.whole = part.new_empty(self.num_rows, *part.shape[1:])
+        self.whole[self.filled : self.filled + len(part)] = part
+        self.filled += len(part)
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 EXPERTS: Registry[Callable[..., nn.Module]] = Registry("model.expert", "expert")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from moe_dist.config import Config, ConfigError
@@ -40,12 +42,16 @@ def build_part(config: Config, mesh: Mesh, clock: Clock | None = None) -> Transf
 def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | None = None) -> None:
     """Make `model` (best on the meta device) this rank's part of the model, in place.
 
-    1. Experts over `ep`: keep this rank's block of every layer's, and reach the others by `parallel.dispatcher`.
+    1. Experts over `ep`: keep this rank's block of every layer's, and reach the others by `parallel.dispatcher`; how
+       many rows they compute at once.
     2. Recomputation of activations.
     3. Compilation of the dense parts.
     """
-    ep_group = mesh.group("ep")
+    ep_group, train = mesh.group("ep"), config.train
+    even_share = train.per_device_train_batch_size * config.data.max_seq_length * config.model.num_experts_per_tok
     for moe in model.moe_layers():
+        if isinstance(moe.experts, Experts):
+            moe.experts.chunk_rows = math.ceil(train.expert_chunk_factor * even_share)
         if ep_group is not None:
             local = mesh.layout.experts_of(mesh.ep_rank, moe.num_experts)
             moe.experts.shard(local.start, len(local))
@@ -54,7 +60,7 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
             moe.reach_experts_by(
                 build_dispatcher(name, ep_group, moe.num_experts, moe.layer, clock, mesh.hosts, casts=casts)
             )
-    model.gradient_checkpointing_enable(config.train.gradient_checkpointing)
-    if config.train.torch_compile:
+    model.gradient_checkpointing_enable(train.gradient_checkpointing)
+    if train.torch_compile:
         for block in model.blocks():
             block.compile_dense()

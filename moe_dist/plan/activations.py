@@ -95,12 +95,14 @@ def block_activations(
     else:
         E, K, F = model.num_experts, model.num_experts_per_tok, model.moe_intermediate_size
         rows = K * load
+        factor = config.train.expert_chunk_factor if model.expert == "swiglu" and not config.lora.r else 0.0
+        at_once = K * min(load, factor or load)
         rest += 4 * D + 12 * E + 12 * K + 4  # the router computes in full precision
-        rest += rows * w * (2 * D + 2 * F) + 4 * K + 16 * K + 8 * rows
+        rest += w * (rows * 2 * D + at_once * 2 * F) + 4 * K + 16 * K + 8 * rows
         shared = model.shared_expert_intermediate_size
         if shared:
             rest += gated_bytes(shared, D, widths) + (r * D if r == 2 else 0)
-        busy = rows * w * (4 * F + D)  # what combine had kept is gone by then
+        busy = w * (at_once * 4 * F + rows * D)  # what combine had kept is gone by then
         held = weights.dense + weights.experts if widths.casts else 0.0
         decisions = 28.0 * K
     whole = tokens * (attention + rest) + held

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_dist.verify.features import ADAPTERS, LOW_PRECISION, PREFERENCES, Choice, setting_of
+from moe_dist.verify.features import ADAPTERS, FEATURES, LOW_PRECISION, PREFERENCES, Choice, setting_of
 from moe_dist.verify.layouts import Case
 
 Where = Callable[[Case], bool]
@@ -188,6 +188,7 @@ _OF_FEATURES: dict[str, Bug] = {
     # losses, gradients, updates
     "label_smoothing_ignored_by_fsdp": Bug(("label_smoothing",), where=_fsdp),
     "head_learns_from_the_last_chunk": Bug(("chunked_loss",)),
+    "experts_learn_from_the_last_chunk": Bug(("chunked_rows",), tuple(FEATURES["experts"]), _deepspeed),
     "ignored_labels_in_the_scale": Bug((), ("even_batches",)),
     "micro_batches_weigh_alike": Bug((), ("even_batches",), _accumulated),
     "tied_weight_counted_twice": Bug(("tied",), where=_fsdp),

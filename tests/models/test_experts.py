@@ -62,9 +62,10 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     return counted
 
 
-def assert_equal_to_loop(counts: list[int], hidden: int, width: int, dtype: torch.dtype) -> None:
+def assert_equal_to_loop(counts: list[int], hidden: int, width: int, dtype: torch.dtype, chunk_rows: int = 0) -> None:
     torch.manual_seed(0)
     fast, loop = pair(len(counts), hidden, width, dtype)
+    fast.chunk_rows = chunk_rows
     rows, upstream = torch.randn(2, sum(counts), hidden).to(dtype)
     split = torch.tensor(counts)
     # bfloat16 against the float32 loop: both round, so neither is the other's reference.
@@ -100,6 +101,32 @@ def test_equal_to_the_loop_for_many_and_for_few_rows(counts: list[int], dtype: t
     """Trap 4 (gradients of idle experts are zero, not None). Planted: grad_up and grad_gate exchanged in
     `_swiglu_backward`; rows returned as they are for R = 0."""
     assert_equal_to_loop(counts, 32, 16, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_rows", [1, 7, 64, 113, 114])
+@pytest.mark.parametrize("counts", [[30, 0, 50, 1, 33], [114], [0, 0, 114, 0]], ids=lambda c: f"{len(c)}x{max(c)}")
+def test_in_chunks_equal_to_the_loop(counts: list[int], chunk_rows: int, dtype: torch.dtype) -> None:
+    """An expert whose rows are in several chunks, several experts in one, a last chunk of one row. Planted: gradients
+    of the last chunk alone; the first chunk's gate_up in all of them; offsets not moved."""
+    assert_equal_to_loop(counts, 16, 24, dtype, chunk_rows)
+
+
+def test_what_backward_needs_does_not_grow_with_the_load() -> None:
+    """Experts that are chosen four times as often hold their rows four times, and no more gate_up than others."""
+    experts = Experts(4, 16, 64)
+    experts.initialize(lambda index: index, 0.1)
+    held = {}
+    for share in (64, 256):
+        rows = torch.randn(share, 16, requires_grad=True)
+        for experts.chunk_rows in (0, 64):
+            out = experts(rows, torch.tensor([share, 0, 0, 0]))
+            saved = {t.data_ptr(): t.numel() for t in out.grad_fn.saved_tensors if t.dtype == torch.float32}
+            held[share, experts.chunk_rows] = sum(saved.values()) - sum(p.numel() for p in experts.parameters())
+    width = 2 * 64
+    assert held[64, 0] == held[64, 64] == 64 * (16 + width)
+    assert held[256, 0] == 256 * (16 + width)
+    assert held[256, 64] == 256 * 16 + 64 * width
 
 
 @pytest.mark.parametrize("frozen", ["rows", "w_gate_up", "w_down", "weights"])
