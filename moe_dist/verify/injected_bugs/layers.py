@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from moe_dist.models import attention_mask, auxiliary, moe, recompute
 from moe_dist.models.attention import Attention
 from moe_dist.models.attention_mask import Documents, Mask
+from moe_dist.models.auxiliary import count_load
 from moe_dist.models.context import Load, RoutingContext
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import Router
@@ -247,15 +248,22 @@ def evaluation_in_training_mode(replace: Replace) -> None:
 
 def evaluation_counts_load(replace: Replace) -> None:
     """Tokens that nothing is learned from move the selection bias."""
-    route = MoE._route
+    route, pairs = MoE._route, Balancer.global_pairs
+    seen: dict[int, Tensor] = {}
 
     def wrong(self: MoE, x: Tensor, context: RoutingContext, num_sequences: int) -> Any:
         routing, loss = route(self, x, context, num_sequences)
         if not self.training:
-            self.balance.losses(routing, num_sequences, context)
+            load_E = count_load(routing.expert_ids_TK, self.num_experts, 1)[0]
+            seen[self.layer] = seen.get(self.layer, torch.zeros_like(load_E)) + load_E
         return routing, loss
 
+    def with_those(self: Balancer) -> Tensor:
+        counted_LE = pairs(self)
+        return counted_LE + torch.stack([seen.pop(layer, torch.zeros_like(counted_LE[0])) for layer in self.layers])
+
     replace(MoE, "_route", wrong)
+    replace(Balancer, "global_pairs", with_those)
 
 
 def jitter_in_an_evaluation(replace: Replace) -> None:

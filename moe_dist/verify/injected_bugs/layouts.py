@@ -297,7 +297,7 @@ def loss_of_one_stage(replace: Replace) -> None:
     add = Mesh.sum_over
 
     def wrong(self: Mesh, axis: str, tensor: Tensor) -> Tensor:
-        return add(self, "dp" if axis == "world" and tensor.ndim == 0 else axis, tensor)
+        return add(self, "dp" if axis == "world" and tensor.shape == (1,) else axis, tensor)
 
     replace(Mesh, "sum_over", wrong)
 
@@ -358,6 +358,7 @@ def deepspeed_knows_no_experts(replace: Replace) -> None:
     def wrong(self: DeepSpeedEngine) -> None:
         register(self)
         self.expert_names = set()
+        self.model.expert_parameter_names = set  # type: ignore[method-assign]
 
     replace(DeepSpeedEngine, "_register_groups", wrong)
 

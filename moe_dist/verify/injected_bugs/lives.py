@@ -14,10 +14,10 @@ from moe_dist.checkpoint.manager import Checkpoints
 from moe_dist.checkpoint.state import LogicalState
 from moe_dist.checkpoint.writing import Writer
 from moe_dist.data.loader import GlobalLoader
-from moe_dist.parallel.engines import fsdp
+from moe_dist.parallel.engines import eval_mode, fsdp
 from moe_dist.parallel.engines.optimizer import LogicalOptimizer
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train import evaluation, loop
+from moe_dist.train import loop
 from moe_dist.train.checkpointing import Persistence
 from moe_dist.train.step import StepResult, TrainStep
 from moe_dist.train.stopping import Stopping
@@ -167,7 +167,7 @@ def gate_and_up_swapped_in_a_moment(replace: Replace) -> None:
 def weights_left_whole_by_an_evaluation(replace: Replace) -> None:
     """FSDP has gathered them for a forward pass without a backward one; the save after it takes one rank's moments."""
     replace(fsdp, "reshard", lambda model: None)
-    replace(evaluation, "reshard", lambda model: None)
+    replace(eval_mode, "reshard", lambda model: None)
 
     def wrong(self: fsdp.FSDPEngine, every_name: bool = False) -> dict[str, Any]:
         return dict(self.model.named_parameters(remove_duplicate=not every_name))
