@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from moe_dist.models.experts import Experts
 from moe_dist.models.layers import Linear, LowRank
+from moe_dist.models.quantized import quantized_weights
 from moe_dist.models.transformer import Transformer
 
 _LARGEST = 127
@@ -58,7 +59,7 @@ class Int8Experts(nn.Module):
     for experts that have adapters beside them, whose ranks are not quantized.
     """
 
-    draws_noise = is_adapted = False
+    draws_noise = is_adapted = is_quantized = False
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
@@ -92,8 +93,11 @@ class Int8Experts(nn.Module):
 
 def to_int8(model: Transformer) -> tuple[int, int]:
     """Make linear maps and experts int8; embedding, head, norms and routers stay. Bytes of this rank's weights before
-    and after. Raises ValueError for experts that are not one stack of tensors, or have adapters.
+    and after. Raises ValueError for experts that are not one stack of tensors, or have adapters, and for weights that
+    are in few bits already.
     """
+    if (there := next(quantized_weights(model), None)) is not None:
+        raise ValueError(f"int8: {there[0]} is in {there[2].kind} already (lora.quantize)")
     before = weight_bytes(model)
     for moe in model.moe_layers():
         if not isinstance(moe.experts, Experts):

@@ -27,4 +27,4 @@ def test_published_layouts_are_legal_and_fit(verdicts: list[Verdict]) -> None:
     assert all(one.fits for one in verdicts)
     errors = sorted(abs(one.found.tokens_per_second / one.run.rate - 1) for one in verdicts)
     assert errors[7] < 0.45
-    assert PAGE.count("**miss**") == sum(not one.in_top_quarter for one in verdicts)
+    assert published_table(verdicts).count("**miss**") == sum(not one.in_top_quarter for one in verdicts) <= 2

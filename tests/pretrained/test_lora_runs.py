@@ -58,9 +58,13 @@ def place() -> Path:
     return root
 
 
-@cache
 def folder_of(family: str = "mixtral") -> Path:
     """A Hugging Face folder of a tiny model in bfloat16."""
+    return _written(family)
+
+
+@cache
+def _written(family: str) -> Path:
     model = load_mapping({"model": BASE | FAMILIES[family][0]}, notice=lambda text: None).model
     return write_folder(place() / family, model, random_weights(model, torch.bfloat16))
 

@@ -12,6 +12,7 @@ from test_lora_runs import LORA, TEXTS, TRAINING, folder_of, run_of, tensors_of,
 from tiny import mesh_of
 
 from moe_dist.config import ConfigError, load_mapping
+from moe_dist.models.int8 import to_int8
 from moe_dist.models.quantized import quantized_weights
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.state_bytes import state_bytes
@@ -55,6 +56,8 @@ def test_a_model_that_is_opened_has_the_weights_it_was_trained_beside(family: st
         weights[name].copy_(weight.whole(torch.float32))
     ids = torch.arange(3, 27)[None]
     assert torch.allclose(model(ids), plain(ids), atol=1e-5)
+    with pytest.raises(ValueError, match=r"^int8: layers.*is in nf4 already"):
+        to_int8(model)
 
 
 def on_ranks(folder: Path, output: Path, ep_size: int, pp_size: int, pure_bf16: bool) -> tuple[int, int]:

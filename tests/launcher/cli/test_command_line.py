@@ -199,7 +199,10 @@ MISTAKES = {
     "unknown key": (("train", DEMO, "train.max_step=5"), "max_step"),
     "wrong type": (("train", DEMO, "train.max_steps=many"), "max_steps"),
     "missing file": (("train", "nowhere.yaml"), "nowhere.yaml"),
-    "a key of another trainer": (("train", DEMO, "qlora_r=8"), "qlora_r=8: not offered yet; there is: lora.r above 0"),
+    "a key of another trainer": (
+        ("train", DEMO, "qlora_r=8"),
+        "qlora_r=8: not offered yet; there is: lora.quantize=nf4",
+    ),
     "unknown template": (("init", "--template=x"), "'x' is not one of 'demo', 'pretrain'"),
     "unknown command": (("trian", DEMO), "trian"),
     "no file": (("train",), "CONFIG"),
