@@ -29,8 +29,8 @@ PRELOADED = [
     *("transformers.optimization", "moe_dist.train.trainer", "moe_dist.verify.run"),
 ]
 """Imported once, in the process from which ranks are forked: seconds for each of them otherwise."""
-KEPT = 2
-"""Sets of ranks of different sizes; more only take memory."""
+MOST_THREADS = 150
+"""Of a rank, with which it is still used: gloo has three for every group, and wakes one of them 100 times a second."""
 _sets: dict[int, RankSet] = {}
 
 
@@ -85,6 +85,12 @@ class RankSet:
             raise RankFailure("\n".join(lines) + self.logs())
         return [results[rank] for rank in range(len(self.connections))]
 
+    @property
+    def num_threads(self) -> int:
+        """Of its first rank."""
+        tasks = Path(f"/proc/{self.processes[0].pid}/task")
+        return len(list(tasks.iterdir())) if tasks.exists() else 0
+
     def logs(self) -> str:
         texts = [(path.name, path.read_text(errors="replace")) for path in sorted(self.folder.glob("*.log"))]
         return "".join(f"\n--- {name} ---\n{text[-4000:]}" for name, text in texts if text.strip())
@@ -104,9 +110,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
 
     `function` must be importable (top level of a test module). Raises RankFailure.
     """
+    if world_size in _sets and _sets[world_size].num_threads > MOST_THREADS:
+        _sets.pop(world_size).stop()
     if world_size not in _sets:
-        while len(_sets) >= KEPT:
-            _sets.pop(next(iter(_sets))).stop()
+        for other in list(_sets):  # idle ranks take memory, and time for those threads
+            _sets.pop(other).stop()
         _sets[world_size] = RankSet(world_size)
     try:
         return _sets[world_size].call(function, arguments, timeout)
