@@ -25,7 +25,7 @@ test-fast: .venv/dev  ## tests in one process only
 	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not dist and not proof" $(ARGS)
 
 test-slow: .venv/dev  ## the slow tests
-	$(BIN)/python -m pytest $(BESIDE) -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 proof: .venv/dev  ## every case of the proof, and every known bug planted: an hour on two cores
 	$(BIN)/python -m pytest -m proof $(ARGS)
