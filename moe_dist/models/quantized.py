@@ -7,6 +7,7 @@ https://arxiv.org/abs/2208.07339). A row is what one output is made of, in stack
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -104,6 +105,8 @@ class QuantizedWeight:
 
 def library() -> Any:
     """`bitsandbytes.functional`. Raises ConfigError where it is not installed."""
+    # It warns of a product in 4 bits for CPUs, from another package, which is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional as functional
     except ImportError:
