@@ -86,7 +86,7 @@ def _expert_load(found: CheckpointRef, model: ModelConfig) -> str | None:
         loads, (first, last) = recorded_load(place.parent, found.step, model)
     except ConfigError:
         return None
-    busiest = [max(load) * len(load) / sum(load) for load in loads.values()]
+    busiest = [max(load) * len(load) / max(1, sum(load)) for load in loads.values()]
     idle = sum(not pairs for load in loads.values() for pairs in load)
     return (
         f"the busiest expert of a layer has {min(busiest):.1f} to {max(busiest):.1f} times the mean, {idle} of "

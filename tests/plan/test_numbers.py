@@ -15,6 +15,7 @@ from moe_dist.parallel.engines.replicated import ReplicatedEngine
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.plan import memory, timing
+from moe_dist.plan.activations import block_activations
 from moe_dist.plan.cluster import cluster_of
 from moe_dist.plan.search import estimate
 from moe_dist.train.build import build_model
@@ -122,3 +123,15 @@ def test_weights_in_few_bits_are_whole_one_stack_at_a_time() -> None:
     assert whole.gathered == 0
     assert few.weights == pytest.approx(0.3 * whole.weights, rel=0.02)  # 4.5 bits of 16, and what stays as it is
     assert few.activations == whole.activations
+
+
+def test_experts_that_are_chosen_often_hold_no_more_than_a_chunk_beside_their_rows() -> None:
+    """`train.expert_chunk_factor`: beyond it only rows are counted, in what is kept and in what backward needs."""
+    config = load_config("configs/demo.yaml")
+    model, tokens = config.model, 100
+    held = {}
+    for config.train.expert_chunk_factor in (0.0, 2.0):
+        held[config.train.expert_chunk_factor] = block_activations(config, True, tokens, "cpu", load=5.0)
+    beyond = 4 * tokens * model.num_experts_per_tok * (5 - 2) * model.moe_intermediate_size
+    assert held[0.0].kept - held[2.0].kept == 2 * beyond
+    assert held[0.0].passing - held[2.0].passing == 4 * beyond
