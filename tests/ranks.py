@@ -26,7 +26,7 @@ GROUP_TIMEOUT = 60.0
 """Seconds: on a busy machine a rank of `verify` computes alone for 20 before the others hear of it."""
 PRELOADED = [
     *("torch._dynamo", "torch.distributed.device_mesh", "torch.distributed.pipelining"),
-    *("transformers.optimization", "moe_dist.train.trainer", "moe_dist.verify.run"),
+    *("moe_dist.parallel.engines.adafactor", "moe_dist.train.trainer", "moe_dist.verify.run"),
 ]
 """Imported once, in the process from which ranks are forked: seconds for each of them otherwise."""
 MOST_THREADS = 150

@@ -33,9 +33,13 @@ def can_fork(config: Config) -> bool:
 
 def preloaded(config: Config, proof: Proof | None) -> list[str]:
     """What ranks of this run are sure to import beside what all ranks do: once here, instead of in each of them."""
-    if proof is not None:
-        return ["torch._dynamo", "moe_dist.verify.run"]
+    adafactor = ["moe_dist.parallel.engines.adafactor"]
+    if type(proof) is Proof:
+        named = proof.layouts not in ("all", "quick", "life") and "adafactor" not in proof.layouts
+        return ["torch._dynamo", "moe_dist.verify.run", *([] if named else adafactor)]
     parallel, modules = config.parallel, []
+    if config.optimizer.optim == "adafactor":
+        modules += adafactor
     if config.train.torch_compile:
         modules.append("torch._dynamo")
     if config.launch.nproc_per_node > 1:  # a single rank imports it when it saves or reads: half a second

@@ -15,12 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from moe_dist.parallel.exchange import as_error, as_failure, broadcast, gather
 from moe_dist.parallel.layout import Layout
 
 Answer = TypeVar("Answer")
+
+_groups: dict[tuple[ProcessGroup | None, str, tuple[tuple[int, ...], ...]], ProcessGroup] = {}
+"""By the default process group they are cut out of, axis and ranks: they serve the next mesh of the process too."""
 
 
 class Hosts(NamedTuple):
@@ -71,24 +74,23 @@ class Mesh:
             raise ValueError(f"world size {layout.world_size}: no process group has been started")
         if dist.get_world_size() != layout.world_size:
             raise ValueError(f"layout of {layout.world_size} ranks, but {dist.get_world_size()} were started")
-        shape = (layout.pp_size, layout.edp_size, layout.ep_size)
-        sparse = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "edp", "ep"))
-        dense = init_device_mesh(device.type, (layout.pp_size, layout.dp_size), mesh_dim_names=("pp", "dp"))
+        sparse = _device_mesh(device, pp=layout.pp_size, edp=layout.edp_size, ep=layout.ep_size)
+        dense = _device_mesh(device, pp=layout.pp_size, dp=layout.dp_size)
         hosts = _groups_of_hosts(layout, ranks_on_a_host)
         if shard_size is None or shard_size == layout.dp_size:
             return Mesh(layout, dist.get_rank(), device, sparse, dense, hosts=hosts)
         if layout.dp_size % shard_size:
             raise ValueError(f"parallel.shard_size={shard_size}: must divide the {layout.dp_size} replicas (dp)")
         expert_size = max(1, shard_size // layout.ep_size)
-        hybrid_dense = init_device_mesh(
-            device.type,
-            (layout.pp_size, layout.dp_size // shard_size, shard_size),
-            mesh_dim_names=("pp", "dp_replicate", "dp_shard"),
+        hybrid_dense = _device_mesh(
+            device, pp=layout.pp_size, dp_replicate=layout.dp_size // shard_size, dp_shard=shard_size
         )
-        hybrid_sparse = init_device_mesh(
-            device.type,
-            (layout.pp_size, layout.edp_size // expert_size, expert_size, layout.ep_size),
-            mesh_dim_names=("pp", "edp_replicate", "edp_shard", "ep"),
+        hybrid_sparse = _device_mesh(
+            device,
+            pp=layout.pp_size,
+            edp_replicate=layout.edp_size // expert_size,
+            edp_shard=expert_size,
+            ep=layout.ep_size,
         )
         return Mesh(layout, dist.get_rank(), device, sparse, dense, hybrid_dense, hybrid_sparse, hosts)
 
@@ -194,8 +196,33 @@ def _groups_of_hosts(layout: Layout, ranks_on_a_host: int | None) -> Hosts | Non
     if ranks_on_a_host is None:
         return None
     members = [torch.tensor(group).view(-1, ranks_on_a_host) for group in layout.groups("ep")]
-    across, _ = dist.new_subgroups_by_enumeration([column for group in members for column in group.t().tolist()])
-    within, _ = dist.new_subgroups_by_enumeration([row for group in members for row in group.tolist()])
-    assert across is not None
-    assert within is not None
+    across = _group("across_hosts", [column for group in members for column in group.t().tolist()])
+    within = _group("within_host", [row for group in members for row in group.tolist()])
     return Hosts(across, within)
+
+
+def _device_mesh(device: torch.device, **sizes: int) -> DeviceMesh:
+    """All ranks as a mesh of these axes, the last of them fastest (a collective call)."""
+    ranks = torch.arange(dist.get_world_size()).view(*sizes.values())
+    groups = [
+        _group(axis, ranks.movedim(number, -1).reshape(-1, size).tolist())
+        for number, (axis, size) in enumerate(sizes.items())
+    ]
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=tuple(sizes))
+
+
+def _group(axis: str, members: list[list[int]]) -> ProcessGroup:
+    """This rank's of the groups `members` (a collective call).
+
+    Two axes never share one, even of the same ranks: what is under way on one must not meet what is on the other. Ranks
+    that are alone send nothing: they are one group for every axis.
+    """
+    world = dist.group.WORLD
+    if any(known is not world for known, *_ in _groups):
+        _groups.clear()
+    key = (world, "" if len(members[0]) == 1 else axis, tuple(map(tuple, members)))
+    if key not in _groups:
+        mine, _ = dist.new_subgroups_by_enumeration(members)
+        assert mine is not None
+        _groups[key] = mine
+    return _groups[key]

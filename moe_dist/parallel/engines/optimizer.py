@@ -185,8 +185,7 @@ def torch_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.
             foreach=False if config.optim == "adamw_torch_fused" else None,
         )
     if config.optim == "adafactor":
-        # The one that `TrainingArguments` means by this name; torch's scales the rate by the size of the weights.
-        from transformers.optimization import Adafactor
+        from moe_dist.parallel.engines.adafactor import Adafactor
 
         return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False)
     return _SGD(groups, lr=rate, momentum=config.momentum)
