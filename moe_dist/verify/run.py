@@ -30,6 +30,8 @@ from moe_dist.verify.verdicts import Report, Verdict
 
 _PATIENCE = timedelta(seconds=25)
 """For what other ranks say when this one has failed; they may be waiting for it in a collective."""
+_KEPT = 64
+"""What one process computed of so many trainings; cases of the same training mostly follow each other."""
 _SHRUNKEN = 5
 """Cases that fail are made smaller until so many have been; there may be one mistake behind all."""
 
@@ -90,7 +92,7 @@ class Verifier:
             if case.name in done:
                 continue
             waiting.append(case)
-            if len(waiting) == size or minutes is not None:
+            if len(waiting) == size:
                 self._run(waiting, small, plant, report)
                 waiting = []
         self._run(waiting, small, plant, report)
@@ -200,6 +202,8 @@ class Verifier:
 
     def _prepare(self, cases: list[Scenario], small: Smallness) -> None:
         """What one process computes, for several cases at the same time: a rank each."""
+        if len(self._references) > _KEPT:
+            self._references.clear()
         missing: dict[str, tuple[Scenario, Training, int]] = {}
         for case in cases:
             training, count = small.training(case), self._count(case)
