@@ -1,16 +1,16 @@
 """The life of a run: what happens to a training between its first step and its last. Imports no torch.
 
-A life passes through several layouts. In each of them every event comes after every other (training, an evaluation, a
-sample of text, a step skipped for a number that is not finite, a save, a save behind training); then a stop signal
-comes in the middle of a step, and the next layout goes on from what was saved.
+A life passes through several layouts. In each of them things happen: training, an evaluation, a sample of text, a step
+skipped for a number that is not finite, a save, a save behind training; then a stop signal comes in the middle of a
+step, and the next layout goes on from what was saved. In one layout a third of all events come after each other, in the
+next another third; the lives of `lives` together have every event after every other with every engine, ZeRO stage, ep
+and pp size.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,8 @@ from moe_dist.verify.scenarios import Precision, Scenario, Smallness
 
 STEPS = ("train", "skip")
 EVENTS = (*STEPS, "evaluate", "sample", "save", "save_behind")
+PARTS = 3
+"""Layouts in which every event has come after every other."""
 _KINDS = {"save": "save", "save_behind": "save", "evaluate": "evaluate"}
 BRIEF = ("train", "skip", "evaluate", "save_behind")
 COLUMNS = ("losses", "norms", "loads", "evaluation", "weights", "moments", "state", "resumed")
@@ -45,7 +47,9 @@ _NAME = re.compile(r"(life|brief)(\d*):([^+]+)(?:\+(.*))?")
 
 @dataclass(frozen=True)
 class Life:
-    """Named like `life:ep2-zero1>pp2-1f1b-ep1-zero0+bias`; `brief:` has fewer events. `seed` orders them."""
+    """Named like `life:ep2-zero1>pp2-1f1b-ep1-zero0+bias`; `brief:` has fewer events. `seed`, a number after that word,
+    says which part of them the first layout has.
+    """
 
     layouts: tuple[Case, ...]
     features: Choice
@@ -135,21 +139,33 @@ class Life:
         drawn = random.Random(f"{self.name}")
         last = len(self.layouts) - 1
         return [
-            [*_real(circuit(self.events, drawn)), *(["stop"] if number < last else [])]
+            [*_real(walk_through(self.events, self.seed + number, drawn)), *(["stop"] if number < last else [])]
             for number in range(len(self.layouts))
         ]
 
 
-def circuit(events: tuple[str, ...], drawn: random.Random) -> list[str]:
-    """A sequence in which every event follows every event once, itself too, in an order of `drawn`."""
-    ways = {event: drawn.sample(events, len(events)) for event in events}
-    path, walk = [drawn.choice(events)], []
-    while path:  # Hierholzer's algorithm
-        if ways[path[-1]]:
-            path.append(ways[path[-1]].pop())
-        else:
-            walk.append(path.pop())
-    return walk[::-1]
+def walk_through(events: tuple[str, ...], part: int, drawn: random.Random) -> list[str]:
+    """A sequence in which a third of all pairs of an event and the next come (`part` modulo 3 says which third, and few
+    others), in an order of `drawn`.
+    """
+    ways: dict[str, list[str]] = {
+        event: [other for there, other in enumerate(events) if (here + there - part) % PARTS == 0]
+        for here, event in enumerate(events)
+    }
+    walk: list[str] = []
+    for start in drawn.sample(events, len(events)):
+        if not ways[start]:
+            continue
+        for following in ways.values():
+            drawn.shuffle(following)
+        path, circuit = [start], []
+        while path:  # Hierholzer's algorithm: whatever follows an event is followed by it, so every walk comes back
+            if ways[path[-1]]:
+                path.append(ways[path[-1]].pop())
+            else:
+                circuit.append(path.pop())
+        walk += circuit[::-1]
+    return walk
 
 
 def _real(walk: list[str]) -> list[str]:
@@ -169,57 +185,49 @@ def _real(walk: list[str]) -> list[str]:
     return events
 
 
+_QUICK = ("ep2-zero1", "pp2-1f1b-ep1-zero1-acc2", "ep1-zero0")
+_WIDE = (
+    (0, "ep2-zero1", "ep1-zero2", "ep4-zero3", "pp2-1f1b-ep2-zero1-acc2", "ep4-zero0"),
+    (1, "ep1-zero1", "pp2-zero_bubble-ep2-zero0-acc4", "ep2-zero3-shard2", "pp4-interleaved_1f1b-ep1-zero3-acc4"),
+    (0, "ep4-zero2-full", "pp2-dualpipe_v-ep1-zero1-acc4", "ep1-zero3", "pp4-gpipe-ep1-zero0-acc4-selective"),
+)
+"""Chains of layouts, and the part of all pairs of events that comes in the first of each."""
+_EXPERTS = ("ep2-zero3", "ep1-zero1", "pp4-1f1b-ep1-zero1-acc4", "ep4-zero2")
+_DEEPSPEED = ("ep2-zero1-deepspeed", "ep1-zero2-deepspeed", "ep4-zero1-deepspeed", "ep2-zero1")
+
+
 def lives(small: Smallness, which: str, seed: int = 0) -> list[Life]:
-    """A brief life for `quick`; otherwise lives that pass through every kind of sharding, with every ep and pp size."""
+    """A brief life for `quick`; otherwise lives in which every event comes after every other with every engine, ZeRO
+    stage, ep and pp size (tested), and, for a few events, other optimizers and what is seldom in a life.
+    """
     words = frozenset({"bias", "sequence_scope", "cosine", "attention_dropout", "expert_dropout", "z_loss"})
     if which == "quick":
-        brief = [("ep2-zero1", "pp2-1f1b-ep1-zero1-acc2", "ep1-zero0")]
-        return _feasible(small, brief, words | {"biased_experts"}, BRIEF, seed)
-    wide = [
-        ("ep2-zero1", "ep1-zero2", "ep4-zero3", "pp2-1f1b-ep2-zero1-acc2", "ep4-zero0"),
-        ("ep1-zero1", "pp2-zero_bubble-ep2-zero0-acc4", "ep2-zero3-shard2", "pp4-interleaved_1f1b-ep1-zero3-acc4"),
-        ("ep4-zero2-full", "pp2-dualpipe_v-ep1-zero1-acc4", "ep1-zero3", "ep2-zero0-selective"),
-    ]
-    found = _feasible(small, wide, words, EVENTS, seed)
+        return _feasible(small, _QUICK, words | {"biased_experts"}, BRIEF, PARTS * seed)
+    found: list[Life] = []
+    for part, *chain in _WIDE:
+        found += _feasible(small, chain, words, EVENTS, PARTS * seed + part)
     experts = frozenset({"biased_experts", "label_smoothing", "linear", "shared_expert"})
-    found += _feasible(small, [("ep2-zero3", "ep1-zero1", "ep4-zero0")], experts, EVENTS, seed)
-    chain = [("ep2-zero1-deepspeed", "ep2-zero1", "ep1-zero2-deepspeed", "ep4-zero1-deepspeed")]
-    found += _feasible(small, chain, frozenset({"bias", "cosine"}), EVENTS, seed)
-    found += _feasible(small, [("ep2-zero0", "ep2-zero2", "ep1-zero0")], frozenset({"pure_bf16"}), EVENTS, seed)
-    # Other optimizers, and what is seldom in a life: for a few events each.
+    found += _feasible(small, _EXPERTS, experts, EVENTS, PARTS * seed)
+    found += _feasible(small, _DEEPSPEED, frozenset({"bias", "cosine"}), EVENTS, PARTS * seed + 1)
+    found += _feasible(small, ("ep2-zero0", "ep2-zero2", "ep1-zero0"), frozenset({"pure_bf16"}), EVENTS, PARTS * seed)
     others = frozenset({"sgd", "annealing", "own_router", "noisy_experts", "jitter"})
-    found += _feasible(small, [("ep2-zero3", "pp2-1f1b-ep1-zero0-acc2")], others, BRIEF, seed)
+    found += _feasible(small, ("ep2-zero3", "pp2-1f1b-ep1-zero0-acc2"), others, BRIEF, PARTS * seed)
     whole = frozenset({"adafactor", "fallback", "tied", "capacity", "attention_bias"})
-    return found + _feasible(small, [("ep4-zero0", "ep2-zero0")], whole, BRIEF, seed)
+    return found + _feasible(small, ("ep4-zero0", "ep2-zero0"), whole, BRIEF, PARTS * seed + 1)
 
 
-def _feasible(
-    small: Smallness, chains: Sequence[tuple[str, ...]], words: Choice, events: tuple[str, ...], seed: int
-) -> list[Life]:
-    """Those layouts of each chain that the ranks can have, where there are two or more."""
-    found = []
-    for chain in chains:
-        layouts = []
-        for name in chain:
-            layout = Case.named(name)
-            engine = layout.engine == "torch" or _has_deepspeed()
-            if engine and small.refusal(Scenario(layout, words)) is None:
-                layouts.append(layout)
-        if len(layouts) > 1:
-            found.append(Life(tuple(layouts), words, events, seed))
-    return found
+def _feasible(small: Smallness, chain: Sequence[str], words: Choice, events: tuple[str, ...], seed: int) -> list[Life]:
+    """A life in those layouts of the chain that the ranks can have, where there are two or more."""
+    layouts = []
+    for name in chain:
+        layout = Case.named(name)
+        engine = layout.engine == "torch" or _has_deepspeed()
+        if engine and small.refusal(Scenario(layout, words)) is None:
+            layouts.append(layout)
+    return [Life(tuple(layouts), words, events, seed)] if len(layouts) > 1 else []
 
 
 def _has_deepspeed() -> bool:
     from importlib.util import find_spec
 
     return find_spec("deepspeed") is not None
-
-
-def pairs_of(scripts: list[list[str]]) -> dict[str, set[str]]:
-    """Which events come after which."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for script in scripts:
-        for event, following in itertools.pairwise(script):
-            found[event].add(following)
-    return found

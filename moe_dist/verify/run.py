@@ -119,6 +119,8 @@ class Verifier:
 
     def _run(self, cases: list[Scenario | Life], small: Smallness, plant: str | None, report: Report) -> None:
         self._prepare([case for case in cases if isinstance(case, Scenario)], small)
+        if lives := [case for case in cases if isinstance(case, Life)]:
+            self.alone.prepare(lives, small, self.world)
         for case in cases:
             report.begin(case.name)
             verdict = self.verdict(case, small, plant)

@@ -9,11 +9,11 @@ import math
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -43,8 +43,6 @@ _LAYER_FACTS = (
     *("dropped_fraction", "fallback_tokens"),
 )
 
-
-Answer = TypeVar("Answer")
 _ASKED = itertools.count()
 """Of this process, the same on every rank: the store keeps what was said before."""
 
@@ -119,50 +117,75 @@ class ScriptedTrainer(MoETrainer):
 
 
 class Alone:
-    """What one process leaves on disk of a life: kept for the same life again, until another is asked for."""
+    """What one process leaves on disk of lives: kept until others are asked for."""
 
     def __init__(self) -> None:
-        self.key: str | None = None
-        self.folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folders: dict[str, Path] = {}
+        self._failures: dict[str, str] = {}
+        self._mine: list[tempfile.TemporaryDirectory[str]] = []
 
-    def of(self, life: Life, small: Smallness, device: torch.device | str) -> Path:
-        """All events in one process, which nothing stops: what others save at the end, it saves in between."""
-        config = life.config(small, None)
-        script = [part for script in life.scripts for event in script for part in _undisturbed(event)]
-        key = f"{config.model_dump_json()} {script}"
-        if self.folder is None or self.key != key:
-            self.forget()
-            self.folder = tempfile.TemporaryDirectory(prefix="moe-dist-alone-")
-            config.train.output_dir = Path(self.folder.name)
-            ScriptedTrainer(config, Mesh.single(device), script).train(TEXTS)
-            self.key = key
-        return Path(self.folder.name)
+    def of(self, life: Life, small: Smallness, world: Mesh) -> Path:
+        """All events in one process, which nothing stops: what others save at the end, it saves in between.
+
+        Collective. Raises RuntimeError, on every rank, when that has failed.
+        """
+        self.prepare([life], small, world)
+        key = _key(life, small)
+        if key in self._failures:
+            raise RuntimeError(f"in one process: {self._failures[key]}")
+        return self._folders[key]
+
+    def prepare(self, lives: Sequence[Life], small: Smallness, world: Mesh) -> None:
+        """Have them lived, each on one rank, at the same time (collective)."""
+        wanted = {_key(life, small): life for life in lives}
+        if wanted.keys() <= self._folders.keys() | self._failures.keys():
+            return
+        self.forget()
+        folders: dict[str, Path] = {}
+        failures: dict[str, str] = {}
+        device = world.device if world.layout.world_size > 1 else "cpu"
+        for turn, (key, life) in enumerate(wanted.items()):
+            if turn % world.layout.world_size == world.rank:
+                try:
+                    folders[key] = self._live(life, small, device)
+                except Exception as error:
+                    failures[key] = f"{type(error).__name__}: {error}"
+        if world.group("world") is not None:
+            # Who is done waits outside of any collective: a life takes longer than a group's time-out may be.
+            store, number = dist.distributed_c10d._get_default_store(), next(_ASKED)
+            store.set(f"life/{number}/{world.rank}", "")
+            store.wait([f"life/{number}/{rank}" for rank in range(world.layout.world_size)], timedelta(minutes=15))
+        for lived, failed in world.from_all((folders, failures)):
+            self._folders |= lived
+            self._failures |= failed
+
+    def _live(self, life: Life, small: Smallness, device: torch.device | str) -> Path:
+        config, folder = life.config(small, None), tempfile.TemporaryDirectory(prefix="moe-dist-alone-")
+        self._mine.append(folder)
+        config.train.output_dir = Path(folder.name)
+        try:
+            with in_dtype(DTYPES[life.precision]):
+                ScriptedTrainer(config, Mesh.single(device), _in_one_process(life)).train(TEXTS)
+        finally:
+            close_logging()
+        return Path(folder.name)
 
     def forget(self) -> None:
-        """Remove it. A process that ends without ceremony would leave it behind."""
-        if self.folder is not None:
-            self.folder.cleanup()
-        self.key = self.folder = None
+        """Remove this rank's. A process that ends without ceremony would leave them behind."""
+        for folder in self._mine:
+            folder.cleanup()
+        for known in (self._mine, self._folders, self._failures):
+            known.clear()
 
 
-def _undisturbed(event: str) -> list[str]:
-    return ["train", "save"] if event == "stop" else [event]
+def _key(life: Life, small: Smallness) -> str:
+    return f"{life.config(small, None).model_dump_json()} {_in_one_process(life)}"
 
 
-def _by_rank_zero(world: Mesh, ask: Callable[[], Answer]) -> Answer:
-    """What `ask` gives on rank 0, on every rank. The others wait for it outside of any collective, for as long as a
-    life takes, whatever the time-out of the group is.
-    """
-    if world.group("world") is None:
-        return ask()
-    store, key = dist.distributed_c10d._get_default_store(), f"life/{next(_ASKED)}"
-    try:
-        answer = ask() if world.rank == 0 else None
-    finally:
-        if world.rank == 0:
-            store.set(key, "")
-    store.wait([key], timedelta(minutes=15))
-    return world.ask_rank_zero(lambda: answer)  # type: ignore[return-value]
+def _in_one_process(life: Life) -> list[str]:
+    """Its events, without the stops."""
+    events = [event for script in life.scripts for event in script]
+    return [part for event in events for part in (["train", "save"] if event == "stop" else [event])]
 
 
 def run_life(
@@ -173,14 +196,13 @@ def run_life(
     plant: str | None,
     alone: Alone,
 ) -> dict[str, float]:
-    """Deviations of the life from the same events in one process; the same on every rank. `alone`: of rank 0."""
-    device = world.device if world.layout.world_size > 1 else "cpu"
+    """Deviations of the life from the same events in one process; the same on every rank."""
     folder = Path(world.ask_rank_zero(lambda: tempfile.mkdtemp(prefix="moe-dist-life-")))
     try:
         if not all(world.from_all(folder.is_dir())):
             raise OSError(f"{folder}: a life needs a folder that all ranks see; set TMPDIR to one")
         with in_dtype(DTYPES[life.precision]):
-            wanted = _by_rank_zero(world, lambda: alone.of(life, small, device))
+            wanted = alone.of(life, small, world)
             left: dict[str, Tensor] | None = None
             resumed = 0.0
             with planted(plant) if plant else nullcontext():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -17,7 +19,7 @@ from moe_dist.verify.cases import choose, named_case
 from moe_dist.verify.design import Designer, values_of
 from moe_dist.verify.features import FEATURES, PLAIN
 from moe_dist.verify.layouts import SCHEDULES, Case
-from moe_dist.verify.life import BRIEF, EVENTS, Life, circuit, lives, pairs_of
+from moe_dist.verify.life import BRIEF, EVENTS, PARTS, Life, lives, walk_through
 from moe_dist.verify.scenarios import Scenario, Smallness
 
 ROOT = Path(__file__).parents[2]
@@ -143,15 +145,15 @@ def test_without_the_package_deepspeed_is_left_out() -> None:
     assert asked.called
 
 
-def test_in_a_life_every_event_follows_every_event() -> None:
-    """In every layout; a step is saved and evaluated once, so no event is there that would do nothing."""
+def test_in_lives_every_event_follows_every_event() -> None:
+    """With every engine, ZeRO stage, ep and pp size; a step is saved and evaluated once, so no event does nothing."""
+    found: dict[tuple[str, Any], set[tuple[str, str]]] = defaultdict(set)
     for life in lives(small(), "all"):
         assert Life.named(life.name) == life
-        for script in life.scripts:
-            following = pairs_of([script])
-            for first, second in itertools.product(life.events, repeat=2):
-                alike = first[:4] == second[:4] and first[:4] in ("save", "eval")
-                assert alike or second in following[first], (first, second, script)
+        for layout, script in zip(life.layouts, life.scripts, strict=True):
+            axes = {"engine": layout.engine, "zero": layout.zero_stage, "ep": layout.ep_size, "pp": layout.pp_size}
+            for axis in axes.items():
+                found[axis].update(itertools.pairwise(script))
             done = {"save"}
             for event in script:
                 kind = event.removesuffix("_behind")
@@ -160,15 +162,19 @@ def test_in_a_life_every_event_follows_every_event() -> None:
                 else:
                     assert kind == "sample" or kind not in done, script
                     done.add(kind)
-    places = [layout for life in lives(small(), "all") for layout in life.layouts]
-    assert {(c.engine, c.zero_stage) for c in places} >= {("torch", 0), ("torch", 1), ("torch", 2), ("torch", 3)}
-    assert {c.ep_size for c in places} == {c.pp_size for c in places} == {1, 2, 4}
+    once = {("save", "save"), ("save", "save_behind"), ("save_behind", "save"), ("save_behind", "save_behind")}
+    for axis, pairs in found.items():
+        missing = set(itertools.product(EVENTS, repeat=2)) - pairs - once - {("evaluate", "evaluate")}
+        assert not missing, (axis, missing)
+    sizes = [(axis, size) for axis in ("ep", "pp") for size in (1, 2, 4)]
+    assert found.keys() == {("engine", "torch"), ("engine", "deepspeed"), *(("zero", n) for n in range(4)), *sizes}
 
 
-def test_a_circuit_goes_every_way_once() -> None:
+def test_three_walks_go_every_way() -> None:
     for seed, events in itertools.product(range(5), (BRIEF, EVENTS)):
-        walk = circuit(events, random.Random(seed))
-        assert sorted(itertools.pairwise(walk)) == sorted(itertools.product(events, repeat=2))
+        walks = [walk_through(events, part, random.Random(seed)) for part in range(PARTS)]
+        assert {pair for walk in walks for pair in itertools.pairwise(walk)} == set(itertools.product(events, repeat=2))
+        assert all(len(walk) < len(events) ** 2 / PARTS + 4 for walk in walks)
 
 
 def test_the_page_names_every_feature() -> None:
