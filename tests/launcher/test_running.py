@@ -83,6 +83,7 @@ def test_nobody_sees_the_libraries_talking(one_rank: Run, two_ranks: Run) -> Non
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_torchrun_starts_the_same_run(two_ranks: Run, torchrun_module: Run) -> None:
     assert torchrun_module.code == 0, torchrun_module.program.err
     check_folder(torchrun_module, 2)
@@ -93,6 +94,7 @@ def test_torchrun_starts_the_same_run(two_ranks: Run, torchrun_module: Run) -> N
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_two_agents_of_torchrun_start_the_same_run(two_ranks: Run, two_agents: list[Run]) -> None:
     for run in two_agents:
         assert run.code == 0, run.program.err

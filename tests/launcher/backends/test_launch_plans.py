@@ -135,6 +135,7 @@ def test_local_is_train() -> None:
 
 @pytest.mark.dist
 @pytest.mark.launch
+@pytest.mark.slow
 def test_what_is_printed_can_be_run(tmp_path: Path, two_ranks: Run) -> None:
     """Copied into a shell, the line of each starter trains as `moe-dist train` does."""
     config = write_config(tmp_path)

@@ -19,7 +19,10 @@ from launcher.supervise import forkserver
 from launcher.supervise.forkserver import ForkServer, can_fork
 from moe_dist.config import Config, load_mapping
 
-pytestmark = [pytest.mark.dist, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks on Linux")]
+pytestmark = [
+    *(pytest.mark.dist, pytest.mark.slow),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks on Linux"),
+]
 
 
 def parent(pid: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from programs import Program, losses
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 MODULE = '''
 import os

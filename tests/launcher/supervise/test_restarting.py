@@ -13,7 +13,7 @@ import pytest
 from mortal import TORCHRUN, Death, errors, is_the_same, start
 from programs import Program
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 DEATHS: list[tuple[Death, str]] = [
     (("attention", 3, 1), "computing"),  # two layers a step: in the second step of each start
@@ -41,7 +41,6 @@ def test_a_killed_rank_costs_a_few_steps(
     is_the_same(tmp_path / "run", twin)
 
 
-@pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.parametrize("starter", [("moe-dist", "train"), TORCHRUN], ids=["local", "torchrun"])
 def test_killed_in_every_phase_one_after_another(
@@ -57,9 +56,7 @@ def test_killed_in_every_phase_one_after_another(
     is_the_same(tmp_path / "run", twin)
 
 
-@pytest.mark.parametrize(
-    "starter", [("moe-dist", "train"), pytest.param(TORCHRUN, marks=[pytest.mark.slow, pytest.mark.launch])]
-)
+@pytest.mark.parametrize("starter", [("moe-dist", "train"), pytest.param(TORCHRUN, marks=pytest.mark.launch)])
 def test_the_same_crash_again_and_again(config: Path, tmp_path: Path, starter: tuple[str, ...]) -> None:
     """FAULTS row 20."""
     options = ("launch.max_restarts=2", "checkpoint.background=false", "checkpoint.resume=never")
@@ -127,7 +124,7 @@ def loop_in(owner, name, call):
     ("where", "phase"),
     [
         ("Looping, 'forward', 7", "computing"),
-        pytest.param("GlobalLoader, 'next_step', 4", "waiting for data", marks=pytest.mark.slow),
+        ("GlobalLoader, 'next_step', 4", "waiting for data"),
     ],
     ids=["experts", "data"],
 )
@@ -150,7 +147,6 @@ def test_a_rank_in_an_endless_loop_is_found_and_named(config: Path, tmp_path: Pa
     assert 'looping.py", line 13 in looping' in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
 
 
-@pytest.mark.slow
 def test_suspended_as_a_whole(config: Path, tmp_path: Path) -> None:
     """Ctrl-Z, and on again after longer than the limit. Seen to fail without `went_on` in the launcher."""
     program = start(config, tmp_path, [], "train.max_steps=60", "monitor.stall_timeout=3")
@@ -164,7 +160,6 @@ def test_suspended_as_a_whole(config: Path, tmp_path: Path) -> None:
     assert "error" not in program.err
 
 
-@pytest.mark.slow
 def test_killed_at_random(config: Path, tmp_path: Path, twin: Path) -> None:
     """FAULTS row 2 and 4: the launcher or a rank, killed at any time; started again until it is done."""
     chance, kills = random.Random(7), 0

@@ -22,7 +22,7 @@ from moe_dist.checkpoint.storage import LocalStorage
 from moe_dist.checkpoint.tools.inspecting import digests
 from moe_dist.train.interrupts import APART
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 LIMIT = 60.0
 DATA_WORKERS = ("data.dataloader_num_workers=2",)

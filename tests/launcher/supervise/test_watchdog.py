@@ -13,7 +13,7 @@ import pytest
 from mortal import PLANTED, errors
 from programs import Program, losses, metrics
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 def start(
@@ -27,7 +27,7 @@ def start(
     return Program(*(starter or torchrun), config, *own, *options, **surroundings)
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", [1, 0])
 def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, victim: int) -> None:
     """FAULTS row 10, also when it is rank 0 that nobody can ask any more. Seen to fail with verdicts not acted on."""
     program = start(config, tmp_path, "train.max_steps=4000", "monitor.stall_timeout=4")
@@ -52,19 +52,17 @@ def test_a_stopped_rank_is_found_named_and_ended(config: Path, tmp_path: Path, v
 @pytest.mark.parametrize(
     ("planted", "expected"),
     [
-        pytest.param(
+        (
             "loop",
             r"rank 1 \(pid \d+ on \S+\) has not moved for \d+ s, in step 4, computing, last collectives world",
-            marks=pytest.mark.slow,
         ),
         (
             "other",  # it has called one thing less than the rank that waits for it
             r"rank 1 \(pid \d+ on \S+\) has not moved for \d+ s, in step 4, computing, in all_reduce, last collectives",
         ),
-        pytest.param(
+        (
             "shape",  # gloo ends a process that gets more than it has asked for, and says so on its own
             r"rank 0 \(pid \d+ on \S+\) has gone, last seen .*: it ended without a word \(killed, crashed, ",
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["loop", "other", "shape"],
@@ -84,7 +82,6 @@ def test_a_loop_and_a_wrong_collective_are_found_and_named(
     assert re.search(place, (tmp_path / "run" / "logs" / "rank-1.log").read_text())
 
 
-@pytest.mark.slow
 def test_stopped_and_continued(config: Path, tmp_path: Path) -> None:
     """FAULTS row 11: a rank that is stopped for less than the limit, or all of them for more, as Slurm suspends a job:
     nothing happens, the run is its twin. Seen to fail without `_went_on`."""
@@ -105,7 +102,7 @@ def test_stopped_and_continued(config: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "run") == losses(tmp_path / "twin" / "run")
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", [1, 0])
 def test_a_killed_rank_is_named_once(config: Path, tmp_path: Path, victim: int) -> None:
     """By the lowest one that is left; not by everybody, and not as `Connection closed by peer`. Seen to fail
     without `last_words`: torchrun's SIGTERM came before the line."""
@@ -119,7 +116,6 @@ def test_a_killed_rank_is_named_once(config: Path, tmp_path: Path, victim: int) 
     assert re.search(r"has gone, last seen in step \d+, .*: it ended without a word", line), line
 
 
-@pytest.mark.slow
 @pytest.mark.launch
 def test_an_agent_of_ours_says_it_in_one_line_and_starts_again(config: Path, tmp_path: Path) -> None:
     """The rank that stands still is ended with SIGKILL, which is not what went wrong.
