@@ -22,7 +22,7 @@ from moe_dist.parallel.layout import Layout
 
 Answer = TypeVar("Answer")
 
-_groups: dict[tuple[ProcessGroup | None, str, tuple[tuple[int, ...], ...]], ProcessGroup] = {}
+_groups: dict[tuple[ProcessGroup, str, tuple[tuple[int, ...], ...]], ProcessGroup] = {}
 """By the default process group they are cut out of, axis and ranks: they serve the next mesh of the process too."""
 
 
@@ -214,15 +214,18 @@ def _device_mesh(device: torch.device, **sizes: int) -> DeviceMesh:
 def _group(axis: str, members: list[list[int]]) -> ProcessGroup:
     """This rank's of the groups `members` (a collective call).
 
-    Two axes never share one, even of the same ranks: what is under way on one must not meet what is on the other. Ranks
-    that are alone send nothing: they are one group for every axis.
+    The one of all ranks is the default group, for every axis. Else two axes never share one, even of the same ranks:
+    what is under way on one must not meet what is on the other. Ranks that are alone send nothing: any axis may have
+    theirs.
     """
     world = dist.group.WORLD
+    assert world is not None
+    if len(members) == 1:
+        return world
     if any(known is not world for known, *_ in _groups):
         _groups.clear()
     key = (world, "" if len(members[0]) == 1 else axis, tuple(map(tuple, members)))
     if key not in _groups:
-        mine, _ = dist.new_subgroups_by_enumeration(members)
-        assert mine is not None
-        _groups[key] = mine
+        made = [dist.new_group(ranks, group_desc=f"mesh_{axis}") for ranks in members]
+        _groups[key] = next(group for group, ranks in zip(made, members, strict=True) if dist.get_rank() in ranks)
     return _groups[key]
