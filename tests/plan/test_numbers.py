@@ -126,12 +126,14 @@ def test_weights_in_few_bits_are_whole_one_stack_at_a_time() -> None:
 
 
 def test_experts_that_are_chosen_often_hold_no_more_than_a_chunk_beside_their_rows() -> None:
-    """`train.expert_chunk_factor`: beyond it only rows are counted, in what is kept and in what backward needs."""
+    """`train.expert_chunk_factor`: beyond it rows are counted, and in backward a chunk of a quarter of it."""
     config = load_config("configs/demo.yaml")
     model, tokens = config.model, 100
     held = {}
     for config.train.expert_chunk_factor in (0.0, 2.0):
         held[config.train.expert_chunk_factor] = block_activations(config, True, tokens, "cpu", load=5.0)
-    beyond = 4 * tokens * model.num_experts_per_tok * (5 - 2) * model.moe_intermediate_size
-    assert held[0.0].kept - held[2.0].kept == 2 * beyond
-    assert held[0.0].passing - held[2.0].passing == 4 * beyond
+    share = 4 * tokens * model.num_experts_per_tok
+    assert held[0.0].kept - held[2.0].kept == share * 5 * 2 * model.moe_intermediate_size
+    chunk = share * 0.5 * 6 * model.moe_intermediate_size + share * 5 * model.hidden_size
+    experts = 3 * 4 * model.num_experts // config.parallel.ep_size * model.hidden_size * model.moe_intermediate_size
+    assert held[2.0].passing == chunk + experts + 2 * 4 * tokens * model.hidden_size
