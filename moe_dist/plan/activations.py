@@ -125,6 +125,19 @@ def block_activations(
     return Activations(tokens * (r * D + decisions), whole + passing - tokens * r * D, cached)
 
 
+def layer_activations(config: Config, device: str) -> dict[str, Activations]:
+    """Of one layer of each kind that the model has (`expert layer`, `dense layer`), for one micro-batch on a rank with
+    its share of rows. `device`: cpu, or another."""
+    tokens = config.train.per_device_train_batch_size * config.rows_per_sample * config.data.max_seq_length
+    num_moe = len(config.model.moe_layers)
+    kinds = {"expert layer": num_moe, "dense layer": config.model.num_hidden_layers - num_moe}
+    return {
+        name: block_activations(config, name == "expert layer", tokens, device)
+        for name, number in kinds.items()
+        if number
+    }
+
+
 @dataclass(frozen=True)
 class _Weights:
     dense: float
