@@ -34,7 +34,7 @@ class Experts(nn.Module):
     """
 
     chunk_rows = 0
-    """Rows computed at once (`train.expert_chunk_factor`); 0: all."""
+    """Rows above which they come in chunks (`train.expert_chunk_factor`); 0: never."""
     lora_gate_up: StackedLowRank | None
     lora_down: StackedLowRank | None
 
@@ -230,10 +230,10 @@ _IN_PLACE: dict[str, tuple[Any, Any, dict[str, str]]] = {
 class _GroupedSwiGLU(torch.autograd.Function):
     """All experts in two grouped matmuls, and backward in four, without a host synchronisation.
 
-    Of the activations only gate_up is kept; the hidden one is made again in backward. Rows beyond the first
-    `chunk_rows` come chunk after chunk, and their gate_up is made again too: what is held beside rows does not grow
-    with a rank's load. Without a row nothing is called, and gradients, zeros, come in the same order: an engine may
-    reduce them as they come, on all ranks together.
+    Of the activations only gate_up is kept; the hidden one is made again in backward. More rows than `chunk_rows` come
+    in chunks of a quarter as many, and their gate_up is made again too: there are three tensors of all rows by then
+    which there is no way around, and what is held beside them makes room. Without a row nothing is called, and
+    gradients, zeros, come in the same order: an engine may reduce them as they come, on all ranks together.
     """
 
     @staticmethod
@@ -248,14 +248,14 @@ class _GroupedSwiGLU(torch.autograd.Function):
     ) -> Tensor:
         ctx.activation, ctx.chunk_rows = activation, chunk_rows
         if not len(rows_RD):
-            ctx.save_for_backward(rows_RD, rows_RD, w_gate_up, w_down, offsets)
+            ctx.save_for_backward(rows_RD, None, w_gate_up, w_down, offsets)
             return rows_RD.new_empty(rows_RD.shape)
-        first, out = None, _Rows(len(rows_RD))
+        gate_up, out = None, _Rows(len(rows_RD))
         for (rows,), ends in _chunks(chunk_rows, offsets, rows_RD):
             gate_up = grouped_mm(rows, w_gate_up, offs=ends)
-            first = gate_up if first is None else first
             out.append(grouped_mm(swiglu(gate_up, activation), w_down, offs=ends))
-        ctx.save_for_backward(rows_RD, first, w_gate_up, w_down, offsets)
+            gate_up = gate_up if len(rows) == len(rows_RD) else None
+        ctx.save_for_backward(rows_RD, gate_up, w_gate_up, w_down, offsets)
         return out.whole
 
     @staticmethod
@@ -270,26 +270,38 @@ class _GroupedSwiGLU(torch.autograd.Function):
         grad_RD = grad_RD.contiguous()  # the kernel refuses expanded ones, as of a sum
         out, d_up, d_down = _Rows(len(rows_RD)), None, None
         for (rows, grad), ends in _chunks(ctx.chunk_rows, offsets, rows_RD, grad_RD):
-            if gate_up is None:
-                gate_up = grouped_mm(rows, w_gate_up, offs=ends)
-            grad_hidden = grouped_mm(grad, w_down.transpose(1, 2), offs=ends)
-            hidden, grad_gate_up = torch.empty_like(grad_hidden), torch.empty_like(gate_up)
-            _swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up, ctx.activation)
+            grad_gate_up, hidden = _unit_gradient(rows, grad, gate_up, w_gate_up, w_down, ends, ctx.activation)
+            d_down = _added(d_down, grouped_mm(hidden.t(), grad, offs=ends)) if want_down else None
+            del hidden
             if want_rows:
                 out.append(grouped_mm(grad_gate_up, w_gate_up.transpose(1, 2), offs=ends))
             d_up = _added(d_up, grouped_mm(rows.t(), grad_gate_up, offs=ends)) if want_up else None
-            d_down = _added(d_down, grouped_mm(hidden.t(), grad, offs=ends)) if want_down else None
-            gate_up = None
+            del grad_gate_up  # or it would be there beside the next chunk's
         return out.whole if want_rows else None, d_up, d_down, None, None, None
 
 
+def _unit_gradient(
+    rows: Tensor, grad: Tensor, gate_up: Tensor | None, w_gate_up: Tensor, w_down: Tensor, ends: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """The gradient of gate_up (R, 2F), which is computed where it was not kept, and the hidden activation (R, F)."""
+    if gate_up is None:
+        gate_up = grouped_mm(rows, w_gate_up, offs=ends)
+    grad_hidden = grouped_mm(grad, w_down.transpose(1, 2), offs=ends)
+    hidden, grad_gate_up = torch.empty_like(grad_hidden), torch.empty_like(gate_up)
+    _swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up, activation)
+    return grad_gate_up, hidden
+
+
 def _chunks(chunk_rows: int, offsets: Tensor, *tensors: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Slices of `tensors` (R, ...) of at most `chunk_rows` rows, and where every expert's rows end in them."""
+    """`tensors` (R, ...) whole, or if they have more than `chunk_rows` rows slices of a quarter as many, and where
+    every expert's rows end in them."""
     num_rows = len(tensors[0])
-    size = min(chunk_rows or num_rows, num_rows)
-    for start in range(0, num_rows, size):
+    if not chunk_rows or num_rows <= chunk_rows:
+        yield list(tensors), offsets
+        return
+    for start in range(0, num_rows, size := -(-chunk_rows // 4)):
         parts = [tensor[start : start + size] for tensor in tensors]
-        yield parts, offsets if size == num_rows else (offsets - start).clamp(0, len(parts[0]))
+        yield parts, (offsets - start).clamp(0, len(parts[0]))
 
 
 class _Rows:

@@ -91,22 +91,29 @@ def block_activations(
     if not has_experts:
         rest += (r * D if not widths.casts else 0) + gated_bytes(model.intermediate_size, D, widths)
         busy = 2.0 * w * model.intermediate_size  # three gradients; what the last matrix had kept is gone by then
+        worst = tokens * busy + weights.gradients
         held, decisions = weights.dense if widths.casts else 0.0, 0.0
     else:
         E, K, F = model.num_experts, model.num_experts_per_tok, model.moe_intermediate_size
         rows = K * load
         factor = config.train.expert_chunk_factor if model.expert == "swiglu" and not config.lora.r else 0.0
-        at_once = K * min(load, factor or load)
+        in_chunks = 0.0 < factor < load
         rest += 4 * D + 12 * E + 12 * K + 4  # the router computes in full precision
-        rest += w * (rows * 2 * D + at_once * 2 * F) + 4 * K + 16 * K + 8 * rows
+        rest += w * (rows * 2 * D + (0.0 if in_chunks else rows * 2 * F)) + 4 * K + 16 * K + 8 * rows
         shared = model.shared_expert_intermediate_size
-        if shared:
-            rest += gated_bytes(shared, D, widths) + (r * D if r == 2 else 0)
-        busy = w * (at_once * 4 * F + rows * D)  # what combine had kept is gone by then
+        beside = gated_bytes(shared, D, widths) + (r * D if r == 2 else 0) if shared else 0.0
+        rest += beside
+        # What combine and a shared expert had kept is gone by then. Gradients within the unit, then those of rows and
+        # of weights; from the second chunk on they are there at once.
+        busy, after = w * rows * 4 * F, w * rows * (2 * F + D)
+        if in_chunks:
+            busy = after = w * (K * factor / 4 * 6 * F + rows * D)
+        worst = max(tokens * busy, tokens * after + weights.experts, tokens * w * rows * D + weights.gradients)
+        worst -= tokens * beside
         held = weights.dense + weights.experts if widths.casts else 0.0
         decisions = 28.0 * K
     whole = tokens * (attention + rest) + held
-    passing = tokens * (busy + 2 * r * D) + weights.gradients
+    passing = tokens * 2 * r * D + worst
     if recompute == "none":
         return Activations(whole, passing)
     if recompute == "selective":
@@ -118,6 +125,19 @@ def block_activations(
     return Activations(tokens * (r * D + decisions), whole + passing - tokens * r * D, cached)
 
 
+def layer_activations(config: Config, device: str) -> dict[str, Activations]:
+    """Of one layer of each kind that the model has (`expert layer`, `dense layer`), for one micro-batch on a rank with
+    its share of rows. `device`: cpu, or another."""
+    tokens = config.train.per_device_train_batch_size * config.rows_per_sample * config.data.max_seq_length
+    num_moe = len(config.model.moe_layers)
+    kinds = {"expert layer": num_moe, "dense layer": config.model.num_hidden_layers - num_moe}
+    return {
+        name: block_activations(config, name == "expert layer", tokens, device)
+        for name, number in kinds.items()
+        if number
+    }
+
+
 @dataclass(frozen=True)
 class _Weights:
     dense: float
@@ -125,15 +145,16 @@ class _Weights:
     attention: float
     experts: float
     gradients: float
-    """Of the largest weight's gradient, in the dtype of computing, before it is added to what is kept."""
+    """Of the largest weight, or of both stacks of experts at once, in the dtype of computing, and of one in full,
+    before they are added to what is kept."""
 
 
 def _weight_bytes(kind: BlockCounts, config: Config, widths: Widths) -> _Weights:
-    ep_size = config.parallel.ep_size
+    experts, w, whole = kind.experts / config.parallel.ep_size, widths.w, 4 if widths.casts else 0
     dense = kind.multiplying - kind.router
-    largest = 2 * kind.experts / 3 / ep_size if kind.experts else max(kind.attention, kind.dense_mlp) / 3
-    width = widths.w + (4 if widths.casts else 0)
-    return _Weights(widths.w * dense, widths.w * kind.attention, widths.w * kind.experts / ep_size, width * largest)
+    largest = max(kind.attention, kind.dense_mlp) / 3
+    gradients = w * experts + whole * 2 / 3 * experts if experts else (w + whole) * largest
+    return _Weights(w * dense, w * kind.attention, w * experts, gradients)
 
 
 def _dense_layer(model: ModelConfig) -> int:

@@ -189,7 +189,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
         "chunked_loss": {"train.loss_chunk_tokens": 7},
         "full_logits": {"train.loss_chunk_tokens": 0},
     },
-    "chunks of rows": {"chunked_rows": {"train.expert_chunk_factor": 0.06}},
+    "chunks of rows": {"chunked_rows": {"train.expert_chunk_factor": 0.24}},
     "clipping": {"no_clipping": {"train.max_grad_norm": 0.0}, "rare_clipping": {"train.max_grad_norm": 1000.0}},
     "optimizer": {
         "adamw": {"optimizer.optim": "adamw_torch"},

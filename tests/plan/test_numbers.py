@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from patches import Replace
 
+from launcher.cli import layout_table
 from moe_dist.config import Config, ModelConfig, load_config
 from moe_dist.models import counts
 from moe_dist.models.counts import flops_per_token
@@ -14,7 +15,7 @@ from moe_dist.parallel import state_bytes as state
 from moe_dist.parallel.engines.replicated import ReplicatedEngine
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.plan import memory, timing
+from moe_dist.plan import activations, memory, timing
 from moe_dist.plan.activations import block_activations
 from moe_dist.plan.cluster import cluster_of
 from moe_dist.plan.search import estimate
@@ -63,6 +64,39 @@ def test_peak_is_what_the_allocator_measures(kind: str, precision: str, recomput
     config = small(kind, precision, recompute)
     kept, peak = measured_step(config)
     assert planned_peak(config) == pytest.approx(peak, rel=0.06), (kept, peak)
+
+
+LAYERS = [
+    ("experts", "float32", "none"),
+    ("experts", "bf16", "selective"),
+    ("shared expert", "pure_bf16", "full"),
+    ("dense", "bf16", "none"),
+]
+
+
+def assert_a_layer_keeps_what_check_says(kind: str, precision: str, recompute: str) -> None:
+    """One layer more, one layer's bytes more: when forward ends, and at the peak where all are kept until then."""
+    config = small(kind, precision, recompute)
+    config.model.vocab_size = 64
+    told = layout_table.facts(config, 1)["layer_activations"]["dense_layer" if kind == "dense" else "expert_layer"]
+    kept, peak = measured_step(config)
+    config.model.num_hidden_layers += 1
+    more_kept, more_peak = measured_step(config)
+    assert told["kept"] == pytest.approx(more_kept - kept, rel=0.1)
+    if recompute == "none":
+        assert told["kept"] == pytest.approx(more_peak - peak, rel=0.1)
+
+
+@pytest.mark.parametrize(("kind", "precision", "recompute"), LAYERS)
+def test_a_layer_keeps_what_check_says(kind: str, precision: str, recompute: str) -> None:
+    assert_a_layer_keeps_what_check_says(kind, precision, recompute)
+
+
+def test_attention_that_keeps_nothing_is_seen(replace: Replace) -> None:
+    """The wrong term: queries, keys and values left out of what a layer keeps."""
+    replace(activations, "attention_bytes", lambda config, widths, device: 0.0)
+    with pytest.raises(AssertionError):
+        assert_a_layer_keeps_what_check_says(*LAYERS[0])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -126,12 +160,14 @@ def test_weights_in_few_bits_are_whole_one_stack_at_a_time() -> None:
 
 
 def test_experts_that_are_chosen_often_hold_no_more_than_a_chunk_beside_their_rows() -> None:
-    """`train.expert_chunk_factor`: beyond it only rows are counted, in what is kept and in what backward needs."""
+    """`train.expert_chunk_factor`: beyond it rows are counted, and in backward a chunk of a quarter of it."""
     config = load_config("configs/demo.yaml")
     model, tokens = config.model, 100
     held = {}
     for config.train.expert_chunk_factor in (0.0, 2.0):
         held[config.train.expert_chunk_factor] = block_activations(config, True, tokens, "cpu", load=5.0)
-    beyond = 4 * tokens * model.num_experts_per_tok * (5 - 2) * model.moe_intermediate_size
-    assert held[0.0].kept - held[2.0].kept == 2 * beyond
-    assert held[0.0].passing - held[2.0].passing == 4 * beyond
+    share = 4 * tokens * model.num_experts_per_tok
+    assert held[0.0].kept - held[2.0].kept == share * 5 * 2 * model.moe_intermediate_size
+    chunk = share * 0.5 * 6 * model.moe_intermediate_size + share * 5 * model.hidden_size
+    experts = 3 * 4 * model.num_experts // config.parallel.ep_size * model.hidden_size * model.moe_intermediate_size
+    assert held[2.0].passing == chunk + experts + 2 * 4 * tokens * model.hidden_size

@@ -1,4 +1,5 @@
-"""Peak memory of a training step with a large vocabulary, beside `transformers`, each in processes of its own.
+"""Peak memory of a training step: with a large vocabulary beside `transformers`, and of a rank with four times its
+share of rows beside one with its share. Each in processes of its own.
 
     python tools/bench/memory.py [--quick] [--json FILE] [--rounds 3] [--threads 1]
 
@@ -7,6 +8,11 @@ chunks; `transformers`: Qwen3-MoE of the same sizes with its own loss. All train
 clipping, on the same tokens. `peak`: largest resident memory of the process, imports included; `held`: weights,
 gradients and optimizer state by arithmetic; `ms`: the fastest step but the first. Figures are medians of processes that
 took turns; a ratio below 1: ours takes less.
+
+Then the skewed layer (`memory_skew.py`), as it is and with all rows in one chunk: `train.expert_chunk_factor: 0`.
+
+Top-level keys of the JSON: `peak_over_transformers`, `peak_over_today`, `skew_over_even` (peak of the rank with four
+times its share / peak of one with its share), and bytes and seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +27,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import memory_skew
 
 CONTENDERS = ("ours", "all logits", "transformers")
 VOCABULARY, TOKENS, LENGTH = 151_936, 2048, 512
@@ -150,9 +158,19 @@ def main() -> None:
             f"{name:<14}{peaks[name] / 1e6:>9,.0f}{ratios[0]:>11.2f}{1e3 * seconds[name]:>9,.0f}{ratios[1]:>11.2f}"
             f"{found[name][0]['losses'][-1]:>16.4f}"
         )
+    skew = memory_skew.measure()
+    print(f"\n{memory_skew.RANKS} ranks, {memory_skew.TOKENS:,} tokens each, {memory_skew.EXPERTS} experts top-2")
+    print(f"{'rank 0':<20}{'held MB':>9}{'step MB':>9}{'peak MB':>9}{'it / even':>11}")
+    skew_peaks = {name: one["held"] + one["step"] for name, one in skew.items()}
+    skew_over_even = {name: peak / skew_peaks["even"] for name, peak in skew_peaks.items() if name != "even"}
+    for name, one in skew.items():
+        figures = one["held"] / 1e6, one["step"] / 1e6, skew_peaks[name] / 1e6
+        print(f"{name:<20}{''.join(f'{mb:>9,.0f}' for mb in figures)}{skew_peaks[name] / skew_peaks['even']:>11.2f}")
     result = {
         "peak_over_transformers": peaks["ours"] / peaks["transformers"],
         "peak_over_today": peaks["ours"] / peaks["all logits"],
+        "skew_over_even": skew_over_even["skewed"],
+        "skew_bytes": skew,
         "peak_bytes": peaks,
         "held_bytes": held,
         "seconds": seconds,

@@ -106,9 +106,9 @@ class TrainConfig(Section):
     """Tokens whose logits the loss holds at once: memory does not grow with tokens x vocab_size; auto: 256 (on a
     GPU 1,024), more where they fit 64 MiB; 0: all of a micro-batch."""
     expert_chunk_factor: NonNegativeFloat = 2.0
-    """Rows that the experts of a rank compute at once, over its even share of a micro-batch's. Those beyond, on a rank
-    whose experts are chosen more, come afterwards, and their activations are computed again in backward: memory does
-    not grow with them; 0: all at once."""
+    """Rows that the experts of a rank compute at once at most, over its even share of a micro-batch's. A rank whose
+    experts are chosen more computes theirs in chunks of a quarter as many, and their activations again in backward:
+    memory grows by the rows alone; 0: all at once, on every rank."""
     freeze: list[str] = []
     """Weights that stay as they are: parts of names, with * and ? (`router`, `embed_tokens`, `layers.0.attention`,
     `*norm`), single experts (`experts:3,7`) or layers (`layers:0-9`). Of adapters with lora.r."""
