@@ -181,6 +181,7 @@ _OF_FEATURES: dict[str, Bug] = {
     "deduplicated_tokens_sent_again": Bug(("dedup",), ("top1",), _ep),
     "noise_of_another_host": Bug(("hierarchical", "noisy_experts"), where=_ep),
     "weights_of_other_ranks_learn_nothing": Bug(("dedup",), ("frozen_router",), _ep),
+    "pieces_home_in_another_order": Bug(("pieces",), ("noisy_experts", "all_gather"), _ep),
     "evaluation_in_training_mode": Bug(("capacity",), where=_ep),
     "evaluation_keeps_documents_apart": Bug(("no_document_mask",), ("even_batches",)),
     "evaluation_counts_load": Bug(("bias",)),

@@ -74,6 +74,10 @@ class ParallelConfig(Section):
     (one for each rank that has any of them), hierarchical (one for each host, and inside it one for each rank), auto
     (the one of these that sends fewest rows, where it saves a tenth of them, between hosts a quarter), all_gather (the
     specification of all, slow), or `package.module:Class` of your own (docs/extending.md)."""
+    dispatch_chunks: Positive = 1
+    """Pieces in which a micro-batch's tokens travel in training: experts compute one piece while the next comes and the
+    one before goes home, forward and backward. It pays where the link is slow beside the experts (docs/parallelism.md);
+    each piece computes all gradients of the experts' weights anew."""
     ranks_per_host: Positive | None = None
     """Neighbouring ranks that share a host, for `hierarchical`; default: as many as were started here."""
     pp_size: Positive = 1

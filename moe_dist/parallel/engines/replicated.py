@@ -10,6 +10,7 @@ from moe_dist.models.precision import full_dtype
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.engines.gradient_buffer import GradientBuffer
 from moe_dist.parallel.engines.optimizer import LogicalOptimizer, TorchEngine
+from moe_dist.parallel.flight import Trace
 from moe_dist.parallel.mesh import Mesh
 
 
@@ -57,6 +58,10 @@ class ReplicatedEngine(TorchEngine):
         if is_last and self.overlaps:
             self.dense.reduce_early()
             self.experts.reduce_early()
+
+    def look(self, trace: Trace | None) -> None:
+        """Sums of gradients are part of what `trace` sees; None: of nothing."""
+        self.dense.trace = self.experts.trace = trace
 
     def zero_grad(self) -> None:
         """Every gradient stays where it is, and is zero."""

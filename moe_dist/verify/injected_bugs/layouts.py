@@ -89,8 +89,8 @@ def buckets_sent_without_their_last_gradient(replace: Replace) -> None:
     def wrong(self: GradientBuffer, name: str, bucket: int) -> None:
         if name in self._missing[bucket]:
             arrived(self, name, bucket)
-            for work, _ in self._works:
-                work.wait()
+            for flight, _ in self._flights:
+                flight.land()
 
     replace(GradientBuffer, "reduce_early", early)
     replace(GradientBuffer, "_arrived", wrong)
