@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -43,16 +43,18 @@ class Trace:
         self.waits.append(Journey(layer, kind, begin, time.perf_counter()))
 
     def take(self, steps: int = 1) -> list[Overlap]:
-        """What has landed, by layer and kind, for each of so many steps; the last one is all of it together."""
-        covered = union((wait.begin, wait.end) for wait in self.waits)
-        keys: dict[tuple[int | None, str], None] = dict.fromkeys(one[:2] for one in (*self.waits, *self.journeys))
-        found = [Overlap(*key, *self._seconds(lambda one, key=key: one[:2] == key, covered, steps)) for key in keys]
-        return [*found, Overlap(None, ALL, *self._seconds(lambda one: True, covered, steps))]
-
-    def _seconds(self, chosen: Callable[[Journey], bool], covered: list[Interval], steps: int) -> tuple[float, float]:
-        exposed = sum(one.end - one.begin for one in self.waits if chosen(one))
-        ways = union((one.begin, one.end) for one in self.journeys if chosen(one))
-        return exposed / steps, outside(ways, covered) / steps
+        """What has landed since the last call, by layer and kind, for each of so many steps; the last one is all of it
+        together."""
+        waits, journeys = self.waits, self.journeys
+        self.waits, self.journeys = [], []
+        covered = union((wait.begin, wait.end) for wait in waits)
+        found = []
+        for key in dict.fromkeys([one[:2] for one in (*waits, *journeys)] + [(None, ALL)]):
+            mine = [[one for one in ones if key[1] == ALL or one[:2] == key] for ones in (waits, journeys)]
+            exposed = sum(one.end - one.begin for one in mine[0])
+            hidden = outside(union((one.begin, one.end) for one in mine[1]), covered)
+            found.append(Overlap(*key, exposed / steps, hidden / steps))
+        return found
 
 
 class Overlap(NamedTuple):

@@ -91,8 +91,8 @@ class ParallelConfig(Section):
     shard_size: Positive | None = None
     """Shard inside groups of this many replicas and replicate across them (hybrid sharding); default: all replicas."""
     overlap_grad_reduce: bool = True
-    """Sum gradients over replicas while backward computes others; false: after it (zero_stage 0; above it they always
-    travel during backward, and under a pipeline at its end)."""
+    """Sum gradients over replicas while the last backward pass computes others; false: after it (zero_stage 0; above it
+    they always travel during backward). Pipelines with several stages on a rank sum them at their end."""
     bucket_cap_mb: PositiveFloat = 4.0
     """Gradients travel in pieces of about this size (zero_stage 0)."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"

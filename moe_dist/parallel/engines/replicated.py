@@ -53,9 +53,14 @@ class ReplicatedEngine(TorchEngine):
     def before_backward(self, is_last: bool) -> None:
         """Called before each micro-batch: during backward of the last, gradients travel as soon as they are complete.
 
-        Not for a pipeline, whose backward passes take turns with forward ones: there all is left to `reduce`.
+        Not for a pipeline, whose backward passes take turns with forward ones.
         """
-        if is_last and self.overlaps:
+        if is_last:
+            self.before_last_backward()
+
+    def before_last_backward(self) -> None:
+        """No other backward pass of this step comes after the next one."""
+        if self.overlaps:
             self.dense.reduce_early()
             self.experts.reduce_early()
 
