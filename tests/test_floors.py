@@ -92,7 +92,7 @@ HEAVY = (
     *("lm_eval", "sacrebleu", "sklearn"),
 )
 WITHOUT_COLLECTIVES = ("moe_dist.models", "moe_dist.monitor")
-ALL_TO_ALL_AT = "moe_dist.parallel.dispatch"
+ALL_TO_ALL_AT = "moe_dist.parallel.row_exchange"
 VERSIONS_AT = "moe_dist.versions"
 VERSIONS = ("torch.__version__", "torch.version", "importlib.metadata.version")
 ALL_TO_ALL = re.compile(r"all_?to_?all(_(single|base|tensor)\w*)?")

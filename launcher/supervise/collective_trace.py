@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from moe_dist.parallel.dispatch import exchange_rows
+from moe_dist.parallel.flight import Flight
 
 
 class Calls:
@@ -52,12 +52,12 @@ def counted(leave_out: dist.ProcessGroup | None = None) -> dict[str, int]:
 
 
 def inside(thread: int) -> str | None:
-    """The function of torch.distributed in which a thread is, or our exchange of rows; None when it is elsewhere."""
+    """The function of torch.distributed in which a thread is, `wait` for our messages, None when it is elsewhere."""
     frame = sys._current_frames().get(thread)
     found = None
     # It waits for messages there, in no function of theirs.
-    if frame is not None and frame.f_code is exchange_rows.__code__:
-        return exchange_rows.__name__
+    if frame is not None and frame.f_code is Flight.land.__code__:
+        return "wait"
     # From the innermost frame on: a pipeline's schedule has everything else inside it.
     while frame is not None and "/torch/distributed/" in frame.f_code.co_filename:
         if found is None or frame.f_code.co_filename == distributed_c10d.__file__:

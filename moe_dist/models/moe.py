@@ -5,6 +5,7 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden, E experts, K to
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -25,18 +26,54 @@ from moe_dist.models.shares import written
 
 
 class Dispatcher(Protocol):
-    """Brings tokens to experts and back. It keeps no state between its two verbs: the plan carries it."""
+    """Brings tokens to experts and back. It keeps no state between its verbs: what they answer carries it.
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Any]:
-        """(T, D) -> (R, D) rows sorted by local expert, and a frozen plan whose `rows_per_expert` (e,) counts them.
+    Each way is begun and ended: what is computed in between hides it. All ranks call the same in the same order.
+    """
+
+    def begin_dispatch(self, x_TD: Tensor, routing: Routing, num_pieces: int = 1) -> list[Any]:
+        """(T, D): tokens set out, in up to so many pieces of neighbours, as many on every rank; answers one after the
+        other for `end_dispatch`."""
+        ...
+
+    def end_dispatch(self, departed: Any) -> tuple[Tensor, Any]:
+        """(R, D) rows sorted by local expert, and a frozen plan whose `rows_per_expert` (e,) counts them.
 
         Its `sources` tell whose they are when the routing has a `noise_seed`, and are None otherwise.
         """
         ...
 
-    def combine(self, rows_RD: Tensor, plan: Any) -> Tensor:
-        """(R, D) -> (T, D): each token's rows weighted by its routing weights and summed."""
+    def begin_combine(self, rows_RD: Tensor, plan: Any) -> Any:
+        """(R, D): rows of one piece set out for home."""
         ...
+
+    def end_combine(self, returning: Any) -> Tensor:
+        """(T, D) of one piece: each token's rows weighted by its routing weights and summed."""
+        ...
+
+
+class AtOnce(ABC):
+    """A dispatcher of two verbs: nothing is hidden, and there is one piece."""
+
+    @abstractmethod
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Any]:
+        """(T, D) -> rows and plan, as of `Dispatcher.end_dispatch`."""
+
+    @abstractmethod
+    def combine(self, rows_RD: Tensor, plan: Any) -> Tensor:
+        """(R, D) -> (T, D)."""
+
+    def begin_dispatch(self, x_TD: Tensor, routing: Routing, num_pieces: int = 1) -> list[tuple[Tensor, Any]]:
+        return [self.dispatch(x_TD, routing)]
+
+    def end_dispatch(self, departed: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        return departed
+
+    def begin_combine(self, rows_RD: Tensor, plan: Any) -> Tensor:
+        return self.combine(rows_RD, plan)
+
+    def end_combine(self, returning: Tensor) -> Tensor:
+        return returning
 
 
 @dataclass(frozen=True)
@@ -56,7 +93,7 @@ class LocalPlan:
         return None if self.noise_seed is None else Sources(self.rows_per_expert[None], [self.noise_seed])
 
 
-class LocalDispatcher:
+class LocalDispatcher(AtOnce):
     """All experts are here: dispatch is a sort, combine its inverse."""
 
     def __init__(self, num_experts: int) -> None:
@@ -78,6 +115,9 @@ class MoE(nn.Module):
     `layer` is the block's global number; it names the layer in errors and facts.
     """
 
+    dispatch_chunks = 1
+    """Pieces in which tokens travel in training (`parallel.dispatch_chunks`)."""
+
     def __init__(self, config: ModelConfig, balance: BalanceConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.num_experts, self.top_k = layer, config.num_experts, config.num_experts_per_tok
@@ -97,20 +137,40 @@ class MoE(nn.Module):
         """(B, S, D) -> (B, S, D)."""
         x_TD = x_BSD.flatten(0, 1)
         routing, auxiliary_loss = self._route(x_TD, context, num_sequences=x_BSD.shape[0])
-        rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
-        if plan.sources is None:
-            rows_RD = self.experts(rows_RD, plan.rows_per_expert)
-        else:
-            rows_RD = self.experts(rows_RD, plan.rows_per_expert, plan.sources)
-        out_TD = self.dispatcher.combine(rows_RD, plan)
-        if self.shared_expert is not None:
-            shared_TD = self.shared_expert(x_TD)
-            if self.shared_expert_gate is not None:
-                shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
+        # What experts draw at random is drawn once for all tokens of a micro-batch.
+        num_pieces = self.dispatch_chunks if self.training and not self.experts.draws_noise else 1
+        departed = self.dispatcher.begin_dispatch(x_TD, routing, num_pieces)
+        shared_TD = self._shared(x_TD)  # while the first rows travel
+        out_TD = self._through_experts(departed)
+        if shared_TD is not None:
             out_TD = out_TD + shared_TD
         if auxiliary_loss is not None:
             out_TD = inject_loss(out_TD, auxiliary_loss)
         return out_TD.view_as(x_BSD)
+
+    def _shared(self, x_TD: Tensor) -> Tensor | None:
+        """What the shared expert makes of all tokens; None without one."""
+        if self.shared_expert is None:
+            return None
+        shared_TD = self.shared_expert(x_TD)
+        if self.shared_expert_gate is not None:
+            shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
+        return shared_TD
+
+    def _through_experts(self, departed: list[Any]) -> Tensor:
+        """Pieces under way -> (T, D): experts compute one while the next comes and the one before goes home."""
+        out, returning = [], None
+        for piece in departed:
+            rows_RD, plan = self.dispatcher.end_dispatch(piece)
+            if plan.sources is None:
+                rows_RD = self.experts(rows_RD, plan.rows_per_expert)
+            else:
+                rows_RD = self.experts(rows_RD, plan.rows_per_expert, plan.sources)
+            if returning is not None:
+                out.append(self.dispatcher.end_combine(returning))
+            returning = self.dispatcher.begin_combine(rows_RD, plan)
+        out.append(self.dispatcher.end_combine(returning))
+        return torch.cat(out) if len(out) > 1 else out[0]
 
     def reach_experts_by(self, dispatcher: Dispatcher) -> None:
         """Experts are no longer all here: tokens go to them and come back by this dispatcher."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
 from torch.distributed import ProcessGroup
 
+from moe_dist.parallel.flight import Trace
 from moe_dist.parallel.status import Status
 
 Way = Literal["dispatch", "combine"]
@@ -49,6 +50,8 @@ class Clock:
         self._rows_to: list[int] = []
         self._bytes_to: list[int] = []
         self._members: dict[str, tuple[Sequence[int], int]] = {}
+        self.trace: Trace | None = None
+        """Of what is hidden behind computing, while somebody looks."""
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -99,7 +102,8 @@ class Clock:
             self.events.append((way, start, end))
         else:
             started = time.perf_counter()
-            yield
+            with nullcontext() if self.trace is None else self.trace.waiting(layer, way):
+                yield
             self.seconds[way] += time.perf_counter() - started
         self.status.back(before)
 

@@ -1,10 +1,11 @@
-"""Tokens to experts on other ranks and back: the only file that calls an all-to-all.
+"""Tokens to experts on other ranks and back, a row for each expert of a token.
 
 Shape suffixes: T tokens, K top-k, D hidden, E experts, e = E / ep experts on this rank, R rows received.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_exper
 from moe_dist.models.recompute import once
 from moe_dist.models.router import Routing
 from moe_dist.parallel.comm_timer import Clock, Way
+from moe_dist.parallel.row_exchange import Route, RowExchange, exchange_headers
 
 
 class DispatchMismatchError(RuntimeError):
@@ -41,7 +43,25 @@ class AllToAllPlan:
     sources: Sources | None
 
 
-class SpreadExperts:
+@dataclass(frozen=True)
+class _Departed:
+    """A piece whose rows are on their way to experts."""
+
+    rows: Tensor
+    exchange: RowExchange
+    plan: AllToAllPlan
+
+
+@dataclass(frozen=True)
+class _Returning:
+    """A piece whose rows are on their way home."""
+
+    rows: Tensor
+    exchange: RowExchange
+    plan: AllToAllPlan
+
+
+class SpreadExperts(ABC):
     """What every dispatcher knows whose experts are spread in contiguous blocks over the ranks of `group`.
 
     `casts`: they begin by casting rows to the dtype of autocast, so rows are cast before they travel.
@@ -57,89 +77,129 @@ class SpreadExperts:
         self.num_local = num_experts // self.ep_size
         self.clock = clock or Clock(torch.device("cpu"))
 
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Any]:
+        """Both halves, one after the other, of all tokens at once."""
+        (departed,) = self.begin_dispatch(x_TD, routing)
+        return self.end_dispatch(departed)
+
+    def combine(self, rows_RD: Tensor, plan: Any) -> Tensor:
+        """Both halves, one after the other."""
+        return self.end_combine(self.begin_combine(rows_RD, plan))
+
+    @abstractmethod
+    def begin_dispatch(self, x_TD: Tensor, routing: Routing, num_pieces: int = 1) -> list[Any]: ...
+
+    @abstractmethod
+    def end_dispatch(self, departed: Any) -> tuple[Tensor, Any]: ...
+
+    @abstractmethod
+    def begin_combine(self, rows_RD: Tensor, plan: Any) -> Any: ...
+
+    @abstractmethod
+    def end_combine(self, returning: Any) -> Tensor: ...
+
 
 class AllToAllDispatcher(SpreadExperts):
     """Experts are spread in contiguous blocks over the ranks of `group`.
 
-    `dispatch` sorts this rank's pairs by global expert, tells every peer how many rows come for each of its experts
-    (one small all-to-all and the layer's one host synchronisation), then sends the rows with uneven splits. Any
+    `begin_dispatch` sorts the pairs of each piece by global expert, tells every peer how many rows come for each of its
+    experts (one small all-to-all and the layer's one host synchronisation), then sends the rows with uneven splits. Any
     rank may send or receive nothing. `layer` travels with the counts, so ranks that fell out of step fail at once,
     by name, instead of reading each other's rows; so does the seed of the noise that experts draw for the rows.
     """
 
-    _HEADER = 4  # layer, hidden size, seed of noise, rows for this peer
+    _HEADER = 3  # layer, hidden size, seed of noise; then for each piece rows for this peer, and for its experts
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, AllToAllPlan]:
-        """(T, D) -> (R, D) rows of all peers for this rank's experts, sorted by local expert, and the plan."""
-        permutation = sort_by_expert(routing.expert_ids_TK, self.num_experts, None)
+    def begin_dispatch(self, x_TD: Tensor, routing: Routing, num_pieces: int = 1) -> list[_Departed]:
+        """(T, D): pieces of the tokens set out, one after the other."""
         seed = routing.noise_seed
-        arriving, send_splits, receive_splits, seeds = once(
-            lambda: self._exchange_counts(permutation, x_TD.shape[1], seed or 0)
-        )
-        sent = sum(send_splits)
-        self.clock.count_rows(send_splits, sum(receive_splits))
-        if sent < permutation.num_rows:  # pairs without an expert sort to the end
-            permutation = replace(permutation, pair_of_row=permutation.pair_of_row[:sent], every_pair_has_a_row=False)
-        arrival_of_row, row_of_arrival = expert_order(arriving, sum(receive_splits))
-        plan = AllToAllPlan(
-            permutation,
-            routing.weights_TK,
-            send_splits,
-            receive_splits,
-            arrival_of_row,
-            row_of_arrival,
-            rows_per_expert=arriving.sum(0),
-            sources=None if seed is None else Sources(arriving, seeds),
-        )
-        sorted_rows = as_it_travels(rows_from_tokens(x_TD, permutation), self.casts)
-        arrived_RD = AllToAll.apply(
-            sorted_rows, receive_splits, send_splits, self.group, self.clock, self.layer, "dispatch"
-        )
-        return _Reorder.apply(arrived_RD, arrival_of_row, row_of_arrival), plan
+        pieces = split_tokens(x_TD, routing, num_pieces)
+        permutations = [sort_by_expert(piece.expert_ids_TK, self.num_experts, None) for _, piece in pieces]
+        arriving_NPE, send, receive, seeds = once(lambda: self._exchange_counts(permutations, x_TD.shape[1], seed or 0))
+        departed = []
+        for number, ((x, piece), permutation) in enumerate(zip(pieces, permutations, strict=True)):
+            send_splits, receive_splits, arriving = send[number], receive[number], arriving_NPE[number]
+            sent = sum(send_splits)
+            self.clock.count_rows(send_splits, sum(receive_splits))
+            if sent < permutation.num_rows:  # pairs without an expert sort to the end
+                pair_of_row = permutation.pair_of_row[:sent]
+                permutation = replace(permutation, pair_of_row=pair_of_row, every_pair_has_a_row=False)
+            arrival_of_row, row_of_arrival = expert_order(arriving, sum(receive_splits))
+            plan = AllToAllPlan(
+                permutation,
+                piece.weights_TK,
+                send_splits,
+                receive_splits,
+                arrival_of_row,
+                row_of_arrival,
+                rows_per_expert=arriving.sum(0),
+                sources=None if seed is None else Sources(arriving, seeds),
+            )
+            exchange = self._exchange(receive_splits, send_splits, "dispatch")
+            rows = exchange.depart(as_it_travels(rows_from_tokens(x, permutation), self.casts))
+            departed.append(_Departed(rows, exchange, plan))
+        return departed
 
-    def combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
-        """(R, D) -> (T, D): rows go home, are weighted by their routing weights and summed over k in order."""
-        arrived_RD = _Reorder.apply(rows_RD, plan.row_of_arrival, plan.arrival_of_row)
-        sorted_rows = AllToAll.apply(
-            arrived_RD, plan.send_splits, plan.receive_splits, self.group, self.clock, self.layer, "combine"
-        )
-        return tokens_from_rows(sorted_rows, plan.weights_TK, plan.permutation)
+    def end_dispatch(self, departed: _Departed) -> tuple[Tensor, AllToAllPlan]:
+        """(R, D) rows of all peers for this rank's experts, sorted by local expert, and the plan."""
+        plan, arrived_RD = departed.plan, departed.exchange.arrive(departed.rows)
+        return _Reorder.apply(arrived_RD, plan.arrival_of_row, plan.row_of_arrival), plan
+
+    def begin_combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> _Returning:
+        """(R, D): rows set out for home."""
+        exchange = self._exchange(plan.send_splits, plan.receive_splits, "combine")
+        rows = exchange.depart(_Reorder.apply(rows_RD, plan.row_of_arrival, plan.arrival_of_row))
+        return _Returning(rows, exchange, plan)
+
+    def end_combine(self, returning: _Returning) -> Tensor:
+        """(T, D): rows are weighted by their routing weights and summed over k in order."""
+        plan = returning.plan
+        return tokens_from_rows(returning.exchange.arrive(returning.rows), plan.weights_TK, plan.permutation)
+
+    def _exchange(self, receive_splits: list[int], send_splits: list[int], way: Way) -> RowExchange:
+        return RowExchange(Route(receive_splits, send_splits, self.group, self.clock, self.layer, way))
 
     def _exchange_counts(
-        self, permutation: Permutation, hidden_size: int, seed: int
-    ) -> tuple[Tensor, list[int], list[int], list[int]]:
-        """Rows arriving from each peer for each local expert (ep, e) int64; rows sent to and received from peers, and
-        their seeds."""
-        counts = permutation.rows_per_expert.view(self.ep_size, -1)
-        totals = counts.sum(1, keepdim=True)
-        header = totals.new_tensor([self.layer, hidden_size, seed]).expand(self.ep_size, 3)
-        outgoing = torch.cat((header, totals, counts), dim=1).contiguous()
+        self, permutations: list[Permutation], hidden_size: int, seed: int
+    ) -> tuple[Tensor, list[list[int]], list[list[int]], list[int]]:
+        """Rows of each piece arriving from each peer for each local expert (N, ep, e) int64; rows of each piece sent to
+        and received from peers; the seeds of peers."""
+        count = len(permutations)
+        counts = torch.stack([one.rows_per_expert.view(self.ep_size, -1) for one in permutations], dim=1)
+        totals = counts.sum(2)
+        header = totals.new_tensor([self.layer, hidden_size, seed]).expand(self.ep_size, self._HEADER)
+        outgoing = torch.cat((header, totals, counts.flatten(1)), dim=1).contiguous()
         incoming = exchange_headers(outgoing, self.group, self.clock, self.layer)
-        arriving = incoming[:, self._HEADER :]
-        checks = torch.cat((incoming[:, : self._HEADER], arriving.sum(1, keepdim=True), totals), dim=1).tolist()
+        arriving = incoming[:, self._HEADER + count :].view(self.ep_size, count, -1)
+        checks = torch.cat((incoming[:, : self._HEADER + count], arriving.sum(2), totals), dim=1).tolist()
         check_peers(checks, self.group, self.layer, hidden_size)
-        for peer, (_, _, _, total, received, _) in enumerate(checks):
-            if total != received:
+        told = [row[self._HEADER :] for row in checks]
+        for peer, numbers in enumerate(told):
+            if numbers[:count] != numbers[count : 2 * count]:
                 raise DispatchMismatchError(
                     f"expert dispatch in layer {self.layer}: rank {dist.get_global_rank(self.group, peer)} announced "
-                    f"{total} rows as {received}. The ranks run different models or fell out of step."
+                    f"{numbers[:count]} rows as {numbers[count : 2 * count]}. The ranks run different models or fell "
+                    "out of step."
                 )
-        return arriving, [row[5] for row in checks], [row[3] for row in checks], [row[2] for row in checks]
+        receive = [[numbers[piece] for numbers in told] for piece in range(count)]
+        send = [[numbers[2 * count + piece] for numbers in told] for piece in range(count)]
+        return arriving.transpose(0, 1), send, receive, [row[2] for row in checks]
+
+
+def split_tokens(x_TD: Tensor, routing: Routing, num_pieces: int) -> list[tuple[Tensor, Routing]]:
+    """Neighbouring tokens with what was decided for them, in so many pieces of about the same size, some empty."""
+    if num_pieces == 1:
+        return [(x_TD, routing)]
+    size, more = divmod(x_TD.shape[0], num_pieces)
+    sizes = [size + (number < more) for number in range(num_pieces)]
+    parts = zip(x_TD.split(sizes), routing.expert_ids_TK.split(sizes), routing.weights_TK.split(sizes), strict=True)
+    return [(x, Routing(weights, ids, noise_seed=routing.noise_seed)) for x, ids, weights in parts]
 
 
 def as_it_travels(rows: Tensor, casts: bool) -> Tensor:
     """Rows in the dtype in which experts will compute, where that is known to be all they do with them."""
     kind = rows.device.type
     return rows.to(torch.get_autocast_dtype(kind)) if casts and torch.is_autocast_enabled(kind) else rows
-
-
-def exchange_headers(outgoing: Tensor, group: ProcessGroup, clock: Clock, layer: int) -> Tensor:
-    """Row p of `outgoing` (ep, n) goes to peer p; row p of the answer has come from it."""
-    incoming = torch.empty_like(outgoing)
-    clock.count([1] * group.size(), outgoing[0].nbytes, group)
-    with clock.measure(layer):
-        dist.all_to_all_single(incoming, outgoing, group=group)
-    return incoming
 
 
 def check_peers(headers: list[list[int]], group: ProcessGroup, layer: int, hidden_size: int) -> None:
@@ -167,56 +227,6 @@ def expert_order(arriving: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     arrival_of_row = rows + shift
     row_of_arrival = torch.empty_like(rows).scatter_(0, arrival_of_row, rows)
     return arrival_of_row, row_of_arrival
-
-
-def exchange_rows(
-    received: Tensor, rows: Tensor, receive_splits: list[int], send_splits: list[int], group: ProcessGroup
-) -> None:
-    """Uneven all-to-all of contiguous rows.
-
-    On gloo as messages to and from each peer, all under way at once: its own uneven all-to-all sends to one peer at a
-    time and does not receive meanwhile, so that a link carries one direction after the other.
-    """
-    if dist.get_backend(group) != "gloo" or rows.device.type != "cpu":  # its messages know no other memory
-        dist.all_to_all_single(received, rows, receive_splits, send_splits, group=group)
-        return
-    me, works = group.rank(), []
-    incoming, outgoing = received.split(receive_splits), rows.split(send_splits)
-    for step in range(1, group.size()):
-        source, target = (me - step) % group.size(), (me + step) % group.size()
-        # Empty ones too: by the number of its calls a rank is known that keeps the others waiting.
-        works.append(dist.irecv(incoming[source], group=group, group_src=source))
-        works.append(dist.isend(outgoing[target], group=group, group_dst=target))
-    incoming[me].copy_(outgoing[me])
-    for work in works:
-        assert work is not None
-        work.wait()
-
-
-class AllToAll(torch.autograd.Function):
-    """Rows to peers with uneven splits; backward sends gradients the same way back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        receive_splits: list[int],
-        send_splits: list[int],
-        group: ProcessGroup,
-        clock: Clock,
-        layer: int,
-        way: Way,
-    ) -> Tensor:
-        ctx.arguments = (send_splits, receive_splits, group, clock, layer, way)
-        received = rows.new_empty(sum(receive_splits), rows.shape[1])
-        clock.count(send_splits, rows.shape[1] * rows.element_size(), group)
-        with clock.measure(layer, way):
-            exchange_rows(received, rows.contiguous(), receive_splits, send_splits, group)
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
-        return AllToAll.apply(grads[0], *ctx.arguments), None, None, None, None, None, None
 
 
 class _Reorder(torch.autograd.Function):

@@ -22,8 +22,9 @@ from moe_dist.models.noise import Sources
 from moe_dist.models.permute import Permutation, count_ids, rows_from_tokens, sort_by_expert, tokens_from_rows
 from moe_dist.models.router import Routing
 from moe_dist.parallel.comm_timer import Clock
-from moe_dist.parallel.dispatch import SpreadExperts
-from moe_dist.parallel.dispatch_hop import Arrived, Hop, Origins, Way
+from moe_dist.parallel.dispatch import SpreadExperts, split_tokens
+from moe_dist.parallel.dispatch_hop import Arrived, Departed, Hop, Load, Origins, Way
+from moe_dist.parallel.row_exchange import RowExchange
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ class DedupPlan:
         return self.to_experts.rows_per_expert
 
 
+@dataclass(frozen=True)
+class _Travelling:
+    """A piece on its first hop."""
+
+    piece: Departed
+    draws_noise: bool
+
+
 class DedupDispatcher(SpreadExperts):
     """Experts are spread in contiguous blocks over the ranks of `group`; the same verbs and gradients as
     `AllToAllDispatcher`, whose sums over k it makes in parts: over the experts of a rank there, over ranks here.
@@ -51,30 +60,48 @@ class DedupDispatcher(SpreadExperts):
         """The way to the rank of an expert."""
         return [Hop(self.group, self.num_experts, self.layer, self.clock, self.casts)]
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, DedupPlan]:
-        """(T, D) -> (R, D) rows of all peers for this rank's experts, sorted by local expert, and the plan."""
-        ids_TK, seed = routing.expert_ids_TK, routing.noise_seed
-        ranks = ids_TK.flatten().div(self.num_local, rounding_mode="floor")  # ids of E, for no expert, are of rank ep
-        also = count_ids(ranks, self.ep_size)
-        there = Arrived(x_TD, ids_TK, routing.weights_TK, Origins([x_TD.shape[0]], [seed or 0]), 0)
-        ways: list[Way] = []
-        sent_pairs: list[int] = []
-        for hop in self.hops:
-            there, way, told = hop.go(there.rows_AD, there.local_AK, there.weights_AK, there.origins, also)
-            ways.append(way)
-            sent_pairs, also = [*sent_pairs, *told], also[:0]
-        self.clock.count_rows(sent_pairs, there.num_pairs)  # work that experts get; what travels is counted in bytes
+    def begin_dispatch(self, x_TD: Tensor, routing: Routing, num_pieces: int = 1) -> list[_Travelling]:
+        """(T, D): pieces of the tokens set out on the first hop, one after the other."""
+        seed = routing.noise_seed
+        ranks = routing.expert_ids_TK.flatten().div(self.num_local, rounding_mode="floor")  # those of E: rank ep
+        pieces = split_tokens(x_TD, routing, num_pieces)
+        loads = [
+            Load(x, piece.expert_ids_TK, piece.weights_TK, Origins([x.shape[0]], [seed or 0])) for x, piece in pieces
+        ]
+        departed, sent_pairs = self.hops[0].begin(loads, count_ids(ranks, self.ep_size))
+        self.clock.count_rows(sent_pairs, 0)  # work that experts get; what travels is counted in bytes
+        return [_Travelling(one, seed is not None) for one in departed]
+
+    def end_dispatch(self, departed: _Travelling) -> tuple[Tensor, DedupPlan]:
+        """(R, D) rows of all peers for this rank's experts, sorted by local expert, and the plan. Hops after the first
+        begin and end here."""
+        first, *others = self.hops
+        there, ways = first.end(departed.piece), [departed.piece.way]
+        for hop in others:
+            load = Load(there.rows_AD, there.local_AK, there.weights_AK, there.origins)
+            (onward,), _ = hop.begin([load], there.local_AK.new_empty(0))
+            there = hop.end(onward)
+            ways.append(onward.way)
+        self.clock.count_rows([0] * self.ep_size, there.num_pairs)
         to_experts = sort_by_expert(there.local_AK, self.num_local, there.num_pairs)
-        sources = None if seed is None else self._sources(there)
+        sources = self._sources(there) if departed.draws_noise else None
         plan = DedupPlan(tuple(ways), to_experts, there.weights_AK, sources)
         return rows_from_tokens(there.rows_AD, to_experts), plan
 
-    def combine(self, rows_RD: Tensor, plan: DedupPlan) -> Tensor:
-        """(R, D) -> (T, D): weighted and summed over the experts of each rank where they are, then on the way back."""
+    def begin_combine(self, rows_RD: Tensor, plan: DedupPlan) -> tuple[Tensor, RowExchange, DedupPlan]:
+        """(R, D): weighted and summed over the experts of each rank where they are, then on the way back, up to the
+        beginning of the last hop."""
         sums = tokens_from_rows(rows_RD, plan.weights_AK, plan.to_experts)
-        for hop, way in reversed(list(zip(self.hops, plan.ways, strict=True))):
-            sums = hop.back(sums, way)
-        return sums
+        first, *others = zip(self.hops, plan.ways, strict=True)
+        for hop, way in reversed(others):
+            sums = hop.end_back(*hop.begin_back(sums, way), way)
+        hop, way = first
+        return *hop.begin_back(sums, way), plan
+
+    def end_combine(self, returning: tuple[Tensor, RowExchange, DedupPlan]) -> Tensor:
+        """(T, D): summed over what comes home."""
+        departed, exchange, plan = returning
+        return self.hops[0].end_back(departed, exchange, plan.ways[0])
 
     def _sources(self, there: Arrived) -> Sources:
         """Whose the rows are: they lie by origin within every expert, as they have arrived."""

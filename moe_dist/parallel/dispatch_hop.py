@@ -8,8 +8,8 @@ arrive.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from torch.distributed import ProcessGroup
 
 from moe_dist.models.permute import Permutation, count_ids, rows_from_tokens, sort_by_expert, sum_rows
 from moe_dist.models.recompute import once
+from moe_dist.parallel import comm_timer
 from moe_dist.parallel.comm_timer import Clock
-from moe_dist.parallel.dispatch import AllToAll, as_it_travels, check_peers, exchange_headers
+from moe_dist.parallel.dispatch import as_it_travels, check_peers
+from moe_dist.parallel.row_exchange import Route, RowExchange, exchange_headers
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,58 @@ class Origins:
 
 
 @dataclass(frozen=True)
+class Load:
+    """What sets out: tokens, ids of their experts among those of all parts, or their number for none; weights."""
+
+    x_TD: Tensor
+    ids_TK: Tensor
+    weights_TK: Tensor
+    origins: Origins
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of a piece: rows of each origin, and pairs with an expert, for each part."""
+
+    rows_PO: Tensor
+    pairs_P: Tensor
+    origins: Origins
+
+
+@dataclass(frozen=True)
+class Coming:
+    """Of a piece: rows sent to and received from each part, whose those are, and their pairs with an expert here."""
+
+    send_splits: list[int]
+    receive_splits: list[int]
+    origins: Origins
+    num_pairs: int
+
+
+@dataclass(frozen=True)
 class Way:
     """How rows travelled: token -> rows by part, and how many to and from each."""
 
     to_parts: Permutation
     send_splits: list[int]
     receive_splits: list[int]
+
+    @property
+    def back(self) -> Way:
+        return Way(self.to_parts, self.receive_splits, self.send_splits)
+
+
+@dataclass(frozen=True)
+class Departed:
+    """A piece on its way: what has been sent, each with its exchange."""
+
+    coming: Coming
+    way: Way
+    choices: tuple[Tensor, RowExchange]
+    """Experts and weights of rows, as whole numbers."""
+    weights: tuple[Tensor, RowExchange]
+    """They come with the choices; their gradients travel back alone."""
+    rows: tuple[Tensor, RowExchange]
 
 
 @dataclass(frozen=True)
@@ -54,55 +102,75 @@ class Arrived:
 class Hop:
     """One exchange between the ranks of `group`, each of which stands for a part with an equal share of the experts."""
 
-    _HEADER = 3  # layer, hidden size, pairs with an expert in the part; then rows and seed of each origin
+    _HEADER = 2  # layer, hidden size; then of each piece pairs with an expert in the part, rows and seed of origins
 
     def __init__(self, group: ProcessGroup, num_experts: int, layer: int, clock: Clock, casts: bool) -> None:
         self.group, self.layer, self.clock, self.casts = group, layer, clock, casts
         self.num_parts = group.size()
         self.num_local = num_experts // self.num_parts
 
-    def go(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, origins: Origins, also: Tensor
-    ) -> tuple[Arrived, Way, list[int]]:
-        """Rows to their parts. `also` (n,) int64: is brought to the host with what has to be brought there anyway."""
-        part_TK = ids_TK.div(self.num_local, rounding_mode="floor")  # ids for no expert are of part P
-        part_once_TK = _once_each(part_TK, self.num_parts)
-        to_parts = sort_by_expert(part_once_TK, self.num_parts, None)
-        pairs = count_ids(part_TK.flatten(), self.num_parts)
-        send, receive, came, num_pairs, told = once(
-            lambda: self._exchange_counts(
-                self._rows_by_origin(part_once_TK, to_parts, origins), pairs, x_TD.shape[1], origins, also
-            )
-        )
-        if sum(send) < to_parts.num_rows:
-            to_parts = replace(to_parts, pair_of_row=to_parts.pair_of_row[: sum(send)], every_pair_has_a_row=False)
-        way = Way(to_parts, send, receive)
+    def begin(self, pieces: Sequence[Load], also: Tensor) -> tuple[list[Departed], list[int]]:
+        """Rows of every piece set out for their parts. `also` (n,) int64: is brought to the host with what has to be
+        brought there anyway."""
+        sorted_pieces, counted = [], []
+        for piece in pieces:
+            part_TK = piece.ids_TK.div(self.num_local, rounding_mode="floor")  # ids for no expert are of part P
+            part_once_TK = _once_each(part_TK, self.num_parts)
+            to_parts = sort_by_expert(part_once_TK, self.num_parts, None)
+            sorted_pieces.append((part_TK, to_parts))
+            rows_PO = self._rows_by_origin(part_once_TK, to_parts, piece.origins)
+            counted.append(Counted(rows_PO, count_ids(part_TK.flatten(), self.num_parts), piece.origins))
+        hidden = pieces[0].x_TD.shape[1]
+        coming, told = once(lambda: self._exchange_counts(counted, hidden, also))
+        each = zip(pieces, sorted_pieces, coming, strict=True)
+        return [self._depart(piece, *found, came) for piece, found, came in each], told
+
+    def _depart(self, piece: Load, part_TK: Tensor, to_parts: Permutation, coming: Coming) -> Departed:
+        sent = sum(coming.send_splits)
+        if sent < to_parts.num_rows:
+            to_parts = replace(to_parts, pair_of_row=to_parts.pair_of_row[:sent], every_pair_has_a_row=False)
+        way = Way(to_parts, coming.send_splits, coming.receive_splits)
         token_U = to_parts.token_of_row
-        part_U = torch.repeat_interleave(to_parts.rows_per_expert, output_size=sum(send))
-        ids_UK, part_UK = ids_TK.index_select(0, token_U), part_TK.index_select(0, token_U)
+        part_U = torch.repeat_interleave(to_parts.rows_per_expert, output_size=sent)
+        ids_UK, part_UK = piece.ids_TK.index_select(0, token_U), part_TK.index_select(0, token_U)
         local_UK = torch.where(part_UK == part_U[:, None], ids_UK % self.num_local, self.num_local)
-        local_AK, weights_AK = self._send_choices(local_UK, weights_TK.index_select(0, token_U), way)
-        rows_UD = as_it_travels(rows_from_tokens(x_TD, to_parts), self.casts)
-        rows_AD = AllToAll.apply(rows_UD, receive, send, self.group, self.clock, self.layer, "dispatch")
-        return Arrived(rows_AD, local_AK, weights_AK, came, num_pairs), way, told
-
-    def back(self, sums_AD: Tensor, way: Way) -> Tensor:
-        """(A, D) -> (T, D): home, and summed over parts."""
-        rows_UD = AllToAll.apply(
-            sums_AD, way.send_splits, way.receive_splits, self.group, self.clock, self.layer, "combine"
-        )
-        return sum_rows(rows_UD, way.to_parts)
-
-    def _send_choices(self, local_UK: Tensor, weights_UK: Tensor, way: Way) -> tuple[Tensor, Tensor]:
-        """Experts (int64) and weights of the rows that come, (A, K) each. Gradients of weights go back."""
-        ways = (way.receive_splits, way.send_splits, self.group, self.clock, self.layer, "dispatch")
+        weights_UK = piece.weights_TK.index_select(0, token_U)
+        choices, weights, rows = (self._exchange(way, "dispatch") for _ in range(3))
         # As whole numbers of the width of a weight they travel together; ids do not need more than 16 bits.
-        wide = weights_UK.dtype.itemsize == 8
-        bits = torch.int64 if wide else torch.int32
+        bits = torch.int64 if weights_UK.dtype.itemsize == 8 else torch.int32
         packed = torch.cat((local_UK.to(bits), weights_UK.detach().contiguous().view(bits)), dim=1)
-        local_AK, bits_AK = AllToAll.apply(packed, *ways).chunk(2, dim=1)
-        weights_AK = bits_AK.contiguous().view(weights_UK.dtype)
-        return local_AK.to(torch.int64), _Arrived.apply(weights_UK, weights_AK, ways)
+        return Departed(
+            coming,
+            way,
+            choices=(choices.depart(packed), choices),
+            weights=(weights.depart_within(weights_UK), weights),
+            rows=(rows.depart(as_it_travels(rows_from_tokens(piece.x_TD, to_parts), self.casts)), rows),
+        )
+
+    def end(self, departed: Departed) -> Arrived:
+        """What has come."""
+        packed, choices = departed.choices
+        local_AK, bits_AK = choices.arrive(packed).chunk(2, dim=1)
+        empty, weights = departed.weights
+        weights_AK = weights.arrive(empty, bits_AK.contiguous().view(empty.dtype))
+        rows, exchange = departed.rows
+        rows_AD = exchange.arrive(rows)
+        return Arrived(
+            rows_AD, local_AK.to(torch.int64), weights_AK, departed.coming.origins, departed.coming.num_pairs
+        )
+
+    def begin_back(self, sums_AD: Tensor, way: Way) -> tuple[Tensor, RowExchange]:
+        """(A, D): rows set out for home."""
+        exchange = self._exchange(way.back, "combine")
+        return exchange.depart(sums_AD), exchange
+
+    def end_back(self, departed: Tensor, exchange: RowExchange, way: Way) -> Tensor:
+        """(T, D): they are there, and summed over parts."""
+        return sum_rows(exchange.arrive(departed), way.to_parts)
+
+    def _exchange(self, way: Way, direction: comm_timer.Way) -> RowExchange:
+        route = Route(way.receive_splits, way.send_splits, self.group, self.clock, self.layer, direction)
+        return RowExchange(route)
 
     def _rows_by_origin(self, part_once_TK: Tensor, to_parts: Permutation, origins: Origins) -> Tensor:
         """(P, O) int64: rows of each origin that go to each part."""
@@ -115,25 +183,33 @@ class Hop:
         return count_ids(both_TK.flatten().clamp(max=self.num_parts * count), self.num_parts * count).view(-1, count)
 
     def _exchange_counts(
-        self, rows_PO: Tensor, pairs_P: Tensor, hidden_size: int, origins: Origins, also: Tensor
-    ) -> tuple[list[int], list[int], Origins, int, list[int]]:
-        """Rows sent to and received from each part, whose they are, pairs that come in all; `also`."""
-        parts, count = rows_PO.shape
-        outgoing = rows_PO.new_empty(parts, self._HEADER + 2 * count)
-        outgoing[:, 0], outgoing[:, 1], outgoing[:, 2] = self.layer, hidden_size, pairs_P
-        outgoing[:, self._HEADER : self._HEADER + count] = rows_PO
-        for origin, seed in enumerate(origins.seeds):  # one by one: a tensor of them would make a GPU wait
-            outgoing[:, self._HEADER + count + origin] = seed
-        incoming = exchange_headers(outgoing, self.group, self.clock, self.layer)
-        numbers = torch.cat((incoming.flatten(), rows_PO.sum(1), also)).tolist()
+        self, pieces: Sequence[Counted], hidden_size: int, also: Tensor
+    ) -> tuple[list[Coming], list[int]]:
+        """What comes of each piece; `also`."""
+        parts = self.num_parts
+        counts = [len(piece.origins.rows) for piece in pieces]
+        first = pieces[0].pairs_P.new_empty(parts, self._HEADER)
+        first[:, 0], first[:, 1] = self.layer, hidden_size
+        columns = [first]
+        for piece, count in zip(pieces, counts, strict=True):
+            seeds = first.new_empty(parts, count)
+            for origin, seed in enumerate(piece.origins.seeds):  # one by one: a tensor would make a GPU wait
+                seeds[:, origin] = seed
+            columns += [piece.pairs_P[:, None], piece.rows_PO, seeds]
+        incoming = exchange_headers(torch.cat(columns, dim=1), self.group, self.clock, self.layer)
+        sent = [piece.rows_PO.sum(1) for piece in pieces]
+        numbers = torch.cat((incoming.flatten(), *sent, also)).tolist()
         width = incoming.shape[1]
         headers = [numbers[at : at + width] for at in range(0, parts * width, width)]
         check_peers(headers, self.group, self.layer, hidden_size)
-        rest = numbers[parts * width :]
-        rows = [row[self._HEADER : self._HEADER + count] for row in headers]
-        seeds = [seed for row in headers for seed in row[self._HEADER + count :]]
-        came = Origins([number for row in rows for number in row], seeds)
-        return rest[:parts], [sum(row) for row in rows], came, sum(row[2] for row in headers), rest[parts:]
+        rest, at, coming = numbers[parts * width :], self._HEADER, []
+        for count in counts:
+            rows = [row[at + 1 : at + 1 + count] for row in headers]
+            seeds_of = [seed for row in headers for seed in row[at + 1 + count : at + 1 + 2 * count]]
+            origins = Origins([number for row in rows for number in row], seeds_of)
+            coming.append(Coming(rest[:parts], [sum(row) for row in rows], origins, sum(row[at] for row in headers)))
+            rest, at = rest[parts:], at + 1 + 2 * count
+        return coming, rest
 
 
 def _once_each(part_TK: Tensor, none: int) -> Tensor:
@@ -141,17 +217,3 @@ def _once_each(part_TK: Tensor, none: int) -> Tensor:
     sorted_TK = part_TK.sort(dim=1).values
     repeats = sorted_TK[:, 1:] == sorted_TK[:, :-1]
     return torch.cat((sorted_TK[:, :1], sorted_TK[:, 1:].masked_fill(repeats, none)), dim=1)
-
-
-class _Arrived(torch.autograd.Function):
-    """Weights that have arrived with something else; backward sends their gradients the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, weights_UK: Tensor, weights_AK: Tensor, ways: tuple[Any, ...]) -> Tensor:
-        receive, send, *rest = ways
-        ctx.back = (send, receive, *rest)
-        return weights_AK.view_as(weights_AK)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return AllToAll.apply(grads[0], *ctx.back), None, None

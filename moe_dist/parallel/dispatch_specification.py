@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moe_dist.models.moe import AtOnce
 from moe_dist.models.noise import Sources
 from moe_dist.models.precision import full
 from moe_dist.models.recompute import once
@@ -34,7 +35,7 @@ class AllGatherPlan:
     sources: Sources | None
 
 
-class AllGatherDispatcher:
+class AllGatherDispatcher(AtOnce):
     """Experts are spread in contiguous blocks over the ranks of `group`."""
 
     def __init__(self, group: ProcessGroup, num_experts: int, layer: int = 0, clock: Clock | None = None) -> None:

@@ -57,6 +57,7 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
             moe.experts.shard(local.start, len(local))
             name, _ = chosen_dispatcher(config, None if mesh.hosts is None else mesh.hosts.within.size())
             casts = isinstance(moe.experts, Experts) and moe.experts.casts_rows
+            moe.dispatch_chunks = config.parallel.dispatch_chunks
             moe.reach_experts_by(
                 build_dispatcher(name, ep_group, moe.num_experts, moe.layer, clock, mesh.hosts, casts=casts)
             )

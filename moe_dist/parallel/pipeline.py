@@ -68,6 +68,17 @@ class PipelinePart(Stage):
             return self.forward(**inputs)
 
 
+class WatchedStage(PipelineStage):
+    """A stage that tells when its last backward pass of a step begins."""
+
+    before_last_backward: Callable[[], None] | None = None
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> None:
+        if options.get("last_backward") and self.before_last_backward is not None:
+            self.before_last_backward()
+        super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
+
+
 class PipelinedTransformer(Transformer):
     """The stages of one rank. All ranks of a pipeline call `forward` and `run` together, with the same micro-batches.
 
@@ -106,15 +117,20 @@ class PipelinedTransformer(Transformer):
                 dist.send(x.contiguous(), group=self.group, group_dst=self.pp_ranks[stage + 1])
         return x if last in self.numbers else x.new_empty(0)
 
-    def run(self, micro_batches: list[Inputs]) -> list[Tensor]:
+    def run(self, micro_batches: list[Inputs], before_last_backward: Callable[[], None] | None = None) -> list[Tensor]:
         """All micro-batches forward and backward in the order of the schedule; their losses, none without the last
         stage. The `head_function` of each gives its loss, already divided by what the global batch has.
+
+        `before_last_backward`: called when no other backward pass of this rank is left, where the schedule has such a
+        moment: with one stage on a rank, whose backward passes are whole.
         """
         numbers = torch.arange(len(micro_batches))
         schedule = self._schedule(len(micro_batches), micro_batches[0]["x"].shape)
         losses: list[Tensor] = []
         for part in self._parts:
             part.micro_batches = micro_batches
+        if len(self._parts) == 1:
+            schedule._stage.before_last_backward = before_last_backward
         schedule.step(numbers, number=numbers, target=numbers, losses=losses, return_outputs=False)
         for part in self._parts:
             part.micro_batches = []
@@ -135,13 +151,13 @@ class PipelinedTransformer(Transformer):
             )
         return self._schedules[key]
 
-    def _pipeline_stage(self, number: int, part: PipelinePart, shape: torch.Size) -> PipelineStage:
+    def _pipeline_stage(self, number: int, part: PipelinePart, shape: torch.Size) -> WatchedStage:
         # Shapes are given, or the first step would begin with a forward pass of its own, and the load be counted twice.
         with torch.device("meta"):
             first = torch.empty(1, dtype=torch.int64)
             hidden = torch.empty(*shape, self.config.hidden_size, dtype=self.dtype, requires_grad=True)
             loss = torch.empty((), dtype=full_dtype(), requires_grad=True)
-        return PipelineStage(
+        return WatchedStage(
             part,
             number,
             len(self.pp_ranks),

@@ -138,8 +138,14 @@ def _block(config: Config, layout: Layout, has_experts: bool, cluster: Cluster, 
     more = int(first and bool(config.balance.aux_loss_coef))
     more += int(config.learns_preferences and config.dpo_reference == "base")  # without adapters, in every step
     forward, times = (1 + more) * forward, times + 2 * more
-    travel = times * _one_way(config, layout, tokens, load, cluster) if has_experts else 0.0
-    return _Pass(forward, inputs, by_weights, uneven, travel)
+    if not has_experts or layout.ep_size == 1:
+        return _Pass(forward, inputs, by_weights, uneven)
+    pieces = config.parallel.dispatch_chunks
+    travel = times * pieces * _one_way(config, layout, tokens / pieces, load, cluster)
+    # All pieces but one travel beside experts, and each further one adds up the gradients of their weights again.
+    travel -= min((1 - 1 / pieces) * travel, cluster.overlap * passes * experts)
+    again_added = (pieces - 1) * 3 * 4 * part.experts / layout.ep_size / cluster.memory_bandwidth
+    return _Pass(forward, inputs + again_added, by_weights, uneven, travel)
 
 
 def gemm_share(cluster: Cluster, rows: float) -> float:
@@ -159,10 +165,8 @@ def _attention_flops(config: Config, layer: int, device: str) -> float:
     return whole if masked else whole / 2
 
 
-def _one_way(config: Config, layout: Layout, tokens: int, load: float, cluster: Cluster) -> float:
-    """Seconds of one all-to-all of rows, to the busiest rank."""
-    if layout.ep_size == 1:
-        return 0.0
+def _one_way(config: Config, layout: Layout, tokens: float, load: float, cluster: Cluster) -> float:
+    """Seconds of one all-to-all of the rows of so many tokens, to the busiest rank."""
     model = config.model
     here = min(cluster.devices_per_host, layout.world_size)
     name, _ = chosen_dispatcher(config, here)
@@ -256,7 +260,7 @@ def _sharding(
     )
     stage, pipelined = parallel.zero_stage, layout.pp_size > 1
     if stage == 0:  # buckets travel beside backward of the last micro-batch
-        hides = parallel.overlap_grad_reduce and not pipelined and parallel.engine == "torch"
+        hides = parallel.overlap_grad_reduce and parallel.stages_per_rank == 1 and parallel.engine == "torch"
         return 2 * reduced - (min(2 * reduced, cluster.overlap * backward) if hides else 0.0)
     reduced *= cluster.reduce_scatter_cost
     if parallel.engine == "deepspeed":

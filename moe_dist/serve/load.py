@@ -42,10 +42,16 @@ class _Counting:
     def __init__(self, dispatcher: Dispatcher, counts: Tensor) -> None:
         self._dispatcher, self._counts = dispatcher, counts
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Any]:
+    def begin_dispatch(self, x_TD: Tensor, routing: Routing, num_pieces: int = 1) -> list[Any]:
         ids = routing.expert_ids_TK.flatten()
         self._counts.index_add_(0, ids, self._counts.new_ones(()).expand(ids.shape))
-        return self._dispatcher.dispatch(x_TD, routing)
+        return self._dispatcher.begin_dispatch(x_TD, routing, num_pieces)
 
-    def combine(self, rows_RD: Tensor, plan: Any) -> Tensor:
-        return self._dispatcher.combine(rows_RD, plan)
+    def end_dispatch(self, departed: Any) -> tuple[Tensor, Any]:
+        return self._dispatcher.end_dispatch(departed)
+
+    def begin_combine(self, rows_RD: Tensor, plan: Any) -> Any:
+        return self._dispatcher.begin_combine(rows_RD, plan)
+
+    def end_combine(self, returning: Any) -> Tensor:
+        return self._dispatcher.end_combine(returning)

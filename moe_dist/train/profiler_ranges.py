@@ -144,13 +144,21 @@ class _RangedDispatcher:
     def __init__(self, inner: Dispatcher, layer: int, ranges: Ranges) -> None:
         self.inner, self.layer, self.ranges = inner, layer, ranges
 
-    def dispatch(self, x_TD: Tensor, routing: Any) -> tuple[Tensor, Any]:
+    def begin_dispatch(self, x_TD: Tensor, routing: Any, num_pieces: int = 1) -> list[Any]:
         with self.ranges.part(self.layer, "dispatch"):
-            return self.inner.dispatch(x_TD, routing)
+            return self.inner.begin_dispatch(x_TD, routing, num_pieces)
 
-    def combine(self, rows_RD: Tensor, plan: Any) -> Tensor:
+    def end_dispatch(self, departed: Any) -> tuple[Tensor, Any]:
+        with self.ranges.part(self.layer, "dispatch"):
+            return self.inner.end_dispatch(departed)
+
+    def begin_combine(self, rows_RD: Tensor, plan: Any) -> Any:
         with self.ranges.part(self.layer, "combine"):
-            return self.inner.combine(rows_RD, plan)
+            return self.inner.begin_combine(rows_RD, plan)
+
+    def end_combine(self, returning: Any) -> Tensor:
+        with self.ranges.part(self.layer, "combine"):
+            return self.inner.end_combine(returning)
 
 
 @contextmanager

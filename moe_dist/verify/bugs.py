@@ -132,6 +132,10 @@ _OF_LAYOUTS: dict[str, Bug] = {
     "capacity_of_the_whole_group": Bug(("capacity",), where=_ep),
     "gradients_scaled_by_the_schedule": Bug(where=_pipeline),
     "auxiliary_loss_scaled_by_the_schedule": Bug(settings=_AUXILIARY, without=("no_aux_loss",), where=_pipeline),
+    "gradients_of_a_stage_sent_early": Bug(
+        without=("late_reduction",),
+        where=_both(_whole, lambda layout: layout.pp_size == 2 and layout.schedule in ("gpipe", "1f1b")),
+    ),
     "gradients_of_a_stage_reduced_twice": Bug(where=_both(_whole, lambda layout: layout.pp_size == 2)),
     "norm_of_the_last_stage": Bug(where=_pipeline),
     "loss_of_one_stage": Bug(where=_pipeline),
@@ -181,6 +185,7 @@ _OF_FEATURES: dict[str, Bug] = {
     "deduplicated_tokens_sent_again": Bug(("dedup",), ("top1",), _ep),
     "noise_of_another_host": Bug(("hierarchical", "noisy_experts"), where=_ep),
     "weights_of_other_ranks_learn_nothing": Bug(("dedup",), ("frozen_router",), _ep),
+    "pieces_home_in_another_order": Bug(("pieces",), ("noisy_experts", "all_gather"), _ep),
     "evaluation_in_training_mode": Bug(("capacity",), where=_ep),
     "evaluation_keeps_documents_apart": Bug(("no_document_mask",), ("even_batches",)),
     "evaluation_counts_load": Bug(("bias",)),

@@ -62,6 +62,7 @@ PLAIN: Settings = {
     "dpo.label_smoothing": 0.0,
     "dpo.reference": "auto",
     "parallel.dispatcher": "all_to_all",
+    "parallel.dispatch_chunks": 1,
     "parallel.ranks_per_host": None,
     "data.document_mask": True,
     "train.freeze": [],
@@ -178,6 +179,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
         "dedup": {"parallel.dispatcher": "dedup"},
         "hierarchical": {"parallel.dispatcher": "hierarchical", "parallel.ranks_per_host": 2},
     },
+    "pieces": {"pieces": {"parallel.dispatch_chunks": 3}},
     "reduction": {
         "late_reduction": {"parallel.overlap_grad_reduce": False},
         "half_reduction": {"parallel.reduce_dtype": "bfloat16"},

@@ -63,6 +63,7 @@ def both_ways(
     seed: int,
     groups: int = 0,
     kind_of: str = "all_to_all",
+    pieces: int = 1,
 ) -> float:
     """Largest difference between the two dispatchers on this rank, relative to the largest number compared."""
     group, rank = group_of(groups), dist.get_rank()
@@ -87,14 +88,19 @@ def both_ways(
         AllGatherDispatcher(group, num_experts),
     ):
         leaves = [t.clone().requires_grad_() for t in (x, weights, mine)]
-        rows, plan = dispatcher.dispatch(leaves[0], Routing(leaves[1], ids, noise_seed=2**61 + rank))
-        chunks = rows.split(plan.rows_per_expert.tolist())
-        out_rows = torch.cat([chunk @ matrix for chunk, matrix in zip(chunks, leaves[2].unbind(0), strict=True)])
-        out = dispatcher.combine(out_rows, plan)
+        routing = Routing(leaves[1], ids, noise_seed=2**61 + rank)
+        outs, counts = [], []
+        for departed in dispatcher.begin_dispatch(leaves[0], routing, pieces):
+            rows, plan = dispatcher.end_dispatch(departed)
+            chunks = rows.split(plan.rows_per_expert.tolist())
+            out_rows = torch.cat([chunk @ matrix for chunk, matrix in zip(chunks, leaves[2].unbind(0), strict=True)])
+            outs.append(dispatcher.end_combine(dispatcher.begin_combine(out_rows, plan)))
+            seeds = torch.tensor(plan.sources.seeds)  # by two hops rows come in another order
+            rows_SE = plan.sources.rows_SE[seeds.argsort()].flatten()
+            counts.append(torch.cat((plan.rows_per_expert, rows_SE, seeds.sort().values * (not counts))))
+        out = torch.cat(outs)
         out.backward(out_grad)
-        seeds = torch.tensor(plan.sources.seeds)  # by two hops rows come in another order
-        counts = (plan.rows_per_expert, plan.sources.rows_SE[seeds.argsort()].flatten(), seeds.sort().values)
-        results.append([torch.cat(counts), out.detach(), *[leaf.grad for leaf in leaves]])
+        results.append([sum(counts), out.detach(), *[leaf.grad for leaf in leaves]])
     counts, wanted_counts = results[0][0], results[1][0]
     assert torch.equal(counts, wanted_counts), f"rows per expert, by source, seeds: {counts} != {wanted_counts}"
     worst = 0.0
@@ -122,17 +128,26 @@ def both_ways(
     seed=st.integers(0, 1000),
     groups=st.sampled_from(range(len(GROUPS))),
     kind=st.sampled_from(KINDS),
+    pieces=st.sampled_from([1, 2, 3]),
 )
 def test_all_to_all_equals_all_gather(
-    tokens: list[int], local_experts: int, top_k: int, dtype: str, skew: float, seed: int, groups: int, kind: str
+    tokens: list[int],
+    local_experts: int,
+    top_k: int,
+    dtype: str,
+    skew: float,
+    seed: int,
+    groups: int,
+    kind: str,
+    pieces: int,
 ) -> None:
     """Random tokens per rank (also none), top-k, experts, skew (ranks and experts without a row), both dtypes, and
-    groups of ranks side by side.
+    groups of ranks side by side, in one piece and in several, some of them empty.
 
     Planted: reading arrived rows as if they were sorted by expert (no `_Reorder`), and exchanging counts with the whole
     world instead of the group, each turns it red.
     """
-    results = run_ranks(both_ways, 4, tokens, top_k, local_experts, dtype, skew, seed, groups, kind)
+    results = run_ranks(both_ways, 4, tokens, top_k, local_experts, dtype, skew, seed, groups, kind, pieces)
     assert max(results) < (1e-5 if dtype == "float32" else 3e-2)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from parity import TOLERANCE, compare, on_layout, passes
 from ranks import run_ranks
-from tiny import mesh_of, micro_batches
+from tiny import mesh_of, micro_batches, tiny_config
 from torch import Tensor
 
 from moe_dist.config import load_mapping
@@ -45,6 +45,29 @@ def test_schedules_agree_with_one_process(schedule: str, pp_size: int, ep_size: 
     """Traps 10, 11, 12, 24: gradients, norm, weights, bias and losses, with initial weights exactly equal."""
     worst = worst_of(schedule, pp_size, ep_size)
     assert passes(worst), worst
+
+
+def sent_in_backward(schedule: str) -> list[int]:
+    """Buckets of dense gradients that are under way after all backward passes, and how many there are."""
+    options = (f"parallel.schedule={schedule}", "parallel.pp_size=2", "train.gradient_accumulation_steps=4")
+    config = tiny_config(*LAYERS, *options)
+    trial = Trial(config, mesh_of(1, pp_size=2))
+    share = trial.share(micro_batches(COUNT))
+    trial.model.train()
+    trial.engine.zero_grad()
+    trial.step.accumulate(share, trial.step._count_tokens(share), step=0)
+    buffer = trial.engine.dense
+    sent = [len(buffer._flights), len(buffer.buckets)]
+    trial.engine.reduce()
+    return sent
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved_1f1b"])
+def test_gradients_travel_during_the_last_backward_pass(schedule: str) -> None:
+    """Where a rank has one stage. Seen to fail without `before_last_backward`."""
+    for sent, buckets in run_ranks(sent_in_backward, 4, schedule):
+        assert sent == (0 if schedule == "interleaved_1f1b" else buckets)
+        assert buckets > 3
 
 
 @pytest.mark.parametrize("scope", ["sequence", "global_batch"])

@@ -18,6 +18,7 @@ from moe_dist.plan import links, timing
 from moe_dist.plan.cluster import Cluster, cluster_of
 from moe_dist.plan.links import group_of
 from moe_dist.plan.search import Estimate, estimate, plan
+from moe_dist.plan.timing import StepTime
 from tools.bench.plan_links import kendall, rows_of
 
 H100 = cluster_of("h100")
@@ -172,6 +173,19 @@ def test_gradients_that_travel_beside_backward_are_hidden() -> None:
     assert exposed() < exposed(overlap_grad_reduce=False)
     halves = exposed(overlap_grad_reduce=False, reduce_dtype="bfloat16") / exposed(overlap_grad_reduce=False)
     assert halves == pytest.approx(0.5, rel=0.01)
+
+
+def test_pieces_hide_what_travels_and_cost_additions() -> None:
+    """One piece at least is left to wait for. Seen to fail with all of it hidden, and with pieces that cost nothing."""
+    config = base()
+
+    def of(cluster: Cluster, pieces: int) -> StepTime:
+        parallel = config.parallel.model_copy(update={"ep_size": 8, "dispatch_chunks": pieces})
+        return estimate(config.model_copy(update={"parallel": parallel}), 16, cluster).time
+
+    slow = H100.model_copy(update={"devices_per_host": 1})
+    assert 0.5 * of(slow, 1).dispatch < of(slow, 2).dispatch < of(slow, 1).dispatch
+    assert of(slow, 4).compute > of(slow, 2).compute > of(slow, 1).compute
 
 
 def test_what_cannot_be_is_said_in_a_line() -> None:

@@ -171,6 +171,12 @@ def test_the_command_on_two_ranks(tmp_path: Path) -> None:
     layers = [row[0].strip() for row in cells(page, "layers")[1:]]
     assert {"layer 0", "layer 1", "not of a layer", "experts", "router", "all-to-all", "combine"} <= set(layers)
     assert len(cells(page, "operators")) > 10
+    messages = {row[0]: tuple(map(float, row[2:4])) for row in cells(page, "overlap")[1:]}
+    assert {f"layer {layer}, {way}" for layer in (0, 1) for way in ("dispatch", "combine")} < messages.keys()
+    waited = sum(exposed for name, (exposed, _) in messages.items() if name.startswith("layer"))
+    assert waited == pytest.approx(phases["the all-to-all"], rel=0.3, abs=0.5)
+    assert messages["gradients"][1] > 0.0  # buckets travel while backward goes on
+    assert "all of it" in done.stdout
     memory = {(row[0], row[1]): (row[2], row[3]) for row in cells(page, "memory")[1:]}
     for rank in ("rank 0", "rank 1"):
         for owner in ("weights", "gradients", "optimizer"):

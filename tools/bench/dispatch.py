@@ -31,7 +31,9 @@ from links import LOOPBACK, Link, is_possible, link
 SHAPES = {"64 experts top-8": (64, 8), "16 experts top-2": (16, 2)}
 """Experts and how many of them a token has."""
 HIDDEN = 512
-KINDS = ("hierarchical", "dedup", "all_to_all", "all_gather")
+KINDS = ("hierarchical", "dedup", "dedup in 4", "all_to_all", "all_gather")
+PIECES = {"dedup in 4": ("dedup", 4)}
+"""Dispatchers whose tokens travel in pieces (`parallel.dispatch_chunks`)."""
 
 
 def measure(tokens: int, rounds: int, per_host: int) -> dict[str, Any]:
@@ -82,10 +84,13 @@ def measure(tokens: int, rounds: int, per_host: int) -> dict[str, Any]:
             weights: torch.Tensor = weights,
             experts: int = experts,
         ) -> None:
-            dispatcher = build_dispatcher(kind, group, experts, 0, clock, mesh.hosts)
+            name, pieces = PIECES.get(kind, (kind, 1))
+            dispatcher = build_dispatcher(name, group, experts, 0, clock, mesh.hosts)
             leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
-            rows, plan = dispatcher.dispatch(leaves[0], Routing(leaves[1], ids, complete=True))
-            dispatcher.combine(rows, plan).sum().backward()
+            routing = Routing(leaves[1], ids, complete=True)
+            departed = dispatcher.begin_dispatch(leaves[0], routing, pieces)
+            returning = [dispatcher.begin_combine(*dispatcher.end_dispatch(one)) for one in departed]
+            torch.cat([dispatcher.end_combine(one) for one in returning]).sum().backward()
 
         clocks = {kind: Clock(torch.device("cpu")) for kind in kinds}
         contenders: dict[str, Callable[[], None]] = {"limit": wire}

@@ -3,12 +3,15 @@ and the `ip` and `tc` programs."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 LOOPBACK = "loopback"
 BURST, LATENCY = "128kb", "50ms"
@@ -53,6 +56,21 @@ def link(rate: str) -> Iterator[Link]:
     finally:
         for host in hosts:
             subprocess.run(["ip", "netns", "del", host], check=False, capture_output=True)
+
+
+def on_both_hosts(place: Link, script: str, arguments: list[str]) -> list[Any]:
+    """`script --rank ARGUMENTS` as a rank on either end; what the last line of each says, in JSON."""
+    port = str(21000 + os.getpid() % 20000)
+    ranks = []
+    for number, (prefix, own) in enumerate(zip(place.prefixes, place.surroundings, strict=True)):
+        surroundings = {**os.environ, "RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": port}
+        surroundings |= {**own, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        command = [*prefix, sys.executable, script, "--rank", *arguments]
+        ranks.append(subprocess.Popen(command, env=surroundings, stdout=subprocess.PIPE, text=True))
+    said = [rank.communicate(timeout=1800)[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit("a rank has failed")
+    return [json.loads(text.splitlines()[-1]) for text in said]
 
 
 def _do(*command: str) -> None:

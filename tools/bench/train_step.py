@@ -20,9 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -31,7 +29,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from links import LOOPBACK, Link, is_possible, link
+from links import LOOPBACK, is_possible, link, on_both_hosts
 
 SHAPES = {"16 experts top-2": (16, 2, 1024), "64 experts top-8": (64, 8, 256)}
 """Experts, how many of them a token has, their width."""
@@ -214,20 +212,6 @@ def measure(shape: str, bf16: bool, rounds: int, without: list[str]) -> dict[str
     return times
 
 
-def on_both(place: Link, arguments: list[str]) -> list[dict[str, Any]]:
-    port = str(21000 + os.getpid() % 20000)
-    ranks = []
-    for number, (prefix, own) in enumerate(zip(place.prefixes, place.surroundings, strict=True)):
-        surroundings = {**os.environ, "RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": port}
-        surroundings |= {**own, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        command = [*prefix, sys.executable, __file__, "--rank", *arguments]
-        ranks.append(subprocess.Popen(command, env=surroundings, stdout=subprocess.PIPE, text=True))
-    said = [rank.communicate(timeout=1800)[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise SystemExit("a rank has failed")
-    return [json.loads(text.splitlines()[-1]) for text in said]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one precision, three rounds")
@@ -257,7 +241,7 @@ def main() -> None:
             for shape in SHAPES:
                 arguments = ["--shape", shape, "--precisions", precision, "--rounds", str(rounds)]
                 with link(rate) as place:
-                    both = on_both(place, [*arguments, "--without", asked.without])
+                    both = on_both_hosts(place, __file__, [*arguments, "--without", asked.without])
                 medians = {
                     name: statistics.median(max(pair) for pair in zip(*(rank[name] for rank in both), strict=True))
                     for name in both[0]

@@ -74,6 +74,10 @@ class ParallelConfig(Section):
     (one for each rank that has any of them), hierarchical (one for each host, and inside it one for each rank), auto
     (the one of these that sends fewest rows, where it saves a tenth of them, between hosts a quarter), all_gather (the
     specification of all, slow), or `package.module:Class` of your own (docs/extending.md)."""
+    dispatch_chunks: Positive = 1
+    """Pieces in which a micro-batch's tokens travel in training: experts compute one piece while the next comes and the
+    one before goes home, forward and backward. It pays where the link is slow beside the experts (docs/parallelism.md);
+    each piece computes all gradients of the experts' weights anew."""
     ranks_per_host: Positive | None = None
     """Neighbouring ranks that share a host, for `hierarchical`; default: as many as were started here."""
     pp_size: Positive = 1
@@ -87,8 +91,8 @@ class ParallelConfig(Section):
     shard_size: Positive | None = None
     """Shard inside groups of this many replicas and replicate across them (hybrid sharding); default: all replicas."""
     overlap_grad_reduce: bool = True
-    """Sum gradients over replicas while backward computes others; false: after it (zero_stage 0; above it they always
-    travel during backward, and under a pipeline at its end)."""
+    """Sum gradients over replicas while the last backward pass computes others; false: after it (zero_stage 0; above it
+    they always travel during backward). Pipelines with several stages on a rank sum them at their end."""
     bucket_cap_mb: PositiveFloat = 4.0
     """Gradients travel in pieces of about this size (zero_stage 0)."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"

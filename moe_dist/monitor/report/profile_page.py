@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moe_dist.monitor.rank_facts import PHASE_KEYS
 from moe_dist.monitor.sinks.text import compact, memory
+from moe_dist.parallel.flight import ALL, Overlap
 from moe_dist.parallel.state_bytes import StateBytes
 
 PAGE = Path(__file__).with_name("profile_page.html")
@@ -61,6 +62,8 @@ class RankProfile:
     """Peak of the allocator; 0 on CPU."""
     layers: list[int]
     """Numbers of the layers on this rank."""
+    overlap: list[Overlap]
+    """Messages waited for and hidden, per step, all of them last; empty where nobody can see them."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,19 @@ class Profile:
         total = sum(part.seconds for rank in self.ranks for part in rank.parts)
         return talk / len(self.ranks), (total - talk) / len(self.ranks)
 
+    def overlap(self) -> list[Overlap]:
+        """Messages by layer and kind, mean over the ranks that have any; all of them last."""
+        found: dict[tuple[int | None, str], list[Overlap]] = defaultdict(list)
+        for rank in self.ranks:
+            for one in rank.overlap:
+                if one.exposed or one.hidden:
+                    found[one.layer, one.kind].append(one)
+        means = [
+            Overlap(*key, *(sum(column) / len(ones) for column in list(zip(*ones, strict=True))[2:]))
+            for key, ones in found.items()
+        ]
+        return sorted(means, key=lambda one: (one.kind == ALL, one.layer is None, one.layer or 0, one.kind))
+
 
 def terminal_lines(profile: Profile) -> list[str]:
     """The short form: phases, layers, all-to-all, memory."""
@@ -130,7 +146,16 @@ def terminal_lines(profile: Profile) -> list[str]:
         lines.append(f"  {name:<26}{1000 * both['forward']:>10.2f}    {1000 * both['backward']:>10.2f}")
     talk, compute = profile.talking()
     lines += ["", f"  all-to-all against compute  {1000 * talk:.2f} ms : {1000 * compute:.2f} ms"]
+    if messages := profile.overlap():
+        lines += ["", f"  {'messages':<26}{'waited for':>10} ms {'hidden':>10} ms"]
+        for one in messages:
+            numbers = f"{1000 * one.exposed:>10.2f}    {1000 * one.hidden:>10.2f} {one.share:>9.1%}"
+            lines.append(f"  {_messages(one):<26}{numbers}")
     return [*lines, of_memory]
+
+
+def _messages(one: Overlap) -> str:
+    return one.kind if one.layer is None else f"layer {one.layer}, {one.kind}"
 
 
 def _state_words(rank: RankProfile) -> str:
@@ -189,6 +214,16 @@ def _talk_table(profile: Profile) -> str:
     return _table(["", "", "all-to-all, ms", "compute, ms", "all-to-all share", "sent to others"], rows)
 
 
+def _overlap_table(profile: Profile) -> str:
+    rows = []
+    for one in profile.overlap():
+        numbers = [f"{1000 * one.exposed:.3f}", f"{1000 * one.hidden:.3f}", f"{one.share:.1%}"]
+        rows.append([_messages(one), _bar(one.share), *numbers])
+    if not rows:
+        return "<p>None were seen: nobody is there to send to, or the host does not see when they land (CUDA).</p>"
+    return _table(["messages", "", "waited for, ms", "hidden, ms", "hidden of both"], rows)
+
+
 def _part_table(profile: Profile) -> str:
     parts = profile.parts()
     whole = sum(sum(both.values()) for both in parts.values()) or 1.0
@@ -243,7 +278,13 @@ def _saved_table(profile: Profile) -> str:
     return _table(["layer", "part, rank 0", "", "bytes kept for backward", "share"], rows)
 
 
-_TIMES = {"phases": _phase_table, "talk": _talk_table, "parts": _part_table, "operators": _operator_table}
+_TIMES = {
+    "phases": _phase_table,
+    "talk": _talk_table,
+    "overlap": _overlap_table,
+    "parts": _part_table,
+    "operators": _operator_table,
+}
 """Sections that need --compute."""
 _NOT_TIMED = "<p>Run with --compute to see where the time goes.</p>"
 

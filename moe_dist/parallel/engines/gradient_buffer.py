@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moe_dist.models.precision import full_dtype
+from moe_dist.parallel.flight import GRADIENTS, Flight, Trace
 
 
 class GradientBuffer:
@@ -43,7 +45,8 @@ class GradientBuffer:
         self.members = _in_buckets(backwards, bucket_bytes // self.flat.element_size())
         self.buckets = self.flat.split([sum(self.parameters[name].numel() for name in names) for names in self.members])
         self._missing: list[set[str]] = []
-        self._works: list[tuple[dist.Work, Tensor]] = []
+        self.trace: Trace | None = None
+        self._flights: list[tuple[Flight, Tensor]] = []
         self._sent = 0
         for number, names in enumerate(self.members):
             for name in names:
@@ -80,7 +83,7 @@ class GradientBuffer:
         bucket = self.buckets[self._sent].to(self.reduce_dtype)
         work = dist.all_reduce(bucket, group=self.group, async_op=True)
         assert work is not None
-        self._works.append((work, bucket))
+        self._flights.append((Flight([work], None, GRADIENTS, self.trace), bucket))
         self._sent += 1
 
     def zero(self) -> None:
@@ -101,11 +104,12 @@ class GradientBuffer:
 
     def wait(self) -> None:
         """Until everything that was sent is summed over the group."""
-        for (work, summed), bucket in zip(self._works, self.buckets, strict=False):
-            work.wait()
+        for (flight, summed), bucket in zip(self._flights, self.buckets, strict=False):
+            with nullcontext() if self.trace is None else self.trace.waiting(None, GRADIENTS):
+                flight.land()
             if summed.dtype != bucket.dtype:
                 bucket.copy_(summed)
-        self._works, self._missing, self._sent = [], [], 0
+        self._flights, self._missing, self._sent = [], [], 0
 
     def squared_norm(self) -> Tensor:
         """Sum of squares, 0-dim float64."""

@@ -10,6 +10,7 @@ from moe_dist.models.precision import full_dtype
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.engines.gradient_buffer import GradientBuffer
 from moe_dist.parallel.engines.optimizer import LogicalOptimizer, TorchEngine
+from moe_dist.parallel.flight import Trace
 from moe_dist.parallel.mesh import Mesh
 
 
@@ -52,11 +53,20 @@ class ReplicatedEngine(TorchEngine):
     def before_backward(self, is_last: bool) -> None:
         """Called before each micro-batch: during backward of the last, gradients travel as soon as they are complete.
 
-        Not for a pipeline, whose backward passes take turns with forward ones: there all is left to `reduce`.
+        Not for a pipeline, whose backward passes take turns with forward ones.
         """
-        if is_last and self.overlaps:
+        if is_last:
+            self.before_last_backward()
+
+    def before_last_backward(self) -> None:
+        """No other backward pass of this step comes after the next one."""
+        if self.overlaps:
             self.dense.reduce_early()
             self.experts.reduce_early()
+
+    def look(self, trace: Trace | None) -> None:
+        """Sums of gradients are part of what `trace` sees; None: of nothing."""
+        self.dense.trace = self.experts.trace = trace
 
     def zero_grad(self) -> None:
         """Every gradient stays where it is, and is zero."""

@@ -89,8 +89,8 @@ def buckets_sent_without_their_last_gradient(replace: Replace) -> None:
     def wrong(self: GradientBuffer, name: str, bucket: int) -> None:
         if name in self._missing[bucket]:
             arrived(self, name, bucket)
-            for work, _ in self._works:
-                work.wait()
+            for flight, _ in self._flights:
+                flight.land()
 
     replace(GradientBuffer, "reduce_early", early)
     replace(GradientBuffer, "_arrived", wrong)
@@ -266,11 +266,25 @@ def auxiliary_loss_scaled_by_the_schedule(replace: Replace) -> None:
 
     run, inject = PipelinedTransformer.run, moe.inject_loss
 
-    def wrong(self: PipelinedTransformer, micro_batches: list) -> list[Tensor]:
+    def wrong(self: PipelinedTransformer, micro_batches: list, *others: Any) -> list[Tensor]:
         with patch.object(moe, "inject_loss", lambda x, loss: inject(x, loss / len(micro_batches))):
-            return run(self, micro_batches)
+            return run(self, micro_batches, *others)
 
     replace(PipelinedTransformer, "run", wrong)
+
+
+def gradients_of_a_stage_sent_early(replace: Replace) -> None:
+    """In the backward pass of its first micro-batch; those of later ones stay where they are."""
+    from moe_dist.parallel.pipeline import WatchedStage
+
+    backward = WatchedStage.backward_one_chunk
+
+    def wrong(self: WatchedStage, *arguments: Any, **options: Any) -> None:
+        if self.before_last_backward is not None:
+            self.before_last_backward()
+        backward(self, *arguments, **options)
+
+    replace(WatchedStage, "backward_one_chunk", wrong)
 
 
 def gradients_of_a_stage_reduced_twice(replace: Replace) -> None:
@@ -323,12 +337,12 @@ def load_counted_by_a_pass_for_shapes(replace: Replace) -> None:
     """Stages that are not told their shapes run a forward pass to find them, and routers count its tokens."""
     from moe_dist.parallel import pipeline
 
-    make = pipeline.PipelineStage
+    make = pipeline.WatchedStage
 
     def wrong(*arguments: Any, input_args: Any, output_args: Any, **options: Any) -> Any:
         return make(*arguments, **options)
 
-    replace(pipeline, "PipelineStage", wrong)
+    replace(pipeline, "WatchedStage", wrong)
 
 
 def deepspeed_averages(replace: Replace) -> None:

@@ -20,6 +20,7 @@ from moe_dist.parallel import dispatch_hop
 from moe_dist.parallel import parallelize as module
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.row_exchange import RowExchange
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.injected_bugs.planting import Replace, over_ranks, rank
 
@@ -160,16 +161,16 @@ def scores_scaled_twice(replace: Replace) -> None:
 
 def experts_of_the_tenth_layer_in_reverse(replace: Replace) -> None:
     """Tokens go to the block of experts as counted from the last rank; past the depth of small models."""
-    dispatch = AllToAllDispatcher.dispatch
+    dispatch = AllToAllDispatcher.begin_dispatch
 
-    def wrong(self: AllToAllDispatcher, x_TD: Tensor, routing: Any) -> Any:
+    def wrong(self: AllToAllDispatcher, x_TD: Tensor, routing: Any, *others: Any) -> Any:
         if self.layer == 9:
             ids, block = routing.expert_ids_TK, self.num_experts // self.ep_size
             turned = (self.ep_size - 1 - ids // block) * block + ids % block
             routing = dataclasses.replace(routing, expert_ids_TK=torch.where(ids < self.num_experts, turned, ids))
-        return dispatch(self, x_TD, routing)
+        return dispatch(self, x_TD, routing, *others)
 
-    replace(AllToAllDispatcher, "dispatch", wrong)
+    replace(AllToAllDispatcher, "begin_dispatch", wrong)
 
 
 def deduplicated_tokens_sent_again(replace: Replace) -> None:
@@ -179,11 +180,12 @@ def deduplicated_tokens_sent_again(replace: Replace) -> None:
 
     def again(rank_TK: Tensor, none: int) -> Tensor:
         there_TKE = rank_TK[:, :, None] == torch.arange(none, device=rank_TK.device)
-        pairs[:] = [there_TKE.sum(1).square().sum(0)]
+        pairs.append(there_TKE.sum(1).square().sum(0))
         return rank_TK.sort(dim=1).values
 
-    def wrong(self: Any, rows_PO: Tensor, _: Tensor, *others: Any) -> Any:
-        return exchange(self, rows_PO, pairs[0], *others)
+    def wrong(self: Any, pieces: Any, *others: Any) -> Any:
+        counted = [dataclasses.replace(piece, pairs_P=pairs.pop(0)) for piece in pieces]
+        return exchange(self, counted, *others)
 
     replace(dispatch_hop, "_once_each", again)
     replace(dispatch_hop.Hop, "_exchange_counts", wrong)
@@ -193,27 +195,37 @@ def noise_of_another_host(replace: Replace) -> None:
     """Where rows come by two hops, experts take them for those of the rank with the same place on another host."""
     exchange = dispatch_hop.Hop._exchange_counts
 
-    def wrong(self: Any, rows_PO: Tensor, *others: Any) -> Any:
-        send, receive, came, *rest = exchange(self, rows_PO, *others)
-        if rows_PO.shape[1] > 1:
-            hosts = rows_PO.shape[1]
-            parts = [came.seeds[at : at + hosts] for at in range(0, len(came.seeds), hosts)]
-            came = dataclasses.replace(came, seeds=[seed for part in parts for seed in reversed(part)])
-        return send, receive, came, *rest
+    def mixed(coming: Any, hosts: int) -> Any:
+        came = coming.origins
+        parts = [came.seeds[at : at + hosts] for at in range(0, len(came.seeds), hosts)]
+        seeds = [seed for part in parts for seed in reversed(part)]
+        return dataclasses.replace(coming, origins=dataclasses.replace(came, seeds=seeds))
+
+    def wrong(self: Any, pieces: Any, *others: Any) -> Any:
+        coming, told = exchange(self, pieces, *others)
+        return [mixed(one, piece.rows_PO.shape[1]) for one, piece in zip(coming, pieces, strict=True)], told
 
     replace(dispatch_hop.Hop, "_exchange_counts", wrong)
 
 
 def weights_of_other_ranks_learn_nothing(replace: Replace) -> None:
     """Gradients of routing weights that travelled with a token stay where they are."""
-    backward = dispatch_hop._Arrived.backward
+    arrive = RowExchange.arrive
 
-    def wrong(ctx: Any, *gradients: Tensor) -> Any:
-        _, receive, group, *_ = ctx.back
-        mine = [part * (peer == group.rank()) for peer, part in enumerate(gradients[0].split(receive))]
-        return backward(ctx, torch.cat(mine))
+    def wrong(self: RowExchange, departed: Tensor, values: Tensor | None = None) -> Tensor:
+        arrived, me = arrive(self, departed, values), self.route.group.rank()
+        if values is not None and arrived.requires_grad:
+            sizes = self.route.receive_splits
+            arrived.register_hook(lambda g: torch.cat([part * (at == me) for at, part in enumerate(g.split(sizes))]))
+        return arrived
 
-    replace(dispatch_hop._Arrived, "backward", wrong)
+    replace(RowExchange, "arrive", wrong)
+
+
+def pieces_home_in_another_order(replace: Replace) -> None:
+    """What tokens of the last piece get is given to the first ones."""
+    reach = MoE._through_experts
+    replace(MoE, "_through_experts", lambda self, departed: reach(self, departed[::-1]))
 
 
 def capacity_counts_padding(replace: Replace) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_dist.models import experts
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel import dispatch
+from moe_dist.parallel import row_exchange
 from moe_dist.parallel.engines import fsdp, gradient_buffer
 from moe_dist.parallel.engines.deepspeed import DeepSpeedEngine
 from moe_dist.parallel.engines.fsdp import FSDPEngine
@@ -167,12 +167,12 @@ def half_gradients_of_experts_doubled(replace: Replace) -> None:
 
 def half_rows_doubled_on_the_way_back(replace: Replace) -> None:
     """Gradients of rows in bfloat16 come back twice as large."""
-    backward = dispatch.AllToAll.backward
+    backward = row_exchange.Arrive.backward
 
     def wrong(ctx: Any, *gradients: Tensor) -> Any:
         return backward(ctx, *(g * 2 if g.dtype == torch.bfloat16 else g for g in gradients))
 
-    replace(dispatch.AllToAll, "backward", wrong)
+    replace(row_exchange.Arrive, "backward", wrong)
 
 
 def half_gradients_added_up_in_half(replace: Replace) -> None:

@@ -34,11 +34,11 @@ def sent_during_backward() -> tuple[int, int]:
     model = layers()
     buffer = buffer_of(model)
     seen: list[int] = []
-    model[0].weight.register_post_accumulate_grad_hook(lambda _: seen.append(len(buffer._works)))
+    model[0].weight.register_post_accumulate_grad_hook(lambda _: seen.append(len(buffer._flights)))
     buffer.zero()
     buffer.reduce_early()
     through(model, (0, 1, 2, 3)).backward()
-    in_backward = len(buffer._works)
+    in_backward = len(buffer._flights)
     buffer.send_rest()
     buffer.wait()
     return seen[0], in_backward
