@@ -63,6 +63,7 @@ PLAIN: Settings = {
     "dpo.reference": "auto",
     "parallel.dispatcher": "all_to_all",
     "parallel.ranks_per_host": None,
+    "parallel.expert_placement": "off",
     "data.document_mask": True,
     "train.freeze": [],
     "train.train_only": [],
@@ -178,6 +179,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
         "dedup": {"parallel.dispatcher": "dedup"},
         "hierarchical": {"parallel.dispatcher": "hierarchical", "parallel.ranks_per_host": 2},
     },
+    "expert placement": {"moved_experts": {"parallel.expert_placement": "balanced"}},
     "reduction": {
         "late_reduction": {"parallel.overlap_grad_reduce": False},
         "half_reduction": {"parallel.reduce_dtype": "bfloat16"},

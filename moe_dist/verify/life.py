@@ -174,18 +174,19 @@ def lives(small: Smallness, which: str, seed: int = 0) -> list[Life]:
     words = frozenset({"bias", "sequence_scope", "cosine", "attention_dropout", "expert_dropout", "z_loss"})
     if which == "quick":
         brief = [("ep2-zero1", "pp2-1f1b-ep1-zero1-acc2", "ep1-zero0")]
-        return _feasible(small, brief, words | {"biased_experts"}, BRIEF, seed)
+        return _feasible(small, brief, words | {"biased_experts", "moved_experts"}, BRIEF, seed)
     wide = [
         ("ep2-zero1", "ep1-zero2", "ep4-zero3", "pp2-1f1b-ep2-zero1-acc2", "ep4-zero0"),
         ("ep1-zero1", "pp2-zero_bubble-ep2-zero0-acc4", "ep2-zero3-shard2", "pp4-interleaved_1f1b-ep1-zero3-acc4"),
         ("ep4-zero2-full", "pp2-dualpipe_v-ep1-zero1-acc4", "ep1-zero3", "ep2-zero0-selective"),
     ]
     found = _feasible(small, wide, words, EVENTS, seed)
-    experts = frozenset({"biased_experts", "label_smoothing", "linear", "shared_expert"})
+    experts = frozenset({"biased_experts", "label_smoothing", "linear", "shared_expert", "moved_experts"})
     found += _feasible(small, [("ep2-zero3", "ep1-zero1", "ep4-zero0")], experts, EVENTS, seed)
     chain = [("ep2-zero1-deepspeed", "ep2-zero1", "ep1-zero2-deepspeed", "ep4-zero1-deepspeed")]
     found += _feasible(small, chain, frozenset({"bias", "cosine"}), EVENTS, seed)
-    found += _feasible(small, [("ep2-zero0", "ep2-zero2", "ep1-zero0")], frozenset({"pure_bf16"}), EVENTS, seed)
+    half = frozenset({"pure_bf16", "moved_experts"})
+    found += _feasible(small, [("ep2-zero0", "ep2-zero2", "ep1-zero0")], half, EVENTS, seed)
     # Other optimizers, and what is seldom in a life: for a few events each.
     others = frozenset({"sgd", "annealing", "own_router", "noisy_experts", "jitter"})
     found += _feasible(small, [("ep2-zero3", "pp2-1f1b-ep1-zero0-acc2")], others, BRIEF, seed)

@@ -69,6 +69,7 @@ class ScriptedTrainer(MoETrainer):
                 around = {"skip": self._poisoned, "stop": self._interrupted}.get(event, nullcontext)
                 with around():
                     super()._one_step()
+                self.placing.move_all()
                 return
             between = {"sample": self.evaluating.sample, "save": self._save_now, "save_behind": self.saving.save}
             between.get(event, lambda: self.evaluating.evaluate(self.counters.step))()
@@ -80,7 +81,8 @@ class ScriptedTrainer(MoETrainer):
 
     def held(self) -> dict[str, Tensor]:
         """Every tensor of the run, whole (collective): what a start leaves, or in `found` what it goes on from."""
-        return whole_tensors(self.persistence._state().tensors, self.mesh)
+        with self.placing.at_home():
+            return whole_tensors(self.persistence._state().tensors, self.mesh)
 
     def _save_now(self) -> None:
         self.saving.save()

@@ -21,6 +21,7 @@ from moe_dist.train import schedule
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_model
 from moe_dist.train.evaluation import evaluate
+from moe_dist.train.placing import Placing
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.features import Batches
 from moe_dist.verify.injected_bugs import planted
@@ -95,6 +96,7 @@ class Trial:
         self.model = build_model(config, mesh)
         self.engine: Any = build_engine(self.model, config, mesh)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
+        self.placing = Placing(config, mesh, self.model, self.engine, self.balancer, lambda text: None)
         self.step = TrainStep(self.model, mesh, self.engine, self.balancer, config)
         self.start: dict[tuple[int, int], Tensor] = {}
         """By step and micro-batch: log-probabilities of its pairs under the first weights."""
@@ -138,7 +140,8 @@ class Trial:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return self.whole(dict(self.model.named_parameters()) | self.model.masters)
+        with self.placing.at_home():
+            return self.whole(dict(self.model.named_parameters()) | self.model.masters)
 
     @property
     def biases(self) -> dict[str, Tensor]:
@@ -231,6 +234,7 @@ def run_trial(
             with trial.unclipped() if step == 0 else nullcontext(told.gradients) as told.gradients:
                 batches = trial.global_batch(num_micro_batches, step, kind)
                 result = trial.step(batches, step, schedule.learning_rate(settings, step, NUM_STEPS))
+            trial.placing.move_all()
             told.losses.append(result.loss)
             told.norms.append(result.grad_norm)
             told.loads |= {f"{step}.{name}": facts for name, facts in trial.loads().items()}
