@@ -72,13 +72,6 @@ class Placing(Callback):
         with self.placement.at_home():
             yield
 
-    def move_all(self) -> None:
-        """Every expert to the next rank of its group and to another place there (collective): for proofs."""
-        if self.placement is not None:
-            slots = self.placement.slots
-            shift = len(slots[self.layers[0]]) // self.mesh.layout.ep_size + 1
-            self.placement.move({layer: [*of[shift:], *of[:shift]] for layer, of in slots.items()})
-
     def on_run_begin(self, run: RunState) -> None:
         """Experts go where they were when the checkpoint was written."""
         if self.placement is not None:

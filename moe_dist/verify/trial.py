@@ -173,6 +173,14 @@ class Trial:
             self.engine.norm = norm
 
 
+def move_experts(placing: Placing) -> None:
+    """Every expert to the next rank of its group and to another place there (collective), where experts may move."""
+    if placing.placement is not None:
+        slots, ep_size = placing.placement.slots, placing.mesh.layout.ep_size
+        shift = {layer: len(of_slot) // ep_size + 1 for layer, of_slot in slots.items()}
+        placing.placement.move({layer: [*of[shift[layer] :], *of[: shift[layer]]] for layer, of in slots.items()})
+
+
 def whole_tensors(placed: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     """Logical tensors of the whole model out of every rank's parts, as `Trial.whole` gives them (collective)."""
     mine: dict[str, _Piece] = {}
@@ -234,7 +242,7 @@ def run_trial(
             with trial.unclipped() if step == 0 else nullcontext(told.gradients) as told.gradients:
                 batches = trial.global_batch(num_micro_batches, step, kind)
                 result = trial.step(batches, step, schedule.learning_rate(settings, step, NUM_STEPS))
-            trial.placing.move_all()
+            move_experts(trial.placing)
             told.losses.append(result.loss)
             told.norms.append(result.grad_norm)
             told.loads |= {f"{step}.{name}": facts for name, facts in trial.loads().items()}
