@@ -74,7 +74,7 @@ def saved(folder: Path, step: int) -> tuple[dict[str, str], Any]:
 def test_losses_and_files_are_those_of_experts_that_stay_whatever_goes_on(tmp_path: Path) -> None:
     """Bit for bit in one layout, and to rounding in any other, with and without placement; the map goes on too.
 
-    Seen to fail with moments left behind (losses), and with experts saved where they are (files).
+    Seen to fail with experts saved where they are: losses after the first resume.
     """
     stayed = go(tmp_path / "stayed", 8, ep_size=4)
     moved = go(tmp_path / "moved", 3, ep_size=4, **BALANCED)

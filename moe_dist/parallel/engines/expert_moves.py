@@ -122,7 +122,7 @@ class ExpertPlacement:
         held = self.engine.held_parameters()
         tensors: list[tuple[str, list[Tensor], bool]] = []
         tensors += [(name, [parameter.detach()], False) for name, parameter in held.items()]
-        tensors += [(name, [master], False) for name, master in self.model.masters.items()]
+        tensors += [(f"{name}.master", [master], False) for name, master in self.model.masters.items()]
         for name, key, parts, split in self.engine.named_state():
             if key != "step":  # the same for all experts
                 tensors.append((f"{name}.{key}", parts, split))

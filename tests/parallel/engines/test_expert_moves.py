@@ -68,6 +68,7 @@ def trained(overrides: tuple[str, ...], ep_size: int, moves: bool, dtype: torch.
         (torch.float64, 4, (*EXACT, "model.expert=test_expert_moves:Scaled")),
         (torch.float32, 2, (*EXACT, "parallel.zero_stage=1")),
         (torch.float32, 4, (*EXACT, "train.pure_bf16=true")),
+        (torch.float32, 4, (*EXACT, "train.pure_bf16=true", "model.expert=test_expert_moves:Scaled")),
     ],
 )
 def test_not_a_bit_is_other(dtype: torch.dtype, ep_size: int, overrides: tuple[str, ...]) -> None:
