@@ -45,6 +45,7 @@ def check_sections(config: Sections) -> Sections:
                 f"parallel.dispatcher=hierarchical: parallel.ep_size={parallel.ep_size} is not several hosts of "
                 f"several ranks (parallel.ranks_per_host={there}); allowed: dedup, or a multiple of 2 or more above it"
             )
+    check_placement(config)
     check_deepspeed(config)
     if parallel.shard_size is not None:
         size, ep_size = parallel.shard_size, parallel.ep_size
@@ -89,6 +90,28 @@ def check_routing(config: Sections) -> None:
                 raise ValueError(
                     f"balance.{key}={getattr(balance, key)}: with model.router={EXPERT_CHOICE} every expert takes as "
                     "many tokens as it has places, the best first; leave it out, or take model.router=topk"
+                )
+
+
+def check_placement(config: Sections) -> None:
+    """Experts that an engine lets go of one by one."""
+    parallel, train = config.parallel, config.train
+    if parallel.expert_placement == "off":
+        return
+    said = f"parallel.expert_placement={parallel.expert_placement}"
+    if parallel.engine != "torch":
+        raise ValueError(
+            f"{said}: parallel.engine={parallel.engine} keeps the optimizer's state of experts where none can move "
+            "by itself; take parallel.engine=torch, or off"
+        )
+    if config.lora.quantize is not None:
+        raise ValueError(f"{said}: weights of lora.quantize={config.lora.quantize} stay where they are; set it to off")
+    for key in ("freeze", "train_only"):
+        for text in getattr(train, key):
+            if WeightPattern.parse(text).experts is not None:
+                raise ValueError(
+                    f"{said}: with train.{key}={text} ranks would have different numbers of experts to train; set it "
+                    "to off"
                 )
 
 

@@ -5,7 +5,7 @@ Shape suffixes: R rows, D hidden, F intermediate, e experts held here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,8 @@ class Experts(nn.Module):
 
     `w_gate_up` (e, D, 2F), gate first; `w_down` (e, F, D). This module holds the experts
     [first_expert, first_expert + num_local): all of them until `shard` keeps some. A subclass may have more parameters:
-    each is stacked too, (num_experts, ...), whatever its other dimensions, and none is in an inner module.
+    each is stacked too, (num_experts, ...), whatever its other dimensions, and none is in an inner module. `held`: the
+    global ids of the experts in the rows, which a placement moves (`parallel/engines/expert_moves.py`).
     """
 
     chunk_rows = 0
@@ -41,6 +42,7 @@ class Experts(nn.Module):
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.first_expert, self.num_local = 0, num_experts
+        self.held: Sequence[int] = range(num_experts)
         self.hidden_act = "silu"
         self.lora_gate_up = self.lora_down = None
         self.w_gate_up = nn.Parameter(torch.empty(num_experts, hidden_size, 2 * intermediate_size))
@@ -97,7 +99,7 @@ class Experts(nn.Module):
         if (bias := getattr(self, f"b_{stack}", None)) is not None:
             out = out + bias.to(out.dtype)[torch.repeat_interleave(rows_per_expert, output_size=len(out))]
         lora = getattr(self, f"lora_{stack}")
-        return out if lora is None else out + lora(rows_RX, rows_per_expert, sources, self.first_expert, self.multiply)
+        return out if lora is None else out + lora(rows_RX, rows_per_expert, sources, self.held, self.multiply)
 
     multiply = staticmethod(multiply_rows)
 
@@ -140,7 +142,7 @@ class Experts(nn.Module):
             for name, parameter in list(holder.named_parameters(recurse=False)) if holder is not None else ():
                 kept = parameter.detach()[start : start + count].clone()
                 setattr(holder, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
-        self.first_expert, self.num_local = first, count
+        self.first_expert, self.num_local, self.held = first, count, range(first, first + count)
 
     @torch.no_grad()
     def initialize(self, seed_of: SeedOf, std: float) -> None:

@@ -5,7 +5,7 @@ Shape suffixes: R rows, X width of a row, e experts held here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,14 +51,14 @@ class StackedLowRank(nn.Module):
         rows_RX: Tensor,
         rows_per_expert: Tensor,
         sources: Sources | None = None,
-        first_expert: int = 0,
+        held: Sequence[int] = (),
         multiply: Multiply = multiply_rows,
     ) -> Tensor:
-        """(R, in) -> (R, out). `sources`: whose the rows are, needed for dropout; `first_expert`: global id of the
-        first one here."""
+        """(R, in) -> (R, out). `sources`: whose the rows are, needed for dropout, as are the global ids of the
+        experts here, `held`."""
         if self.training and self.dropout:
             assert sources is not None
-            kept = keep_mask(sources, first_expert, rows_RX, self.dropout)
+            kept = keep_mask(sources, held, rows_RX, self.dropout)
             rows_RX = rows_RX * (kept / (1.0 - self.dropout))
         a, b = self.A.to(rows_RX.dtype), self.B.to(rows_RX.dtype)
         return multiply(multiply(rows_RX, a, rows_per_expert) * self.scale, b, rows_per_expert)

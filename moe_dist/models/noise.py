@@ -5,7 +5,7 @@ Shape suffixes: S micro-batches, e experts held here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -98,18 +98,18 @@ def _mixed(values: Tensor) -> Tensor:
     return values ^ (values >> 31 & 2**33 - 1)
 
 
-def keep_mask(sources: Sources, first_expert: int, rows_RX: Tensor, probability: float) -> Tensor:
+def keep_mask(sources: Sources, held: Sequence[int], rows_RX: Tensor, probability: float) -> Tensor:
     """Which elements dropout keeps, (R, X) in the dtype of the rows: 1.0 with `1 - probability`, else 0.0.
 
     An element's number is a function of its micro-batch's seed, the expert's global id, its row's place among the rows
     that the expert has of that micro-batch, and the column: the same wherever and together with whatever it runs.
-    Nothing waits for the device.
+    Nothing waits for the device. `held`: global ids of the experts here.
     """
     device, num_rows = rows_RX.device, len(rows_RX)
     sizes = sources.rows_SE.t()  # in the order of rows: by expert, then by source
     num_experts, num_sources = sizes.shape
     seeds = torch.tensor(sources.seeds, dtype=torch.int64, device=device)
-    experts = torch.arange(first_expert, first_expert + num_experts, device=device)
+    experts = torch.tensor([*held], dtype=torch.int64, device=device)
     chunk_keys = _mixed(_mixed(seeds[None, :] * _MULTIPLIERS[0]) + experts[:, None]).flatten()
     ends = sizes.flatten().cumsum(0)
     chunk_of_row = torch.repeat_interleave(

@@ -5,7 +5,7 @@ Shape suffixes: R rows, D hidden, e experts held here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -53,12 +53,14 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 class ExpertList(nn.Module):
-    """Experts of a person's own class, run one after the other; named by global expert id."""
+    """Experts of a person's own class, run one after the other; named by global expert id. `held`: the ids of those in
+    these places, which a placement moves (`parallel/engines/expert_moves.py`)."""
 
     def __init__(self, make_expert: Callable[[], nn.Module], num_experts: int) -> None:
         super().__init__()
         self.make_expert = make_expert
         self.first_expert, self.num_local = 0, num_experts
+        self.held: Sequence[int] = range(num_experts)
         self.experts = nn.ModuleDict({str(index): make_expert() for index in range(num_experts)})
 
     @property
@@ -85,19 +87,20 @@ class ExpertList(nn.Module):
         out: list[Tensor] = []
         with random_state_kept(rows_RD.device):
             chunks_E = rows_RD.split((counts_ES := sources.rows_SE.t()).sum(1).tolist())
-            for (key, expert), x_RD, counts in zip(self.experts.items(), chunks_E, counts_ES.tolist(), strict=True):
+            each = zip(self.held, self.experts.values(), chunks_E, counts_ES.tolist(), strict=True)
+            for number, expert, x_RD, counts in each:
                 if not len(x_RD):
                     out.append(_run(expert, x_RD))
                 for seed, part_RD in zip(sources.seeds, x_RD.split(counts), strict=True):
                     if len(part_RD):
-                        seed_noise(seed + int(key), rows_RD.device)
+                        seed_noise(seed + number, rows_RD.device)
                         out.append(_run(expert, part_RD))
         return _joined(out, rows_RD)
 
     def shard(self, first: int, count: int) -> None:
         """Keep only `count` experts from global id `first` on."""
         self.experts = nn.ModuleDict({str(index): self.experts[str(index)] for index in range(first, first + count)})
-        self.first_expert, self.num_local = first, count
+        self.first_expert, self.num_local, self.held = first, count, range(first, first + count)
 
     def initialize(self, seed_of: SeedOf, std: float) -> None:
         """Build each expert anew as its class does, under its own seed."""

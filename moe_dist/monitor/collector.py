@@ -15,6 +15,10 @@ from moe_dist.models.auxiliary import ROUTER_SUMS, LoadFacts
 from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.records import LayerRecord
 
+Slots = Mapping[int, Sequence[int]]
+"""By layer: the experts in the order in which the ranks of their group hold them, equally many each; a layer that is
+not there: in the order of their ids."""
+
 
 class Collector:
     """Sums LoadFacts over the steps of an interval, then over ranks.
@@ -36,16 +40,19 @@ class Collector:
         rank: int = 0,
         world_size: int = 1,
         num_domains: int = 0,
+        slots: Callable[[], Slots] = dict,
     ) -> None:
         """`moe_layer_numbers`: global numbers of ALL expert layers, the same on every rank. `ep_size` ranks share them.
 
         `reduce` sums a 1-dim float64 tensor, in place or not, over the ranks that hold other tokens or other
-        layers; a layer that is not on a rank counts as zero there. `num_domains` sources are counted apart.
+        layers; a layer that is not on a rank counts as zero there. `num_domains` sources are counted apart. `slots`: of
+        the moment.
         """
         self.moe_layer_numbers = list(moe_layer_numbers)
         self.num_experts, self.top_k, self.device = num_experts, top_k, torch.device(device)
         self._reduce = reduce
         self.ep_size, self.rank, self.world_size = ep_size, rank, world_size
+        self._slots = slots
         num_layers = len(self.moe_layer_numbers)
         self._columns = {"pairs_E": num_experts, "dropped_E": num_experts, "tokens": 1, "fallbacks": 1}
         """Field of LoadFacts -> its columns of `_counts`, in this order."""
@@ -96,6 +103,7 @@ class Collector:
         widths = (self._counts.shape[1], self._sums.shape[1], self._domains.shape[1] * self.num_experts)
         counts, sums, domains = host.split(widths, dim=1)
         by_domain = domains.to(torch.int64).view(self._domains.shape).numpy() if widths[2] else None
+        slots = self._slots()
         count = {name: part.numpy() for name, part in self._by_name(counts.to(torch.int64)).items()}
         layers = [
             layer_record(
@@ -109,6 +117,7 @@ class Collector:
                 None if by_domain is None else by_domain[index],
                 count["dropped_E"][index],
                 int(count["fallbacks"][index, 0]),
+                slots.get(layer),
             )
             for index, (layer, total) in enumerate(zip(self.moe_layer_numbers, sums.tolist(), strict=True))
         ]

@@ -32,6 +32,7 @@ def layer_record(
     pairs_NE: npt.NDArray[np.int64] | None = None,
     dropped_E: npt.NDArray[np.int64] | None = None,
     fallback_tokens: int = 0,
+    slots: Sequence[int] | None = None,
 ) -> LayerRecord:
     """The record of one layer.
 
@@ -39,13 +40,18 @@ def layer_record(
     routed, each to `top_k` experts; `sums` over tokens, by their names in `models.auxiliary.ROUTER_SUMS`: divided
     by tokens they are fields of the record. `ep_size` ranks hold the experts, in blocks of equally many.
     `pairs_NE` (N, E): the pairs of each of N domains. `dropped_E` (E,): the dropped pairs by expert.
-    `fallback_tokens` went to the fallback expert.
+    `fallback_tokens` went to the fallback expert. `slots`: the experts in the order in which ranks hold them; None: in
+    that of their ids.
     Without tokens every ratio is 0.0 (a measured imbalance is at least 1.0) and every expert is dead.
     """
     counts = [int(count) for count in pairs_E]
     load_E = np.asarray(counts, dtype=np.float64)
     imbalance, cv, entropy = _spread(load_E)
-    rank_imbalance, _, _ = _spread(load_E.reshape(ep_size, -1).sum(1))
+    in_order, _, _ = _spread(load_E.reshape(ep_size, -1).sum(1))
+    rank_imbalance, expert_ranks = in_order, []
+    if slots is not None:
+        rank_imbalance, _, _ = _spread(load_E[list(slots)].reshape(ep_size, -1).sum(1))
+        expert_ranks = (np.argsort(slots) * ep_size // len(slots)).tolist()
     means = {name: total / tokens if tokens else 0.0 for name, total in sums.items()}
     square = means.pop("router_logits_mean_square", 0.0)
     return LayerRecord(
@@ -57,6 +63,8 @@ def layer_record(
         dead_experts=sum(count == 0 for count in counts),
         dropped_fraction=int(dropped) / (tokens * top_k) if tokens else 0.0,
         rank_imbalance=rank_imbalance,
+        rank_imbalance_in_order=in_order,
+        expert_ranks=expert_ranks,
         domain_tokens=[] if pairs_NE is None else pairs_NE.tolist(),
         kept_per_expert=(load_E.astype(np.int64) - dropped_E).tolist() if dropped and dropped_E is not None else [],
         # Not max(0.0, NaN), which would be 0.0: a NaN must be seen.

@@ -86,6 +86,14 @@ class LayerRecord:
         "Load of the busiest rank / mean of ranks; 1: balanced.", tag="moe/rank_imbalance",
         gauge="rank_imbalance_ratio", reduce=mean, note="As `load_imbalance`, of the sums of the ranks that share the "
         "experts; `parallel.ep_size` at worst.")] = 0.0
+    rank_imbalance_in_order: Annotated[float, Metric(
+        "rank_imbalance if ranks held the experts in the order of their ids.", tag="moe/rank_imbalance_in_order",
+        gauge="rank_imbalance_in_order_ratio", reduce=mean, note="The same as `rank_imbalance` with "
+        "`parallel.expert_placement: off`: what placement spares is the difference; 0 in older logs.")] = 0.0
+    expert_ranks: Annotated[list[int], Metric(
+        "Rank of its expert group that holds each expert; empty: in blocks in the order of their ids.", more=(
+            Series("expert_rank", "Rank of its expert group that holds the expert (parallel.expert_placement).",
+                   "gauge", EXPERT),))] = field(default_factory=list)
     router_logits_rms: Annotated[float, Metric(
         "Root mean square of the router's logits.", tag="moe/router_logits_rms", gauge="router_logits_rms", reduce=mean,
         note="sqrt(mean over tokens and experts of logits^2): grows before a router saturates.")] = 0.0

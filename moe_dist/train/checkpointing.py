@@ -31,6 +31,7 @@ from moe_dist.train.auto_balance import AutoBalance
 from moe_dist.train.build import Datasets
 from moe_dist.train.counters import Counters
 from moe_dist.train.esft import to_json
+from moe_dist.train.placing import Placing
 from moe_dist.train.run_setup import RunStart, write_config
 from moe_dist.train.stopping import Pace, Stopping
 
@@ -68,6 +69,7 @@ class Persistence:
         loader: GlobalLoader,
         stopping: Stopping,
         acting: AutoBalance,
+        placing: Placing,
         start: RunStart,
         datasets: Datasets,
         checkpoints: Checkpoints,
@@ -76,6 +78,7 @@ class Persistence:
         """`alive` is called while a save that training waits for makes progress."""
         self.config, self.mesh, self.model, self.engine = config, mesh, model, engine
         self.loader, self.stopping, self.acting, self._alive = loader, stopping, acting, alive
+        self.placing = placing
         self.start, self.checkpoints = start, checkpoints
         self._corpus: dict[str, Any] = mesh.ask_rank_zero(lambda: datasets.identities(config.num_evaluated))
         self.chosen: ChosenExperts | None = None
@@ -197,6 +200,7 @@ class Persistence:
             setattr(counters, name, state["counters"][name])
         self._go_on_to_the_end(loaded, counters.step, message)
         self.acting.load_state_dict(state.get("acting"))
+        self.placing.load_state_dict(state.get("placement"))
         self._same_model(loaded)
         self.pretrained, self.reference = state.get("pretrained"), state.get("reference")
 
@@ -230,11 +234,12 @@ class Persistence:
         return trained if self.model.lora is not None else set()
 
     def _read(self, loaded: Loaded, moments: bool = True) -> None:
-        state, adapters = self._state(moments), self._adapters
-        if adapters and not moments and not adapters & loaded.manifest.tensors.keys():
-            state.leave_out(adapters)  # of a run that had none: they start afresh beside its weights
-        self.checkpoints.read_tensors(loaded, state)
-        self.engine.state_loaded()
+        with self.placing.at_home():
+            state, adapters = self._state(moments), self._adapters
+            if adapters and not moments and not adapters & loaded.manifest.tensors.keys():
+                state.leave_out(adapters)  # of a run that had none: they start afresh beside its weights
+            self.checkpoints.read_tensors(loaded, state)
+            self.engine.state_loaded()
 
     def _compare(self, loaded: Loaded, message: Callable[[str], None]) -> None:
         """Show what is configured otherwise than in the checkpoint; refuse what changes the arithmetic."""
@@ -365,13 +370,15 @@ class Persistence:
             "stopping": self.stopping.state_dict(),
             "data": self.loader.state_dict(),
             "acting": self.acting.state_dict(),
+            "placement": self.placing.state_dict(),
             "corpus": self._corpus,
             "pretrained": self.pretrained,
             "esft": to_json(self.chosen),
             "reference": self.reference,
             "config": self.config.model_dump(mode="json"),
         }
-        self.checkpoints.begin(counters.step, self._state(), trainer_state, metrics)
+        with self.placing.at_home():  # in files experts are in the order of their ids
+            self.checkpoints.begin(counters.step, self._state(), trainer_state, metrics)
         return before
 
     def settle(self) -> Outcome:

@@ -19,7 +19,7 @@ import torch
 from moe_dist.config import Config
 from moe_dist.models.auxiliary import LoadFacts
 from moe_dist.models.counts import expert_share, flops_per_token
-from moe_dist.monitor.collector import Collector
+from moe_dist.monitor.collector import Collector, Slots
 from moe_dist.monitor.devices import peak_flops
 from moe_dist.monitor.expert_stats import imbalance_seconds
 from moe_dist.monitor.health.diagnosis import Diagnosis
@@ -79,8 +79,10 @@ class Reporter(Callback):
         loads: Callable[[], dict[int, LoadFacts]],
         announce: Callable[[TrainRecord], None],
         num_domains: int = 0,
+        slots: Callable[[], Slots] = dict,
     ) -> None:
-        """`loads`: what the layers of this rank have recorded in the last step. `announce` tells all callbacks."""
+        """`loads`: what the layers of this rank have recorded in the last step. `announce` tells all callbacks.
+        `slots`: as `Collector` has it."""
         self.config, self.mesh, self.clock, self.sinks = config, mesh, clock, sinks
         self._loads, self._announce = loads, announce
         self.diagnosis = Diagnosis()
@@ -95,6 +97,7 @@ class Reporter(Callback):
             rank=mesh.rank,
             world_size=mesh.layout.world_size,
             num_domains=num_domains,
+            slots=slots,
         )
         # Stages of a pipeline do different work; the replicas of one do the same.
         self.stragglers = Stragglers([mesh.layout.coordinates(rank)[0] for rank in range(mesh.layout.world_size)])

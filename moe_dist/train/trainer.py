@@ -43,6 +43,7 @@ from moe_dist.train.first_step import FirstStep
 from moe_dist.train.init_distributed import own_mesh
 from moe_dist.train.loop import TrainingLoop
 from moe_dist.train.merging import merge
+from moe_dist.train.placing import Placing
 from moe_dist.train.rank_sync import StopRequests
 from moe_dist.train.reference import StartReference
 from moe_dist.train.reporting import Reporter, peak_memory, sinks_of
@@ -189,8 +190,10 @@ class MoETrainer(TrainingLoop):
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
         self.step = TrainStep(self.model, mesh, self.engine, self.balancer, config, self.status)
         self.stopping = Stopping(config.train, Pace(self.loader.global_batch_size, self.loader.samples_per_epoch))
-        loads = lambda: self.balancer.facts  # noqa: E731 - those of the moment
-        self.reporter = Reporter(config, mesh, self.clock, sinks, loads, self._announce("on_log"), num_domains)
+        self.placing = placing = Placing(config, mesh, self.model, self.engine, self.balancer, sinks.message)
+        loads, slots = lambda: self.balancer.facts, lambda: placing.slots  # those of the moment
+        announce = self._announce("on_log")
+        self.reporter = Reporter(config, mesh, self.clock, sinks, loads, announce, num_domains, slots)
         pending, report = self.reporter.collector.pending, self.reporter.actions
         self.acting = AutoBalance(config, mesh, self.balancer, pending, report)
         self.evaluating = Evaluating(
@@ -201,7 +204,7 @@ class MoETrainer(TrainingLoop):
             announce=self._announce("on_evaluate"),
             dpo=self.step.dpo,
         )
-        parts = (self.model, self.engine, self.loader, self.stopping, self.acting)
+        parts = (self.model, self.engine, self.loader, self.stopping, self.acting, self.placing)
         self.persistence = Persistence(config, mesh, *parts, self.start, self.datasets, checkpoints, self.status.alive)
         self.persistence.chosen = chosen
         self.persistence.pretrained = None if pretrained is None else pretrained.provenance
@@ -213,7 +216,8 @@ class MoETrainer(TrainingLoop):
             announce=self._announce("on_save"),
         )
         # In the order of a step: whether it is the last, its line, what follows from that, its evaluation, its save.
-        own = (self.stopping, self.reporter, self.acting, self.first_step, self.evaluating, self.saving)
+        changing = (self.acting, self.placing)
+        own = (self.stopping, self.reporter, *changing, self.first_step, self.evaluating, self.saving)
         self.callbacks = Callbacks(own, persons, mesh, self.state, config.train.on_callback_error)
         self.signal: int | None = None
         self.losses: list[float] = []

@@ -184,6 +184,8 @@ _OF_FEATURES: dict[str, Bug] = {
     "gathered_tokens_learn_from_one_rank": Bug(("all_gather",), where=_ep),
     "deduplicated_tokens_sent_again": Bug(("dedup",), ("top1",), _ep),
     "noise_of_another_host": Bug(("hierarchical", "noisy_experts"), where=_ep),
+    "moments_stay_when_experts_move": Bug(("moved_experts",), where=_ep),
+    "noise_stays_when_experts_move": Bug(("moved_experts", "noisy_experts"), where=_ep),
     "weights_of_other_ranks_learn_nothing": Bug(("dedup",), ("frozen_router",), _ep),
     "pieces_home_in_another_order": Bug(("pieces",), ("noisy_experts", "all_gather"), _ep),
     "evaluation_in_training_mode": Bug(("capacity",), where=_ep),
@@ -250,6 +252,7 @@ _OF_LIVES: dict[str, Bug] = {
         life=True, where=lambda layout: layout.engine == "torch" and layout.zero_stage in (1, 2), event="evaluate"
     ),
     "stacks_cut_twice_over_experts": Bug(("biased_experts",), where=_both(_fsdp, _few_experts), life=True),
+    "experts_saved_where_they_are": Bug(("moved_experts",), where=_ep, life=True),
     "skipped_step_moves_the_bias": Bug(("bias",), life=True, event="skip"),
     "save_behind_takes_the_next_weights": Bug(life=True, event="save_behind"),
 }

@@ -64,6 +64,7 @@ PLAIN: Settings = {
     "parallel.dispatcher": "all_to_all",
     "parallel.dispatch_chunks": 1,
     "parallel.ranks_per_host": None,
+    "parallel.expert_placement": "off",
     "data.document_mask": True,
     "train.freeze": [],
     "train.train_only": [],
@@ -180,6 +181,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
         "hierarchical": {"parallel.dispatcher": "hierarchical", "parallel.ranks_per_host": 2},
     },
     "pieces": {"pieces": {"parallel.dispatch_chunks": 3}},
+    "expert placement": {"moved_experts": {"parallel.expert_placement": "balanced"}},
     "reduction": {
         "late_reduction": {"parallel.overlap_grad_reduce": False},
         "half_reduction": {"parallel.reduce_dtype": "bfloat16"},

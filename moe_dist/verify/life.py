@@ -202,14 +202,15 @@ def lives(small: Smallness, which: str, seed: int = 0) -> list[Life]:
     """
     words = frozenset({"bias", "sequence_scope", "cosine", "attention_dropout", "expert_dropout", "z_loss"})
     if which == "quick":
-        return _feasible(small, _QUICK, words | {"biased_experts"}, BRIEF, PARTS * seed)
+        return _feasible(small, _QUICK, words | {"biased_experts", "moved_experts"}, BRIEF, PARTS * seed)
     found: list[Life] = []
     for part, *chain in _WIDE:
         found += _feasible(small, chain, words, EVENTS, PARTS * seed + part)
-    experts = frozenset({"biased_experts", "label_smoothing", "linear", "shared_expert"})
+    experts = frozenset({"biased_experts", "label_smoothing", "linear", "shared_expert", "moved_experts"})
     found += _feasible(small, _EXPERTS, experts, EVENTS, PARTS * seed)
     found += _feasible(small, _DEEPSPEED, frozenset({"bias", "cosine"}), EVENTS, PARTS * seed + 1)
-    found += _feasible(small, ("ep2-zero0", "ep2-zero2", "ep1-zero0"), frozenset({"pure_bf16"}), EVENTS, PARTS * seed)
+    half = frozenset({"pure_bf16", "moved_experts"})
+    found += _feasible(small, ("ep2-zero0", "ep2-zero2", "ep1-zero0"), half, EVENTS, PARTS * seed)
     others = frozenset({"sgd", "annealing", "own_router", "noisy_experts", "jitter"})
     found += _feasible(small, ("ep2-zero3", "pp2-1f1b-ep1-zero0-acc2"), others, BRIEF, PARTS * seed)
     whole = frozenset({"adafactor", "fallback", "tied", "capacity", "attention_bias"})

@@ -35,7 +35,7 @@ from moe_dist.verify.injected_bugs import planted
 from moe_dist.verify.layouts import Case
 from moe_dist.verify.life import COLUMNS, STEPS, Life
 from moe_dist.verify.scenarios import Smallness
-from moe_dist.verify.trial import DTYPES, difference, whole_tensors
+from moe_dist.verify.trial import DTYPES, difference, move_experts, whole_tensors
 
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n" * (3 + i % 5) for i in range(32)]
 _LAYER_FACTS = (
@@ -67,6 +67,7 @@ class ScriptedTrainer(MoETrainer):
                 around = {"skip": self._poisoned, "stop": self._interrupted}.get(event, nullcontext)
                 with around():
                     super()._one_step()
+                move_experts(self.placing)
                 return
             between = {"sample": self.evaluating.sample, "save": self._save_now, "save_behind": self.saving.save}
             between.get(event, lambda: self.evaluating.evaluate(self.counters.step))()
@@ -78,7 +79,8 @@ class ScriptedTrainer(MoETrainer):
 
     def held(self) -> dict[str, Tensor]:
         """Every tensor of the run, whole (collective): what a start leaves, or in `found` what it goes on from."""
-        return whole_tensors(self.persistence._state().tensors, self.mesh)
+        with self.placing.at_home():
+            return whole_tensors(self.persistence._state().tensors, self.mesh)
 
     def _save_now(self) -> None:
         self.saving.save()

@@ -21,6 +21,7 @@ from moe_dist.train import schedule
 from moe_dist.train.balance import Balancer
 from moe_dist.train.build import build_model
 from moe_dist.train.evaluation import evaluate
+from moe_dist.train.placing import Placing
 from moe_dist.train.step import TrainStep
 from moe_dist.verify.features import Batches
 from moe_dist.verify.injected_bugs import planted
@@ -95,6 +96,7 @@ class Trial:
         self.model = build_model(config, mesh)
         self.engine: Any = build_engine(self.model, config, mesh)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
+        self.placing = Placing(config, mesh, self.model, self.engine, self.balancer, lambda text: None)
         self.step = TrainStep(self.model, mesh, self.engine, self.balancer, config)
         self.start: dict[tuple[int, int], Tensor] = {}
         """By step and micro-batch: log-probabilities of its pairs under the first weights."""
@@ -138,7 +140,8 @@ class Trial:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return self.whole(dict(self.model.named_parameters()) | self.model.masters)
+        with self.placing.at_home():
+            return self.whole(dict(self.model.named_parameters()) | self.model.masters)
 
     @property
     def biases(self) -> dict[str, Tensor]:
@@ -168,6 +171,14 @@ class Trial:
             yield seen
         finally:
             self.engine.norm = norm
+
+
+def move_experts(placing: Placing) -> None:
+    """Every expert to the next rank of its group and to another place there (collective), where experts may move."""
+    if placing.placement is not None:
+        slots, ep_size = placing.placement.slots, placing.mesh.layout.ep_size
+        shift = {layer: len(of_slot) // ep_size + 1 for layer, of_slot in slots.items()}
+        placing.placement.move({layer: [*of[shift[layer] :], *of[: shift[layer]]] for layer, of in slots.items()})
 
 
 def whole_tensors(placed: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
@@ -231,6 +242,7 @@ def run_trial(
             with trial.unclipped() if step == 0 else nullcontext(told.gradients) as told.gradients:
                 batches = trial.global_batch(num_micro_batches, step, kind)
                 result = trial.step(batches, step, schedule.learning_rate(settings, step, NUM_STEPS))
+            move_experts(trial.placing)
             told.losses.append(result.loss)
             told.norms.append(result.grad_norm)
             told.loads |= {f"{step}.{name}": facts for name, facts in trial.loads().items()}

@@ -183,19 +183,20 @@ def test_dropout_of_a_row_is_the_same_wherever_its_expert_runs() -> None:
     """All experts together with rows of two micro-batches, against each expert by itself with one."""
     rows_SE = torch.tensor([[2, 0, 3], [1, 4, 2]])
     rows = torch.zeros(int(rows_SE.sum()), 64)
-    together = keep_mask(Sources(rows_SE, [7, 2**61 + 5]), 4, rows, 0.25)
+    together = keep_mask(Sources(rows_SE, [7, 2**61 + 5]), range(4, 4 + rows_SE.shape[1]), rows, 0.25)
     assert 0.6 < together.mean() < 0.9
     parts = iter(together.split(rows_SE.t().flatten().tolist()))
     for expert in range(3):
         for source, seed in enumerate((7, 2**61 + 5)):
             count = int(rows_SE[source, expert])
-            alone = keep_mask(Sources(torch.tensor([[count]]), [seed]), 4 + expert, rows[:count], 0.25)
+            alone = keep_mask(Sources(torch.tensor([[count]]), [seed]), [4 + expert], rows[:count], 0.25)
             assert torch.equal(next(parts), alone)
     assert len({tuple(row.tolist()) for row in together}) == len(together)
 
 
 def test_dropout_keeps_as_many_as_it_says_and_rows_and_columns_are_independent() -> None:
-    kept = keep_mask(Sources(torch.tensor([[4000, 4000]]), [11]), 0, torch.zeros(8000, 128, dtype=torch.float64), 0.1)
+    rows = torch.zeros(8000, 128, dtype=torch.float64)
+    kept = keep_mask(Sources(torch.tensor([[4000, 4000]]), [11]), range(2), rows, 0.1)
     assert abs(float(kept.mean()) - 0.9) < 1e-3
     assert (kept.mean(0) - 0.9).abs().max() < 0.02
     assert (kept.mean(1) - 0.9).abs().max() < 0.15

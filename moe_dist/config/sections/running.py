@@ -80,6 +80,11 @@ class ParallelConfig(Section):
     each piece computes all gradients of the experts' weights anew."""
     ranks_per_host: Positive | None = None
     """Neighbouring ranks that share a host, for `hierarchical`; default: as many as were started here."""
+    expert_placement: Literal["off", "balanced"] = "off"
+    """balanced: experts change ranks inside their expert group while the run goes on, so that every rank gets about as
+    many rows (ep_size above 1, docs/parallelism.md); off: they stay in the order of their ids."""
+    placement_interval: Positive = 100
+    """Steps from one decision of expert_placement to the next: what a move spares in them must be worth its bytes."""
     pp_size: Positive = 1
     """Pipeline parallelism: ranks over which the layers are spread, in stages of consecutive layers."""
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "dualpipe_v"] = "1f1b"

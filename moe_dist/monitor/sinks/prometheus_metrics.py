@@ -219,14 +219,16 @@ def _of_layers(layers: list[LayerRecord], seen: Snapshot) -> Iterator[Metric]:
 def _of_experts(
     layers: list[LayerRecord], tokens: Mapping[int, tuple[int, ...]], per_expert: PerExpert
 ) -> Iterator[Metric]:
-    of_expert: dict[str, dict[tuple[str, ...], float]] = {"expert_tokens": {}, "expert_load_ratio": {}}
+    shown = [*metrics_of(LayerRecord)["tokens_per_expert"].series, *metrics_of(LayerRecord)["expert_ranks"].series]
+    of_expert: dict[str, dict[tuple[str, ...], float]] = {series.name: {} for series in shown}
     for layer in layers:
         ratios, name = load_ratios(layer), str(layer.layer)
         for expert in _shown(ratios, per_expert):
             of_expert["expert_tokens"][name, str(expert)] = tokens[layer.layer][expert]
             of_expert["expert_load_ratio"][name, str(expert)] = ratios[expert]
-    for series in metrics_of(LayerRecord)["tokens_per_expert"].series:
-        yield _family(series, of_expert[series.name])
+            if layer.expert_ranks:
+                of_expert["expert_rank"][name, str(expert)] = layer.expert_ranks[expert]
+    yield from (_family(series, of_expert[series.name]) for series in shown if of_expert[series.name])
 
 
 def _shown(ratios: list[float], per_expert: PerExpert) -> Iterable[int]:

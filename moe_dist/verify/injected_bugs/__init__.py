@@ -7,14 +7,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from moe_dist.verify.bugs import BUGS
-from moe_dist.verify.injected_bugs import adapters, layers, layouts, lives, preferences, routing, updates
+from moe_dist.verify.injected_bugs import adapters, layers, layouts, lives, placement, preferences, routing, updates
 from moe_dist.verify.injected_bugs.planting import REACHED as REACHED
 from moe_dist.verify.injected_bugs.planting import Replace, replacing
 
 Plant = Callable[[Replace], Any]
 PLANTS: dict[str, Plant] = {
     name: plant
-    for module in (layouts, layers, routing, updates, adapters, preferences, lives)
+    for module in (layouts, layers, routing, placement, updates, adapters, preferences, lives)
     for name, plant in vars(module).items()
     if name in BUGS
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,10 +54,8 @@ def adapter_dropout_by_rank(replace: Replace) -> None:
     """Dropout of experts' adapters depends on the rank that computes them."""
     mask = grouped.keep_mask
 
-    def wrong(sources: Sources, first_expert: int, rows: Tensor, probability: float) -> Tensor:
-        return mask(
-            Sources(sources.rows_SE, [seed + rank() for seed in sources.seeds]), first_expert, rows, probability
-        )
+    def wrong(sources: Sources, held: Sequence[int], rows: Tensor, probability: float) -> Tensor:
+        return mask(Sources(sources.rows_SE, [seed + rank() for seed in sources.seeds]), held, rows, probability)
 
     replace(grouped, "keep_mask", wrong)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -19,6 +20,7 @@ from moe_dist.parallel.engines.optimizer import LogicalOptimizer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import loop
 from moe_dist.train.checkpointing import Persistence
+from moe_dist.train.placing import Placing
 from moe_dist.train.step import StepResult, TrainStep
 from moe_dist.train.stopping import Stopping
 from moe_dist.verify.injected_bugs.planting import Replace
@@ -202,6 +204,11 @@ def skipped_step_moves_the_bias(replace: Replace) -> None:
         return result
 
     replace(TrainStep, "__call__", wrong)
+
+
+def experts_saved_where_they_are(replace: Replace) -> None:
+    """Experts that have changed ranks are written under the numbers of those that were there at the start."""
+    replace(Placing, "at_home", lambda self: nullcontext())
 
 
 def save_behind_takes_the_next_weights(replace: Replace) -> None:

@@ -207,6 +207,19 @@ def test_expert_counters_grow_over_intervals(sink: PrometheusSink, train_record:
     assert scrape(sink)["moe_dist_fallback_tokens_total", "3"] == 6
 
 
+def test_the_map_of_experts_is_shown_where_there_is_one(sink: PrometheusSink, train_record: Make) -> None:
+    layers = [
+        layer_record(0, [40, 30, 20, 10], 0, 50, {}, 2, ep_size=2, slots=[0, 3, 2, 1]),
+        layer_record(3, [40, 30, 20, 10], 0, 50, {}, 2, ep_size=2),
+    ]
+    sink.train(train_record(layers=layers))
+    got = scrape(sink)
+    assert [got["moe_dist_expert_rank", "0", str(expert)] for expert in range(4)] == [0, 1, 1, 0]
+    assert not any(key[:2] == ("moe_dist_expert_rank", "3") for key in got)
+    assert (got["moe_dist_rank_imbalance_ratio", "0"], got["moe_dist_rank_imbalance_ratio", "3"]) == (1.0, 1.4)
+    assert got["moe_dist_rank_imbalance_in_order_ratio", "0"] == 1.4
+
+
 def test_counters_agree_over_a_restart(tmp_path: Path, info: RunInfo, train_record: Make) -> None:
     """Promtool's `increase()` over a start that goes on from a checkpoint: K pairs a layer for each token, and
     the steps done again count as work done. Seen to fail with `tokens_total` that went on from the checkpoint (1.25 K).
