@@ -35,13 +35,21 @@ also `digits`, the share of weights, and of gradients but those of experts, that
 precision a small one."""
 TOLERANCES: dict[Precision, dict[str, float]] = {
     "float64": {**dict.fromkeys(COMPARED, 1e-9), "initial": 0.0},
-    "float32": {**dict.fromkeys(COMPARED, 1e-5), "initial": 0.0, "norms": 5e-5, "weights": 1e-3},
+    "float32": dict.fromkeys(COMPARED, 1e-5)
+    | {"initial": 0.0, "gradients": 5e-5, "norms": 5e-5, "loads": 1e-4, "weights": 1e-3},
     "bfloat16": {"initial": 0.0, "losses": 0.02, "norms": 0.1, "gradients": 0.3, "evaluation": 0.02, "digits": 0.1},
 }
 """Largest relative differences, of the tensor that differs most. float64 leaves rounding at 1e-13: any mistake is
 above. In float32 AdamW makes full steps out of gradients that are only rounding, and the second norm is of weights that
 made them. In bfloat16 both sides round, and send
 a token to another expert here and there: what follows an update is told, not judged, and only large bugs are above."""
+DEEP: dict[Precision, dict[str, float]] = {
+    "float64": TOLERANCES["float64"],
+    "float32": dict.fromkeys(COMPARED, 1e-3)
+    | {"initial": 0.0, "gradients": 1e-2, "norms": 1e-2, "loads": 0.1, "weights": 0.1, "biases": 0.1},
+    "bfloat16": {name: bound * (1 if name == "digits" else 2) for name, bound in TOLERANCES["bfloat16"].items()},
+}
+"""Of ten layers: each rounds what the one before has rounded, and in float32 a token may go to another expert, too."""
 NUM_STEPS = 2
 """Of a trial: the second has moments of the first, and comes after an evaluation."""
 DEPTH = 10
@@ -98,9 +106,8 @@ class Scenario:
     @property
     def tolerances(self) -> dict[str, float]:
         """Largest relative difference of each column that is judged."""
-        judged, features = TOLERANCES[self.precision], self.features or frozenset()
-        if self.precision == "bfloat16" and "deep" in features:  # each layer rounds what the one before has rounded
-            judged = {name: tolerance * (1 if name == "digits" else 2) for name, tolerance in judged.items()}
+        features = self.features or frozenset()
+        judged = (DEEP if "deep" in features else TOLERANCES)[self.precision]
         if "half_reduction" in features:  # sums on the way have no more digits
             judged = {name: tolerance for name, tolerance in judged.items() if name != "digits"}
         return judged
