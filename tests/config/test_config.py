@@ -14,6 +14,7 @@ from moe_dist.config import (
     FIELDS,
     HOMES,
     Config,
+    ConfigError,
     config_difference,
     config_reference,
     dump_config,
@@ -252,3 +253,10 @@ def test_presets(name: str, rate: float, decay: float, accumulation: int, epochs
     config = load_config(ROOT / "configs" / f"{name}.yaml")
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (rate, decay)
     assert (config.train.gradient_accumulation_steps, config.train.num_train_epochs) == (accumulation, epochs)
+
+
+def test_off_is_a_word_though_yaml_reads_false(tmp_path: Path) -> None:
+    config, _ = load(tmp_path, "parallel: {expert_placement: off}\nbalance: {act: off}")
+    assert (config.parallel.expert_placement, config.balance.act) == ("off", "off")
+    with pytest.raises(ConfigError, match="parallel.expert_placement=true: one of off, balanced"):
+        load(tmp_path, "parallel: {expert_placement: on}")

@@ -110,7 +110,8 @@ def test_only_metrics_that_are_there(
     sink = SnapshotSink(logging_steps=10, per_expert="full")
     sink.open(RunInfo(**{**vars(info), "config_text": "checkpoint: {save_steps: 5}"}))
     rewards = dict.fromkeys(("rewards_chosen", "rewards_rejected", "reward_margin", "reward_accuracy"), 0.5)
-    sink.train(train_record(**rewards))
+    layers = [replace(layer, expert_ranks=[0] * len(layer.tokens_per_expert)) for layer in train_record().layers]
+    sink.train(train_record(layers=layers, **rewards))
     sink.evaluation(replace(eval_record, tasks=dict.fromkeys(PHASE_KEYS, 0.5), **rewards))
     sink.checkpoint(CheckpointRecord(1, 1.0, 1.0, 1, "x"))
     exported = {sample.name for family in sink.metrics.collect() for sample in family.samples}

@@ -117,6 +117,11 @@ class ParallelConfig(Section):
 
     _read_deepspeed_file = model_validator(mode="before")(read_deepspeed_config)
 
+    @field_validator("expert_placement", mode="before")
+    @classmethod
+    def _accept_false(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML's off
+
     @property
     def stages_per_rank(self) -> int:
         """Stages on each rank: one, or two or more where the schedule wants several short ones."""

@@ -167,7 +167,7 @@ def _in_every_pipeline(replace: Replace, change: Callable[[list[dict[str, Any]]]
     from moe_dist.parallel.pipeline import PipelinedTransformer
 
     run = PipelinedTransformer.run
-    replace(PipelinedTransformer, "run", lambda self, inputs: run(self, change(inputs)))
+    replace(PipelinedTransformer, "run", lambda self, inputs, *others: run(self, change(inputs), *others))
 
 
 def positions_of_the_first_micro_batch(replace: Replace) -> None:
