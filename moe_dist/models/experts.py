@@ -126,6 +126,11 @@ class Experts(nn.Module):
         return self.training and any(adapter is not None and adapter.dropout for adapter in adapters)
 
     @property
+    def comes_in_pieces(self) -> bool:
+        """Whether rows of a micro-batch may come in several calls; what is drawn at random is drawn once for all."""
+        return not self.draws_noise
+
+    @property
     def kind(self) -> str:
         """Name of the class, for errors."""
         return type(self).__name__

@@ -137,8 +137,7 @@ class MoE(nn.Module):
         """(B, S, D) -> (B, S, D)."""
         x_TD = x_BSD.flatten(0, 1)
         routing, auxiliary_loss = self._route(x_TD, context, num_sequences=x_BSD.shape[0])
-        # What experts draw at random is drawn once for all tokens of a micro-batch.
-        num_pieces = self.dispatch_chunks if self.training and not self.experts.draws_noise else 1
+        num_pieces = self.dispatch_chunks if self.training and self.experts.comes_in_pieces else 1
         departed = self.dispatcher.begin_dispatch(x_TD, routing, num_pieces)
         shared_TD = self._shared(x_TD)  # while the first rows travel
         out_TD = self._through_experts(departed)

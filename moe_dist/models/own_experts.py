@@ -56,6 +56,10 @@ class ExpertList(nn.Module):
     """Experts of a person's own class, run one after the other; named by global expert id. `held`: the ids of those in
     these places, which a placement moves (`parallel/engines/expert_moves.py`)."""
 
+    comes_in_pieces = False
+    """Of several calls for a micro-batch one may find an expert without rows and another not: torch's split backward,
+    as of `zero_bubble`, then goes through the same node twice."""
+
     def __init__(self, make_expert: Callable[[], nn.Module], num_experts: int) -> None:
         super().__init__()
         self.make_expert = make_expert
