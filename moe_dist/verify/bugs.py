@@ -187,7 +187,7 @@ _OF_FEATURES: dict[str, Bug] = {
     "moments_stay_when_experts_move": Bug(("moved_experts",), where=_ep),
     "noise_stays_when_experts_move": Bug(("moved_experts", "noisy_experts"), where=_ep),
     "weights_of_other_ranks_learn_nothing": Bug(("dedup",), ("frozen_router",), _ep),
-    "pieces_home_in_another_order": Bug(("pieces",), ("noisy_experts", "all_gather"), _ep),
+    "pieces_home_in_another_order": Bug(("pieces",), ("own_experts", "noisy_experts", "lora", "all_gather"), _ep),
     "evaluation_in_training_mode": Bug(("capacity",), where=_ep),
     "evaluation_keeps_documents_apart": Bug(("no_document_mask",), ("even_batches",)),
     "evaluation_counts_load": Bug(("bias",)),
