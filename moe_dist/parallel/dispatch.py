@@ -44,17 +44,8 @@ class AllToAllPlan:
 
 
 @dataclass(frozen=True)
-class _Departed:
-    """A piece whose rows are on their way to experts."""
-
-    rows: Tensor
-    exchange: RowExchange
-    plan: AllToAllPlan
-
-
-@dataclass(frozen=True)
-class _Returning:
-    """A piece whose rows are on their way home."""
+class _UnderWay:
+    """A piece whose rows are on their way to experts, or home."""
 
     rows: Tensor
     exchange: RowExchange
@@ -110,7 +101,7 @@ class AllToAllDispatcher(SpreadExperts):
 
     _HEADER = 3  # layer, hidden size, seed of noise; then for each piece rows for this peer, and for its experts
 
-    def begin_dispatch(self, x_TD: Tensor, routing: Routing, num_pieces: int = 1) -> list[_Departed]:
+    def begin_dispatch(self, x_TD: Tensor, routing: Routing, num_pieces: int = 1) -> list[_UnderWay]:
         """(T, D): pieces of the tokens set out, one after the other."""
         seed = routing.noise_seed
         pieces = split_tokens(x_TD, routing, num_pieces)
@@ -137,21 +128,21 @@ class AllToAllDispatcher(SpreadExperts):
             )
             exchange = self._exchange(receive_splits, send_splits, "dispatch")
             rows = exchange.depart(as_it_travels(rows_from_tokens(x, permutation), self.casts))
-            departed.append(_Departed(rows, exchange, plan))
+            departed.append(_UnderWay(rows, exchange, plan))
         return departed
 
-    def end_dispatch(self, departed: _Departed) -> tuple[Tensor, AllToAllPlan]:
+    def end_dispatch(self, departed: _UnderWay) -> tuple[Tensor, AllToAllPlan]:
         """(R, D) rows of all peers for this rank's experts, sorted by local expert, and the plan."""
         plan, arrived_RD = departed.plan, departed.exchange.arrive(departed.rows)
         return _Reorder.apply(arrived_RD, plan.arrival_of_row, plan.row_of_arrival), plan
 
-    def begin_combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> _Returning:
+    def begin_combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> _UnderWay:
         """(R, D): rows set out for home."""
         exchange = self._exchange(plan.send_splits, plan.receive_splits, "combine")
         rows = exchange.depart(_Reorder.apply(rows_RD, plan.row_of_arrival, plan.arrival_of_row))
-        return _Returning(rows, exchange, plan)
+        return _UnderWay(rows, exchange, plan)
 
-    def end_combine(self, returning: _Returning) -> Tensor:
+    def end_combine(self, returning: _UnderWay) -> Tensor:
         """(T, D): rows are weighted by their routing weights and summed over k in order."""
         plan = returning.plan
         return tokens_from_rows(returning.exchange.arrive(returning.rows), plan.weights_TK, plan.permutation)
