@@ -16,9 +16,9 @@ from programs import Program
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 DEATHS: list[tuple[Death, str]] = [
-    (("attention", 3, 1), "computing"),  # two layers a step: in the second step of each start
+    (("attention", 3, 1), "computing"),  # two layers a step, three ways back in each: in the second step of each start
     (("experts", 4, 0), "computing"),
-    (("backward", 6, 1), r"the all-to-all of layer \d|computing"),
+    (("backward", 8, 1), r"the all-to-all of layer \d|computing"),
     (("reduction", 2, 0), "reducing gradients"),
 ]
 
