@@ -44,6 +44,14 @@ def _no_ranks_left() -> Iterator[None]:
     ranks.stop_all()
 
 
+@pytest.fixture(autouse=True)
+def _fresh_logger() -> Iterator[None]:
+    """A trainer keeps the logger `moe_dist` to itself, and the next test that listens to it would hear nothing."""
+    yield
+    if log := sys.modules.get("moe_dist.monitor.train_log"):
+        log.close_logging()
+
+
 @pytest.fixture
 def replace() -> Iterator[Replace]:
     """`replace(owner, name, wrong)`: `patches.replaced` until the test ends. What must not be called is replaced by

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from moe_dist.monitor.expert_stats import layer_record
 from moe_dist.monitor.rank_facts import PHASE_KEYS
 from moe_dist.monitor.records import EvalRecord, LayerRecord, RanksRecord, RunInfo, RunSummary, TrainRecord
-from moe_dist.monitor.train_log import close_logging
-
-
-@pytest.fixture(autouse=True)
-def _fresh_logger() -> Iterator[None]:
-    yield
-    close_logging()
 
 
 def sums(aux: float, z: float, entropy: float, confidence: float, mean_square: float) -> dict[str, float]:
