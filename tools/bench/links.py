@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,10 +68,24 @@ def on_both_hosts(place: Link, script: str, arguments: list[str]) -> list[Any]:
         surroundings |= {**own, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         command = [*prefix, sys.executable, script, "--rank", *arguments]
         ranks.append(subprocess.Popen(command, env=surroundings, stdout=subprocess.PIPE, text=True))
-    said = [rank.communicate(timeout=1800)[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
+    try:
+        with ThreadPoolExecutor(len(ranks)) as both:  # a pipe that nobody reads would stop its writer
+            said = [both.submit(_said_by, rank, ranks) for rank in ranks]
+        return [json.loads(text.result().splitlines()[-1]) for text in said]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def _said_by(rank: subprocess.Popen[str], ranks: list[subprocess.Popen[str]]) -> str:
+    """What it has printed by its end; a failure ends the others, which would wait for it."""
+    said = rank.communicate(timeout=1800)[0]
+    if rank.returncode:
+        for other in ranks:
+            other.kill()
         raise SystemExit("a rank has failed")
-    return [json.loads(text.splitlines()[-1]) for text in said]
+    return said
 
 
 def _do(*command: str) -> None:

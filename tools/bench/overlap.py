@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from links import LOOPBACK, is_possible, link, on_both_hosts
-from train_step import LENGTH, RATE, SEQUENCES, SHAPES, SIZES, config_of
+from train_step_peers import LENGTH, RATE, SEQUENCES, SHAPES, SIZES, config_of
 
 COLUMNS = ("step", "exposed", "hidden", "cpu")
 

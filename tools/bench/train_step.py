@@ -6,10 +6,12 @@ The same decoder everywhere, Qwen3-MoE of two layers, hidden size 512, 1,024 tok
 
 - `ours`: experts over both ranks, the rest replicated; `ours_late`: the same, gradients summed after backward;
 - `ddp`: `transformers` with its grouped matmuls in DistributedDataParallel, every expert on both ranks;
+- `transformers_ep`: `transformers` with its own expert parallelism, all-to-all, the rest sharded by FSDP2;
+- `autoep`: the expert parallelism that DeepSpeed gives to models of `transformers`;
 - `deepspeed`: `transformers` with the layer of `deepspeed.moe`, experts over both ranks; capacity 1.0: it drops tokens.
 
 Contenders take turns, step by step; figures are medians of the slower rank. Before anything is timed, the first losses
-of `ours` and of `ddp`, which start from the same weights, must agree.
+of all but `deepspeed`, which start from the same weights, must agree.
 
 Top-level keys of the JSON: `ratio_to_best_peer` (time of the fastest peer / ours: above 1, ours is faster) and
 `milliseconds`, by link, shape and precision.
@@ -26,38 +28,12 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from links import LOOPBACK, is_possible, link, on_both_hosts
-
-SHAPES = {"16 experts top-2": (16, 2, 1024), "64 experts top-8": (64, 8, 256)}
-"""Experts, how many of them a token has, their width."""
-SIZES = {"vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 64}
-SIZES |= {"num_key_value_heads": 4}
-LENGTH, SEQUENCES, RATE = 512, 2, 1e-4
-PEERS = ("ddp", "deepspeed")
-Step = Callable[[Any], float]
-"""Token ids (sequences, length) to the loss, after one update."""
-
-
-def model_keys(shape: str) -> dict[str, int]:
-    experts, top_k, width = SHAPES[shape]
-    return SIZES | {"num_experts": experts, "num_experts_per_tok": top_k, "moe_intermediate_size": width}
-
-
-def config_of(shape: str, bf16: bool, late: bool) -> Any:
-    from moe_dist.config import load_mapping
-
-    return load_mapping(
-        {
-            "model": model_keys(shape),
-            "data": {"max_seq_length": LENGTH},
-            "parallel": {"ep_size": 2, "overlap_grad_reduce": not late},
-            "balance": {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "bias_update_rate": 0.0},
-            "train": {"bf16": bf16},
-        }
-    )
+from train_step_peers import LENGTH, PEERS, RATE, SEQUENCES, SHAPES, SIZES, Step, config_of
 
 
 def ours(shape: str, bf16: bool, late: bool) -> Step:
@@ -85,98 +61,6 @@ def ours(shape: str, bf16: bool, late: bool) -> Step:
     return step
 
 
-def of_transformers(shape: str) -> Any:
-    """Its model with the weights that ours begins with."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    from moe_dist.models.huggingface import to_huggingface
-    from moe_dist.parallel.mesh import Mesh
-    from moe_dist.train.build import build_model
-
-    config = config_of(shape, bf16=False, late=False)
-    theirs = Qwen3MoeConfig(
-        **model_keys(shape),
-        max_position_embeddings=config.model.max_position_embeddings,
-        rope_theta=config.model.rope_theta,
-        rms_norm_eps=config.model.rms_norm_eps,
-        norm_topk_prob=config.model.norm_topk_prob,
-        tie_word_embeddings=config.model.tie_word_embeddings,
-        experts_implementation="grouped_mm",
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    model = Qwen3MoeForCausalLM(theirs)
-    weights = to_huggingface(build_model(config, Mesh.single()), config.model, fused=True)
-    model.load_state_dict(weights)
-    return model
-
-
-def loss_of(model: Any, ids: Any, bf16: bool) -> Any:
-    import torch
-    import torch.nn.functional as F
-
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        logits = model(input_ids=ids[:, :-1]).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
-
-
-def ddp(shape: str, bf16: bool) -> Step:
-    import torch
-
-    model = torch.nn.parallel.DistributedDataParallel(of_transformers(shape), gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
-
-    def step(ids: torch.Tensor) -> float:
-        optimizer.zero_grad(set_to_none=False)
-        loss = loss_of(model, ids, bf16)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return float(loss.detach())
-
-    return step
-
-
-def deepspeed(shape: str, bf16: bool) -> Step:
-    import deepspeed as package
-    import torch
-    from deepspeed.moe.layer import MoE
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
-
-    experts, top_k, width = SHAPES[shape]
-    model = of_transformers(shape)
-
-    class Layer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            expert = Qwen3MoeMLP(model.config, intermediate_size=width)
-            self.moe = MoE(SIZES["hidden_size"], expert, experts, ep_size=2, k=top_k, capacity_factor=1.0)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.moe(x)[0]
-
-    for layer in model.model.layers:
-        layer.mlp = Layer()
-    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
-    optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)
-    settings = {
-        "train_micro_batch_size_per_gpu": SEQUENCES,
-        "gradient_clipping": 1.0,
-        "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
-    }
-    engine, *_ = package.initialize(model=model, optimizer=optimizer, config=settings)
-
-    def step(ids: torch.Tensor) -> float:
-        loss = loss_of(engine, ids, bf16)
-        engine.backward(loss)
-        engine.step()
-        return float(loss.detach())
-
-    return step
-
-
 def measure(shape: str, bf16: bool, rounds: int, without: list[str]) -> dict[str, Any]:
     """In one rank: seconds of every step by contender."""
     import torch
@@ -187,9 +71,8 @@ def measure(shape: str, bf16: bool, rounds: int, without: list[str]) -> dict[str
     makers: dict[str, Callable[[], Step]] = {
         "ours": lambda: ours(shape, bf16, late=False),
         "ours_late": lambda: ours(shape, bf16, late=True),
-        "ddp": lambda: ddp(shape, bf16),
-        "deepspeed": lambda: deepspeed(shape, bf16),
     }
+    makers |= {name: partial(make, shape, bf16) for name, make in PEERS.items()}
     steps = {name: make() for name, make in makers.items() if name not in without}
     generator = torch.Generator().manual_seed(dist.get_rank())
     ids = torch.randint(0, SIZES["vocab_size"], (SEQUENCES, LENGTH + 1), generator=generator)
@@ -207,7 +90,8 @@ def measure(shape: str, bf16: bool, rounds: int, without: list[str]) -> dict[str
                 whole = torch.tensor(loss) / 2  # theirs is of one rank, ours of both
                 dist.all_reduce(whole)
                 first[name] = float(whole)
-    assert abs(first["ours"] - first["ddp"]) < (2e-2 if bf16 else 1e-4), first
+    for name in first.keys() - {"deepspeed"}:  # its experts begin with weights of their own
+        assert abs(first["ours"] - first[name]) < (2e-2 if bf16 else 1e-4), first
     dist.destroy_process_group()
     return times
 
@@ -219,7 +103,7 @@ def main() -> None:
     parser.add_argument("--links", default="loopback,1gbit,100mbit")
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--without", default="", help="contenders to leave out: ours_late, deepspeed")
+    parser.add_argument("--without", default="", help="contenders to leave out: ours_late, deepspeed, ...")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     asked = parser.parse_args()
