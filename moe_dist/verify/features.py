@@ -185,6 +185,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
     "reduction": {
         "late_reduction": {"parallel.overlap_grad_reduce": False},
         "half_reduction": {"parallel.reduce_dtype": "bfloat16"},
+        "rows_reduction": {"parallel.embedding_grad_reduce": "rows"},
     },
     "micro-batches": {"even_batches": {"batch.even": True}},
     "domains": {"domains": {"batch.num_domains": 2}},

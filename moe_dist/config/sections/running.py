@@ -103,6 +103,9 @@ class ParallelConfig(Section):
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of gradients on their way between replicas, and of their sums there; bfloat16 halves what travels, and keeps 8
     bits of each number (docs/parallelism.md)."""
+    embedding_grad_reduce: Literal["auto", "rows", "whole"] = "auto"
+    """What travels of the token embedding's gradient (zero_stage 0): whole: all of it; rows: those of the tokens that a
+    rank has seen in the step; auto: rows where these are less, decided in every step."""
     cpu_offload: bool = False
     """Keep sharded parameters, gradients and optimizer state in host memory (CUDA, zero_stage 3)."""
     elastic: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moe_dist.models.precision import full_dtype
+from moe_dist.parallel.engines.row_sum import RowSum, Started
 from moe_dist.parallel.flight import GRADIENTS, Flight, Trace
 
 
@@ -24,7 +25,8 @@ class GradientBuffer:
     `group`: ranks that hold the same parameters, over which gradients are summed; None: there are no others. What
     backward completes first, the parameters that come last, lies first. Buckets are sent in that order on every rank,
     one that is ready early waits for those before it: ranks whose batches use different experts still call the same.
-    `reduce_dtype`: of what travels and of the sums on the way; default: that of the buffer.
+    `reduce_dtype`: of what travels and of the sums on the way; default: that of the buffer. `by_rows`: matrices of
+    which a step fills few rows, and whether these travel alone even where they are many (`RowSum`).
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class GradientBuffer:
         group: ProcessGroup | None = None,
         bucket_bytes: int = 4 * 2**20,
         reduce_dtype: torch.dtype | None = None,
+        by_rows: Mapping[str, bool] | None = None,
     ) -> None:
         self.parameters, self.group = dict(named_parameters), group
         self.reduce_dtype = reduce_dtype or full_dtype()
@@ -42,11 +45,16 @@ class GradientBuffer:
         self.flat = torch.zeros(sum(sizes), dtype=full_dtype(), device=device)
         views = {name: view.view(p.shape) for (name, p), view in zip(backwards, self.flat.split(sizes), strict=True)}
         self.views = {name: views[name] for name in self.parameters}
-        self.members = _in_buckets(backwards, bucket_bytes // self.flat.element_size())
+        by_rows = {name: always for name, always in (by_rows or {}).items() if name in views}
+        self.members = _in_buckets(backwards, bucket_bytes // self.flat.element_size(), by_rows)
         self.buckets = self.flat.split([sum(self.parameters[name].numel() for name in names) for names in self.members])
+        self._row_sums: dict[int, RowSum] = {}
+        if group is not None:
+            for name, always in by_rows.items():
+                self._row_sums[self.members.index([name])] = RowSum(views[name], group, self.reduce_dtype, always)
         self._missing: list[set[str]] = []
         self.trace: Trace | None = None
-        self._flights: list[tuple[Flight, Tensor]] = []
+        self._flights: list[tuple[Flight, Callable[[], None]]] = []
         self._sent = 0
         for number, names in enumerate(self.members):
             for name in names:
@@ -80,11 +88,21 @@ class GradientBuffer:
             self._send_next()
 
     def _send_next(self) -> None:
-        bucket = self.buckets[self._sent].to(self.reduce_dtype)
-        work = dist.all_reduce(bucket, group=self.group, async_op=True)
-        assert work is not None
-        self._flights.append((Flight([work], None, GRADIENTS, self.trace), bucket))
+        rows = self._row_sums.get(self._sent)
+        works, finish = (rows.start() if rows is not None else None) or self._sum_whole(self.buckets[self._sent])
+        self._flights.append((Flight(works, None, GRADIENTS, self.trace), finish))
         self._sent += 1
+
+    def _sum_whole(self, bucket: Tensor) -> Started:
+        summed = bucket.to(self.reduce_dtype)
+        work = dist.all_reduce(summed, group=self.group, async_op=True)
+        assert work is not None
+
+        def finish() -> None:
+            if summed.dtype != bucket.dtype:
+                bucket.copy_(summed)
+
+        return Started([work], finish)
 
     def zero(self) -> None:
         """Start the next optimizer step."""
@@ -104,11 +122,10 @@ class GradientBuffer:
 
     def wait(self) -> None:
         """Until everything that was sent is summed over the group."""
-        for (flight, summed), bucket in zip(self._flights, self.buckets, strict=False):
+        for flight, finish in self._flights:
             with nullcontext() if self.trace is None else self.trace.waiting(None, GRADIENTS):
                 flight.land()
-            if summed.dtype != bucket.dtype:
-                bucket.copy_(summed)
+            finish()
         self._flights, self._missing, self._sent = [], [], 0
 
     def squared_norm(self) -> Tensor:
@@ -119,16 +136,18 @@ class GradientBuffer:
         return torch.stack(norms).double().square().sum()
 
 
-def _in_buckets(parameters: Iterable[tuple[str, nn.Parameter]], elements: int) -> list[list[str]]:
-    """Names in their order, in groups of at least so many elements; the last may have fewer."""
+def _in_buckets(
+    parameters: Iterable[tuple[str, nn.Parameter]], elements: int, alone: Container[str]
+) -> list[list[str]]:
+    """Names in their order, in groups of at least so many elements; the last may have fewer. Each of `alone` is one."""
     buckets: list[list[str]] = []
     filled = elements
     for name, parameter in parameters:
-        if filled >= elements:
+        if filled >= elements or name in alone:
             buckets.append([])
             filled = 0
         buckets[-1].append(name)
-        filled += parameter.numel()
+        filled = elements if name in alone else filled + parameter.numel()
     return buckets
 
 

@@ -33,7 +33,9 @@ class ReplicatedEngine(TorchEngine):
         self.overlaps = config.parallel.overlap_grad_reduce
         dense = [item for item in trained if item[0] not in expert_names]
         experts = [item for item in trained if item[0] in expert_names]
-        self.dense = GradientBuffer(dense, mesh.device, mesh.group("dp"), bucket_bytes, reduce_dtype)
+        travels = config.parallel.embedding_grad_reduce
+        by_rows = {} if travels == "whole" else {"embed_tokens.weight": travels == "rows"}
+        self.dense = GradientBuffer(dense, mesh.device, mesh.group("dp"), bucket_bytes, reduce_dtype, by_rows)
         self.experts = GradientBuffer(experts, mesh.device, mesh.group("edp"), bucket_bytes, reduce_dtype)
         self.optimizer = LogicalOptimizer(self, config.optimizer)
 

@@ -20,6 +20,7 @@ from moe_dist.parallel.engines.fsdp import FSDPEngine
 from moe_dist.parallel.engines.gradient_buffer import GradientBuffer
 from moe_dist.parallel.engines.optimizer import LogicalOptimizer, local
 from moe_dist.parallel.engines.replicated import ReplicatedEngine
+from moe_dist.parallel.engines.row_sum import RowSum, Started
 from moe_dist.train import loss as loss_module
 from moe_dist.train import step
 from moe_dist.train.balance import Balancer
@@ -197,6 +198,24 @@ def half_gradients_reduced_in_half(replace: Replace) -> None:
     """FSDP reduces in the dtype of the parameters unless it is told not to."""
     policy = fsdp.MixedPrecisionPolicy
     replace(fsdp, "MixedPrecisionPolicy", lambda **options: policy(**options | {"reduce_dtype": None}))
+
+
+def own_rows_of_the_embedding_twice(replace: Replace) -> None:
+    """Rows that come back, one's own among them, are added to what lies there."""
+    start = RowSum.start
+
+    def wrong(self: RowSum) -> Started | None:
+        started, own = start(self), self.matrix_VD.clone()
+        if started is None:
+            return None
+
+        def finish() -> None:
+            started.finish()
+            self.matrix_VD.add_(own)
+
+        return Started(started.works, finish)
+
+    replace(RowSum, "start", wrong)
 
 
 def weights_of_shards_in_half(replace: Replace) -> None:
