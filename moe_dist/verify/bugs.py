@@ -195,12 +195,12 @@ _OF_FEATURES: dict[str, Bug] = {
     # losses, gradients, updates
     "label_smoothing_ignored_by_fsdp": Bug(("label_smoothing",), where=_fsdp),
     "head_learns_from_the_last_chunk": Bug(("chunked_loss",)),
-    "experts_learn_from_the_last_chunk": Bug(("chunked_rows",), tuple(FEATURES["experts"]), _deepspeed),
+    "experts_learn_from_the_last_chunk": Bug(("chunked_rows",), ("pieces", *FEATURES["experts"]), _deepspeed),
     "ignored_labels_in_the_scale": Bug((), ("even_batches",)),
     "micro_batches_weigh_alike": Bug((), ("even_batches",), _accumulated),
     "tied_weight_counted_twice": Bug(("tied",), ("frozen_parts",), _fsdp),
     "clipped_by_a_local_norm": Bug((), _NOT_CLIPPED, _both(_whole, _ep)),
-    "deepspeed_does_not_clip": Bug((), _NOT_CLIPPED, _deepspeed),
+    "deepspeed_does_not_clip": Bug(("sgd",), _NOT_CLIPPED, _deepspeed),  # Adam's steps are as long without
     "shared_expert_reduced_as_an_expert": Bug(("shared_expert",), where=_both(_whole, _ep)),
     "dense_layer_reduced_as_an_expert": Bug(("dense_layer",), where=_both(_whole, _ep)),
     "expert_gradients_of_the_last_micro_batch": Bug(
@@ -252,7 +252,9 @@ _OF_LIVES: dict[str, Bug] = {
     "weights_left_whole_by_an_evaluation": Bug(
         life=True, where=lambda layout: layout.engine == "torch" and layout.zero_stage in (1, 2), event="evaluate"
     ),
-    "stacks_cut_twice_over_experts": Bug(("biased_experts",), where=_both(_fsdp, _few_experts), life=True),
+    "stacks_cut_twice_over_experts": Bug(
+        ("biased_experts",), ("moved_experts",), where=_both(_fsdp, _few_experts), life=True
+    ),
     "experts_saved_where_they_are": Bug(("moved_experts",), where=_ep, life=True),
     "skipped_step_moves_the_bias": Bug(("bias",), life=True, event="skip"),
     "save_behind_takes_the_next_weights": Bug(life=True, event="save_behind"),

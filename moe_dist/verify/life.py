@@ -206,7 +206,7 @@ def lives(small: Smallness, which: str, seed: int = 0) -> list[Life]:
     found: list[Life] = []
     for part, *chain in _WIDE:
         found += _feasible(small, chain, words, EVENTS, PARTS * seed + part)
-    experts = frozenset({"biased_experts", "label_smoothing", "linear", "shared_expert", "moved_experts"})
+    experts = frozenset({"biased_experts", "label_smoothing", "linear", "shared_expert"})
     found += _feasible(small, _EXPERTS, experts, EVENTS, PARTS * seed)
     found += _feasible(small, _DEEPSPEED, frozenset({"bias", "cosine"}), EVENTS, PARTS * seed + 1)
     half = frozenset({"pure_bf16", "moved_experts"})

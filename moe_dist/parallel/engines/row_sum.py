@@ -32,9 +32,9 @@ class RowSum:
         """None where the whole matrix is better summed. Every rank gives the same answer."""
         # A norm knows rows with NaN too, and needs no second matrix as a comparison would.
         ids = torch.linalg.vector_norm(self.matrix_VD, ord=float("inf"), dim=1).nonzero().flatten()
-        everyone = ids.new_empty(self.group.size())
-        dist.all_gather_into_tensor(everyone, ids.new_tensor([len(ids)]), group=self.group)
-        counts = everyone.tolist()
+        each = list(ids.new_empty(self.group.size(), 1))
+        dist.all_gather(each, ids.new_tensor([len(ids)]), group=self.group)
+        counts = torch.cat(each).tolist()
         most = max(counts)
         # Of n ranks each gets n - 1 times so many rows, and the whole matrix in pieces of a sum 2 (n - 1) / n times:
         # less than half of that pays for taking the rows out and adding them up.
@@ -43,18 +43,18 @@ class RowSum:
         sent_ids = torch.zeros(most, dtype=ids.dtype, device=ids.device)
         sent_ids[: len(ids)] = ids
         sent = self.matrix_VD[sent_ids].to(self.reduce_dtype)
-        all_ids = sent_ids.new_empty(most * len(counts))
-        rows = sent.new_empty(most * len(counts), sent.shape[1])
+        all_ids = list(sent_ids.new_empty(len(counts), most))
+        rows = list(sent.new_empty(len(counts), *sent.shape))
         works = []
         for everyones, mine in ((all_ids, sent_ids), (rows, sent)) if most else ():
-            work = dist.all_gather_into_tensor(everyones, mine, group=self.group, async_op=True)
+            work = dist.all_gather(everyones, mine, group=self.group, async_op=True)
             assert work is not None
             works.append(work)
 
         def finish() -> None:
             self.matrix_VD[ids] = 0.0
-            for rank, count in enumerate(counts):
-                its = slice(rank * most, rank * most + count)  # past them it has sent what is not to be added
-                self.matrix_VD.index_add_(0, all_ids[its], rows[its].to(self.matrix_VD.dtype))
+            for its_ids, its_rows, count in zip(all_ids, rows, counts, strict=True):
+                added = its_rows[:count].to(self.matrix_VD.dtype)  # past them it has sent what is not to be added
+                self.matrix_VD.index_add_(0, its_ids[:count], added)
 
         return Started(works, finish)

@@ -88,9 +88,9 @@ def elements_sent(tokens: int, how: dict[str, bool]) -> tuple[Tensor, int]:
     model = nn.Sequential(nn.Embedding(V, D), nn.Linear(D, D))
     buffer = GradientBuffer(model.named_parameters(), torch.device("cpu"), dist.group.WORLD, 16, by_rows=how)
     sent = 0
-    gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
+    gather, reduce = dist.all_gather, dist.all_reduce
 
-    def gathered(everyones: Tensor, mine: Tensor, **options: object) -> object:
+    def gathered(everyones: list[Tensor], mine: Tensor, **options: object) -> object:
         nonlocal sent
         sent += mine.numel()
         return gather(everyones, mine, **options)
@@ -100,7 +100,7 @@ def elements_sent(tokens: int, how: dict[str, bool]) -> tuple[Tensor, int]:
         sent += whole.numel()
         return reduce(whole, **options)
 
-    dist.all_gather_into_tensor, dist.all_reduce = gathered, reduced
+    dist.all_gather, dist.all_reduce = gathered, reduced
     try:
         buffer.zero()
         buffer.reduce_early()
@@ -108,7 +108,7 @@ def elements_sent(tokens: int, how: dict[str, bool]) -> tuple[Tensor, int]:
         buffer.send_rest()
         buffer.wait()
     finally:
-        dist.all_gather_into_tensor, dist.all_reduce = gather, reduce
+        dist.all_gather, dist.all_reduce = gather, reduce
     return buffer.flat.clone(), sent
 
 
