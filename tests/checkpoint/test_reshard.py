@@ -39,7 +39,7 @@ LAYOUTS: list[Layout] = [
     (4, 1, 1, 2),
     (4, 2, 2, 0),
 ]
-FEW = [LAYOUTS[0], LAYOUTS[2], LAYOUTS[7], LAYOUTS[9]]
+FEW = [LAYOUTS[0], LAYOUTS[7], LAYOUTS[9]]
 
 
 def name_of(layout: Layout) -> str:

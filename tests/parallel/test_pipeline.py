@@ -219,7 +219,7 @@ def train(folder: str, place: tuple[int, int, str, int] | None, max_steps: int) 
         ((2, 2, "1f1b", 0), None),
         (None, (2, 1, "dualpipe_v", 1)),
         pytest.param((4, 1, "1f1b", 0), (2, 2, "zero_bubble", 0), marks=pytest.mark.slow),
-        ((1, 4, "1f1b", 3), (2, 2, "interleaved_1f1b", 3)),
+        pytest.param((1, 4, "1f1b", 3), (2, 2, "interleaved_1f1b", 3), marks=pytest.mark.slow),
     ],
 )
 def test_resume_in_another_layout(tmp_path: Path, before: Any, after: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tools.bench.plan import RUNS, Verdict, flops_table, published_table, verdict
 
+pytestmark = pytest.mark.slow
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "planning.md").read_text()
 
 

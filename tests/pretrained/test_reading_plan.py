@@ -216,7 +216,11 @@ def config_of(folder: Path, **parallel: int) -> Config:
     return load_mapping(tree, notice=lambda text: None)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name",
+    # Folders of 30,000 tensors and more are read once in the fast tests, by the next one.
+    [pytest.param(name, marks=[pytest.mark.slow] * (billions > 200)) for name, (_, billions) in PUBLISHED.items()],
+)
 def test_published_sizes(name: str, tmp_path: Path) -> None:
     """Every tensor is read, experts by one rank of each group and all else by all; the bytes fall as 1 / ep."""
     values, billions = PUBLISHED[name]
