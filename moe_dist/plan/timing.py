@@ -237,12 +237,13 @@ def _sharding(
             return units
         return math.ceil(travels * size / (parallel.bucket_cap_mb * 2**20))
 
+    dense = largest.dense if parallel.zero_stage else _summed_whole(config, layout, largest)
     groups = [
         (
-            largest.dense,
+            dense,
             group_of(layout, "dp", per_host, shard if parallel.zero_stage else None),
             layout.dp_size // shard,
-            pieces(largest.dense, len(largest.layers) + num_moe + 1),  # blocks, routers, and the stage itself
+            pieces(dense, len(largest.layers) + num_moe + 1),  # blocks, routers, and the stage itself
         ),
         (
             largest.experts,
@@ -273,6 +274,20 @@ def _sharding(
     there = reduces * reduced + (gathers - by_forward) * gathered
     hidden_backward = min(there, cluster.overlap * backward * (num_micro if stage > 1 else 1))
     return (by_forward * gathered - hidden_forward) + (there - hidden_backward) + across
+
+
+def _summed_whole(config: Config, layout: Layout, place: RankCounts) -> int:
+    """Dense gradients of stage 0 as many numbers as an all-reduce would take as long for: of the embedding rows of seen
+    tokens are gathered, where they are few (`parallel/engines/row_sum.py`), and each travels once instead of twice."""
+    model, travels = config.model, config.parallel.embedding_grad_reduce
+    if 0 not in place.layers or model.tie_word_embeddings or travels == "whole":
+        return place.dense
+    train = config.train
+    tokens = train.per_device_train_batch_size * train.gradient_accumulation_steps * config.data.max_seq_length
+    rows = layout.dp_size * min(tokens, model.vocab_size)
+    if rows > model.vocab_size and travels == "auto":
+        return place.dense
+    return place.dense + (rows // 2 - model.vocab_size) * model.hidden_size
 
 
 def _update(config: Config, layout: Layout, places: Sequence[RankCounts], cluster: Cluster) -> float:

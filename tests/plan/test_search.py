@@ -175,6 +175,25 @@ def test_gradients_that_travel_beside_backward_are_hidden() -> None:
     assert halves == pytest.approx(0.5, rel=0.01)
 
 
+def test_of_the_embedding_few_rows_travel_or_all() -> None:
+    """As the engine decides it, and only where every replica holds everything."""
+    config = base()
+
+    def exposed(tokens: int, **parallel: object) -> float:
+        changed = config.parallel.model_copy(update={"overlap_grad_reduce": False, **parallel})
+        data = config.data.model_copy(update={"max_seq_length": tokens})
+        train = config.train.model_copy(update={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1})
+        few = config.model_copy(update={"parallel": changed, "data": data, "train": train})
+        return estimate(few, 16, H100).time.sharding
+
+    vocab = config.model.vocab_size
+    whole = exposed(64, embedding_grad_reduce="whole")
+    assert exposed(64) < exposed(vocab // 16) < whole
+    assert exposed(vocab // 16 + 1) == exposed(vocab // 16 + 1, embedding_grad_reduce="whole")
+    assert exposed(vocab, embedding_grad_reduce="rows") > whole
+    assert exposed(64, zero_stage=1) == exposed(64, zero_stage=1, embedding_grad_reduce="whole")
+
+
 def test_pieces_hide_what_travels_and_cost_additions() -> None:
     """One piece at least is left to wait for. Seen to fail with all of it hidden, and with pieces that cost nothing."""
     config = base()
