@@ -21,7 +21,8 @@ from moe_dist.models.layers import Linear, SwiGLU
 from moe_dist.models.noise import Sources, draw_seed
 from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_expert, tokens_from_rows
 from moe_dist.models.precision import full
-from moe_dist.models.router import Routing, build_router, drop_over_capacity
+from moe_dist.models.router import build_router
+from moe_dist.models.routing import Routing, drop_over_capacity
 from moe_dist.models.shares import written
 
 

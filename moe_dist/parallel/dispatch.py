@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from moe_dist.models.noise import Sources
 from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_expert, tokens_from_rows
 from moe_dist.models.recompute import once
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 from moe_dist.parallel.comm_timer import Clock, Way
 from moe_dist.parallel.row_exchange import Route, RowExchange, exchange_headers
 

@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 
 from moe_dist.models.noise import Sources
 from moe_dist.models.permute import Permutation, count_ids, rows_from_tokens, sort_by_expert, tokens_from_rows
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch import SpreadExperts, split_tokens
 from moe_dist.parallel.dispatch_hop import Arrived, Departed, Hop, Load, Origins, Way

@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_dist.config import ConfigError
 from moe_dist.models.experts import ExpertList, Experts
 from moe_dist.models.moe import Dispatcher, MoE
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.engines.base import Engine
 from moe_dist.parallel.engines.optimizer import local

@@ -14,7 +14,8 @@ from moe_dist.models import recompute
 from moe_dist.models.auxiliary import LoadBalance
 from moe_dist.models.context import RoutingContext
 from moe_dist.models.moe import MoE
-from moe_dist.models.router import ExpertChoiceRouter, Router, TopK, TopKRouter
+from moe_dist.models.router import ExpertChoiceRouter, Router
+from moe_dist.models.routing import TopK, TopKRouter
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel import dispatch_hop
 from moe_dist.parallel import parallelize as module
