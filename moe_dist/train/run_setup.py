@@ -131,20 +131,6 @@ def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunStart:
     return RunStart(*mine, tuple(names), held[0] if held else None)
 
 
-def starts_from_pretrained(config: Config, mesh: Mesh, start: RunStart) -> bool:
-    """Whether weights are to be read from `model.from_pretrained`: not when the run goes on from a checkpoint, unless
-    that has adapters alone."""
-    return config.model.from_pretrained is not None and (bool(config.lora.r) or starts_afresh(config, mesh, start))
-
-
-def starts_afresh(config: Config, mesh: Mesh, start: RunStart) -> bool:
-    """Whether there is no checkpoint to go on from."""
-    if start.resume == "auto":
-        storage = open_storage(config.checkpoint.folder or config.train.output_dir)
-        return mesh.ask_rank_zero(lambda: not storage.candidates())
-    return start.resume == "never"
-
-
 def _lock_run_folder(config: Config, earlier: set[str]) -> tuple[RunLock, str, bool]:
     """The lock, what to go on from, and whether with the optimizer's moments; `earlier` as in `Job`."""
     folder, resume, load_optimizer = config.train.output_dir, config.checkpoint.resume, config.checkpoint.load_optimizer

@@ -97,6 +97,10 @@ class TrainStep:
         found = rewards_of(sums, num_labels) if sums else None
         return StepResult(loss_value, norm_value, int(num_tokens), int(num_labels), not finite, found)
 
+    def start_at(self, step: int) -> None:
+        """Before the first step of a start, `step` were done: for what looks at the model until then."""
+        self.set_temperature(step)
+
     def set_temperature(self, step: int) -> None:
         """The routers' temperature after `step` steps, for training and for whatever looks at the model then."""
         temperature = self.config.balance.temperature_at(step)
