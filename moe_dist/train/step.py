@@ -128,8 +128,8 @@ class TrainStep:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if self.mesh.layout.pp_size > 1:
             inputs = [self._inputs(batch, context, step, loss) for batch, loss in zip(batches, losses_of, strict=True)]
-            last = getattr(self.engine, "before_last_backward", None)  # only of engines that it is of use to
-            for loss in cast("PipelinedTransformer", self.model).run(inputs, last):
+            model = cast("PipelinedTransformer", self.model)
+            for loss in model.run(inputs, self.engine.before_last_backward):
                 total += loss
         else:
             for number, batch in enumerate(batches):
