@@ -98,7 +98,8 @@ def _run(config: Config, proof: Proof | None, signals: Signals, job: dict[str, s
         ranks.ask_to_stop(signals, PATIENCE)
         ranks.end()
         failed = [end for end in ended if end.code]
-        return verdict(failed, ranks.messages, ranks.positions, config.train.output_dir, len(ranks.processes) == 1)
+        folder, alone = config.train.output_dir, len(ranks.processes) == 1
+        return verdict(failed, ranks.messages, ranks.positions, folder, alone, ranks.oom_kills)
 
 
 def _standing_still(ranks: Ranks, config: Config, longest: float) -> HangDiagnosis | None:

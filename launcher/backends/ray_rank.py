@@ -25,7 +25,7 @@ from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_STOPPED
 from launcher.connect.handshake import BIND, listen
 from launcher.connect.rank_job import CONFIG, LAUNCHER
 from launcher.connect.secret import SECRET
-from launcher.supervise.oom_advice import why_killed
+from launcher.supervise.oom_advice import OomKills
 from launcher.supervise.processes import GRACE, LOOPBACK, POLL
 from launcher.supervise.rank_channel import RankChannel
 from moe_dist.config import Config
@@ -106,7 +106,7 @@ class Rank:
     """One rank as a process of its own."""
 
     def __init__(self, number: int, config: Config, variables: dict[str, str], listener: Any, job: dict) -> None:
-        self.number, self._config = number, config
+        self.number, self._config, self._oom_kills = number, config, OomKills()
         self._local = int(variables["LOCAL_RANK"])
         self._board = RankChannel(int(variables["LOCAL_WORLD_SIZE"]))
         own = {
@@ -153,7 +153,7 @@ class Rank:
         who = f"rank {self.number} (pid {self.process.pid} on {socket.gethostname()})"
         if code < 0:
             name = signal.Signals(-code).name
-            hint = why_killed() if name == "SIGKILL" else ""
+            hint = self._oom_kills.why_killed() if name == "SIGKILL" else ""
             # Not SIGABRT: that is how libraries give up when a peer is gone.
             return RankFailed(f"{who} was ended by {name}{where}{hint}; log: {log}", code != -signal.SIGABRT)
         return RankFailed(f"{who} ended with exit code {code}{where}; log: {log}", False)

@@ -30,6 +30,7 @@ from launcher.connect.environment import JOB, named_job
 from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_FAILED, EXIT_STOPPED
 from launcher.connect.rank_job import LAUNCHER
 from launcher.supervise.exit_status import Ended, Tries, note, say, say_end, verdict
+from launcher.supervise.oom_advice import OomKills
 from launcher.supervise.rank_channel import RankChannel
 from moe_dist.config import Config, ConfigError, load_config
 from moe_dist.train.interrupts import Interrupts
@@ -194,11 +195,13 @@ class Watch:
         self.config, self.asked, self.elastic = config, asked, elastic
         self.board: RankChannel | None = None
         self.tries: Tries | None = None
+        self.oom_kills = OomKills()
         self.looked: float | None = None
         """When torch last saw all ranks of this machine running; None while it starts or ends them."""
 
     def begin(self, agent: Any) -> None:
         """Ranks are about to be started, the first or others in their place."""
+        self.oom_kills = OomKills()
         if self.board is not None:
             self.board.clear()
             return
@@ -254,8 +257,8 @@ class Watch:
         ended = [end for end in ended if end.code != -signal.SIGTERM] or ended
         folder = self.config.train.output_dir if self.config is not None else None
         several = group.group_world_size > 1
-        told = self.board.messages
-        end = verdict(ended, told, places, folder, len(here) == 1 and not several, socket.gethostname() * several)
+        told, alone, host = self.board.messages, len(here) == 1 and not several, socket.gethostname() * several
+        end = verdict(ended, told, places, folder, alone, self.oom_kills, host)
         if folder is not None and group.group_rank == 0:  # once, whatever the number of machines
             note(end, folder)
         if end.code != EXIT_CONFIG or told:  # it has been said before anybody listened

@@ -19,7 +19,7 @@ from launcher.connect.exit_codes import (
     EXIT_UNSEEN,
 )
 from launcher.connect.output import EXIT_PIPE
-from launcher.supervise.oom_advice import is_of_memory, why_killed
+from launcher.supervise.oom_advice import OomKills, is_of_memory
 from moe_dist.checkpoint.lock import begun
 from moe_dist.checkpoint.storage import open_storage, step_folder
 from moe_dist.config import Config
@@ -112,12 +112,14 @@ def verdict(
     places: dict[int, Position],
     folder: Path | None,
     alone: bool,
+    oom_kills: OomKills,
     host: str = "",
 ) -> End:
     """Say what went wrong first. A rank ended from outside is the cause, whatever its peers said before, unless they
     have said it of that rank: that it stood still, and had to be ended. Ranks that have only lost another are not.
 
-    `folder`: of the run, if it is known. `alone`: there is one rank in all. `host` is named when there are several.
+    `folder`: of the run, if it is known. `alone`: there is one rank in all. `oom_kills`: made when the ranks were
+    started. `host` is named when there are several.
     """
     if not failed:
         return End(0)
@@ -139,7 +141,7 @@ def verdict(
         return End(cause.code, told.get(0, "stopped on request"))
     if cause.code < 0 and cause.rank not in told:
         name = signal.Signals(-cause.code).name
-        hint = why_killed() if name == "SIGKILL" else ""
+        hint = oom_kills.why_killed() if name == "SIGKILL" else ""
         return End(EXIT_FAILED, f"error: {who} was ended by {name}{where}{hint}{others}", log, in_step)
     spoken = (EXIT_STOPPED, EXIT_DIFFERS, EXIT_UNSEEN, EXIT_PIPE)  # rank 0 has said why, or nobody listens
     code = cause.code if cause.code in (EXIT_CONFIG, *spoken) else EXIT_FAILED

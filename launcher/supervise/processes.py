@@ -19,6 +19,7 @@ from launcher.supervise.exit_status import Ended, say
 from launcher.supervise.forkserver import ForkedRank, ForkServer, can_fork, preloaded
 from launcher.supervise.hang import RankState
 from launcher.supervise.heartbeat import state_of
+from launcher.supervise.oom_advice import OomKills
 from launcher.supervise.rank_channel import RankChannel
 from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.status import Position
@@ -77,6 +78,7 @@ class Ranks:
         count = config.launch.nproc_per_node
         self.processes: list[subprocess.Popen[bytes] | ForkedRank] = []
         self._counted: set[int] = set()
+        self.oom_kills = OomKills()
         with _listen(config.launch.master_port) as listener:
             self.board = RankChannel(count)
             shared = rank_environment(config) | {
