@@ -183,7 +183,7 @@ class Ranks:
             if signals.first == signal.SIGINT:
                 process.send_signal(signal.SIGINT)  # blocked there: so that the run can say what it was
             process.send_signal(number)
-        started, told_person = time.monotonic(), False
+        started, has_said_so = time.monotonic(), False
         deadline = started + patience
         while self.running and time.monotonic() < deadline and not signals.insisted:
             if any(process.poll() not in (None, 0, EXIT_AGAIN) for process in self.processes):
@@ -192,8 +192,8 @@ class Ranks:
             if signals.first == signal.SIGINT and waited > HEARING:
                 if not self.all_have_heard:
                     return
-                if not told_person:
-                    told_person = True
+                if not has_said_so:
+                    has_said_so = True
                     say("stopping after this step, and saving it; Ctrl-C again stops at once")
             time.sleep(POLL)
 

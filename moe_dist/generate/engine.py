@@ -41,7 +41,7 @@ class MoEInferenceEngine:
     `model`: a `Transformer` with weights, or this rank's part of one on `mesh`. Without a `tokenizer` prompts are
     token ids and answers have no text. `vocab_size`: only ids below it are chosen; None: the tokenizer's, or all.
     `expert_cache_size_gb`: experts move to host memory, or to files in `expert_folder`, and so much of them is kept
-    where the model computes, by `cache_policy`; None: all experts stay where they are. `cache_tokens`: places for
+    where the model computes, by `cache_policy`; None: all experts stay where they are. `cache_tokens`: room for
     tokens of all live requests together. `max_rows`: sequences of a batch; `max_prompt_tokens`: of prompts
     read in one pass.
     """
@@ -113,7 +113,7 @@ class MoEInferenceEngine:
         if blocks > self.pool.max_blocks:
             raise ValueError(
                 f"a prompt of {len(tokens)} tokens, max_tokens={options.max_tokens} and num_beams={options.num_beams} "
-                f"need {blocks * BLOCK} places of the cache: it has {self.pool.max_blocks * BLOCK} (cache_tokens)"
+                f"need {blocks * BLOCK} tokens of the cache: it has {self.pool.max_blocks * BLOCK} (cache_tokens)"
             )
         if options.num_beams > self.max_rows:
             raise ValueError(f"num_beams={options.num_beams}: at most max_rows={self.max_rows}")
@@ -213,10 +213,10 @@ class MoEInferenceEngine:
         is_busy = bool(self._live or self._waiting)
         if self.mesh.group("dp") is None:
             return events, is_busy
-        told = self.mesh.from_all((events, is_busy, self._own), "dp")
-        every = [own for _, _, own in told]
+        replicas = self.mesh.from_all((events, is_busy, self._own), "dp")
+        every = [own for _, _, own in replicas]
         self._occupied = Occupied(*(sum(getattr(own, one.name) for own in every) for one in fields(Occupied)))
-        return [event for found, _, _ in told for event in found], any(busy for _, busy, _ in told)
+        return [event for found, _, _ in replicas for event in found], any(busy for _, busy, _ in replicas)
 
     def _plan(self) -> list[tuple[Live, int]]:
         """What goes through the model now: (request, tokens of each of its sequences). Prompts go first."""
@@ -277,11 +277,11 @@ class MoEInferenceEngine:
 
     def _choose(self, rows: list[tuple[Live, int]], logits: Tensor | None) -> list[Event]:
         """Take the next token of everybody whose tokens have all been through the model."""
-        ready, place = [], 0
+        ready, first_row = [], 0
         for live, _ in rows:
             if live.num_waiting == 0:
-                ready.append((live, place))
-            place += len(live.sequences)
+                ready.append((live, first_row))
+            first_row += len(live.sequences)
         sizes = [num_numbers(live) for live, _ in ready]
         # On several stages only the last one has logits; the others add zeros.
         chosen = torch.zeros(sum(sizes), dtype=torch.float64)

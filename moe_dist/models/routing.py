@@ -129,6 +129,6 @@ def drop_over_capacity(expert_ids_TK: Tensor, num_experts: int, capacity: Tensor
     sorted_ids, order = flat.sort(stable=True)
     counts = count_ids(flat, num_experts + 1)
     first = counts.cumsum(0) - counts
-    place = torch.empty_like(flat)
-    place[order] = torch.arange(flat.numel(), device=flat.device) - first[sorted_ids]
-    return flat.masked_fill(place >= capacity, num_experts).view_as(expert_ids_TK)
+    position = torch.empty_like(flat)
+    position[order] = torch.arange(flat.numel(), device=flat.device) - first[sorted_ids]
+    return flat.masked_fill(position >= capacity, num_experts).view_as(expert_ids_TK)

@@ -92,7 +92,7 @@ class Persistence:
         self.goes_on_from: str | None = None
         """The checkpoint that this start goes on from, for people."""
         self._goes_on_after = -1
-        """Step of the checkpoint in the run's own place that it goes on from; -1: from none of those."""
+        """Step of the checkpoint in the run's own storage that it goes on from; -1: from none of those."""
 
     @property
     def is_on(self) -> bool:
@@ -169,7 +169,7 @@ class Persistence:
         try:
             self._go_on_with(loaded, counters, message)
         except (KeyError, TypeError, AttributeError, IndexError) as error:  # of the right form, and nonsense
-            text = f"{loaded.found}/{STATE_FILE}: this run cannot go on from it: {type(error).__name__}: {error}"
+            text = f"{loaded.checkpoint}/{STATE_FILE}: this run cannot go on from it: {type(error).__name__}: {error}"
             raise CheckpointError(text) from error
         self._read(loaded, self.start.load_optimizer)
         if not self.start.load_optimizer:
@@ -182,12 +182,12 @@ class Persistence:
         """The first weights out of a checkpoint that no trainer has written: all else is as in a new run."""
         saved = ModelConfig.model_validate(loaded.trainer_state["config"]["model"])
         if wrong := architecture_differences(self.config.model, saved):
-            raise CheckpointError(f"{loaded.found}: the run's model is another: {', '.join(wrong)}")
+            raise CheckpointError(f"{loaded.checkpoint}: the run's model is another: {', '.join(wrong)}")
         self.pretrained = loaded.trainer_state.get("pretrained")
         self._read(loaded, moments=False)
         self.saved_step = 0
         origin = (self.pretrained or {}).get("folder")
-        message(f"starts from {loaded.found}" + (f", the weights of {origin}" if origin else ""))
+        message(f"starts from {loaded.checkpoint}" + (f", the weights of {origin}" if origin else ""))
         return loaded
 
     def _go_on_with(self, loaded: Loaded, counters: Counters, message: Callable[[str], None]) -> None:

@@ -82,7 +82,7 @@ def build_parts(
 ) -> Parts:
     """Build all of them (collective); nothing on disk is changed, and no checkpoint read.
 
-    `progress` is told what goes on. `dataset`, `given`: data and model of a program. `announce(event)` tells all
+    `progress` says what goes on. `dataset`, `given`: data and model of a program. `announce(event)` tells all
     callbacks of it; `asked_to_stop`: whether any rank has been (collective). Raises ValueError on every rank.
     """
     sinks = sinks_of(config, mesh)

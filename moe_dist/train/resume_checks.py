@@ -28,14 +28,14 @@ def check_config(loaded: Loaded, config: Config, dp_size: int, message: Callable
         if saved_dp != dp_size and any(change.key == GLOBAL_BATCH for change in serious):
             keeps = f" (on {dp_size} replicas instead of {saved_dp} parallel.elastic=true keeps the global batch)"
         raise CheckpointError(
-            f"{'; '.join(map(str, serious))}: {loaded.found} was trained otherwise; set it back{keeps}, or go on "
+            f"{'; '.join(map(str, serious))}: {loaded.checkpoint} was trained otherwise; set it back{keeps}, or go on "
             "with checkpoint.allow_config_change=true, or start afresh with checkpoint.resume=never"
         )
     if (text := micro_batch_change(before, now)) is not None:
         message(text)
     shown = [change for change in found if not change.key.startswith(("monitor.", "launch.", "checkpoint."))]
     if shown:
-        message(f"configured otherwise than {loaded.found.folder}: {'; '.join(map(str, shown))}")
+        message(f"configured otherwise than {loaded.checkpoint.folder}: {'; '.join(map(str, shown))}")
 
 
 def check_model(loaded: Loaded, pretrained: dict[str, Any] | None) -> None:
@@ -44,7 +44,7 @@ def check_model(loaded: Loaded, pretrained: dict[str, Any] | None) -> None:
     if saved.get("files") != now.get("files"):
         wrong = sorted({name for name, _ in set(saved.get("files", {}).items()) ^ set(now.get("files", {}).items())})
         raise CheckpointError(
-            f"model.from_pretrained={now.get('folder')}: {wrong[0]} is not what the adapters of {loaded.found} "
+            f"model.from_pretrained={now.get('folder')}: {wrong[0]} is not what the adapters of {loaded.checkpoint} "
             f"were trained on ({saved.get('folder')}); give that model"
         )
 
@@ -58,7 +58,7 @@ def check_reference(loaded: Loaded, config: Config, adapters: Set[str]) -> None:
     is_other = config.learns_preferences and before != config.data.format
     if is_other and config.dpo.reference == "auto" and adapters & loaded.manifest.tensors.keys():
         raise CheckpointError(
-            f"dpo.reference=auto: {loaded.found} has adapters of another training; say whether the reference is "
+            f"dpo.reference=auto: {loaded.checkpoint} has adapters of another training; say whether the reference is "
             "the model with them (start) or without them (base)"
         )
 
@@ -75,7 +75,7 @@ def check_data(
         data = f"the training data is not what it was: {data}" + (f" ({order})" if order else "")
         if config.data.on_change == "stop" and not allowed:
             raise CheckpointError(
-                f"{data}; {loaded.found} was trained on it: bring it back, or go on with data.on_change=warn"
+                f"{data}; {loaded.checkpoint} was trained on it: bring it back, or go on with data.on_change=warn"
             )
         allowed = True
         warn(data)

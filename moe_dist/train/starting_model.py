@@ -14,7 +14,7 @@ from moe_dist.models.trained_counts import trained_sentence
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.state_bytes import trained_of_places
+from moe_dist.parallel.state_bytes import trained_by_pp_rank
 from moe_dist.pretrained.adapters import load_adapter
 from moe_dist.pretrained.loading import load_pretrained
 from moe_dist.train.build import Datasets, build_model
@@ -70,7 +70,7 @@ def build_starting_model(
         has_weights = given is not None or provenance is not None
         chosen = experts_of_task(config, mesh, model, datasets.train, checkpoints, start.resume, has_weights, message)
         trained = TrainedWeights.of(config, chosen)
-        trained_of_places(config, chosen)
+        trained_by_pp_rank(config, chosen)
         model.freeze(trained)
     if not trained.are_all:
         message(trained_sentence(config, trained))

@@ -169,7 +169,7 @@ class TrainStep:
 
     def _inputs(self, batch: Batch, context: RoutingContext, step: int, head_function: HeadFunction) -> dict[str, Any]:
         inputs = model_inputs(batch, context, document_mask=self.config.data.document_mask)
-        # Noise (dropout, jitter) depends on the step and the micro-batch's place in it, never on the rank.
+        # Noise (dropout, jitter) depends on the step and the micro-batch's index in it, never on the rank.
         noise = noise_seed(self.config.train.seed, step, batch.index)
         return inputs | {"noise": noise, "head_function": head_function}
 

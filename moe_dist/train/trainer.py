@@ -50,11 +50,11 @@ class MoETrainer(TrainingLoop):
     `config`: a `Config`, a path to a YAML file, or a mapping of sections; over it `model_config` and
     `training_config` (a mapping with keys of any section, or a `transformers.TrainingArguments`, whose values are taken
     as they are). `model` and `args` are these two under Hugging Face's names; `model` may also be a `Transformer`,
-    whose weights are then trained where they are, in one process. `callbacks` (`moe_dist.train.Callback`) are told what
-    happens, after those of `train.callbacks`. `mesh`: this rank's place; by default the process it
-    is called in, on `launch.device`, or all ranks of a program that torchrun has started. `launch.nproc_per_node` is
+    whose weights are then trained where they are, in one process. `callbacks` (`moe_dist.train.Callback`) get every
+    event, after those of `train.callbacks`. `mesh`: this rank and its process groups; by default the process it is
+    called in, on `launch.device`, or all ranks of a program that torchrun has started. `launch.nproc_per_node` is
     for `moe-dist train`: from Python nothing is started. `job`: which starts belong together; by default this one
-    stands alone. `opened` is told this rank's log file once there is one.
+    stands alone. `opened` is called with this rank's log file once there is one.
     """
 
     def __init__(

@@ -203,8 +203,8 @@ def noise_of_another_host(replace: Replace) -> None:
         return dataclasses.replace(coming, origins=dataclasses.replace(came, seeds=seeds))
 
     def wrong(self: Any, pieces: Any, *others: Any) -> Any:
-        coming, told = exchange(self, pieces, *others)
-        return [mixed(one, piece.rows_PO.shape[1]) for one, piece in zip(coming, pieces, strict=True)], told
+        coming, extra = exchange(self, pieces, *others)
+        return [mixed(one, piece.rows_PO.shape[1]) for one, piece in zip(coming, pieces, strict=True)], extra
 
     replace(dispatch_hop.Hop, "_exchange_counts", wrong)
 

@@ -99,7 +99,7 @@ def tied_weight_counted_twice(replace: Replace) -> None:
 
 
 def clipped_by_a_local_norm(replace: Replace) -> None:
-    """The norm that is told is the global one; gradients are scaled by that of this rank's own part."""
+    """The norm that is reported is the global one; gradients are scaled by that of this rank's own part."""
     clip = ReplicatedEngine.clip
 
     def wrong(self: ReplicatedEngine, norm: Tensor, max_norm: float) -> None:
