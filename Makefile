@@ -1,7 +1,7 @@
 # Everything a newcomer needs: `make demo`, `make test`. The environment is .venv; nothing else is touched.
 PYTHON ?= python3
 BIN := .venv/bin
-CORE := moe_dist/models/router.py,moe_dist/models/experts.py,moe_dist/parallel/dispatch*.py
+CORE := moe_dist/models/router.py,moe_dist/models/routing.py,moe_dist/models/experts.py,moe_dist/models/swiglu.py,moe_dist/parallel/dispatch*.py
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 
 # COVERAGE=1: which lines are reached, in every process that the tests start; takes a third longer.

@@ -52,7 +52,7 @@ def launch(config: Config, proof: Proof | None = None) -> int:
             if proof is None:
                 note(end, config.train.output_dir)
             if proof is None and not signals.first and (smaller := _smaller(end, config)) is not None:
-                say_end(end, f"; starting again {tries.place(newest_step(config))} with {batches(smaller, config)}")
+                say_end(end, f"; starting again {tries.resuming(newest_step(config))} with {batches(smaller, config)}")
                 config = smaller
                 continue
             saves = proof is None and config.checkpoint.save_steps > 0
@@ -98,7 +98,8 @@ def _run(config: Config, proof: Proof | None, signals: Signals, job: dict[str, s
         ranks.ask_to_stop(signals, PATIENCE)
         ranks.end()
         failed = [end for end in ended if end.code]
-        return verdict(failed, ranks.messages, ranks.positions, config.train.output_dir, len(ranks.processes) == 1)
+        folder, alone = config.train.output_dir, len(ranks.processes) == 1
+        return verdict(failed, ranks.messages, ranks.positions, folder, alone, ranks.oom_kills)
 
 
 def _standing_still(ranks: Ranks, config: Config, longest: float) -> HangDiagnosis | None:
@@ -127,9 +128,9 @@ def _interrupted(number: int, ranks: Ranks) -> End:
     restore_terminal()
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     codes = {process.returncode for process in ranks.processes}
-    told = ranks.messages.get(0, "")
+    said = ranks.messages.get(0, "")
     if codes == {EXIT_AGAIN}:
-        _, _, after = told.partition(" after ")
+        _, _, after = said.partition(" after ")
         line = f"stopped by {name} after {after}" if after else f"stopped by {name}"
         return End(128 + number if number == signal.SIGINT else EXIT_AGAIN, line)
     if codes == {EXIT_STOPPED}:

@@ -58,8 +58,8 @@ class _NoBackend(BackendConfig):
 class _Tells(ray.train.UserCallback):
     """One line about each failure, from Ray's controller."""
 
-    def __init__(self, desk: Any, max_failures: int) -> None:
-        self._desk, self._left, self._max = desk, max_failures, max_failures
+    def __init__(self, mailbox: Any, max_failures: int) -> None:
+        self._mailbox, self._left, self._max = mailbox, max_failures, max_failures
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if self._left > 0:  # the last one is said by the command
@@ -68,7 +68,7 @@ class _Tells(ray.train.UserCallback):
                 f"moe-dist: error: {cause(worker_exceptions)}; Ray starts the workers again "
                 f"(failure {self._max - self._left} of {self._max})\n"
             )
-            self._desk.say.remote(2, text.encode())
+            self._mailbox.say.remote(2, text.encode())
 
 
 def connect(address: str | None, cpus: float, **options: Any) -> None:
@@ -120,12 +120,12 @@ def launch(plan: Plan) -> int:
         if (lacking := _room(plan)) is not None:
             say(f"{lacking} (Ctrl-C ends it)")
         try:
-            # The desk stands where this command runs, so that no other node's end takes it away.
+            # The mailbox is where this command runs, so that no other node's end takes it away.
             here = ray.get_runtime_context().get_node_id()
-            desk = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(Mailbox).remote()
+            mailbox = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(Mailbox).remote()
             while True:
-                code, line = _fit(plan, desk, signals)
-                if code not in (EXIT_AGAIN, *BEFORE_TRAINING) or not ray.get(desk.goes_on.remote()):
+                code, line = _fit(plan, mailbox, signals)
+                if code not in (EXIT_AGAIN, *BEFORE_TRAINING) or not ray.get(mailbox.goes_on.remote()):
                     break
                 say("a node is being taken away; the last step is saved, and the run goes on from it elsewhere")
         finally:
@@ -143,7 +143,7 @@ def _clear(plan: Plan) -> None:
         plan.storage_path.rmdir()
 
 
-def _fit(plan: Plan, desk: Any, signals: Signals) -> tuple[int, str | None]:
+def _fit(plan: Plan, mailbox: Any, signals: Signals) -> tuple[int, str | None]:
     """One `TorchTrainer.fit`: exit code, and the line that says it (None: it has been said)."""
     job = {
         "config": plan.config.model_dump_json(),
@@ -151,7 +151,7 @@ def _fit(plan: Plan, desk: Any, signals: Signals) -> tuple[int, str | None]:
         "batch": plan.batch,
         "environment": {JOB: os.environ.get(JOB) or plan.token, **plan.environment},
         "folder": str(Path.cwd()),
-        "desk": desk,
+        "mailbox": mailbox,
     }
     resize = {"elastic_resize_monitor_interval_s": RESIZE_INTERVAL} if plan.elastic else {}
     trainer = TorchTrainer(
@@ -165,7 +165,7 @@ def _fit(plan: Plan, desk: Any, signals: Signals) -> tuple[int, str | None]:
             name=plan.name,
             storage_path=str(plan.storage_path),
             failure_config=ray.train.FailureConfig(max_failures=plan.max_failures),
-            callbacks=[_Tells(desk, plan.max_failures)],
+            callbacks=[_Tells(mailbox, plan.max_failures)],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -180,14 +180,14 @@ def _fit(plan: Plan, desk: Any, signals: Signals) -> tuple[int, str | None]:
     # Not in the main thread: there Ray would take Ctrl-C to itself.
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    if not _watch(thread, desk, signals, plan):
+    if not _watch(thread, mailbox, signals, plan):
         _clear(plan)
         number = signals.first or signal.SIGTERM
         say(f"stopped by {_name(number)}; every process has ended")
         abandon(128 + number)
-    told = ray.get(desk.told.remote())
-    if told is not None:
-        return _ended(told, signals)
+    outcome = ray.get(mailbox.outcome.remote())
+    if outcome is not None:
+        return _ended(outcome, signals)
     if raised:
         failures = getattr(raised[0], "worker_failures", None)
         text = cause(failures) if failures else _one_line(raised[0])
@@ -196,7 +196,7 @@ def _fit(plan: Plan, desk: Any, signals: Signals) -> tuple[int, str | None]:
     return 0, None
 
 
-def _watch(thread: threading.Thread, desk: Any, signals: Signals, plan: Plan) -> bool:
+def _watch(thread: threading.Thread, mailbox: Any, signals: Signals, plan: Plan) -> bool:
     """Wait for the end, print what the ranks print, and pass on what the command is asked.
 
     False when the end must not be waited for.
@@ -205,7 +205,7 @@ def _watch(thread: threading.Thread, desk: Any, signals: Signals, plan: Plan) ->
     silent = False
     while True:
         ended = not thread.is_alive()
-        said, seconds = ray.get(desk.news.remote())
+        said, seconds = ray.get(mailbox.news.remote())
         _print(said)
         if ended:
             return True
@@ -214,11 +214,11 @@ def _watch(thread: threading.Thread, desk: Any, signals: Signals, plan: Plan) ->
         silent = seconds > SILENCE
         if signals.first and asked_at is None:
             asked_at = time.monotonic()
-            ray.get(desk.ask_to_stop.remote(signals.first))
+            ray.get(mailbox.ask_to_stop.remote(signals.first))
         if asked_at is not None:
             waited, grace = time.monotonic() - asked_at, plan.config.launch.grace_period
             hearing = HEARING + 2 * TICK if signals.first == signal.SIGINT else grace
-            unheard = waited > hearing and not ray.get(desk.heard.remote())
+            unheard = waited > hearing and not ray.get(mailbox.heard.remote())
             if signals.insisted or waited > grace + LEAVING or unheard:
                 return False
         thread.join(PRINTING)
@@ -246,9 +246,9 @@ def _room(plan: Plan) -> str | None:
     return None
 
 
-def _ended(told: tuple[int, str | None], signals: Signals) -> tuple[int, str | None]:
+def _ended(outcome: tuple[int, str | None], signals: Signals) -> tuple[int, str | None]:
     """A run that has been stopped, or cannot go on."""
-    code, text = told
+    code, text = outcome
     if code in BEFORE_TRAINING:
         number = signals.first or code - 128
         return 128 + number, f"stopped by {_name(number)}; every process has ended"

@@ -25,7 +25,7 @@ from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_STOPPED
 from launcher.connect.handshake import BIND, listen
 from launcher.connect.rank_job import CONFIG, LAUNCHER
 from launcher.connect.secret import SECRET
-from launcher.supervise.oom_advice import why_killed
+from launcher.supervise.oom_advice import OomKills
 from launcher.supervise.processes import GRACE, LOOPBACK, POLL
 from launcher.supervise.rank_channel import RankChannel
 from moe_dist.config import Config
@@ -90,7 +90,7 @@ class Mailbox:
         if self._end is None or self._end == (code, None):
             self._end = code, text
 
-    def told(self) -> tuple[int, str | None] | None:
+    def outcome(self) -> tuple[int, str | None] | None:
         return self._end
 
     def goes_on(self) -> bool:
@@ -106,7 +106,7 @@ class Rank:
     """One rank as a process of its own."""
 
     def __init__(self, number: int, config: Config, variables: dict[str, str], listener: Any, job: dict) -> None:
-        self.number, self._config = number, config
+        self.number, self._config, self._oom_kills = number, config, OomKills()
         self._local = int(variables["LOCAL_RANK"])
         self._board = RankChannel(int(variables["LOCAL_WORLD_SIZE"]))
         own = {
@@ -126,7 +126,7 @@ class Rank:
         os.close(self._board.theirs)
         self.asked: int | None = None
         self._readers = [
-            threading.Thread(target=_pass_on, args=(file, stream, job["desk"]), daemon=True)
+            threading.Thread(target=_pass_on, args=(file, stream, job["mailbox"]), daemon=True)
             for stream, file in ((1, self.process.stdout), (2, self.process.stderr))
         ]
         for reader in self._readers:
@@ -139,21 +139,21 @@ class Rank:
             self.process.send_signal(number)
 
     @property
-    def told(self) -> str | None:
+    def message(self) -> str | None:
         """What went wrong, in the rank's own words."""
         return self._board.messages.get(self.number)
 
     def failure(self) -> RankFailed:
-        code, text = self.process.returncode, self.told
+        code, text = self.process.returncode, self.message
         log = log_path(self._config.train.output_dir, self.number)
         if text is not None:
             return RankFailed(text, cause=len(self._board.messages) > 1)  # of another rank, too
-        place = self._board.positions.get(self._local)
-        where = f" {place}" if place is not None and place.step else ""
+        position = self._board.positions.get(self._local)
+        where = f" {position}" if position is not None and position.step else ""
         who = f"rank {self.number} (pid {self.process.pid} on {socket.gethostname()})"
         if code < 0:
             name = signal.Signals(-code).name
-            hint = why_killed() if name == "SIGKILL" else ""
+            hint = self._oom_kills.why_killed() if name == "SIGKILL" else ""
             # Not SIGABRT: that is how libraries give up when a peer is gone.
             return RankFailed(f"{who} was ended by {name}{where}{hint}; log: {log}", code != -signal.SIGABRT)
         return RankFailed(f"{who} ended with exit code {code}{where}; log: {log}", False)
@@ -167,24 +167,24 @@ class Rank:
         self._board.close()
 
 
-def _pass_on(file: Any, stream: int, desk: Any) -> None:
+def _pass_on(file: Any, stream: int, mailbox: Any) -> None:
     """What a rank prints goes to the terminal of the command."""
     with file:
         while text := file.read1(65536):
-            desk.say.remote(stream, text)
+            mailbox.say.remote(stream, text)
 
 
 def run(job: dict[str, Any]) -> None:
     """The function that Ray Train calls on every worker; `job` comes from `ray_driver`.
 
-    It returns when there is nothing more to do for this start of the run, for better or worse, having told the desk;
+    It returns when there is nothing more to do for this start of the run, for better or worse, having told the mailbox;
     it raises RankFailed when Ray is to start the workers again.
     """
     import ray
     import ray.train
 
-    desk, context = job["desk"], ray.train.get_context()
-    if ray.get(desk.told.remote()) is not None:
+    mailbox, context = job["mailbox"], ray.train.get_context()
+    if ray.get(mailbox.outcome.remote()) is not None:
         return
     worker, workers = context.get_world_rank(), context.get_world_size()
     world_size = max(number for number in job["worlds"] if number <= workers)
@@ -196,9 +196,9 @@ def run(job: dict[str, Any]) -> None:
             f"{workers - world_size} of {workers} workers wait: no layout fits more" if world_size < workers else None
         )
         for text in filter(None, (sentence, waiting)):
-            desk.say.remote(2, f"note: {text}\n".encode())
+            mailbox.say.remote(2, f"note: {text}\n".encode())
     if worker >= world_size:
-        _accompany(None, desk, config)
+        _accompany(None, mailbox, config)
         return
     # The workers of a node have numbers in a row, and the last node may be used in part.
     first = worker - context.get_local_rank()
@@ -219,7 +219,7 @@ def run(job: dict[str, Any]) -> None:
     if listener is not None:
         listener.close()
     try:
-        _accompany(rank, desk, config)
+        _accompany(rank, mailbox, config)
     finally:
         rank.close()
 
@@ -249,38 +249,38 @@ def _defaults(config: Config, one_machine: bool) -> dict[str, str]:
     return {name: value for name, value in defaults.items() if name not in os.environ or name == "OMP_NUM_THREADS"}
 
 
-def _accompany(rank: Rank | None, desk: Any, config: Config) -> None:
+def _accompany(rank: Rank | None, mailbox: Any, config: Config) -> None:
     """Until the run has ended (rank None: a worker that waits): pass on what is asked, tell Ray of the progress."""
     import ray
 
     over: float | None = None  # since when rank 0 has ended for good
-    next_tick, told = 0.0, False
+    next_tick, has_reported = 0.0, False
     while True:
         code = rank.process.poll() if rank is not None else None
         if rank is not None and rank.asked is not None and code == -rank.asked:
             code = 128 + rank.asked  # before it was training: there was nothing to save
         if rank is not None and code in FINAL:
-            if not told:
-                ray.get(desk.tell.remote(code, rank.told))
-            told = True
+            if not has_reported:
+                ray.get(mailbox.tell.remote(code, rank.message))
+            has_reported = True
         elif rank is not None and code:
             failure = rank.failure()
             # Ray is to hear first of a rank that can say what is wrong with another, then of one that was killed, and
             # last of those that failed because of it.
             time.sleep((0 if code > 0 else GRACE) if failure.cause else 2 * GRACE)
-            if code > 0 and ray.get(desk.told.remote()) is not None:  # another has an answer for good
+            if code > 0 and ray.get(mailbox.outcome.remote()) is not None:  # another has an answer for good
                 return
             raise failure
         first_is_over = rank is not None and rank.number == 0 and code is not None
         if over is None and (first_is_over or time.monotonic() >= next_tick):
-            over = time.monotonic() if _tick(rank, desk, config, first_is_over) else None
+            over = time.monotonic() if _tick(rank, mailbox, config, first_is_over) else None
             next_tick = time.monotonic() + TICK
         if over is not None and (rank is None or code is not None or time.monotonic() > over + LEAVING):
             return
         time.sleep(POLL)
 
 
-def _tick(rank: Rank | None, desk: Any, config: Config, first_is_over: bool) -> bool:
+def _tick(rank: Rank | None, mailbox: Any, config: Config, first_is_over: bool) -> bool:
     """What rank 0's worker has to say, to all (collective): whether the run has ended."""
     import ray
     import ray.train
@@ -288,11 +288,11 @@ def _tick(rank: Rank | None, desk: Any, config: Config, first_is_over: bool) -> 
 
     word = None
     if rank is not None and rank.number == 0:
-        word = {"over": first_is_over, "asked": ray.get(desk.asked.remote()), **last_step(config.train.output_dir)}
+        word = {"over": first_is_over, "asked": ray.get(mailbox.asked.remote()), **last_step(config.train.output_dir)}
     word = broadcast_from_rank_zero(word)
     leaving = ray.train.get_preemption_info()
     if leaving is not None and not word["over"]:
-        ray.get(desk.node_leaves.remote())
+        ray.get(mailbox.node_leaves.remote())
     if rank is not None and (word["asked"] is not None or leaving is not None):
         rank.ask_to_stop(signal.SIGUSR1 if word["asked"] == signal.SIGUSR1 else signal.SIGTERM)
     if "loss" in word:

@@ -55,7 +55,7 @@ def ls(path: Place, as_json: AsJson = False) -> None:
     from launcher.cli.checkpoint_table import print_steps, step_as_json
 
     with plainly():
-        storage, steps = place_of(path)
+        storage, steps = storage_of(path)
         rows = [listed(found) for found in _steps(storage, steps)]
         leftovers = {} if steps else {name: room_taken(storage, name) for name in storage.leftovers()}
     if as_json:
@@ -76,12 +76,12 @@ def verify(path: Place, encryption_key: Key = None, signing_key: SigningKey = No
 
     with plainly():
         keys = Keys(encryption_key or (), signing_key)
-        storage, steps = place_of(path)
+        storage, steps = storage_of(path)
         found = _steps(storage, steps, some=True)
         verdicts = {one: verdict(one, keys) for one in found}
     good = not any(one.problems for one in verdicts.values())
     if as_json:
-        rows = [{"step": one.step, "path": str(one), **told._asdict()} for one, told in verdicts.items()]
+        rows = [{"step": one.step, "path": str(one), **found._asdict()} for one, found in verdicts.items()]
         _print_json({"place": storage.where, "ok": good, "steps": rows})
     else:
         print_verdicts(storage.where, verdicts)
@@ -149,7 +149,7 @@ def prune(
     from launcher.cli.checkpoint_table import size
 
     with plainly():
-        storage, steps = place_of(path)
+        storage, steps = storage_of(path)
         if steps:
             raise ConfigError(f"{path}: one checkpoint; prune takes the folder that holds several")
         run_folder = Path(path.removeprefix("file://"))
@@ -235,7 +235,7 @@ def plainly() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-def place_of(path: str) -> tuple[Storage, list[int]]:
+def storage_of(path: str) -> tuple[Storage, list[int]]:
     """The storage a person means, and the step when it is one checkpoint. Follows a run's own configuration."""
     parent, _, name = path.rstrip("/").rpartition("/")
     match = re.fullmatch(r"checkpoint-(\d+)", name)
@@ -267,10 +267,10 @@ def _steps(storage: Storage, steps: list[int], some: bool = False) -> list[Check
 
 def good_checkpoint(path: str, encryption_key: list[str] | None) -> tuple[CheckpointRef, Manifest, Keys]:
     """A checkpoint that verifies, ready to be read."""
-    storage, steps = place_of(path)
+    storage, steps = storage_of(path)
     if not steps:
         known = ", ".join(step_folder(step) for step in storage.steps()) or "none"
-        raise ConfigError(f"{path}: not one checkpoint but a place for several; there: {known}")
+        raise ConfigError(f"{path}: not one checkpoint but a folder of several; there: {known}")
     (found,) = _steps(storage, steps)
     keys = Keys(encryption_key or ())
     wrong = whole(found)
@@ -310,7 +310,7 @@ def _going(storage: Storage, keep: int, every: int, best: str | None) -> tuple[l
     """Steps that may go, and what is wrong with those that are damaged. The newest that stays is read in full."""
     rows = [listed(found) for found in _steps(storage, [], some=True)]
     broken = [row.problems[0] for row in rows if row.problems]
-    good = {row.found.step: row.manifest for row in rows if row.manifest and not row.problems}
+    good = {row.checkpoint.step: row.manifest for row in rows if row.manifest and not row.problems}
     if best is not None and not any(best in manifest.metrics for manifest in good.values()):
         raise ConfigError(f"--best {best}: no checkpoint in {storage.where} has that metric")
     while good:

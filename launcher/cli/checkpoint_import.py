@@ -34,9 +34,9 @@ def import_(
     from moe_dist.config.model_source import local_folder
     from moe_dist.pretrained.importing import import_checkpoint
 
-    place = local_folder(folder, Path(folder), folder, lambda text: print(text, file=sys.stderr))
+    source = local_folder(folder, Path(folder), folder, lambda text: print(text, file=sys.stderr))
     with plainly():
-        done = import_checkpoint(place, Path(output))
+        done = import_checkpoint(source, Path(output))
     amount = f"{size(done.num_bytes)} in {done.num_files} file{'s' if done.num_files > 1 else ''}"
-    print(f"{done.found}: {done.num_tensors} tensors, {amount}; verified, every value is that of {folder}")
+    print(f"{done.checkpoint}: {done.num_tensors} tensors, {amount}; verified, every value is that of {folder}")
     print(f"go on with: moe-dist train {output}/config.yaml")

@@ -64,7 +64,7 @@ def _step_cells(row: Listed) -> list[str]:
     manifest = row.manifest
     state = "damaged" if row.problems else "complete"
     if manifest is None:
-        return [str(row.found.step), state, "?", "?", "?", "?", "?", "?"]
+        return [str(row.checkpoint.step), state, "?", "?", "?", "?", "?", "?"]
     layout = manifest.layout
     shape = " ".join(f"{axis} {layout[axis]}" for axis in ("pp", "edp", "ep") if axis in layout)
     metrics = " ".join(f"{name}={value:.4f}" for name, value in sorted(manifest.metrics.items())) or "-"
@@ -76,7 +76,7 @@ def _step_cells(row: Listed) -> list[str]:
 def step_as_json(row: Listed) -> dict[str, Any]:
     """The same for programs."""
     manifest = row.manifest
-    found: dict[str, Any] = {"step": row.found.step, "path": str(row.found), "problems": row.problems}
+    found: dict[str, Any] = {"step": row.checkpoint.step, "path": str(row.checkpoint), "problems": row.problems}
     if manifest is not None:
         found |= {
             "bytes": manifest.num_bytes,

@@ -27,7 +27,7 @@ class RunCommand(TyperCommand):
 
 
 def _item_class() -> Any:
-    """What a shell is told; newer releases of typer have a copy of click inside."""
+    """What a shell gets; newer releases of typer have a copy of click inside."""
     try:
         from typer._click.shell_completion import CompletionItem
     except ImportError:

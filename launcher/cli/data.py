@@ -110,7 +110,7 @@ def _shown(found: DataPreview, number: int) -> list[tuple[str, int]]:
     """(heading, document) of what belongs together: of a pair both answers."""
     if not found.are_pairs:
         return [(f"document {number + 1}", number)]
-    return [(f"pair {number + 1}, {side}", 2 * number + place) for place, side in enumerate(("chosen", "rejected"))]
+    return [(f"pair {number + 1}, {side}", 2 * number + index) for index, side in enumerate(("chosen", "rejected"))]
 
 
 def _on_a_terminal() -> bool:

@@ -83,7 +83,7 @@ def evaluate(
     """Measure models: losses of held-out text, tasks with right answers, load of the experts.
 
     More models may follow the first, and then key=value; they stand side by side, with intervals of their differences
-    from the first, or from [bold]--baseline[/bold]. Perplexity is told for each source, the loss by position too.
+    from the first, or from [bold]--baseline[/bold]. Perplexity is given for each source, and the loss by position.
     Everything is computed on [bold]--nproc[/bold] ranks in whatever layout.
 
     [dim]Example:[/dim]  moe-dist evaluate outputs/demo --data wiki=wiki.txt --data code=code.jsonl --json scores.json
@@ -197,8 +197,8 @@ def _more(row: dict[str, Any]) -> list[str]:
     cost = [] if "flops" not in row else _cost(row)
     if "loss" not in row:
         return cost
-    places = "  ".join(f"{one['from']}-{one['to'] - 1}: {one['loss']:.3f}" for one in row["loss_by_position"])
-    said = [f"loss by position  {places}"]
+    losses = "  ".join(f"{one['from']}-{one['to'] - 1}: {one['loss']:.3f}" for one in row["loss_by_position"])
+    said = [f"loss by position  {losses}"]
     if row["load_imbalance"]:
         load = "  ".join(f"L{layer} {ratio:.2f}x" for layer, ratio in row["load_imbalance"].items())
         said.append(f"busiest expert, of the fair share  {load}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from launcher.cli.checkpoint import Key, good_checkpoint, place_of, plainly
+from launcher.cli.checkpoint import Key, good_checkpoint, plainly, storage_of
 from launcher.cli.paths import expanded
 from launcher.cli.push import check_before_push, exported_folder, push_folder
 from launcher.connect.exit_codes import EXIT_FAILED
@@ -110,7 +110,7 @@ def export(
             logits=logits,
             fewer=fewer,
             merge=merge,
-            told=print_check,
+            on_check=print_check,
         )
     for note in done.notes:
         print(f"{'note':<21}{note}")
@@ -142,7 +142,7 @@ def run_of(source: str) -> Path:
 
 def _one(path: str, step: int | None) -> str:
     """The path of one checkpoint: the newest of a run, or the step a person asks for."""
-    storage, steps = place_of(path)
+    storage, steps = storage_of(path)
     if steps:
         if step is not None and steps != [step]:
             raise ConfigError(f"--step {step}: {path} is step {steps[0]}; give the run's folder, or leave --step out")

@@ -70,7 +70,7 @@ def contents(template: Template) -> dict[str, Path]:
 
 
 def _lay_down(source: Path, path: Path) -> bool:
-    """Copy a file to a place where there is none; whether there was none. Raises ConfigError when it cannot be."""
+    """Copy a file where there is none yet; whether there was none. Raises ConfigError when it cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:

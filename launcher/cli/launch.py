@@ -6,19 +6,16 @@ import sys
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from launcher.cli.completion import RunCommand
 from launcher.cli.paths import expanded
+from launcher.cli.run_file import OVERRIDES, ConfigPath, notice
 from moe_dist.config import load_config
 
 if TYPE_CHECKING:
     from launcher.backends.command import Start
 
 app = typer.Typer(name="launch", help="Train CONFIG, started by something else: check it, start it.")
-_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/demo.yaml.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be started; start nothing.")]
 Text = str | None
 
@@ -31,7 +28,7 @@ def top(context: typer.Context) -> None:
         raise typer.Exit
 
 
-@app.command("local", cls=RunCommand, context_settings=_OVERRIDES)
+@app.command("local", cls=RunCommand, context_settings=OVERRIDES)
 def local(context: typer.Context, config: ConfigPath, dry_run: DryRun = False) -> None:
     """Train CONFIG on this machine: `moe-dist train`, which can be looked at first.
 
@@ -40,13 +37,13 @@ def local(context: typer.Context, config: ConfigPath, dry_run: DryRun = False) -
     from launcher.backends.command import TRAIN, Start, chosen, for_world
     from launcher.supervise.processes import rank_environment
 
-    settings = load_config(config, context.args, notice=_notice)
-    settings = for_world(settings, settings.launch.nproc_per_node, _notice)
+    settings = load_config(config, context.args, notice=notice)
+    settings = for_world(settings, settings.launch.nproc_per_node, notice)
     words = [*context.args, *chosen(settings)]
     _start(Start(rank_environment(settings), (sys.executable, *TRAIN, config, *words)), dry_run)
 
 
-@app.command("torchrun", cls=RunCommand, context_settings=_OVERRIDES)
+@app.command("torchrun", cls=RunCommand, context_settings=OVERRIDES)
 def torchrun(
     context: typer.Context,
     config: ConfigPath,
@@ -78,12 +75,12 @@ def torchrun(
     """
     from launcher.backends.torchrun import Request, plan
 
-    settings = load_config(config, context.args, notice=_notice)
+    settings = load_config(config, context.args, notice=notice)
     asked = (nnodes, nproc_per_node, node_rank, rdzv_endpoint, rdzv_id, rdzv_conf, local_addr, max_restarts)
-    _start(plan(config, context.args, settings, Request(*asked, tuple(option or ())), _notice), dry_run)
+    _start(plan(config, context.args, settings, Request(*asked, tuple(option or ())), notice), dry_run)
 
 
-@app.command("mpi", cls=RunCommand, context_settings=_OVERRIDES)
+@app.command("mpi", cls=RunCommand, context_settings=OVERRIDES)
 def mpi(
     context: typer.Context,
     config: ConfigPath,
@@ -104,12 +101,12 @@ def mpi(
     """
     from launcher.backends.mpirun import Request, plan
 
-    settings = load_config(config, context.args, notice=_notice)
+    settings = load_config(config, context.args, notice=notice)
     asked = Request(ranks, hosts, hostfile, mpirun, tuple(option or ()))
-    _start(plan(config, context.args, settings, asked, _notice), dry_run)
+    _start(plan(config, context.args, settings, asked, notice), dry_run)
 
 
-@app.command("k8s", cls=RunCommand, context_settings=_OVERRIDES)
+@app.command("k8s", cls=RunCommand, context_settings=OVERRIDES)
 def k8s(
     context: typer.Context,
     config: ConfigPath,
@@ -132,14 +129,14 @@ def k8s(
     settings = for_pods(load_config(config, context.args, notice=notes.append), notes.append)
     text = manifests(settings, overlay, nodes, nproc_per_node, namespace, image, notes.append)
     for note in notes:
-        _notice(note)
+        notice(note)
     if dry_run:
         print(text, end="")
         return
     raise typer.Exit(apply(text))
 
 
-@app.command("slurm", cls=RunCommand, context_settings=_OVERRIDES)
+@app.command("slurm", cls=RunCommand, context_settings=OVERRIDES)
 def slurm(
     context: typer.Context,
     config: ConfigPath,
@@ -169,7 +166,7 @@ def slurm(
     """
     from launcher.backends.slurm import Request, followed, plan, submit
 
-    settings = load_config(config, context.args, notice=_notice)
+    settings = load_config(config, context.args, notice=notice)
     request = Request(
         nodes=nodes,
         ntasks_per_node=ntasks_per_node or settings.launch.nproc_per_node,
@@ -185,7 +182,7 @@ def slurm(
         srun=srun,
         options=tuple(sbatch or ()),
     )
-    job = plan(config, context.args, settings, request, _notice)
+    job = plan(config, context.args, settings, request, notice)
     if dry_run:
         print(f"{job}\n\n# {job.script}\n{job.script.read_text()}", end="")
     else:
@@ -198,11 +195,11 @@ def _start(start: Start, dry_run: bool) -> NoReturn:
         raise typer.Exit
     if start.variables:
         chosen = " ".join(f"{name}={value}" for name, value in start.variables.items())
-        _notice(f"set, since nobody has: {chosen}")
+        notice(f"set, since nobody has: {chosen}")
     start.become()
 
 
-@app.command("ray", cls=RunCommand, context_settings=_OVERRIDES)
+@app.command("ray", cls=RunCommand, context_settings=OVERRIDES)
 def ray(
     context: typer.Context,
     config: ConfigPath,
@@ -229,16 +226,12 @@ def ray(
     from launcher.backends.ray import Request, plan
 
     request = Request(address, num_workers, cpus_per_worker, gpus_per_worker, max_failures)
-    asked, notes = plan(load_config(config, context.args, notice=_notice), request)
+    asked, notes = plan(load_config(config, context.args, notice=notice), request)
     for note in notes:
-        _notice(note)
+        notice(note)
     if dry_run:
         print(asked)
         return
     from launcher.backends.ray_driver import launch
 
     raise typer.Exit(launch(asked))
-
-
-def _notice(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[dim]note: {escape(text)}[/dim]", highlight=False)

@@ -73,9 +73,9 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         f"{counts.active:,}",
         f"{amount(counts.active)}, {100 * counts.active / counts.total:.1f} %",
     )
-    places = layers_by_pp_rank(config)
+    layers_of = layers_by_pp_rank(config)
     held = state_bytes(config, layout)
-    for stage, ranges, state in zip(per_rank(config.model, layout, places), places, held, strict=True):
+    for stage, ranges, state in zip(per_rank(config.model, layout, layers_of), layers_of, held, strict=True):
         name = "on each rank" if layout.pp_size == 1 else f"on each rank of stage {stage.stage}"
         parts = f"{amount(stage.total)}: {amount(stage.dense)} dense, {amount(stage.experts)} in experts"
         if layout.pp_size > 1:
@@ -113,8 +113,8 @@ def facts(config: Config, world_size: int) -> dict[str, Any]:
     """
     layout = Layout.of(config, world_size)
     counts = parameter_counts(config.model)
-    places = layers_by_pp_rank(config)
-    held = zip(per_rank(config.model, layout, places), places, state_bytes(config, layout), strict=True)
+    layers_of = layers_by_pp_rank(config)
+    held = zip(per_rank(config.model, layout, layers_of), layers_of, state_bytes(config, layout), strict=True)
     batch = config.global_batch_size(world_size)
     return {
         "world_size": world_size,

@@ -66,7 +66,7 @@ def upcycle(
         dtype=DTYPES[dtype] if dtype else None,
         max_shard_bytes=max_shard_bytes,
         logits=logits,
-        told=print_check,
+        on_check=print_check,
     )
     if not done.is_proven:
         print(f"{'not upcycled':<21}{output}: what was written is not what it must be, and was removed")

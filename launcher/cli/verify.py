@@ -1,51 +1,53 @@
-"""`moe-dist verify`: ranks that prove, started again when one of them dies of a case. Imports no torch."""
+"""`moe-dist verify`: the proof that layouts compute what one process computes. Imports no torch."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from dataclasses import replace
-from pathlib import Path
+import shlex
+from typing import Annotated
 
-from launcher.connect.environment import detect, started_by_torchrun
-from launcher.connect.exit_codes import EXIT_DIFFERS, EXIT_FAILED
-from launcher.connect.rank_job import Proof
-from moe_dist.config import Config, ConfigError, ParallelConfig
-from moe_dist.verify.bugs import BUGS
-from moe_dist.verify.cases import GROUPS, choose
-from moe_dist.verify.scenarios import Smallness
+import typer
 
-_STARTS = 20
-"""A mistake that ends ranks in more cases than this is known by then."""
+from launcher.cli.run_file import ConfigPath, become_rank, notice_once
+from moe_dist.config import load_config
 
 
-def prove(config: Config, proof: Proof, world_size: int) -> int:
-    """Returns the exit code. Raises ConfigError for what cannot be asked."""
-    if proof.plant is not None and proof.plant not in BUGS:
-        raise ConfigError(f"--inject-bug {proof.plant}: not a known bug; allowed: {', '.join(BUGS)}")
-    config.parallel = ParallelConfig()  # layouts have their own
-    if started_by_torchrun():
-        from launcher.rank.worker import run_under_torchrun
+def verify(
+    context: typer.Context,
+    config: ConfigPath,
+    world_size: Annotated[int, typer.Option("--world-size", "-n", min=1, help="Ranks started on this machine.")] = 4,
+    layouts: Annotated[
+        str,
+        typer.Option(
+            metavar="all|quick|life|NAMES", help="Names such as ep2-zero3-acc2, pp2-1f1b-ep1-zero1+tied+bias."
+        ),
+    ] = "all",
+    plant: Annotated[
+        str | None,
+        typer.Option("--inject-bug", "--plant", metavar="BUG", help="Put a known bug in: the proof must fail."),
+    ] = None,
+    life: Annotated[bool, typer.Option("--life", help="Lives of runs only, as --layouts life.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses other cases with the same coverage.")] = 0,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.0, help="Go on for so long with cases drawn at random from --seed.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Numbers for programs on standard output.")] = False,
+) -> None:
+    """Prove that every layout computes what one process computes.
 
-        run_under_torchrun(config, detect(), proof)
-    if proof.layouts not in GROUPS:
-        choose(Smallness(config, world_size, proof.plant), proof.layouts)
-    config.launch.nproc_per_node = world_size
-    from launcher.backends.local import launch
+    Trains small models under many layouts (pipelines, experts, sharding, accumulation, recomputation, DeepSpeed), with
+    every feature of a training in turn, and compares losses, gradients, norm, weights, load of every expert, evaluation
+    and initial weights with one process, in float64 where that can be. [bold]quick[/bold]: every value of a feature
+    and layout once; [bold]all[/bold]: every pair of them, and whole lives of runs, evaluated, saved, stopped, resumed
+    in other layouts. Exit code 1 when anything differs, 5 when nothing does with a bug planted.
 
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stacks of its stores, when a case ends ranks
-    with tempfile.TemporaryDirectory(prefix="moe-dist-verify-") as folder:
-        file = Path(folder) / "verdicts.jsonl"
-        proof = replace(proof, file=str(file))
-        for _ in range(_STARTS):
-            code = launch(config, proof)
-            if code != EXIT_FAILED or not _ended_in_a_case(file):
-                break
-    return EXIT_FAILED if code == EXIT_DIFFERS else code
+    [dim]Example:[/dim]  moe-dist verify configs/demo.yaml --layouts quick
+    """
+    from launcher.cli.proving import prove
+    from launcher.connect.rank_job import Proof
 
-
-def _ended_in_a_case(file: Path) -> bool:
-    """Whether a case has begun that has no verdict."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return bool(lines) and "begun" in json.loads(lines[-1])
+    become_rank()
+    settings = load_config(config, context.args, notice=notice_once)
+    overrides = " ".join(map(shlex.quote, context.args))
+    command = f"moe-dist verify {shlex.quote(config)}{' ' * bool(overrides)}{overrides} -n {world_size}"
+    proof = Proof("life" if life else layouts, plant, as_json, seed, minutes, command=command)
+    raise typer.Exit(prove(settings, proof, world_size))

@@ -22,7 +22,7 @@ def addresses() -> list[str]:
             found.append(address)
     master = os.environ.get("MASTER_ADDR", "")
     with suppress(OSError):
-        found += filter(None, (_towards(place) for *_, place in socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)))
+        found += filter(None, (_towards(to) for *_, to in socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)))
     found += [socket.gethostname(), master]
     return [address for address in dict.fromkeys(found) if address]
 
@@ -49,9 +49,9 @@ def _of_interface(name: str) -> str | None:
     return None
 
 
-def _towards(place: tuple) -> str | None:
-    family = socket.AF_INET6 if len(place) == 4 else socket.AF_INET
+def _towards(address: tuple) -> str | None:
+    family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(place)  # sends nothing
+        probe.connect(address)  # sends nothing
         return str(probe.getsockname()[0])
     return None

@@ -15,6 +15,6 @@ EXIT_AGAIN = 75
 EXIT_CTRL_C = 128 + signal.SIGINT
 """Ctrl-C; saved, if it was training."""
 EXIT_DIFFERS = 4
-"""`verify` has told which layouts differ from one process; the command makes it 1."""
+"""`verify` has said which layouts differ from one process; the command makes it 1."""
 EXIT_UNSEEN = 5
 """`verify` with a bug planted, and every layout has passed."""

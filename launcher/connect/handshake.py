@@ -101,7 +101,7 @@ class Lobby:
             self._has_warned = True
             logger.warning(
                 "%s: port %d: a connection from %s did not prove that it belongs to this run, and was closed; more of "
-                "them are not told of",
+                "them are not reported",
                 self._purpose,
                 self.listener.getsockname()[1],
                 stranger.address,
@@ -182,7 +182,7 @@ def bind_address() -> str:
     found = []
     for name in [*addresses(), outward()]:
         with suppress(OSError):
-            found += [str(place[0]) for *_, place in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)]
+            found += [str(address[0]) for *_, address in socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)]
     for address in found:
         if not ipaddress.ip_address(address.partition("%")[0]).is_loopback and is_ours(address):
             return address

@@ -140,8 +140,8 @@ class _Static(StaticTCPRendezvous):
     def next_rendezvous(self) -> RendezvousInfo:
         assert self._store is not None
         store = dist.PrefixStore(self.run_id, self._store)
-        place = RendezvousStoreInfo(self.master_addr, self.master_port)
-        return RendezvousInfo(store, self.rank, self.world_size, place)
+        store_info = RendezvousStoreInfo(self.master_addr, self.master_port)
+        return RendezvousInfo(store, self.rank, self.world_size, store_info)
 
 
 def _store(params: RendezvousParameters, is_host: bool | None, wait: float | None = None) -> dist.Store:

@@ -37,10 +37,10 @@ def serve() -> NoReturn:
     gc.collect()
     gc.freeze()  # what is there stays where it is in every rank's memory, shared
     while True:
-        told, files, _, _ = socket.recv_fds(asked, 1 << 20, 16)
-        if not told:
+        message, files, _, _ = socket.recv_fds(asked, 1 << 20, 16)
+        if not message:
             os._exit(0)
-        start = json.loads(told)
+        start = json.loads(message)
         middle = os.fork()
         if not middle:
             _fork_a_rank(asked, start["environment"], dict(zip(files, start["files"], strict=True)), launcher)

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 def serve(config: Config, environment: Environment, wanted: Inference) -> int:
     """Open the model on all ranks and serve it until a signal; returns the exit code."""
     options = wanted.options
-    place = None
+    listener = None
     if environment.rank == 0:
         from moe_dist.serve.server import listen
 
         try:
-            place = listen(options["host"], options["port"])
+            listener = listen(options["host"], options["port"])
         except ValueError as error:
             raise ConfigError(str(error)) from error
     else:  # rank 0 says when
@@ -40,15 +40,15 @@ def serve(config: Config, environment: Environment, wanted: Inference) -> int:
     with connected(config, environment) as mesh:
         model, tokenizer = opened(config, mesh, wanted)
         engine = MoEInferenceEngine(model, tokenizer, mesh=mesh, **options["engine"])
-        if place is None:
+        if listener is None:
             from moe_dist.serve.engine_thread import step_for_ever
 
             step_for_ever(engine, lambda is_busy: [], lambda news: None)
             return 0
-        return _serve(engine, place, options)
+        return _serve(engine, listener, options)
 
 
-def _serve(engine: Any, place: Any, options: dict[str, Any]) -> int:
+def _serve(engine: Any, listener: Any, options: dict[str, Any]) -> int:
     from moe_dist.serve.app import Service
     from moe_dist.serve.audit import AuditLog
     from moe_dist.serve.engine_thread import EngineThread
@@ -68,7 +68,7 @@ def _serve(engine: Any, place: Any, options: dict[str, Any]) -> int:
     parts: dict[str, Any] = {"keys": keys, "audit": audit, "trainings": trainings}
     service = Service(thread, options["name"], limits=Limits(**options["limits"]), **parts)
     tls = (Path(options["tls"][0]), Path(options["tls"][1])) if options["tls"] else None
-    host, port = place.getsockname()[:2]
+    host, port = listener.getsockname()[:2]
     scheme, host = "http" if tls is None else "https", f"[{host}]" if ":" in host else host
     where = f"{scheme}://{host}:{port}"
     known = "no keys" if keys is None else f"keys: {len(keys.clients)}"
@@ -76,7 +76,7 @@ def _serve(engine: Any, place: Any, options: dict[str, Any]) -> int:
     try:
         number = run(
             service,
-            place,
+            listener,
             ready=lambda: print(line, file=sys.stderr, flush=True),
             tls=tls,
             drain_seconds=options["drain_seconds"],

@@ -102,8 +102,8 @@ def _say_how_it_ended(result: TrainingResult, config: Config) -> None:
     if result.failed:
         print(f"moe-dist: training stopped itself: {result.reason}", file=sys.stderr, flush=True)
     elif result.signal is not None:
-        told = "" if config.checkpoint.resume == "auto" else "with checkpoint.resume=auto "
-        again = f"is saved; {told}the same command goes on from it"
+        how = "" if config.checkpoint.resume == "auto" else "with checkpoint.resume=auto "
+        again = f"is saved; {how}the same command goes on from it"
         kept = f"{result.checkpoint} {again}" if result.checkpoint else "not saved"
         text = f"{result.reason} after step {result.steps}: {kept}"
         if not tell_launcher(0, text):
@@ -174,9 +174,9 @@ def profile(config: Config, environment: Environment, wanted: Profiling) -> int:
 
     folder = config.train.output_dir if wanted.folder is None else Path(wanted.folder)
     with connected(config, environment) as mesh:
-        told = run_profile(config, mesh, wanted.steps, wanted.compute, wanted.memory, folder)
-    if told is not None:
-        print("\n".join([*terminal_lines(told[0]), "", str(told[1])]), flush=True)
+        profiled = run_profile(config, mesh, wanted.steps, wanted.compute, wanted.memory, folder)
+    if profiled is not None:
+        print("\n".join([*terminal_lines(profiled[0]), "", str(profiled[1])]), flush=True)
     return 0
 
 

@@ -8,7 +8,7 @@ What differs from torchrun:
 - One line says which rank has failed, how, and where it was; the same line as under `moe-dist train`.
 - Ranks that saved because they were asked to, or whose configuration cannot be used, are not started again, and
   `--max-restarts` counts starts that got no further than a checkpoint, not all.
-- It ends when its ranks have failed and the place where the machines meet does not answer; torchrun waits for TCP.
+- It ends when its ranks have failed and the rendezvous does not answer; torchrun waits for TCP.
 - Machines meet at a port that only this job's agents can use (`launcher.connect.rendezvous`).
 Everything else, rules of rendezvous, restarts, agents that come and go, is torchrun's. Imports torch in `main` only.
 """
@@ -30,6 +30,7 @@ from launcher.connect.environment import JOB, named_job
 from launcher.connect.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_CTRL_C, EXIT_FAILED, EXIT_STOPPED
 from launcher.connect.rank_job import LAUNCHER
 from launcher.supervise.exit_status import Ended, Tries, note, say, say_end, verdict
+from launcher.supervise.oom_advice import OomKills
 from launcher.supervise.rank_channel import RankChannel
 from moe_dist.config import Config, ConfigError, load_config
 from moe_dist.train.interrupts import Interrupts
@@ -40,7 +41,7 @@ _FINAL = (EXIT_CONFIG, EXIT_STOPPED, EXIT_AGAIN, EXIT_CTRL_C)
 _LAST_WAIT = 10.0
 """Seconds for which an agent whose ranks are done waits for the others."""
 _BLOCKED_LIMIT = 10.0
-"""Seconds without a look at ranks that have failed: torch asks the meeting place something, and its link is cut."""
+"""Seconds without a look at ranks that have failed: torch asks the rendezvous something, and its link is cut."""
 
 
 def main(arguments: list[str]) -> int:
@@ -69,7 +70,7 @@ def _main(arguments: list[str], asked: Asked) -> int:
     # Not to be without any; this one stays torchrun's.
     options = parse_args(["--signals-to-handle=SIGQUIT", *arguments])
     asked.patience = options.shutdown_timeout
-    place = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
+    endpoint = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
     few, _, many = str(options.nnodes).partition(":")
     _set_to_watch(Watch(_config(options), asked, elastic=bool(many) and few != many))
     try:
@@ -87,7 +88,7 @@ def _main(arguments: list[str], asked: Asked) -> int:
         return EXIT_FAILED
     except RendezvousError as error:
         text = " ".join(f"{error} {error.__cause__ or ''}".split()) or type(error).__name__
-        say(f"error: --rdzv-endpoint {place}: the machines cannot meet there: {text}")
+        say(f"error: --rdzv-endpoint {endpoint}: the machines cannot meet there: {text}")
         return EXIT_FAILED
     except ConfigError as error:
         say(f"error: {error}")
@@ -159,18 +160,18 @@ class Asked:
                     self._pass_on(number)
 
     def _pass_on(self, number: int) -> None:
-        told = ranks()
+        notified = ranks()
         insists = number == signal.SIGINT and self._interrupts.again()
         if self.number is not None:
             if insists:
-                _send(signal.SIGKILL, told)
+                _send(signal.SIGKILL, notified)
             return
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        say(f"{name}, passed on to the ranks of this machine: {len(told)}")
-        if not told:
+        say(f"{name}, passed on to the ranks of this machine: {len(notified)}")
+        if not notified:
             os._exit(128 + number)  # nothing has begun, there is nothing to save
         # On a terminal they have heard of Ctrl-C by themselves, and hearing of it twice would cut off their save.
-        _send(signal.SIGTERM if number == signal.SIGINT else number, told)
+        _send(signal.SIGTERM if number == signal.SIGINT else number, notified)
         if self.patience is not None:
             timer = threading.Timer(self.patience, lambda: _send(signal.SIGKILL, ranks()))
             timer.daemon = True
@@ -194,11 +195,13 @@ class Watch:
         self.config, self.asked, self.elastic = config, asked, elastic
         self.board: RankChannel | None = None
         self.tries: Tries | None = None
+        self.oom_kills = OomKills()
         self.looked: float | None = None
         """When torch last saw all ranks of this machine running; None while it starts or ends them."""
 
     def begin(self, agent: Any) -> None:
         """Ranks are about to be started, the first or others in their place."""
+        self.oom_kills = OomKills()
         if self.board is not None:
             self.board.clear()
             return
@@ -219,7 +222,7 @@ class Watch:
         while self.looked is None or time.monotonic() - self.looked < _BLOCKED_LIMIT or not board.messages:
             time.sleep(0.5)
         say(f"error: {next(iter(board.messages.values()))}")
-        say("error: the place where the machines meet does not answer any more: this machine ends")
+        say("error: the rendezvous does not answer any more: this machine ends")
         os._exit(EXIT_FAILED)
 
     def failed(self, agent: Any, failures: dict[int, Any]) -> None:
@@ -248,17 +251,17 @@ class Watch:
         if self.board is None:
             return
         here = {worker.local_rank: worker.global_rank for worker in group.workers}
-        places = {here[rank]: place for rank, place in self.board.positions.items()}
+        positions = {here[rank]: position for rank, position in self.board.positions.items()}
         ended = [Ended(rank, failure.pid, failure.exitcode) for rank, failure in failures.items()]
         # torchrun has ended the others with SIGTERM.
         ended = [end for end in ended if end.code != -signal.SIGTERM] or ended
         folder = self.config.train.output_dir if self.config is not None else None
         several = group.group_world_size > 1
-        told = self.board.messages
-        end = verdict(ended, told, places, folder, len(here) == 1 and not several, socket.gethostname() * several)
+        messages, alone, host = self.board.messages, len(here) == 1 and not several, socket.gethostname() * several
+        end = verdict(ended, messages, positions, folder, alone, self.oom_kills, host)
         if folder is not None and group.group_rank == 0:  # once, whatever the number of machines
             note(end, folder)
-        if end.code != EXIT_CONFIG or told:  # it has been said before anybody listened
+        if end.code != EXIT_CONFIG or messages:  # it has been said before anybody listened
             say_end(end, more)
 
 

@@ -19,7 +19,7 @@ from launcher.connect.exit_codes import (
     EXIT_UNSEEN,
 )
 from launcher.connect.output import EXIT_PIPE
-from launcher.supervise.oom_advice import is_of_memory, why_killed
+from launcher.supervise.oom_advice import OomKills, is_of_memory
 from moe_dist.checkpoint.lock import begun
 from moe_dist.checkpoint.storage import open_storage, step_folder
 from moe_dist.config import Config
@@ -60,9 +60,9 @@ class Tries:
         self.count, self.furthest = (1, step) if further else (self.count + 1, self.furthest)
         if self.count > self.limit:
             return None
-        return f"; starting again {self.place(step)} (try {self.count} of {self.limit})"
+        return f"; starting again {self.resuming(step)} (try {self.count} of {self.limit})"
 
-    def place(self, step: int) -> str:
+    def resuming(self, step: int) -> str:
         """Where the next start begins, in words. `step`: the newest that is saved."""
         resume = self.config.checkpoint.resume
         has_begun = any(self.job in name for name in begun(self.config.train.output_dir))
@@ -108,43 +108,45 @@ def note(end: End, folder: Path) -> None:
 
 def verdict(
     failed: list[Ended],
-    told: dict[int, str],
-    places: dict[int, Position],
+    messages: dict[int, str],
+    positions: dict[int, Position],
     folder: Path | None,
     alone: bool,
+    oom_kills: OomKills,
     host: str = "",
 ) -> End:
     """Say what went wrong first. A rank ended from outside is the cause, whatever its peers said before, unless they
     have said it of that rank: that it stood still, and had to be ended. Ranks that have only lost another are not.
 
-    `folder`: of the run, if it is known. `alone`: there is one rank in all. `host` is named when there are several.
+    `folder`: of the run, if it is known. `alone`: there is one rank in all. `oom_kills`: made when the ranks were
+    started. `host` is named when there are several.
     """
     if not failed:
         return End(0)
     restore_terminal()
     # Not SIGABRT: that is how libraries give up when a peer is gone.
     killed = [end for end in failed if end.code < 0 and end.code != -signal.SIGABRT]
-    spoke = [end for rank in told for end in failed if end.rank == rank]
-    sound = [end for end in spoke if not lost_a_peer(told[end.rank])]
-    silent = [end for end in failed if end.rank not in told]
+    spoke = [end for rank in messages for end in failed if end.rank == rank]
+    sound = [end for end in spoke if not lost_a_peer(messages[end.rank])]
+    silent = [end for end in failed if end.rank not in messages]
     cause = (killed or sound or silent or spoke)[0]
     who = f"the process (pid {cause.pid})" if alone else f"rank {cause.rank} (pid {cause.pid}{host and ' on ' + host})"
     others = "" if alone else "; the other ranks were stopped"
     path = None if folder is None else log_path(folder, cause.rank)
     log = str(path) if path is not None and path.is_file() else None  # there is none before training has begun
-    place = places.get(cause.rank)
-    in_step = place is not None and place.step > 0
-    where = f" {place}" if in_step else ""
+    position = positions.get(cause.rank)
+    in_step = position is not None and position.step > 0
+    where = f" {position}" if in_step else ""
     if cause.code in (EXIT_AGAIN, EXIT_CTRL_C):
-        return End(cause.code, told.get(0, "stopped on request"))
-    if cause.code < 0 and cause.rank not in told:
+        return End(cause.code, messages.get(0, "stopped on request"))
+    if cause.code < 0 and cause.rank not in messages:
         name = signal.Signals(-cause.code).name
-        hint = why_killed() if name == "SIGKILL" else ""
+        hint = oom_kills.why_killed() if name == "SIGKILL" else ""
         return End(EXIT_FAILED, f"error: {who} was ended by {name}{where}{hint}{others}", log, in_step)
     spoken = (EXIT_STOPPED, EXIT_DIFFERS, EXIT_UNSEEN, EXIT_PIPE)  # rank 0 has said why, or nobody listens
     code = cause.code if cause.code in (EXIT_CONFIG, *spoken) else EXIT_FAILED
-    if cause.rank in told:
-        return End(code, f"error: {told[cause.rank]}", in_step=in_step)
+    if cause.rank in messages:
+        return End(code, f"error: {messages[cause.rank]}", in_step=in_step)
     if cause.code in spoken:
         return End(code)
     return End(code, f"error: {who} ended with exit code {cause.code}{where}{others}", log)

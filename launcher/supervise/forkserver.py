@@ -74,12 +74,12 @@ class ForkServer:
 
     def fork(self, environment: dict[str, str], files: Sequence[int]) -> ForkedRank:
         """A rank with this environment, and these open files under the numbers they have here."""
-        told = json.dumps({"environment": environment, "files": list(files)}).encode()
+        message = json.dumps({"environment": environment, "files": list(files)}).encode()
         rank = ForkedRank(self)
         # The kernel queues 200 kB of these; with many ranks this waits until the imports are done.
         self._socket.setblocking(True)
         with suppress(BrokenPipeError, ConnectionResetError):  # it has gone, as the rank will hear
-            socket.send_fds(self._socket, [told], files)
+            socket.send_fds(self._socket, [message], files)
         self._socket.setblocking(False)
         self._waiting.append(rank)
         return rank

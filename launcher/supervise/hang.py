@@ -25,7 +25,7 @@ State = Literal["", "stopped", "cut", "gone"]
 
 
 class RankState(NamedTuple):
-    """What is known of a rank. `place` is where it was when it was last heard of, `silent` seconds ago."""
+    """What is known of a rank. `position` is where it was when it was last heard of, `silent` seconds ago."""
 
     position: Position
     silent: float = 0.0
@@ -66,7 +66,7 @@ def diagnose_hang(
     Before the first step of a start ranks read data, which may take any time. Whoever cannot answer is named first:
     gone, stopped, cut off or silent. Then by the order of collectives: who has called fewer than the others of a group
     keeps them waiting, unless others keep it waiting. Then who is in a phase of its own. When all of them wait, and
-    not in the same place, they have called different collectives.
+    not in the same collective, they have called different collectives.
     """
     here = [sighting for sighting in seen.values() if sighting.state != "gone"]
     limit = _limit(seen, timeout)
@@ -79,7 +79,7 @@ def diagnose_hang(
     def those(which: Callable[[RankState], bool]) -> list[int]:
         return [rank for rank, sighting in sorted(seen.items()) if which(sighting)]
 
-    def told(ranks: list[int], how: str) -> HangDiagnosis:
+    def diagnosis(ranks: list[int], how: str) -> HangDiagnosis:
         names = [f"{name(rank)} has not moved for {seen[rank].still:.0f} s, {seen[rank].where}" for rank in ranks]
         more = f"; and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
         return HangDiagnosis(ranks, "; ".join(names[:_NAMED]) + more + f": {how}")
@@ -88,21 +88,21 @@ def diagnose_hang(
         names = [f"{name(rank)} has gone, last seen {seen[rank].where}" for rank in gone[:_NAMED]]
         return HangDiagnosis(gone, "; ".join(names))
     if stopped := those(lambda one: one.state == "stopped"):
-        return told(stopped, "it is stopped (SIGSTOP)")
+        return diagnosis(stopped, "it is stopped (SIGSTOP)")
     if cut := those(lambda one: one.state == "cut"):
-        return told(cut, "nothing is heard of it: its link is cut, or its host gone")
+        return diagnosis(cut, "nothing is heard of it: its link is cut, or its host gone")
     if silent := those(lambda one: one.silent > limit / 2):
-        return told(silent, "nothing is heard of it: its link is cut, its host gone, or the process stopped")
+        return diagnosis(silent, "nothing is heard of it: its link is cut, its host gone, or the process stopped")
     if late := _late(seen):
-        return told(late, "its Python stack is in its log")
+        return diagnosis(late, "its Python stack is in its log")
     if busy := those(lambda one: one.position.phase not in WAITING and one.inside is None):
-        return told(busy, "its Python stack is in its log")
-    places = defaultdict(list)
+        return diagnosis(busy, "its Python stack is in its log")
+    ranks_at = defaultdict(list)
     for rank, sighting in sorted(seen.items()):
-        places[sighting.where].append(rank)
-    if len(places) == 1:
-        return told([max(seen, key=lambda rank: seen[rank].still)], "its Python stack is in its log")
-    groups = [f"{', '.join(map(name, ranks))} {where}" for where, ranks in places.items()]
+        ranks_at[sighting.where].append(rank)
+    if len(ranks_at) == 1:
+        return diagnosis([max(seen, key=lambda rank: seen[rank].still)], "its Python stack is in its log")
+    groups = [f"{', '.join(map(name, ranks))} {where}" for where, ranks in ranks_at.items()]
     return HangDiagnosis(
         those(lambda one: True),
         f"the ranks wait for each other in different collectives since {min(one.still for one in here):.0f} s: "

@@ -12,6 +12,7 @@ _LESS = (
 """The keys to change, those first that cost the least; docs/running.md has a table."""
 _WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
 """In the words of CUDA, of PyTorch on CPU, of the system, and of cuBLAS."""
+VMSTAT = Path("/proc/vmstat")
 
 
 def advice(error: BaseException) -> str:
@@ -25,20 +26,23 @@ def is_of_memory(line: str) -> bool:
     return _LESS in line
 
 
-def why_killed() -> str:
-    """What to say of a process that was ended by SIGKILL."""
-    if _kills() > _BEFORE:
-        return f", probably by the kernel's OOM killer ({_LESS})"
-    return ", by a person or by the kernel's OOM killer"
+class OomKills:
+    """What the OOM killer of this machine's kernel has ended since this was made: when ranks were started."""
+
+    def __init__(self) -> None:
+        self._before = _count()
+
+    def why_killed(self) -> str:
+        """What to say of a process that was ended by SIGKILL since then."""
+        if _count() > self._before:
+            return f", probably by the kernel's OOM killer ({_LESS})"
+        return ", by a person or by the kernel's OOM killer"
 
 
-def _kills() -> int:
-    """Processes that the kernel of this machine has ended by its OOM killer (Linux)."""
+def _count() -> int:
+    """Processes that it has ended since the machine was started; 0 where that is not counted (Linux does)."""
     with suppress(OSError, ValueError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
+        for line in VMSTAT.read_text().splitlines():
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     return 0
-
-
-_BEFORE = _kills()

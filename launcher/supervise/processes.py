@@ -19,6 +19,7 @@ from launcher.supervise.exit_status import Ended, say
 from launcher.supervise.forkserver import ForkedRank, ForkServer, can_fork, preloaded
 from launcher.supervise.hang import RankState
 from launcher.supervise.heartbeat import state_of
+from launcher.supervise.oom_advice import OomKills
 from launcher.supervise.rank_channel import RankChannel
 from moe_dist.config import Config, ConfigError
 from moe_dist.parallel.status import Position
@@ -77,6 +78,7 @@ class Ranks:
         count = config.launch.nproc_per_node
         self.processes: list[subprocess.Popen[bytes] | ForkedRank] = []
         self._counted: set[int] = set()
+        self.oom_kills = OomKills()
         with _listen(config.launch.master_port) as listener:
             self.board = RankChannel(count)
             shared = rank_environment(config) | {
@@ -181,7 +183,7 @@ class Ranks:
             if signals.first == signal.SIGINT:
                 process.send_signal(signal.SIGINT)  # blocked there: so that the run can say what it was
             process.send_signal(number)
-        started, told_person = time.monotonic(), False
+        started, has_said_so = time.monotonic(), False
         deadline = started + patience
         while self.running and time.monotonic() < deadline and not signals.insisted:
             if any(process.poll() not in (None, 0, EXIT_AGAIN) for process in self.processes):
@@ -190,8 +192,8 @@ class Ranks:
             if signals.first == signal.SIGINT and waited > HEARING:
                 if not self.all_have_heard:
                     return
-                if not told_person:
-                    told_person = True
+                if not has_said_so:
+                    has_said_so = True
                     say("stopping after this step, and saving it; Ctrl-C again stops at once")
             time.sleep(POLL)
 

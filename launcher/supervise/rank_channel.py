@@ -46,7 +46,7 @@ def telling(status: Status, mesh: Mesh) -> Iterator[None]:
 
 
 class RankChannel:
-    """A place for the ranks of one machine; nothing of it is left when the last process that has it ends."""
+    """Where the ranks of one machine report; nothing of it is left when the last process that has it ends."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -56,7 +56,7 @@ class RankChannel:
         os.unlink(path)  # shared by its number
         os.ftruncate(self.status, count * SLOT)
         self._slots = mmap.mmap(self.status, count * SLOT)
-        self._told: dict[int, str] = {}
+        self._messages: dict[int, str] = {}
         self._heard: set[int] = set()
         self._unread = b""
 
@@ -82,8 +82,8 @@ class RankChannel:
             if text is None:
                 self._heard.add(rank)
             else:
-                self._told.setdefault(rank, text)
-        return self._told
+                self._messages.setdefault(rank, text)
+        return self._messages
 
     @property
     def heard(self) -> set[int]:
@@ -94,19 +94,19 @@ class RankChannel:
     def positions(self) -> dict[int, Position]:
         """Where each rank of this machine was when it last moved; those that have said nothing yet are missing."""
         found = {rank: read(self._slots, rank) for rank in range(self.count)}
-        return {rank: place for rank, place in found.items() if place is not None}
+        return {rank: position for rank, position in found.items() if position is not None}
 
     def seen(self, rank: int, is_stopped: Callable[[int], bool]) -> RankState | None:
         """All that is known of a rank; None when it has said nothing yet."""
-        place, sign = read(self._slots, rank), read_sign(self._slots, rank)
-        if place is None:
+        position, sign = read(self._slots, rank), read_sign(self._slots, rank)
+        if position is None:
             return None
-        age, told = sign or (place.seconds, {})
+        age, calls = sign or (position.seconds, {})
         if age > _STALE and is_stopped(rank):
-            return RankState(place, 0.0, "stopped", **told)
-        if age > max(_STALE, place.seconds / 2):  # something holds Python's lock: in a collective it would not
-            told |= {"inside": None, "waited": 0.0}
-        return RankState(place, **told)
+            return RankState(position, 0.0, "stopped", **calls)
+        if age > max(_STALE, position.seconds / 2):  # something holds Python's lock: in a collective it would not
+            calls |= {"inside": None, "waited": 0.0}
+        return RankState(position, **calls)
 
     def clear(self) -> None:
         """Other ranks will use it."""

@@ -72,7 +72,7 @@ class Watchdog:
         self.everybody: list[Who] = mesh.from_all(me)
         self._peers: Peers | None = hub
         self._went_on = time.monotonic()
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
         self._known, self._lost, self._goodbye = threading.Event(), "", ""
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -147,9 +147,9 @@ class Watchdog:
         return None
 
     def _sign_of_life(self) -> Message:
-        place = self.status.position
-        seconds = min(place.seconds, time.monotonic() - self._went_on)
-        return {"place": place._replace(seconds=seconds), "calls": self._calls.sign}
+        position = self.status.position
+        seconds = min(position.seconds, time.monotonic() - self._went_on)
+        return {"place": position._replace(seconds=seconds), "calls": self._calls.sign}
 
     def _silence(self, peers: Peers, rank: int) -> float:
         moment = peers.heard[rank][0] if rank in peers.heard else self._went_on
@@ -199,8 +199,8 @@ class Watchdog:
     def _say_who_has_gone(self, peers: Peers, after: float = 0.0) -> None:
         """One line, from rank 0, or where nobody can hear it any more from one rank of each host."""
         for rank, since in peers.gone.items():
-            if rank not in self._told and time.monotonic() - since >= after:
-                self._told.add(rank)
+            if rank not in self._reported and time.monotonic() - since >= after:
+                self._reported.add(rank)
                 where = _sighting(peers.heard[rank][1], 0.0, "gone").where if rank in peers.heard else "at its start"
                 text = f"{self.name(rank)} has gone, last seen {where}: it ended without a word "
                 text += f"(killed, crashed, or its host is lost); log: {log_path(self._folder, rank)}"

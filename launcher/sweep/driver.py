@@ -40,10 +40,10 @@ def train(sweep: Sweep, address: str | None) -> int:
     with Signals() as signals:  # after Ray, which takes SIGTERM to itself
         thread = threading.Thread(target=_fit, args=(sweep, todo, notes), daemon=True)
         thread.start()
-        told: set[str] = set()
+        reported: set[str] = set()
         while thread.is_alive() and not signals.first:
             thread.join(POLL)
-            _tell(sweep, told)
+            _report(sweep, reported)
         shutil.rmtree(notes, ignore_errors=True)
         if signals.first:
             name = "Ctrl-C" if signals.first == signal.SIGINT else signal.Signals(signals.first).name
@@ -95,13 +95,13 @@ def _check_room(todo: list[Trial]) -> None:
                 )
 
 
-def _tell(sweep: Sweep, told: set[str]) -> None:
+def _report(sweep: Sweep, reported: set[str]) -> None:
     """One line for each trial that has ended."""
     for trial in sweep.trials:
         outcome = sweep.outcome(trial)
-        if outcome is None or trial.name in told:
+        if outcome is None or trial.name in reported:
             continue
-        told.add(trial.name)
+        reported.add(trial.name)
         value = metric_of(outcome, sweep.metric)
         what = f"{sweep.metric} {value:.4f}" if value is not None and is_done(outcome) else state(outcome)
         more = f": {outcome['error']}" if outcome["error"] else ""

@@ -36,7 +36,7 @@ def run(
         # Ray would give every rank the cores of all.
         "OMP_NUM_THREADS": str(config.launch.num_threads or 1),
     }
-    began, told = time.monotonic(), -1
+    began, reported = time.monotonic(), -1
     with log.open("ab") as console:
         words = [sys.executable, "-u", "-m", "moe_dist", "trial"]
         process = subprocess.Popen(words, env=environment, cwd=folder, stdout=console, stderr=console)
@@ -44,8 +44,8 @@ def run(
             while process.poll() is None:
                 time.sleep(POLL)
                 at = last_step(run_folder)
-                if at and at["step"] != told:
-                    told = at["step"]
+                if at and at["step"] != reported:
+                    reported = at["step"]
                     report(at)
         finally:
             process.kill()

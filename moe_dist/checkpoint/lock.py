@@ -132,7 +132,7 @@ class RunLock:
         return ""
 
     def note(self, checkpoint: str | None) -> None:
-        """Remember the newest committed checkpoint here, where it is known even when its own place is not mounted."""
+        """Remember the newest committed checkpoint here, where it is known even when its own storage is not mounted."""
         file = self.path.with_name(LAST_STEP)
         if checkpoint is None:
             file.unlink(missing_ok=True)
@@ -143,7 +143,7 @@ class RunLock:
 
     @property
     def noted(self) -> str | None:
-        """The checkpoint that `note` was last told of."""
+        """The checkpoint that `note` was last given."""
         return _read(self.path.with_name(LAST_STEP)).get("checkpoint")
 
     def release(self) -> None:

@@ -49,7 +49,7 @@ class Outcome:
 class Loaded:
     """What a run goes on from."""
 
-    found: CheckpointRef
+    checkpoint: CheckpointRef
     manifest: Manifest
     trainer_state: dict[str, Any]
 
@@ -232,8 +232,8 @@ class Checkpoints:
     def find(self, wanted: str, skipped: Callable[[str], None]) -> CheckpointRef | None:
         """The checkpoint to go on from (collective); None: start afresh, for nothing has ever been committed.
 
-        `auto`: the newest that verifies; those before it are told to `skipped`. A step or a path: that one or none.
-        Raises CheckpointError on every rank.
+        `auto`: the newest that verifies; `skipped` is called with what is wrong with those before it. A step or a path:
+        that one or none. Raises CheckpointError on every rank.
         """
         if wanted == "auto":
             steps = self.mesh.ask_rank_zero(self._candidates)
@@ -291,8 +291,8 @@ class Checkpoints:
 
     def read_tensors(self, loaded: Loaded, state: LogicalState) -> None:
         """Fill this rank's tensors in place, whatever layout wrote them. Raises CheckpointError on every rank."""
-        seal = self.keys.opening(loaded.manifest, str(loaded.found))
-        reader = ShardReader(loaded.found.storage, loaded.found.folder, seal and seal.open)
+        seal = self.keys.opening(loaded.manifest, str(loaded.checkpoint))
+        reader = ShardReader(loaded.checkpoint.storage, loaded.checkpoint.folder, seal and seal.open)
         from moe_dist.checkpoint.state import read_into
 
         self._together(lambda: read_into(state, loaded.manifest, reader))

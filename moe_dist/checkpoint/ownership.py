@@ -1,4 +1,4 @@
-"""Whose checkpoints lie in a place: what this start of a run may write, move and delete there. Imports no torch."""
+"""Whose checkpoints a storage holds: what this start of a run may write, move and delete there. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLAIM = ".writer.json"
 
 
 class Ownership:
-    """One start of a run in the place of its checkpoints; only rank 0 asks it to change anything.
+    """One start of a run in the storage of its checkpoints; only rank 0 asks it to change anything.
 
     `run`: the run that writes; a start that goes on from what lies here takes its name from there. `earlier`: the
     run that this run folder was of before. `rejected`: steps that did not verify when this start looked for one.
@@ -146,7 +146,7 @@ class Ownership:
 
 
 def read_claim(storage: Storage) -> dict[str, Any]:
-    """What the last start that claimed this place has left there; empty when none has."""
+    """What the last start that claimed this storage has left there; empty when none has."""
     with suppress(OSError, ValueError):
         content = json.loads(storage.read(CLAIM, 65536))
         if isinstance(content, dict):

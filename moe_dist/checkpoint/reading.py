@@ -38,13 +38,13 @@ def locate(wanted: str, storage: Storage) -> CheckpointRef:
     """
     if wanted.isdigit():
         return CheckpointRef(storage, int(wanted))
-    place, _, name = wanted.rstrip("/").rpartition("/")
+    parent, _, name = wanted.rstrip("/").rpartition("/")
     match = re.fullmatch(r"checkpoint-(\d+)", name)
     if match is None:
         raise CheckpointError(
             f"checkpoint.resume={wanted}: not auto, never, a step, or the folder of a checkpoint (checkpoint-<step>)"
         )
-    return CheckpointRef(open_storage(place or "."), int(match[1]))
+    return CheckpointRef(open_storage(parent or "."), int(match[1]))
 
 
 def problems(found: CheckpointRef, manifest: Manifest, names: Iterable[str]) -> list[str]:

@@ -87,29 +87,29 @@ def move_earlier_run(folder: Path) -> Path | None:
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = (f"earlier-{stamp}{suffix}" for suffix in ("", *(f"-{number}" for number in range(1, 1000))))
-    place = next(path for name in names if not os.path.lexists(path := folder / name))
+    aside = next(path for name in names if not os.path.lexists(path := folder / name))
     moved: list[Path] = []
     entry = Path(".")
     try:
-        place.mkdir()
+        aside.mkdir()
         for entry in entries:
-            (place / entry).parent.mkdir(parents=True, exist_ok=True)
-            os.rename(folder / entry, place / entry)
+            (aside / entry).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(folder / entry, aside / entry)
             moved.append(entry)
-        shutil.copyfile(folder / FILE, place / FILE)  # it can be gone on with, there
+        shutil.copyfile(folder / FILE, aside / FILE)  # it can be gone on with, there
     except OSError as error:
         for back in reversed(moved):
-            os.rename(place / back, folder / back)
-        (place / FILE).unlink(missing_ok=True)
-        _remove_empty_folders(place, entries)
+            os.rename(aside / back, folder / back)
+        (aside / FILE).unlink(missing_ok=True)
+        _remove_empty_folders(aside, entries)
         with suppress(OSError):
-            place.rmdir()
+            aside.rmdir()
         raise CheckpointError(
-            f"checkpoint.resume=never: {folder / entry} cannot be moved into {place}: {error.strerror}; move it "
+            f"checkpoint.resume=never: {folder / entry} cannot be moved into {aside}: {error.strerror}; move it "
             "yourself, or choose another train.output_dir"
         ) from error
     _remove_empty_folders(folder, moved)
-    return place
+    return aside
 
 
 def _own_entries(folder: Path) -> list[Path]:

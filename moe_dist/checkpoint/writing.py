@@ -237,7 +237,7 @@ class Commit:
 
 
 def describe(error: BaseException, saving: Saving) -> str:
-    """An error as words that name the place."""
+    """An error as words that name where it was to be written."""
     if isinstance(error, CheckpointError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:

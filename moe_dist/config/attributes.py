@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config.names import ALIASES, HOMES, place, spellings
+from moe_dist.config.names import ALIASES, HOMES, keys_of, spellings
 from moe_dist.config.reading import Reading, validated
 from moe_dist.config.sections.all import Sections
 
@@ -28,6 +28,6 @@ def write(config: Sections, name: str, value: Any) -> None:
     reading.changes({name: value})
     changed = validated(type(config), reading, (), "Python")
     for spelling, meant in spellings({name: value}, "Python"):
-        for key, _ in place(spelling, meant, "Python", lambda text: None):
+        for key, _ in keys_of(spelling, meant, "Python", lambda text: None):
             section, _, leaf = key.partition(".")
             setattr(getattr(config, section), leaf, getattr(getattr(changed, section), leaf))

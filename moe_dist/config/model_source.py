@@ -29,8 +29,8 @@ def hub_name(source: str) -> tuple[str, str | None] | None:
     return (found[1], found[2]) if found else None
 
 
-def local_folder(source: str, place: Path, said: str, notice: Callable[[str], None]) -> Path:
-    """The folder that is meant; fetched first where it is elsewhere. `place`: what `source` is as a path.
+def local_folder(source: str, path: Path, said: str, notice: Callable[[str], None]) -> Path:
+    """The folder that is meant; fetched first where it is elsewhere. `path`: what `source` is as a path.
 
     A folder of that name, there or in the working directory, comes before the hub. Raises ConfigError in one line.
     """
@@ -39,8 +39,8 @@ def local_folder(source: str, place: Path, said: str, notice: Callable[[str], No
 
         return fetch(source, said, notice)
     name = hub_name(source)
-    if name is None or place.exists():
-        return place
+    if name is None or path.exists():
+        return path
     if (here := Path(os.path.abspath(source))).is_dir():
         return here
     return _from_hub(*name, said, notice)

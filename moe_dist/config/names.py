@@ -182,7 +182,7 @@ def _home(spelling: str) -> str | None:
     return ALIASES.get(leaf) or HOMES.get(leaf)
 
 
-def place(spelling: str, value: Any, origin: str, notice: Callable[[str], None]) -> list[tuple[str, Any]]:
+def keys_of(spelling: str, value: Any, origin: str, notice: Callable[[str], None]) -> list[tuple[str, Any]]:
     """The full keys and values a written key stands for; a notice where they differ from it."""
     leaf = spelling.rpartition(".")[2]
     if spelling == "model.from":

@@ -51,7 +51,7 @@ _INSTEAD = {
     r"datasets?|dataset_(name|path|dir)|train_file|train_files": "data.source, with data.path or data.name",
     r"tokenizer_(name|path|type)(_or_path)?": "data.tokenizer",
     r"data_seed": "train.seed, for the weights and the order of the data",
-    r"ignore_data_skip": "a run always goes on at its place in the data",
+    r"ignore_data_skip": "a run always goes on at its position in the data",
     r"include_(tokens_per_second|num_input_tokens_seen)": "both are always recorded",
 }
 

@@ -19,7 +19,7 @@ from moe_dist.config.huggingface import (
     read_huggingface,
 )
 from moe_dist.config.model_source import local_folder
-from moe_dist.config.names import FIELDS, SECTIONS, names_a_model, place, spellings, takes
+from moe_dist.config.names import FIELDS, SECTIONS, keys_of, names_a_model, spellings, takes
 from moe_dist.config.paths import expand, plain
 from moe_dist.config.sections.all import Sections
 from moe_dist.config.sections.model import ModelConfig
@@ -71,9 +71,9 @@ class Reading:
     def file(self, path: Path, said: str = "", stack: tuple[Path, ...] = ()) -> None:
         """Add a file's values, after those of the files it is based on."""
         raw = read_yaml(path, said)
-        place = path.resolve()
-        if place in stack:
-            circle = " -> ".join(file.name for file in (*stack[stack.index(place) :], place))
+        resolved = path.resolve()
+        if resolved in stack:
+            circle = " -> ".join(file.name for file in (*stack[stack.index(resolved) :], resolved))
             raise ConfigError(f"{said}: files based on each other in a circle ({circle}); allowed: a chain")
         self._files += 1
         if self._files > MAX_FILES:
@@ -83,14 +83,14 @@ class Reading:
             if not isinstance(name, str):
                 raise ConfigError(f"base={show(base)}: the path of a YAML file, or a list of them ({path})")
             said = f"base={show(name)} ({path})"
-            self.file(Path(self._admit("base", str(path.parent / expanded(name, said)))), said, (*stack, place))
+            self.file(Path(self._admit("base", str(path.parent / expanded(name, said)))), said, (*stack, resolved))
         self.layer(raw, str(path), path.parent)
 
     def layer(self, raw: Mapping[Any, Any], origin: str, folder: Path) -> None:
         """Add what one file or the command line says, over what is there."""
         said: dict[str, tuple[str, Any]] = {}
         for spelling, value in spellings(raw, origin):
-            for key, meant in place(spelling, value, origin, self.notice):
+            for key, meant in keys_of(spelling, value, origin, self.notice):
                 meant = self._admit(key, meant)
                 if key in said and said[key][1] != meant:
                     first, other = said[key]
@@ -124,28 +124,26 @@ class Reading:
                 f"{_PRETRAINED}={show(source)}: a folder with config.json and weights, org/name, or a URL"
             )
         source = expanded(source, f"{_PRETRAINED}={show(source)} ({origin})")
-        place = Path(os.path.abspath(folder / source))
-        place = local_folder(source, place, f"{_PRETRAINED}={show(source)}", self.notice)
-        if (place / "config.json").exists() or any(key not in said for key in FIELDS if key.startswith("model.")):
-            self.pretrained = pretrained_config(place, f"{_PRETRAINED}={show(source)}")
+        path = Path(os.path.abspath(folder / source))
+        path = local_folder(source, path, f"{_PRETRAINED}={show(source)}", self.notice)
+        if (path / "config.json").exists() or any(key not in said for key in FIELDS if key.startswith("model.")):
+            self.pretrained = pretrained_config(path, f"{_PRETRAINED}={show(source)}")
             self._drop_model()
             self.values |= self.pretrained.model
-            self.origins |= dict.fromkeys(self.pretrained.model, str(place / "config.json"))
+            self.origins |= dict.fromkeys(self.pretrained.model, str(path / "config.json"))
             self.defaults = dict(self.pretrained.balance)
-            if has_tokenizer(place) and "data.tokenizer" not in said:
-                self._take_tokenizer(place, origin)
-        return str(place)
+            if has_tokenizer(path) and "data.tokenizer" not in said:
+                self._take_tokenizer(path, origin)
+        return str(path)
 
-    def _take_tokenizer(self, place: Path, origin: str) -> None:
+    def _take_tokenizer(self, path: Path, origin: str) -> None:
         """That of the folder, unless who says where to start from says another: ids mean what its tokenizer means."""
-        key, own = "data.tokenizer", str(place)
+        key, own = "data.tokenizer", str(path)
         if (who := self.origins.get(key)) == origin:
             return
         if self.values.get(key, own) != own:
-            self.notice(
-                f"{key}={show(self.values[key])} ({who}) is not the tokenizer of {place.name}; its own is taken"
-            )
-        self.values[key], self.origins[key] = own, str(place / "config.json")
+            self.notice(f"{key}={show(self.values[key])} ({who}) is not the tokenizer of {path.name}; its own is taken")
+        self.values[key], self.origins[key] = own, str(path / "config.json")
 
     def check_pretrained(self, model: ModelConfig) -> None:
         """Raises ConfigError naming the keys in which a model is not that of the folder its weights come from."""

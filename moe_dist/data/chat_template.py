@@ -227,7 +227,7 @@ def _by_marks(
     if len(begins) != len(mine):
         raise ValueError(
             f"the chat template of {tokenizer.name!r} marks {len(begins)} stretches for {len(mine)} turns of the "
-            "assistant: which one is not to be learned cannot be told; remove train=false"
+            "assistant: it is not known which one is not to be learned; remove train=false"
         )
     turn_of = np.cumsum(np.isin(np.arange(len(ids)), begins)) - 1
     return ids, learned & np.array(mine)[np.maximum(turn_of, 0)]
@@ -245,7 +245,7 @@ def _span(tokenizer: HuggingFaceTokenizer, said: Conversation, number: int, text
     if not until.startswith(before) or not text.startswith(until):
         raise ValueError(
             f"{named} writes it otherwise than the turns before it lead to (thinking that is left out of earlier "
-            "turns?), so its tokens cannot be told; set data.assistant_turns=last, or train=false for the turn"
+            "turns?), so its tokens are not known; set data.assistant_turns=last, or train=false for the turn"
         )
     end = len(until)
     closed = until.rstrip()

@@ -46,7 +46,7 @@ class Wanted:
     encode: ChatEncoder | None = None
     is_talk: bool = False
     """Whether rows are conversations or completions; known once `check` has seen the columns."""
-    _told: set[tuple[str, ...]] = field(default_factory=set)
+    _reported: set[tuple[str, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -60,7 +60,7 @@ class Wanted:
 
     @property
     def kind(self) -> dict[str, Any]:
-        """What a `Corpus` is told of its rows, once `check` has seen the columns."""
+        """What a `Corpus` needs to know of its rows, once `check` has seen the columns."""
         return {"whole": self.is_talk, "pairs": self.is_preference}
 
     @property
@@ -91,8 +91,8 @@ class Wanted:
             raise ValueError(f"{where} has no field {self.text_field!r} (text_field); it has {sorted(names)}{hint}")
         read = self.selected(names)
         unread = tuple(name for name in left if name not in read)
-        if unread and unread not in self._told:
-            self._told.add(unread)
+        if unread and unread not in self._reported:
+            self._reported.add(unread)
             logger.warning("%s: columns that are not read: %s", where.rstrip(","), ", ".join(unread))
 
     def selected(self, columns: Sequence[str]) -> list[str]:

@@ -42,7 +42,7 @@ class Document:
 
 @dataclass(frozen=True)
 class SkippedDocument:
-    """A document left out: `offset` in bytes of the file or rows of the dataset; `reason` names the place."""
+    """A document left out: `offset` in bytes of the file or rows of the dataset; `reason` says what is wrong."""
 
     id: str
     offset: int
@@ -116,7 +116,7 @@ class Corpus:
     def iter_from(self, state: dict[str, Any] | None) -> Iterator[Document]:
         """Documents after the point that `state_dict` gave; None: all of them.
 
-        Raises ValueError naming the place of an unreadable document where `on_error` is 'fail'.
+        Raises ValueError naming the file and offset of an unreadable document where `on_error` is 'fail'.
         """
         self._position = 0 if state is None else int(state["position"])
         self.skipped, self.truncated = [], []

@@ -1,4 +1,4 @@
-"""Whether data is the data it was: told from all tokens where they are in memory, and named by file."""
+"""Whether data is the data it was: by a hash of all tokens where they are in memory, and named by file."""
 
 from __future__ import annotations
 

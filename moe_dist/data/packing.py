@@ -169,7 +169,7 @@ class PackedDataset:
         """
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} is out of range: the dataset has {self._num_samples} samples")
-        begin, end = (int(place) for place in self._begins[index : index + 2])
+        begin, end = (int(offset) for offset in self._begins[index : index + 2])
         if end - begin == self.max_seq_length:  # the label of its last token may be the token after it
             end = min(end + 1, len(self.tokens))
         first = int(np.searchsorted(self.document_starts, begin, side="right")) - 1

@@ -48,7 +48,7 @@ class Entry:
 class Source(Protocol):
     """Entries in a fixed order, from any point of it.
 
-    `fingerprint` changes when the content may have changed (None: cannot be told). `state()` is what
+    `fingerprint` changes when the content may have changed (None: unknown). `state()` is what
     `entries(state=...)` needs to go on right after the entry handed out last; None means that the number of
     entries handed out, given as `start`, is enough.
     """

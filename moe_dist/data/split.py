@@ -1,4 +1,4 @@
-"""Training and validation documents, told apart by a hash of the document's id."""
+"""Training and validation documents, divided by a hash of the document's id."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def comparison_page(rows: Sequence[Row], compared: Comparison) -> str:
     measured = [(name, row) for name, row in zip(names, rows, strict=True) if "loss" in row]
     if measured:
         made.section("text", "Held-out text", _sources(measured))
-        made.chart("positions", _positions(measured), "Loss by place in a sample: what context is worth.")
+        made.chart("positions", _positions(measured), "Loss by position in a sample: what context is worth.")
         off = ", ".join(f"{name} {row['calibration_error']:.2%}" for name, row in measured)
         caption = (
             f"Confidence in the likeliest token against how often it is right. Mean distance from the line: {off}."
@@ -168,12 +168,12 @@ def _style(number: int) -> dict[str, Any]:
 
 def _positions(measured: Sequence[tuple[str, Row]]) -> go.Figure:
     made = figure(yaxis_title="nats per token")
-    places = [(of["from"], of["to"] - 1) for of in measured[0][1]["loss_by_position"]]
-    made.update_layout(xaxis={"title": {"text": "place in the sample"}, "type": "category"})
+    ranges = [(of["from"], of["to"] - 1) for of in measured[0][1]["loss_by_position"]]
+    made.update_layout(xaxis={"title": {"text": "position in the sample"}, "type": "category"})
     for number, (name, row) in enumerate(measured):
         found = {(of["from"], of["to"] - 1): of["loss"] for of in row["loss_by_position"]}
-        labels = [f"{first}" if first == last else f"{first}-{last}" for first, last in places]
-        values = [found.get(place) for place in places]
+        labels = [f"{first}" if first == last else f"{first}-{last}" for first, last in ranges]
+        values = [found.get(one) for one in ranges]
         made.add_scatter(x=labels, y=values, name=name, mode="lines+markers", line=_style(number))
     return made
 

@@ -158,12 +158,12 @@ def study(
             source_T = torch.zeros_like(word_T) if there.domain_ids is None else there.domain_ids.flatten().long()
             total += len(word_T) if valid_T is None else valid_T.sum()
             for layer, (ids_TK, _) in seen.items():
-                place = layers.index(layer)
+                index = layers.index(layer)
                 ids = ids_TK if valid_T is None else ids_TK.masked_fill(~valid_T[:, None], num_experts)
-                _count(tokens[place], ids * size + word_T[:, None])
-                _count(sources[place], source_T.where(source_T < len(names), 0)[:, None] * (num_experts + 1) + ids)
+                _count(tokens[index], ids * size + word_T[:, None])
+                _count(sources[index], source_T.where(source_T < len(names), 0)[:, None] * (num_experts + 1) + ids)
                 chosen = torch.zeros(len(ids), num_experts + 1, device=ids.device).scatter_(1, ids, 1.0)[:, :-1]
-                together[place] += (chosen.T @ chosen).long()
+                together[index] += (chosen.T @ chosen).long()
     for counts in (tokens, sources, together):
         mesh.sum_over("world", counts)
     num_tokens = int(mesh.sum_over("dp", total))
@@ -175,8 +175,8 @@ def study(
     return ExpertStudy(words, tuple(names), found, num_tokens)
 
 
-def _count(into: Tensor, places: Tensor) -> None:
-    into.view(-1).add_(places.flatten().bincount(minlength=into.numel()))
+def _count(into: Tensor, indices: Tensor) -> None:
+    into.view(-1).add_(indices.flatten().bincount(minlength=into.numel()))
 
 
 def _shares(counts: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Measured:
-    """`by_position`: (first position, past the last, loss in nats, tokens) of places in a sample, in powers of two.
+    """`by_position`: (first position, past the last, loss in nats, tokens) of positions in a sample, in powers of two.
     `expert_load`: by layer the (token, expert) pairs of each expert. `confidence`: (tokens, mean probability of the
     likeliest token, share of tokens that were it) of NUM_BINS equal steps of that probability. `samples`: of each one
     loss (nats, summed), tokens, hits and bytes.
@@ -134,21 +134,21 @@ def measure(
                 pairs[layer] += ids.flatten().bincount(minlength=config.num_experts + 1)
             if model.lm_head is not None:  # of a pipeline, the last stage
                 totals.add(logits_BSV, there, tokenizer)
-    for tensor in (totals.sources, totals.places, totals.samples, totals.bins, pairs):
+    for tensor in (totals.sources, totals.positions, totals.samples, totals.bins, pairs):
         mesh.sum_over("world", tensor)
     load = {layer: row[:-1].tolist() for layer, row in enumerate(pairs) if row[:-1].any()}
     return totals.measured(load, time.perf_counter() - started)
 
 
 class Totals:
-    """Sums in float64. Of sources and of samples: losses, tokens, hits and bytes; of places in a sample: losses and
+    """Sums in float64. Of sources and of samples: losses, tokens, hits and bytes; of positions in a sample: losses and
     tokens; of steps of confidence: tokens, confidence and hits."""
 
     def __init__(self, samples: Chosen, device: torch.device) -> None:
         make = partial(torch.zeros, dtype=torch.float64, device=device)
         self.names = samples.domains or ("all",)
         self.sources, self.samples = make(len(self.names), 4), make(len(samples), 4)
-        self.places, self.bins = make(samples.max_seq_length, 2), make(NUM_BINS, 3)
+        self.positions, self.bins = make(samples.max_seq_length, 2), make(NUM_BINS, 3)
 
     def add(self, logits_BSV: Tensor, batch: Batch, tokenizer: Tokenizer) -> None:
         """A batch's numbers."""
@@ -167,8 +167,8 @@ class Totals:
         for column, values in ((_LOSS, loss_T), (_TOKENS, is_label_T.double()), (_CORRECT, hits_T)):
             self.sources[:, column].index_add_(0, source_T, values)
             self.samples[:, column].index_add_(0, sample_T.flatten(), values)
-        self.places[:, 0] += loss_T.view(labels_BS.shape).sum(0)
-        self.places[:, 1] += is_label_T.view(labels_BS.shape).sum(0)
+        self.positions[:, 0] += loss_T.view(labels_BS.shape).sum(0)
+        self.positions[:, 1] += is_label_T.view(labels_BS.shape).sum(0)
         sure_T = sure_T.double().exp()[is_label_T]
         bin_T = (sure_T * NUM_BINS).long().clamp(max=NUM_BINS - 1)
         for column, values in enumerate((torch.ones_like(sure_T), sure_T, hits_T[is_label_T])):
@@ -190,7 +190,7 @@ class Totals:
         bins = [
             (int(count), *(part / max(1, count) for part in (sure, hits))) for count, sure, hits in self.bins.tolist()
         ]
-        return Measured(whole, each, _by_position(self.places), load, bins, self.samples.tolist(), seconds)
+        return Measured(whole, each, _by_position(self.positions), load, bins, self.samples.tolist(), seconds)
 
 
 def _losses(row: list[float]) -> Losses:
@@ -198,11 +198,11 @@ def _losses(row: list[float]) -> Losses:
     return Losses(row[_LOSS] / count, int(count), int(row[_BYTES]), row[_CORRECT] / count)
 
 
-def _by_position(places: Tensor) -> list[tuple[int, int, float, int]]:
+def _by_position(positions: Tensor) -> list[tuple[int, int, float, int]]:
     found, first = [], 0
-    while first < len(places):
-        end = min(max(2 * first, 1), len(places))
-        loss, count = places[first:end].sum(0).tolist()
+    while first < len(positions):
+        end = min(max(2 * first, 1), len(positions))
+        loss, count = positions[first:end].sum(0).tolist()
         if count:
             found.append((first, end, loss / count, int(count)))
         first = end

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from moe_dist.data.tokenizer import Tokenizer
+from moe_dist.generate.choice import choose, chosen_pairs, chosen_token, num_numbers
 from moe_dist.generate.expert_cache import CachePolicy, ExpertCache, ExpertCacheStats
 from moe_dist.generate.json_schema import JsonAnswer, JsonSchemas
 from moe_dist.generate.options import SamplingOptions
 from moe_dist.generate.paged_cache import BLOCK, BlockPool, StepCache
-from moe_dist.generate.requests import Completion, Event, Live, LogProbs, Occupied
-from moe_dist.generate.sampling import BeamSearch, next_token
+from moe_dist.generate.requests import Completion, Event, Live, Occupied
+from moe_dist.generate.sampling import BeamSearch
 from moe_dist.generate.text_stream import TextStream
 from moe_dist.models.context import RoutingContext
 from moe_dist.models.transformer import Transformer
@@ -40,7 +41,7 @@ class MoEInferenceEngine:
     `model`: a `Transformer` with weights, or this rank's part of one on `mesh`. Without a `tokenizer` prompts are
     token ids and answers have no text. `vocab_size`: only ids below it are chosen; None: the tokenizer's, or all.
     `expert_cache_size_gb`: experts move to host memory, or to files in `expert_folder`, and so much of them is kept
-    where the model computes, by `cache_policy`; None: all experts stay where they are. `cache_tokens`: places for
+    where the model computes, by `cache_policy`; None: all experts stay where they are. `cache_tokens`: room for
     tokens of all live requests together. `max_rows`: sequences of a batch; `max_prompt_tokens`: of prompts
     read in one pass.
     """
@@ -112,7 +113,7 @@ class MoEInferenceEngine:
         if blocks > self.pool.max_blocks:
             raise ValueError(
                 f"a prompt of {len(tokens)} tokens, max_tokens={options.max_tokens} and num_beams={options.num_beams} "
-                f"need {blocks * BLOCK} places of the cache: it has {self.pool.max_blocks * BLOCK} (cache_tokens)"
+                f"need {blocks * BLOCK} tokens of the cache: it has {self.pool.max_blocks * BLOCK} (cache_tokens)"
             )
         if options.num_beams > self.max_rows:
             raise ValueError(f"num_beams={options.num_beams}: at most max_rows={self.max_rows}")
@@ -212,10 +213,10 @@ class MoEInferenceEngine:
         is_busy = bool(self._live or self._waiting)
         if self.mesh.group("dp") is None:
             return events, is_busy
-        told = self.mesh.from_all((events, is_busy, self._own), "dp")
-        every = [own for _, _, own in told]
+        replicas = self.mesh.from_all((events, is_busy, self._own), "dp")
+        every = [own for _, _, own in replicas]
         self._occupied = Occupied(*(sum(getattr(own, one.name) for own in every) for one in fields(Occupied)))
-        return [event for found, _, _ in told for event in found], any(busy for _, busy, _ in told)
+        return [event for found, _, _ in replicas for event in found], any(busy for _, busy, _ in replicas)
 
     def _plan(self) -> list[tuple[Live, int]]:
         """What goes through the model now: (request, tokens of each of its sequences). Prompts go first."""
@@ -276,18 +277,17 @@ class MoEInferenceEngine:
 
     def _choose(self, rows: list[tuple[Live, int]], logits: Tensor | None) -> list[Event]:
         """Take the next token of everybody whose tokens have all been through the model."""
-        ready, place = [], 0
+        ready, first_row = [], 0
         for live, _ in rows:
             if live.num_waiting == 0:
-                ready.append((live, place))
-            place += len(live.sequences)
-        sizes = [self._num_numbers(live) for live, _ in ready]
+                ready.append((live, first_row))
+            first_row += len(live.sequences)
+        sizes = [num_numbers(live) for live, _ in ready]
         # On several stages only the last one has logits; the others add zeros.
         chosen = torch.zeros(sum(sizes), dtype=torch.float64)
         if logits is not None and ready:
             likeliest = logits.argmax(-1).tolist()
-            parts = [self._numbers(live, logits, row, likeliest) for live, row in ready]
-            chosen = torch.cat(parts)
+            chosen = torch.cat([choose(live, logits, row, likeliest) for live, row in ready])
         if self.mesh.group("pp") is not None:
             chosen = self.mesh.sum_over("pp", chosen.to(self.mesh.device)).cpu()
         events: list[Event] = []
@@ -297,43 +297,8 @@ class MoEInferenceEngine:
                 events.append(event)
         return events
 
-    def _num_numbers(self, live: Live) -> int:
-        if live.beams is not None:
-            return 2 * live.beams.num_proposed
-        return 1 if live.options.logprobs is None else 2 + 2 * live.options.logprobs
-
-    def _numbers(self, live: Live, logits: Tensor, row: int, likeliest: list[int]) -> Tensor:
-        """What is decided for a request, as float64, so that all stages can hear it in one sum."""
-        options = live.options
-        if live.beams is not None:
-            few = logits[row : row + len(live.sequences)].expand(options.num_beams, -1)
-            sequences = live.sequences * (options.num_beams // len(live.sequences))
-            scores, numbers = live.beams.propose(few, sequences, options.repetition_penalty)
-            return torch.cat((scores.double(), numbers.double())).cpu()
-        scores = logits[row]
-        if live.json is not None:
-            scores = scores.masked_fill(~live.json.allowed().to(scores.device), float("-inf"))
-        if options.temperature or options.repetition_penalty != 1.0 or live.json is not None:
-            token = next_token(scores, live.sequences[0], options, live.generator)
-        else:
-            token = likeliest[row]
-        if live.json is not None:
-            num_left = options.max_tokens - (len(live.sequences[0]) - live.num_prompt)
-            token = live.json.take(token, num_left)
-        found = [float(token)]
-        if options.logprobs is not None:
-            logs = logits[row].double().log_softmax(-1)
-            best = logs.topk(options.logprobs)
-            found += [float(logs[token]), *best.indices.tolist(), *best.values.tolist()]
-        return torch.tensor(found, dtype=torch.float64)
-
     def _take(self, live: Live, numbers: Tensor) -> Event:
-        found = numbers.tolist()
-        token, count = int(found[0]), live.options.logprobs
-        logprobs: tuple[LogProbs, ...] = ()
-        if count is not None:
-            best = zip(map(int, found[2 : 2 + count]), found[2 + count :], strict=True)
-            logprobs = ((found[1], tuple(best)),)
+        token, logprobs = chosen_token(live, numbers)
         sequence = live.sequences[0]
         sequence.append(token)
         is_end = token in self.eos_ids and not live.options.ignore_eos
@@ -347,8 +312,7 @@ class MoEInferenceEngine:
     def _take_beams(self, live: Live, numbers: Tensor) -> Event | None:
         beams = live.beams
         assert beams is not None
-        scores, pairs = numbers.float().chunk(2)[0], numbers.long().chunk(2)[1]
-        parents, is_over = beams.take(scores, pairs, self.vocab_size)
+        parents, is_over = beams.take(*chosen_pairs(numbers), self.vocab_size)
         if is_over:
             tokens = tuple(beams.best)
             text = live.stream.push(tokens, last=True) if self.tokenizer is not None else ""

@@ -92,7 +92,7 @@ class JsonSchemas:
             found += following
         return None
 
-    def _soonest(self, state: Any, place: int) -> int:
+    def _soonest(self, state: Any, position: int) -> int:
         allowed = self.allowed(state)
         if self.quote is not None and allowed[self.quote] and sum(map(bool, allowed[self.letters])) > 20:
             return self.quote
@@ -102,7 +102,7 @@ class JsonSchemas:
         others = allowed.nonzero().flatten().tolist()
         others = [token for token in others if token not in self.late] or others
         # Not always the first: of a pattern such as (a|b)*c that would be an a for ever.
-        return others[place % len(others)] if others else self.eos_id
+        return others[position % len(others)] if others else self.eos_id
 
     def allowed(self, state: Any) -> Tensor:
         """Which tokens may be next, (V,) bool; none in a state that has failed."""

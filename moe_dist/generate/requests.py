@@ -13,7 +13,7 @@ from moe_dist.generate.sampling import BeamSearch
 from moe_dist.generate.text_stream import TextStream
 
 LogProbs = tuple[float, tuple[tuple[int, float], ...]]
-"""Of a token, and (id, log-probability) of the likeliest ones at its place, best first."""
+"""Of a token, and (id, log-probability) of the likeliest ones at its position, best first."""
 
 
 @dataclass(frozen=True)

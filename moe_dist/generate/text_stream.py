@@ -20,7 +20,7 @@ class TextStream:
         """Whether a stop text has come: what follows it is no part of the answer."""
 
     def push(self, tokens: Sequence[int], *, last: bool = False) -> str:
-        """The text that these tokens add, as far as it can be told; with `last` all that is left."""
+        """The text that these tokens add, as far as it is final; with `last` all that is left."""
         self._tokens += tokens
         # Tokens before are decoded too, for those who write spaces between words.
         before = self._decode(self._tokens[self._start : self._read])
@@ -33,10 +33,10 @@ class TextStream:
 
     def _without_stop(self, fresh: str, last: bool) -> str:
         text = self._held + fresh
-        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        if places:
+        starts = [start for stop in self._stop if (start := text.find(stop)) >= 0]
+        if starts:
             self.stopped, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(starts)]
         held = 0
         if not last:
             sizes = (size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size]))

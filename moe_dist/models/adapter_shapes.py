@@ -31,7 +31,7 @@ assert {*_MODULES, "lm_head"} == set(TARGETS)
 
 
 class Target(NamedTuple):
-    """One weight with an adapter. `module`: the adapter's place; `weight`: name of what it adds to.
+    """One weight with an adapter. `module`: where the adapter is; `weight`: name of what it adds to.
 
     `num_experts`: of a stack, which has an adapter for each expert; 0: a plain matrix. `num_in`, `num_out`: of the
     linear map.
@@ -78,7 +78,7 @@ def targets(model: ModelConfig, lora: LoraConfig) -> list[Target]:
         there = [word for word in TARGETS if any(_in_model(word, model))]
         raise ConfigError(f"lora.target_modules={missing[0]}: this model has none; it has {', '.join(there)}")
     every = {target.module: target for part in found.values() for target in part}
-    order = {name: place for place, name in enumerate(logical_shapes(model))}
+    order = {name: index for index, name in enumerate(logical_shapes(model))}
     return sorted(every.values(), key=lambda target: order[target.weight])
 
 

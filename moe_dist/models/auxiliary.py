@@ -19,7 +19,7 @@ from moe_dist.config import BalanceConfig
 from moe_dist.models.context import Load, RoutingContext
 from moe_dist.models.precision import full
 from moe_dist.models.recompute import is_recomputing, once
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 
 
 class _InjectLoss(torch.autograd.Function):

@@ -75,9 +75,9 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class RankCounts:
-    """Parameters on each rank of one place in the pipeline; all ranks of a place hold equally many.
+    """Parameters on each of the ranks with one `pp` coordinate; all of them hold equally many.
 
-    `stage` is the place (a rank's `pp` coordinate), `layers` the global numbers of the layers there.
+    `stage` is that coordinate, `layers` the global numbers of its layers.
     """
 
     stage: int
@@ -159,19 +159,19 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     )
 
 
-def per_rank(model: ModelConfig, layout: Split, places: Sequence[Sequence[range]] | None = None) -> list[RankCounts]:
-    """What each rank holds, one entry per place in the pipeline: experts split over ep, the rest replicated.
+def per_rank(model: ModelConfig, layout: Split, layers_of: Sequence[Sequence[range]] | None = None) -> list[RankCounts]:
+    """What each rank holds, one entry per `pp` coordinate: experts split over ep, the rest replicated.
 
-    `places`: the layers of each place, as one or several stages; default: one stage each, as `split_layers`
+    `layers_of`: the layers of each, as one or several stages; default: one stage each, as `split_layers`
     has it. The embedding is on the first stage, final norm and head on the last (tied weights: on both).
     Raises ValueError when there are more stages than layers or ep_size does not divide the experts.
     """
-    places = places or [[layers] for layers in split_layers(model, layout.pp_size)]
+    layers_of = layers_of or [[layers] for layers in split_layers(model, layout.pp_size)]
     if model.moe_layers and model.num_experts % layout.ep_size:
         raise ValueError(f"ep_size={layout.ep_size}: must divide num_experts={model.num_experts}")
     V, D = model.vocab_size, model.hidden_size
     counts = []
-    for place, stages in enumerate(places):
+    for pp_rank, stages in enumerate(layers_of):
         layers = tuple(layer for stage in stages for layer in stage)
         parts = blocks(model, layers)
         experts = sum(block.experts for block in parts)
@@ -180,7 +180,7 @@ def per_rank(model: ModelConfig, layout: Split, places: Sequence[Sequence[range]
         tied_here = model.tie_word_embeddings and first and last
         dense += V * D * (first + last - tied_here) + D * last
         routers = sum(block.router for block in parts)
-        counts.append(RankCounts(place, layers, dense, experts // layout.ep_size, routers))
+        counts.append(RankCounts(pp_rank, layers, dense, experts // layout.ep_size, routers))
     return counts
 
 

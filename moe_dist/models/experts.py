@@ -5,24 +5,22 @@ Shape suffixes: R rows, D hidden, F intermediate, e experts held here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import grouped_mm
 
 from moe_dist.config import ModelConfig
 from moe_dist.models.adapted_experts import AdaptedSwiGLU
 from moe_dist.models.grouped import StackedLowRank, grouped_mm_takes, multiply_one_by_one, multiply_rows
-from moe_dist.models.layers import ACTIVATIONS
 from moe_dist.models.noise import Sources, refuse_stray_noise
 from moe_dist.models.own_experts import Expert as Expert
 from moe_dist.models.own_experts import ExpertList, SeedOf, check_stack
 from moe_dist.models.quantized import QuantizedWeight, TimesQuantized
 from moe_dist.models.registry import Registry
+from moe_dist.models.swiglu import GroupedSwiGLU, loop_swiglu, swiglu, swiglu_backward
 
 
 class Experts(nn.Module):
@@ -63,7 +61,7 @@ class Experts(nn.Module):
         weights = self.w_gate_up.to(dtype), self.w_down.to(dtype)
         if not grouped_mm_takes(dtype, self.w_down.shape[1:]):
             return loop_swiglu(rows_RD, *weights, rows_per_expert, self.hidden_act)
-        return _GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.hidden_act, self.chunk_rows)
+        return GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.hidden_act, self.chunk_rows)
 
     def _adapters_are_grouped(self, dtype: torch.dtype) -> bool:
         """Whether the kernel takes the sizes of the experts and the ranks beside them, and no row is dropped out."""
@@ -78,7 +76,7 @@ class Experts(nn.Module):
             both = (None, None) if adapter is None else (adapter.A.to(dtype), adapter.B.to(dtype))
             matrices.extend(both)
         scales = [adapter.scale for adapter in (self.lora_gate_up, self.lora_down) if adapter is not None]
-        backward = partial(_swiglu_backward, activation=self.hidden_act)
+        backward = partial(swiglu_backward, activation=self.hidden_act)
         return AdaptedSwiGLU.apply(rows_RD, *weights, *matrices, offsets, max(scales, default=1.0), self.unit, backward)
 
     def in_parts(self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None) -> Tensor:
@@ -193,142 +191,6 @@ class ClampedExperts(Experts):
         gate, up = gate_up.chunk(2, dim=-1)
         gate, up = gate.clamp(max=self.LIMIT), up.clamp(-self.LIMIT, self.LIMIT)
         return gate * (gate * self.ALPHA).sigmoid() * (up + 1)
-
-
-def loop_swiglu(
-    rows_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, rows_per_expert: Tensor, activation: str = "silu"
-) -> Tensor:
-    """SwiGLU of every expert for its rows, (R, D) -> (R, D), in any dtype and of any sizes. Waits for the device."""
-    # unbind once: indexing weight[e] in the loop would build a full-size zero gradient per expert.
-    weights = zip(w_gate_up.unbind(0), w_down.unbind(0), strict=True)
-    chunks = rows_RD.split(rows_per_expert.tolist())
-    both = zip(chunks, weights, strict=True)
-    return torch.cat([swiglu(x @ gate_up, activation) @ down for x, (gate_up, down) in both])
-
-
-def swiglu(gate_up: Tensor, activation: str = "silu") -> Tensor:
-    """silu(first half) * second half of the last dimension."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate) * up
-
-
-def _swiglu_backward(
-    grad_hidden: Tensor, gate_up: Tensor, hidden: Tensor, grad_gate_up: Tensor, activation: str
-) -> None:
-    """Write swiglu(gate_up) to `hidden` and its gradient to `grad_gate_up`; `grad_hidden` is used up."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-    forward, backward, how = _IN_PLACE[activation]
-    forward(gate, **how, out=hidden)
-    torch.mul(grad_hidden, hidden, out=grad_up)
-    hidden.mul_(up)
-    backward(grad_hidden.mul_(up), gate, **how, grad_input=grad_gate)
-
-
-_aten = torch.ops.aten
-# Activation -> (into a tensor that is there, its gradient likewise, how).
-_IN_PLACE: dict[str, tuple[Any, Any, dict[str, str]]] = {
-    "silu": (_aten.silu.out, _aten.silu_backward.grad_input, {}),
-    "gelu": (_aten.gelu.out, _aten.gelu_backward.grad_input, {"approximate": "none"}),
-    "gelu_tanh": (_aten.gelu.out, _aten.gelu_backward.grad_input, {"approximate": "tanh"}),
-}
-
-
-class _GroupedSwiGLU(torch.autograd.Function):
-    """All experts in two grouped matmuls, and backward in four, without a host synchronisation.
-
-    Of the activations only gate_up is kept; the hidden one is made again in backward. More rows than `chunk_rows` come
-    in chunks of a quarter as many, and their gate_up is made again too: there are three tensors of all rows by then
-    which there is no way around, and what is held beside them makes room. Without a row nothing is called, and
-    gradients, zeros, come in the same order: an engine may reduce them as they come, on all ranks together.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows_RD: Tensor,
-        w_gate_up: Tensor,
-        w_down: Tensor,
-        offsets: Tensor,
-        activation: str,
-        chunk_rows: int,
-    ) -> Tensor:
-        ctx.activation, ctx.chunk_rows = activation, chunk_rows
-        if not len(rows_RD):
-            ctx.save_for_backward(rows_RD, None, w_gate_up, w_down, offsets)
-            return rows_RD.new_empty(rows_RD.shape)
-        gate_up, out = None, _Rows(len(rows_RD))
-        for (rows,), ends in _chunks(chunk_rows, offsets, rows_RD):
-            gate_up = grouped_mm(rows, w_gate_up, offs=ends)
-            out.append(grouped_mm(swiglu(gate_up, activation), w_down, offs=ends))
-            gate_up = gate_up if len(rows) == len(rows_RD) else None
-        ctx.save_for_backward(rows_RD, gate_up, w_gate_up, w_down, offsets)
-        return out.whole
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        rows_RD, gate_up, w_gate_up, w_down, offsets = ctx.saved_tensors
-        want_rows, want_up, want_down, *_ = ctx.needs_input_grad
-        if not len(rows_RD):
-            wanted = zip((rows_RD, w_gate_up, w_down), ctx.needs_input_grad, strict=False)
-            d_rows, d_up, d_down = (torch.zeros_like(like) if want else None for like, want in wanted)
-            return d_rows, d_up, d_down, None, None, None
-        grad_RD = grad_RD.contiguous()  # the kernel refuses expanded ones, as of a sum
-        out, d_up, d_down = _Rows(len(rows_RD)), None, None
-        for (rows, grad), ends in _chunks(ctx.chunk_rows, offsets, rows_RD, grad_RD):
-            grad_gate_up, hidden = _unit_gradient(rows, grad, gate_up, w_gate_up, w_down, ends, ctx.activation)
-            d_down = _added(d_down, grouped_mm(hidden.t(), grad, offs=ends)) if want_down else None
-            del hidden
-            if want_rows:
-                out.append(grouped_mm(grad_gate_up, w_gate_up.transpose(1, 2), offs=ends))
-            d_up = _added(d_up, grouped_mm(rows.t(), grad_gate_up, offs=ends)) if want_up else None
-            del grad_gate_up  # or it would be there beside the next chunk's
-        return out.whole if want_rows else None, d_up, d_down, None, None, None
-
-
-def _unit_gradient(
-    rows: Tensor, grad: Tensor, gate_up: Tensor | None, w_gate_up: Tensor, w_down: Tensor, ends: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
-    """The gradient of gate_up (R, 2F), which is computed where it was not kept, and the hidden activation (R, F)."""
-    if gate_up is None:
-        gate_up = grouped_mm(rows, w_gate_up, offs=ends)
-    grad_hidden = grouped_mm(grad, w_down.transpose(1, 2), offs=ends)
-    hidden, grad_gate_up = torch.empty_like(grad_hidden), torch.empty_like(gate_up)
-    _swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up, activation)
-    return grad_gate_up, hidden
-
-
-def _chunks(chunk_rows: int, offsets: Tensor, *tensors: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """`tensors` (R, ...) whole, or if they have more than `chunk_rows` rows slices of a quarter as many, and where
-    every expert's rows end in them."""
-    num_rows = len(tensors[0])
-    if not chunk_rows or num_rows <= chunk_rows:
-        yield list(tensors), offsets
-        return
-    for start in range(0, num_rows, size := -(-chunk_rows // 4)):
-        parts = [tensor[start : start + size] for tensor in tensors]
-        yield parts, (offsets - start).clamp(0, len(parts[0]))
-
-
-class _Rows:
-    """A tensor (R, ...) put together from chunks of its rows; a single one is taken as it is."""
-
-    def __init__(self, num_rows: int) -> None:
-        self.num_rows, self.filled = num_rows, 0
-
-    def append(self, part: Tensor) -> None:
-        if len(part) == self.num_rows:
-            self.whole = part
-            return
-        if not self.filled:
-            self.whole = part.new_empty(self.num_rows, *part.shape[1:])
-        self.whole[self.filled : self.filled + len(part)] = part
-        self.filled += len(part)
-
-
-def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)
 
 
 EXPERTS: Registry[Callable[..., nn.Module]] = Registry("model.expert", "expert")

@@ -1,5 +1,10 @@
 """A model whose weights are int8: linear maps and experts, one scale for each output, computed in the type they had.
 
+For serving, and another way than `quantized.py` has for adapters that are trained: that one fills weights part by part
+as they are read, needs a backward pass, and has `bitsandbytes` make codes and scales. This one takes a whole model,
+needs no library, scales rows after the product, makes no more than one expert whole, and keeps codes in buffers, which
+the expert cache moves.
+
 Shape suffixes: R rows, D hidden, e experts held here.
 """
 

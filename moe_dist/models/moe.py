@@ -21,7 +21,8 @@ from moe_dist.models.layers import Linear, SwiGLU
 from moe_dist.models.noise import Sources, draw_seed
 from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_expert, tokens_from_rows
 from moe_dist.models.precision import full
-from moe_dist.models.router import Routing, build_router, drop_over_capacity
+from moe_dist.models.router import build_router
+from moe_dist.models.routing import Routing, drop_over_capacity
 from moe_dist.models.shares import written
 
 
@@ -205,5 +206,5 @@ class MoE(nn.Module):
         fair = written(self.capacity_factor) * self.top_k / self.num_experts
         num_tokens = ids_TK.new_tensor(ids_TK.shape[0]) if valid_T is None else valid_T.sum()
         # Whole numbers: the product of floats may lie above the integer that it is.
-        places = (num_tokens * fair.numerator + fair.denominator - 1).div(fair.denominator, rounding_mode="floor")
-        return places.clamp(min=1)
+        capacity = (num_tokens * fair.numerator + fair.denominator - 1).div(fair.denominator, rounding_mode="floor")
+        return capacity.clamp(min=1)

@@ -101,8 +101,8 @@ def _mixed(values: Tensor) -> Tensor:
 def keep_mask(sources: Sources, held: Sequence[int], rows_RX: Tensor, probability: float) -> Tensor:
     """Which elements dropout keeps, (R, X) in the dtype of the rows: 1.0 with `1 - probability`, else 0.0.
 
-    An element's number is a function of its micro-batch's seed, the expert's global id, its row's place among the rows
-    that the expert has of that micro-batch, and the column: the same wherever and together with whatever it runs.
+    An element's number is a function of its micro-batch's seed, the expert's global id, its row's position among the
+    rows that the expert has of that micro-batch, and the column: the same wherever and together with whatever it runs.
     Nothing waits for the device. `held`: global ids of the experts here.
     """
     device, num_rows = rows_RX.device, len(rows_RX)
@@ -115,8 +115,8 @@ def keep_mask(sources: Sources, held: Sequence[int], rows_RX: Tensor, probabilit
     chunk_of_row = torch.repeat_interleave(
         torch.arange(num_experts * num_sources, device=device), sizes.flatten(), output_size=num_rows
     )
-    place = torch.arange(num_rows, device=device) - (ends - sizes.flatten())[chunk_of_row]
-    row_keys = _mixed(chunk_keys[chunk_of_row] + place)
+    position = torch.arange(num_rows, device=device) - (ends - sizes.flatten())[chunk_of_row]
+    row_keys = _mixed(chunk_keys[chunk_of_row] + position)
     columns = torch.arange(1, rows_RX.shape[1] + 1, device=device) * _MULTIPLIERS[0]
     numbers = _mixed(row_keys[:, None] + columns) >> 33 & 2**31 - 1
     return (numbers >= int(probability * 2**31)).to(rows_RX.dtype)

@@ -43,15 +43,15 @@ class QuantizedWeight:
         if len(self.shape) == 2:
             self._fill(0, values, offset)
             return
-        for place, matrix in enumerate(values, offset[0]):
-            self._fill(place, matrix, offset[1:])
+        for index, matrix in enumerate(values, offset[0]):
+            self._fill(index, matrix, offset[1:])
 
-    def _fill(self, place: int, values: Tensor, offset: tuple[int, ...]) -> None:
+    def _fill(self, index: int, values: Tensor, offset: tuple[int, ...]) -> None:
         size = self.shape[-2:]
-        whole, left = self._coming.pop(place) if place in self._coming else (torch.empty(size), size[0] * size[1])
+        whole, left = self._coming.pop(index) if index in self._coming else (torch.empty(size), size[0] * size[1])
         whole[tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = values.to("cpu")
         if left > values.numel():
-            self._coming[place] = (whole, left - values.numel())
+            self._coming[index] = (whole, left - values.numel())
             return
         rows = (whole.t() if len(self.shape) == 3 else whole).contiguous().to(self.device)
         functional = library()
@@ -60,9 +60,9 @@ class QuantizedWeight:
             scales = state.absmax
         else:
             codes, scales, _ = functional.int8_vectorwise_quant(rows.half())
-        self.codes[place].copy_(codes.flatten())
-        self.scales[place].copy_(scales)
-        self._missing.discard(place)
+        self.codes[index].copy_(codes.flatten())
+        self.scales[index].copy_(scales)
+        self._missing.discard(index)
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """The weight, of `shape`, as it is after rounding."""

@@ -178,8 +178,8 @@ class Names:
         assert self.family.experts.matrices is not None
         gate, up, down = self.family.experts.matrices
         for e in range(experts):
-            for place, name in ((0, gate), (width, up)):
-                box = (e, 0, place), (1, hidden, width)
+            for column, name in ((0, gate), (width, up)):
+                box = (e, 0, column), (1, hidden, width)
                 found[theirs + name.format(e=e)] = Part(f"{ours}.w_gate_up", (width, hidden), *box, True)
             box = (e, 0, 0), (1, width, hidden)
             found[theirs + down.format(e=e)] = Part(f"{ours}.w_down", (hidden, width), *box, True)

@@ -15,84 +15,21 @@ from torch import Tensor, nn
 from moe_dist.config import BalanceConfig, LoraConfig, ModelConfig
 from moe_dist.config.trained_weights import TrainedWeights
 from moe_dist.models.adapter_shapes import adapter_shapes
-from moe_dist.models.attention import build_attention
 from moe_dist.models.attention_mask import Mask, masks_of
-from moe_dist.models.cache import Cache, LayerCache
+from moe_dist.models.block import Block
+from moe_dist.models.cache import Cache
 from moe_dist.models.context import ALONE, RoutingContext
 from moe_dist.models.experts import ExpertList, Experts
 from moe_dist.models.freezing import freeze_weights
 from moe_dist.models.grouped import StackedLowRank
 from moe_dist.models.initial_weights import seed_of, set_initial_weights, set_normal
-from moe_dist.models.layers import Linear, RMSNorm, SwiGLU
+from moe_dist.models.layers import Linear, RMSNorm
 from moe_dist.models.lora import add_adapters
 from moe_dist.models.moe import MoE
 from moe_dist.models.noise import seed_noise
-from moe_dist.models.recompute import recompute
 from moe_dist.models.rotary import rotary_table
 from moe_dist.models.router import Router
 from moe_dist.models.shapes import Shapes, decays
-
-
-class Block(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + feed-forward(norm(x)), experts or dense."""
-
-    def __init__(self, config: ModelConfig, balance: BalanceConfig, layer: int) -> None:
-        super().__init__()
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = build_attention(config, layer)
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.moe = MoE(config, balance, layer) if config.has_experts(layer) else None
-        self.mlp = None if self.moe else SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_act)
-        self.recompute = "none"
-        self.is_compiled = False
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Mask,
-        context: RoutingContext,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        if self.recompute == "full" and torch.is_grad_enabled():
-            return recompute(self._forward, x_BSD, rotary, mask, context)
-        return self._forward(x_BSD, rotary, mask, context, cache)
-
-    def _forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Mask,
-        context: RoutingContext,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        if self.recompute == "selective" and torch.is_grad_enabled():
-            x_BSD = recompute(self.attend, x_BSD, rotary, mask)
-        else:
-            x_BSD = self.attend(x_BSD, rotary, mask, cache)
-        if self.moe is not None:
-            return x_BSD + self.moe(self.post_attention_norm(x_BSD), context)
-        return self.feed_forward(x_BSD)
-
-    def attend(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Mask,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        return x_BSD + self.attention(self.input_norm(x_BSD), rotary, mask, cache)
-
-    def feed_forward(self, x_BSD: Tensor) -> Tensor:
-        assert self.mlp is not None
-        return x_BSD + self.mlp(self.post_attention_norm(x_BSD))
-
-    def compile_dense(self) -> None:
-        """Compile what has static shapes: attention, and the feed-forward of a block without experts."""
-        self.is_compiled = True
-        self.attend = torch.compile(self.attend)  # type: ignore[method-assign]
-        self.feed_forward = torch.compile(self.feed_forward)  # type: ignore[method-assign]
-
 
 HeadFunction = Callable[[Tensor, Tensor], Tensor]
 """(hidden states (B, S, D) after the last norm, weight of the head (V, D)) -> what the model gives."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 from moe_dist.models.transformer import Transformer
 
 Decisions = dict[int, tuple[Tensor, Tensor]]

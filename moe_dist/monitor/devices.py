@@ -1,4 +1,4 @@
-"""Peak floating-point operations per second of known devices, so that a run has an MFU without being told. No torch."""
+"""Peak floating-point operations per second of known devices, so that a run has an MFU by itself. No torch."""
 
 from __future__ import annotations
 

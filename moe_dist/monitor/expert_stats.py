@@ -36,7 +36,7 @@ def layer_record(
 ) -> LayerRecord:
     """The record of one layer.
 
-    `pairs_E` (E,) pairs routed to each expert before any drop; `dropped` pairs without a place; `tokens`
+    `pairs_E` (E,) pairs routed to each expert before any drop; `dropped` pairs beyond capacity; `tokens`
     routed, each to `top_k` experts; `sums` over tokens, by their names in `models.auxiliary.ROUTER_SUMS`: divided
     by tokens they are fields of the record. `ep_size` ranks hold the experts, in blocks of equally many.
     `pairs_NE` (N, E): the pairs of each of N domains. `dropped_E` (E,): the dropped pairs by expert.

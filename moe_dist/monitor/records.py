@@ -1,4 +1,4 @@
-"""What the sinks are told: frozen records of plain Python values, ready for JSON.
+"""What sinks get: frozen records of plain Python values, ready for JSON.
 
 Those that are numbers through and through are declared in `moe_dist/monitor/metrics.py`, the table of metrics.
 """
@@ -101,7 +101,7 @@ class RunInfo(Record):
     hosts: list[str] = field(default_factory=list)
     """Host of each rank."""
     stage_of_rank: list[int] = field(default_factory=list)
-    """Pipeline stage of each rank (its place in the pipeline, when it has several); all 0 without a pipeline."""
+    """Pipeline stage of each rank (its `pp` coordinate, when it has several); all 0 without a pipeline."""
     stage_of_layer: list[int] = field(default_factory=list)
     """The same of each block."""
     domains: list[str] = field(default_factory=list)

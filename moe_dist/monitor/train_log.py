@@ -89,7 +89,7 @@ class _RankLog(logging.FileHandler):
 def setup_logging(output_dir: Path | str, rank: int) -> logging.Logger:
     """The logger `moe_dist` of this process: INFO and above are for the rank's file, which `open_log` makes.
 
-    A second call moves the log to the new place. A file that cannot be written is one warning, not an error.
+    A second call moves the log to the new folder. A file that cannot be written is one warning, not an error.
     Messages do not go on to the root logger, which other libraries may have pointed at the terminal;
     `close_logging` undoes everything.
     """

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from moe_dist.models.noise import Sources
 from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_expert, tokens_from_rows
 from moe_dist.models.recompute import once
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 from moe_dist.parallel.comm_timer import Clock, Way
 from moe_dist.parallel.row_exchange import Route, RowExchange, exchange_headers
 
@@ -164,16 +164,16 @@ class AllToAllDispatcher(SpreadExperts):
         arriving = incoming[:, self._HEADER + count :].view(self.ep_size, count, -1)
         checks = torch.cat((incoming[:, : self._HEADER + count], arriving.sum(2), totals), dim=1).tolist()
         check_peers(checks, self.group, self.layer, hidden_size)
-        told = [row[self._HEADER :] for row in checks]
-        for peer, numbers in enumerate(told):
+        announced = [row[self._HEADER :] for row in checks]
+        for peer, numbers in enumerate(announced):
             if numbers[:count] != numbers[count : 2 * count]:
                 raise DispatchMismatchError(
                     f"expert dispatch in layer {self.layer}: rank {dist.get_global_rank(self.group, peer)} announced "
                     f"{numbers[:count]} rows as {numbers[count : 2 * count]}. The ranks run different models or fell "
                     "out of step."
                 )
-        receive = [[numbers[piece] for numbers in told] for piece in range(count)]
-        send = [[numbers[2 * count + piece] for numbers in told] for piece in range(count)]
+        receive = [[numbers[piece] for numbers in announced] for piece in range(count)]
+        send = [[numbers[2 * count + piece] for numbers in announced] for piece in range(count)]
         return arriving.transpose(0, 1), send, receive, [row[2] for row in checks]
 
 

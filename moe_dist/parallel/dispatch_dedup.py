@@ -3,8 +3,9 @@
 With top-8 of 64 experts on two ranks a token has four pairs on the other rank, and one row instead of four travels each
 way. Its expert ids and routing weights travel with it; the receiver hands it to its experts and sums what they answer.
 
-Hierarchical: once to each host, to the rank there with the same place as its own, and from there once to each rank. A
-token with experts on three ranks of another host crosses the network once. Each way it is summed where ways part.
+Hierarchical: once to each host, to the rank there with the same local rank as its own, and from there once to each
+rank. A token with experts on three ranks of another host crosses the network once. Each way it is summed where ways
+part.
 
 Shape suffixes: T tokens, K top-k, D hidden, E experts, A rows that arrive, R rows of experts.
 """
@@ -20,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from moe_dist.models.noise import Sources
 from moe_dist.models.permute import Permutation, count_ids, rows_from_tokens, sort_by_expert, tokens_from_rows
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch import SpreadExperts, split_tokens
 from moe_dist.parallel.dispatch_hop import Arrived, Departed, Hop, Load, Origins, Way
@@ -110,7 +111,7 @@ class DedupDispatcher(SpreadExperts):
 
 
 class HierarchicalDispatcher(DedupDispatcher):
-    """`across`: one rank of each host, those with this one's place there; `within`: the ranks of this host, all of
+    """`across`: one rank of each host, those with this one's local rank; `within`: the ranks of this host, all of
     `group`, which hold consecutive blocks of the experts."""
 
     def __init__(
@@ -128,8 +129,8 @@ class HierarchicalDispatcher(DedupDispatcher):
         if across.size() * within.size() != self.ep_size:
             raise ValueError(f"{across.size()} hosts of {within.size()} ranks are not the {self.ep_size} of the group")
         self.across, self.within = across, within
-        host, place = across.rank(), within.rank()
-        self.clock.name(across, [other * within.size() + place for other in range(across.size())], self.ep_size)
+        host, local_rank = across.rank(), within.rank()
+        self.clock.name(across, [other * within.size() + local_rank for other in range(across.size())], self.ep_size)
         self.clock.name(within, [host * within.size() + other for other in range(within.size())], self.ep_size)
 
     @cached_property

@@ -121,9 +121,9 @@ class Hop:
             rows_PO = self._rows_by_origin(part_once_TK, to_parts, piece.origins)
             counted.append(Counted(rows_PO, count_ids(part_TK.flatten(), self.num_parts), piece.origins))
         hidden = pieces[0].x_TD.shape[1]
-        coming, told = once(lambda: self._exchange_counts(counted, hidden, also))
+        coming, extra = once(lambda: self._exchange_counts(counted, hidden, also))
         each = zip(pieces, sorted_pieces, coming, strict=True)
-        return [self._depart(piece, *found, came) for piece, found, came in each], told
+        return [self._depart(piece, *found, came) for piece, found, came in each], extra
 
     def _depart(self, piece: Load, part_TK: Tensor, to_parts: Permutation, coming: Coming) -> Departed:
         sent = sum(coming.send_splits)

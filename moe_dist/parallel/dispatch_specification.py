@@ -20,7 +20,7 @@ from moe_dist.models.moe import AtOnce
 from moe_dist.models.noise import Sources
 from moe_dist.models.precision import full
 from moe_dist.models.recompute import once
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 from moe_dist.parallel.comm_timer import Clock
 
 

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from moe_dist.models.moe import AtOnce, Dispatcher
 from moe_dist.models.registry import Registry
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.dispatch_dedup import DedupDispatcher, HierarchicalDispatcher

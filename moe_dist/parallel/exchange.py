@@ -49,13 +49,13 @@ def gather(value: Any, group: ProcessGroup | None, device: torch.device) -> list
 def broadcast(value: Any, device: torch.device) -> Any:
     """`value` as rank 0 of the world has it, on every rank (collective). Rank 0 gets its own object back."""
     first = dist.get_rank() == 0
-    told = encode(value).to(device) if first else torch.empty(0, dtype=torch.uint8, device=device)
-    size = torch.tensor([told.numel()], device=device)
+    message = encode(value).to(device) if first else torch.empty(0, dtype=torch.uint8, device=device)
+    size = torch.tensor([message.numel()], device=device)
     dist.broadcast(size, src=0)
     if not first:
-        told = torch.empty(int(size), dtype=torch.uint8, device=device)
-    dist.broadcast(told, src=0)
-    return value if first else decode(told.cpu())
+        message = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(message, src=0)
+    return value if first else decode(message.cpu())
 
 
 def encode(value: Any) -> Tensor:
@@ -66,15 +66,15 @@ def encode(value: Any) -> Tensor:
     return torch.cat([head, *(tensor.view(torch.uint8) for tensor in tensors)])
 
 
-def decode(told: Tensor) -> Any:
+def decode(message: Tensor) -> Any:
     """What `encode` was given; tensors are on the CPU. Raises ValueError for anything else."""
     try:
-        (length,) = _HEAD.unpack(told[: _HEAD.size].numpy().tobytes())
+        (length,) = _HEAD.unpack(message[: _HEAD.size].numpy().tobytes())
         start = _HEAD.size + length
-        if start > told.numel():
-            raise ValueError(f"{told.numel()} bytes of {start}")
-        tree = json.loads(told[_HEAD.size : start].numpy().tobytes())
-        return _built(tree, _Bytes(told[start:]))
+        if start > message.numel():
+            raise ValueError(f"{message.numel()} bytes of {start}")
+        tree = json.loads(message[_HEAD.size : start].numpy().tobytes())
+        return _built(tree, _Bytes(message[start:]))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError, struct.error) as error:
         raise ValueError(f"another rank sent what cannot be read: {type(error).__name__}: {error}") from None
 

@@ -149,7 +149,7 @@ def pp_rank_of_stage(config: Config) -> list[int]:
 def layers_by_pp_rank(config: Config) -> list[list[range]]:
     """For each `pp` coordinate the layers of its stages."""
     pairs = list(zip(pp_rank_of_stage(config), stages_of(config), strict=True))
-    return [[layers for at, layers in pairs if at == place] for place in range(config.parallel.pp_size)]
+    return [[layers for owner, layers in pairs if owner == pp_rank] for pp_rank in range(config.parallel.pp_size)]
 
 
 @dataclass(frozen=True)

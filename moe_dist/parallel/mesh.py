@@ -27,7 +27,7 @@ _groups: dict[tuple[ProcessGroup, str, tuple[tuple[int, ...], ...]], ProcessGrou
 
 
 class Hosts(NamedTuple):
-    """Of an expert group that is on several hosts: `across`, its ranks with this one's place on each of them, and
+    """Of an expert group that is on several hosts: `across`, its ranks with this one's local rank on each of them, and
     `within`, its ranks on this one."""
 
     across: ProcessGroup
@@ -36,7 +36,7 @@ class Hosts(NamedTuple):
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place and its groups. A group of one rank is None: nothing to communicate.
+    """This rank's coordinates and its groups. A group of one rank is None: nothing to communicate.
 
     `sparse` is the DeviceMesh (pp, edp, ep), `dense` the same ranks as (pp, dp); both None in a single process. With
     hybrid sharding `hybrid_dense` is (pp, dp_replicate, dp_shard), `hybrid_sparse` (pp, edp_replicate, edp_shard, ep).
@@ -172,10 +172,10 @@ class Mesh:
                 answer = ask()
             except (ValueError, OSError) as raised:
                 error, failure = raised, as_failure(raised)
-        told = broadcast((answer, failure), self.device)
-        if told[1] is not None:
-            raise error or as_error(told[1])
-        return cast(Answer, told[0])
+        reply = broadcast((answer, failure), self.device)
+        if reply[1] is not None:
+            raise error or as_error(reply[1])
+        return cast(Answer, reply[0])
 
     def from_all(self, value: Answer, axis: str = "world") -> list[Answer]:
         """What every rank of an axis has, in their order, on each of them; for a few small things, now and then.

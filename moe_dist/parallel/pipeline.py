@@ -91,7 +91,7 @@ class PipelinedTransformer(Transformer):
         ranges = layers_by_pp_rank(config)[mesh.pp_rank]
         super().__init__(config.model, config.balance, [layer for layers in ranges for layer in layers])
         self.group, self.pp_rank, self.pp_ranks = group, mesh.pp_rank, pp_rank_of_stage(config)
-        self.numbers = [stage for stage, place in enumerate(self.pp_ranks) if place == self.pp_rank]
+        self.numbers = [stage for stage, pp_rank in enumerate(self.pp_ranks) if pp_rank == self.pp_rank]
         self.dtype = torch.bfloat16 if config.train.pure_bf16 else full_dtype()
         self.device, self.schedule_class = mesh.device, _SCHEDULES[config.parallel.schedule]
         # A plain list: the parts' modules are this model's, under their logical names.

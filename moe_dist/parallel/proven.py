@@ -82,8 +82,8 @@ class Proof:
 
     def is_about(self, device: str, world_size: int) -> bool:
         """Whether it counts for this code and PyTorch, on this device, for so many ranks."""
-        told = (self.code, self.versions.get("torch"), self.device, self.world_size)
-        return told == (code(), versions.installed("torch"), device, world_size)
+        recorded = (self.code, self.versions.get("torch"), self.device, self.world_size)
+        return recorded == (code(), versions.installed("torch"), device, world_size)
 
 
 _FILE = TypeAdapter(list[Proof])

@@ -38,15 +38,15 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def trained_of_places(config: Config, chosen: ChosenExperts | None = None) -> list[TrainedCounts]:
-    """For every place in the pipeline the weights of its layers that are trained.
+def trained_by_pp_rank(config: Config, chosen: ChosenExperts | None = None) -> list[TrainedCounts]:
+    """For every pipeline rank the weights of its layers that are trained.
 
-    Raises ConfigError for a place without any, and for `train.freeze` and `train_only` that name nothing.
+    Raises ConfigError for a pipeline rank without any, and for `train.freeze` and `train_only` that name nothing.
     """
     trained, ep_size = TrainedWeights.of(config, chosen), config.parallel.ep_size
     check_trained(config, trained)
-    places = [[n for layers in stages for n in layers] for stages in layers_by_pp_rank(config)]
-    counts = [trained_counts(config, trained, layers, ep_size) for layers in places]
+    layers_of = [[n for layers in stages for n in layers] for stages in layers_by_pp_rank(config)]
+    counts = [trained_counts(config, trained, layers, ep_size) for layers in layers_of]
     if not all(count.dense or count.experts for count in counts):
         key, way_out = f"lora.target_modules={config.lora.target_modules}", "add q_proj, or take pp_size=1"
         if not trained.are_all:
@@ -62,8 +62,8 @@ def trained_of_places(config: Config, chosen: ChosenExperts | None = None) -> li
     return counts
 
 
-def state_bytes(config: Config, layout: Layout, places: Sequence[RankCounts] | None = None) -> list[StateBytes]:
-    """For every place in the pipeline, what each of its ranks holds. `places`: where they have been counted already.
+def state_bytes(config: Config, layout: Layout, counts: Sequence[RankCounts] | None = None) -> list[StateBytes]:
+    """For every pipeline rank, what it holds. `counts`: where parameters have been counted already.
 
     Of weights that are frozen, beside adapters or by `train.freeze` and `train_only`, there are no gradients and no
     moments, and with `train.pure_bf16` no copies in float32; with `lora.quantize` most of them are in few bits. Of a
@@ -78,18 +78,18 @@ def state_bytes(config: Config, layout: Layout, places: Sequence[RankCounts] | N
     over_experts = max(1, over // layout.ep_size)
     kept = moments(config.optimizer)
     found = []
-    places = places or per_rank(config.model, layout, layers_by_pp_rank(config))
-    for place, trained in zip(places, _trained(config, layout, places), strict=True):
+    counts = counts or per_rank(config.model, layout, layers_by_pp_rank(config))
+    for of_rank, trained in zip(counts, _trained(config, layout, counts), strict=True):
         dense, experts, moved = trained.dense, trained.experts // layout.ep_size, max(trained.moved)
         whole, part = dense + experts, dense // over + experts // over_experts
         moved_part = dense // over + moved // over_experts
         still = (0, 0) if config.lora.r else (dense, experts)
-        frozen_dense, frozen_experts = place.dense - still[0], place.experts - still[1]
+        frozen_dense, frozen_experts = of_rank.dense - still[0], of_rank.experts - still[1]
         frozen = frozen_dense + frozen_experts
         if parallel.engine == "deepspeed":
             found.append(StateBytes(4 * (frozen + whole), 4 * part, 4 * part * (1 + kept)))
         elif parallel.zero_stage == 0 and config.train.pure_bf16:
-            weights = 2 * (frozen + whole + place.routers)  # routers stay in float32
+            weights = 2 * (frozen + whole + of_rank.routers)  # routers stay in float32
             masters = whole - trained.routers
             found.append(StateBytes(weights, 4 * whole, 4 * (masters + (dense + moved) * kept)))
         else:
@@ -97,17 +97,15 @@ def state_bytes(config: Config, layout: Layout, places: Sequence[RankCounts] | N
             each = 2 if config.train.pure_bf16 else 4
             found.append(StateBytes(each * held + 4 * part, 4 * part, 4 * moved_part * kept))
         if (kind := config.lora.quantize) is not None:
-            few = quantized_sizes(config.model, kind, place.layers, layout.ep_size)
+            few = quantized_sizes(config.model, kind, of_rank.layers, layout.ep_size)
             less = (2 if config.train.pure_bf16 else 4) * few.numbers - few.nbytes
             found[-1] = replace(found[-1], weights=found[-1].weights - less)
     return found
 
 
-def _trained(config: Config, layout: Layout, places: Sequence[RankCounts]) -> list[TrainedCounts]:
+def _trained(config: Config, layout: Layout, counts: Sequence[RankCounts]) -> list[TrainedCounts]:
     if config.lora.r or not TrainedWeights.of(config).are_all:
-        return trained_of_places(config)
+        return trained_by_pp_rank(config)
     # All of it: asked for thousands of layouts.
     blocks = layout.ep_size
-    return [
-        TrainedCounts(place.dense, place.routers, place.experts * blocks, (place.experts,) * blocks) for place in places
-    ]
+    return [TrainedCounts(of.dense, of.routers, of.experts * blocks, (of.experts,) * blocks) for of in counts]

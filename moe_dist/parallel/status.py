@@ -137,7 +137,7 @@ def read(board: mmap.mmap, rank: int) -> Position | None:
 
 
 def read_sign(board: mmap.mmap, rank: int) -> tuple[float, dict[str, Any]] | None:
-    """How many seconds ago a rank has given its last sign of life, and what it told; None: none, or half of one."""
+    """How many seconds ago a rank has given its last sign of life, and what it said; None: none, or half of one."""
     start = rank * SLOT + _SIGN_AT
     moment, length = _SIGN.unpack_from(board, start)
     try:

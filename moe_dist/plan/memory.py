@@ -38,22 +38,22 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def in_flight(schedule: str, pp_size: int, micro_batches: int, stages_per_rank: int, place: int) -> float:
+def in_flight(schedule: str, pp_size: int, micro_batches: int, stages_per_rank: int, pp_rank: int) -> float:
     """Micro-batches whose activations a rank keeps at most, in units of what all its layers keep for one."""
     if pp_size == 1:
         return 1.0
     kept = {
         "gpipe": float(micro_batches),
-        "1f1b": float(pp_size - place),
-        "interleaved_1f1b": pp_size + (pp_size - 1) / stages_per_rank - 2 * place / stages_per_rank,
+        "1f1b": float(pp_size - pp_rank),
+        "interleaved_1f1b": pp_size + (pp_size - 1) / stages_per_rank - 2 * pp_rank / stages_per_rank,
         "zero_bubble": float(pp_size),
         "dualpipe_v": pp_size + 0.5,
     }[schedule]
     return max(1.0 / stages_per_rank, min(kept, float(micro_batches)))
 
 
-def peak_memory(config: Config, layout: Layout, places: Sequence[RankCounts], imbalance: float, device: str) -> Memory:
-    """Of the most loaded rank. `places`: parameters of each place in the pipeline, as `counts.per_rank` has them;
+def peak_memory(config: Config, layout: Layout, counts: Sequence[RankCounts], imbalance: float, device: str) -> Memory:
+    """Of the most loaded rank. `counts`: parameters of each pipeline rank, as `counts.per_rank` has them;
     `imbalance`: rows of the busiest expert as multiples of the mean; `device`: cpu or another.
     """
     model, train = config.model, config.train
@@ -66,18 +66,18 @@ def peak_memory(config: Config, layout: Layout, places: Sequence[RankCounts], im
         if (model.moe_layers if has else has_dense)
     }
     head = head_activations(config, tokens, device)
-    states = state_bytes(config, layout, places)
+    states = state_bytes(config, layout, counts)
     found = [
-        _at_place(config, layout, place, state, kinds, head, tokens, load, device)
-        for place, state in zip(places, states, strict=True)
+        _of_pp_rank(config, layout, of_rank, state, kinds, head, tokens, load, device)
+        for of_rank, state in zip(counts, states, strict=True)
     ]
     return max(found, key=lambda memory: memory.total)
 
 
-def _at_place(
+def _of_pp_rank(
     config: Config,
     layout: Layout,
-    place: RankCounts,
+    of_rank: RankCounts,
     state: StateBytes,
     kinds: dict[bool, Activations],
     head: Activations,
@@ -91,13 +91,13 @@ def _at_place(
         layout.pp_size,
         train.gradient_accumulation_steps,
         parallel.stages_per_rank,
-        place.stage,
+        of_rank.stage,
     )
-    num_moe = sum(model.has_experts(layer) for layer in place.layers)
-    num_dense = len(place.layers) - num_moe
+    num_moe = sum(model.has_experts(layer) for layer in of_rank.layers)
+    num_dense = len(of_rank.layers) - num_moe
     kept = (num_moe * kinds[True].kept if num_moe else 0.0) + (num_dense * kinds[False].kept if num_dense else 0.0)
     working = max([kinds[has].passing for has, number in ((True, num_moe), (False, num_dense)) if number] or [0.0])
-    is_last = model.num_hidden_layers - 1 in place.layers
+    is_last = model.num_hidden_layers - 1 in of_rank.layers
     # When the forward pass ends; gone by the time blocks run backward.
     cached = sum(number * kinds[has].cached for has, number in ((True, num_moe), (False, num_dense)) if number)
     logits = max(0.0, cached + (head.kept + head.passing if is_last else 0.0) - working)
@@ -108,7 +108,7 @@ def _at_place(
         state.weights,
         state.gradients,
         state.optimizer,
-        _gathered(config, layout, place, state),
+        _gathered(config, layout, of_rank, state),
         kept * flying + shared_bytes(config, tokens, device) * min(flying, train.gradient_accumulation_steps),
         logits,
         working,
@@ -116,7 +116,7 @@ def _at_place(
     )
 
 
-def _gathered(config: Config, layout: Layout, place: RankCounts, state: StateBytes) -> float:
+def _gathered(config: Config, layout: Layout, of_rank: RankCounts, state: StateBytes) -> float:
     """What is whole beside the shards, or of weights in few bits the largest.
 
     Weights: of stages 1 and 2 all from the first forward pass on; of 3 two blocks, or with a pipeline all that a rank
@@ -126,16 +126,16 @@ def _gathered(config: Config, layout: Layout, place: RankCounts, state: StateByt
     stage, parallel = config.parallel.zero_stage, config.parallel
     if (kind := config.lora.quantize) is not None:
         each = 2 if config.train.pure_bf16 or config.train.bf16 else 4
-        return each * quantized_sizes(config.model, kind, place.layers, layout.ep_size).largest
+        return each * quantized_sizes(config.model, kind, of_rank.layers, layout.ep_size).largest
     if not stage or (layout.dp_size == 1):
         return 0.0
     if parallel.engine == "deepspeed":
         return 0.0
     width = 2 if config.train.pure_bf16 else 4
-    block = place.total / max(1, len(place.layers))
+    block = of_rank.total / max(1, len(of_rank.layers))
     if stage == 3 and layout.pp_size == 1:
         return block * (2 * width + 4)
-    whole = place.total * width
+    whole = of_rank.total * width
     if layout.pp_size > 1 or (stage == 1 and config.train.gradient_accumulation_steps > 1):
-        return whole + max(4 * block, 4 * (place.total + block) - state.gradients)
+        return whole + max(4 * block, 4 * (of_rank.total + block) - state.gradients)
     return whole + 4 * block

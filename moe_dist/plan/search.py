@@ -92,18 +92,18 @@ class Plan:
 def estimate(config: Config, world_size: int, cluster: Cluster, imbalance: float = ASSUMED) -> Estimate:
     """Of a run file as it is. Raises ConfigError where its layout is impossible."""
     layout = Layout.of(config, world_size)
-    places = per_rank(config.model, layout, layers_by_pp_rank(config))
-    return _estimate(config, layout, places, cluster, imbalance)
+    counts = per_rank(config.model, layout, layers_by_pp_rank(config))
+    return _estimate(config, layout, counts, cluster, imbalance)
 
 
 def _estimate(
-    config: Config, layout: Layout, places: Sequence[RankCounts], cluster: Cluster, imbalance: float
+    config: Config, layout: Layout, counts: Sequence[RankCounts], cluster: Cluster, imbalance: float
 ) -> Estimate:
     return Estimate(
         config,
         layout,
-        peak_memory(config, layout, places, imbalance, cluster.device),
-        step_time(config, layout, places, cluster, imbalance),
+        peak_memory(config, layout, counts, imbalance, cluster.device),
+        step_time(config, layout, counts, cluster, imbalance),
         config.global_batch_size(layout.world_size) * config.data.max_seq_length,
     )
 
@@ -120,8 +120,8 @@ def plan(
     """Every legal layout with the same sequences in a step, ranked by tokens per second. `keep`: at most so many."""
     sequences = global_batch or default_batch(config, world_size)
     found = Plan([])
-    for asked, places in _shapes(config, world_size, sequences, found):
-        _try_passes(asked, world_size, sequences, places, cluster, imbalance, found)
+    for asked, counts in _shapes(config, world_size, sequences, found):
+        _try_passes(asked, world_size, sequences, counts, cluster, imbalance, found)
     found.ranked.sort(key=lambda one: (-one.tokens_per_second, one.memory.total))
     if keep is not None:
         found.ranked = found.ranked[:keep]
@@ -146,7 +146,7 @@ def default_batch(config: Config, world_size: int) -> int:
 
 
 def _shapes(config: Config, world_size: int, sequences: int, found: Plan) -> Iterator[tuple[Config, list[RankCounts]]]:
-    """Divisions of the model over ranks, each with the parameters of its places in the pipeline."""
+    """Divisions of the model over ranks, each with the parameters of its pipeline ranks."""
     model = config.model
     layers_of: dict[tuple[int, str, int], list[list[range]]] = {}
     stages_of: dict[int, list[int]] = {}
@@ -163,7 +163,7 @@ def _shapes(config: Config, world_size: int, sequences: int, found: Plan) -> Ite
                 continue
             for schedule, per_rank_stages in _schedules(pp_size, model):
                 key = (pp_size, schedule, per_rank_stages)
-                places = None
+                counts = None
                 for zero_stage, shard_size in _shardings(config, dp_size, ep_size, pp_size):
                     update: dict[str, Any] = {
                         "pp_size": pp_size,
@@ -183,17 +183,17 @@ def _shapes(config: Config, world_size: int, sequences: int, found: Plan) -> Ite
                     asked = _with(config, update)
                     if key not in layers_of:
                         layers_of[key] = layers_by_pp_rank(asked)
-                    places = places or per_rank(model, Layout(world_size, pp_size, ep_size), layers_of[key])
+                    counts = counts or per_rank(model, Layout(world_size, pp_size, ep_size), layers_of[key])
                     if per_rank_stages <= 2:
                         asked = _with(asked, {"stages": None})
-                    yield asked, places
+                    yield asked, counts
 
 
 def _try_passes(
     asked: Config,
     world_size: int,
     sequences: int,
-    places: Sequence[RankCounts],
+    counts: Sequence[RankCounts],
     cluster: Cluster,
     imbalance: float,
     found: Plan,
@@ -222,7 +222,7 @@ def _try_passes(
             except (ConfigError, ValueError) as error:
                 found.rejected[_shortened(str(error))] += 1
                 break
-            estimated = _estimate(one, layout, places, cluster, imbalance)
+            estimated = _estimate(one, layout, counts, cluster, imbalance)
             if estimated.fits(cluster):
                 found.ranked.append(estimated)
                 fitting = True

@@ -67,7 +67,7 @@ class _Pass:
 
 
 def step_time(
-    config: Config, layout: Layout, places: Sequence[RankCounts], cluster: Cluster, imbalance: float
+    config: Config, layout: Layout, counts: Sequence[RankCounts], cluster: Cluster, imbalance: float
 ) -> StepTime:
     """Of this layout. Arguments as of `memory.peak_memory`."""
     model, parallel = config.model, config.parallel
@@ -75,11 +75,11 @@ def step_time(
     kinds = {has: _block(config, layout, has, cluster, imbalance) for has in _kinds(config)}
     head = _head(config, cluster)
     stages = []
-    for place in places:
-        num_moe = sum(model.has_experts(layer) for layer in place.layers)
+    for of_rank in counts:
+        num_moe = sum(model.has_experts(layer) for layer in of_rank.layers)
         total = kinds.get(True, _Pass()).times(num_moe)
-        total += kinds.get(False, _Pass()).times(len(place.layers) - num_moe)
-        stages.append(total + head if model.num_hidden_layers - 1 in place.layers else total)
+        total += kinds.get(False, _Pass()).times(len(of_rank.layers) - num_moe)
+        stages.append(total + head if model.num_hidden_layers - 1 in of_rank.layers else total)
     slowest = max(stages, key=lambda stage: stage.total)
     at_once = _waits(config, layout, cluster)
     bubble = _bubble(parallel.schedule, layout.pp_size, parallel.stages_per_rank, slowest)
@@ -90,8 +90,8 @@ def step_time(
         num_micro * slowest.dispatch,
         bubble,
         at_once * (num_micro * (1 - cluster.overlap) + layout.pp_size - 1),
-        _sharding(config, layout, places, cluster, slowest.forward, backward),
-        _update(config, layout, places, cluster),
+        _sharding(config, layout, counts, cluster, slowest.forward, backward),
+        _update(config, layout, counts, cluster),
     )
 
 
@@ -219,13 +219,13 @@ def _bubble(schedule: str, pp_size: int, stages_per_rank: int, stage: _Pass) -> 
 
 
 def _sharding(
-    config: Config, layout: Layout, places: Sequence[RankCounts], cluster: Cluster, forward: float, backward: float
+    config: Config, layout: Layout, counts: Sequence[RankCounts], cluster: Cluster, forward: float, backward: float
 ) -> float:
     parallel, num_micro = config.parallel, config.train.gradient_accumulation_steps
     if layout.dp_size == 1:
         return 0.0
     width = 2 if config.train.pure_bf16 else 4
-    largest = max(places, key=lambda place: place.total)
+    largest = max(counts, key=lambda of_rank: of_rank.total)
     shard = parallel.shard_size or layout.dp_size
     per_host = cluster.devices_per_host
     travels = 2 if parallel.reduce_dtype == "bfloat16" else 4
@@ -276,21 +276,21 @@ def _sharding(
     return (by_forward * gathered - hidden_forward) + (there - hidden_backward) + across
 
 
-def _summed_whole(config: Config, layout: Layout, place: RankCounts) -> int:
+def _summed_whole(config: Config, layout: Layout, stage: RankCounts) -> int:
     """Dense gradients of stage 0 as many numbers as an all-reduce would take as long for: of the embedding rows of seen
     tokens are gathered, where they are few (`parallel/engines/row_sum.py`), and each travels once instead of twice."""
     model, travels = config.model, config.parallel.embedding_grad_reduce
-    if 0 not in place.layers or model.tie_word_embeddings or travels == "whole":
-        return place.dense
+    if 0 not in stage.layers or model.tie_word_embeddings or travels == "whole":
+        return stage.dense
     train = config.train
     tokens = train.per_device_train_batch_size * train.gradient_accumulation_steps * config.data.max_seq_length
     rows = layout.dp_size * min(tokens, model.vocab_size)
     if rows > model.vocab_size and travels == "auto":
-        return place.dense
-    return place.dense + (rows // 2 - model.vocab_size) * model.hidden_size
+        return stage.dense
+    return stage.dense + (rows // 2 - model.vocab_size) * model.hidden_size
 
 
-def _update(config: Config, layout: Layout, places: Sequence[RankCounts], cluster: Cluster) -> float:
+def _update(config: Config, layout: Layout, counts: Sequence[RankCounts], cluster: Cluster) -> float:
     """Norm, clipping and the optimizer read and write what a rank holds."""
-    largest = max(state_bytes(config, layout, places), key=lambda state: state.total)
+    largest = max(state_bytes(config, layout, counts), key=lambda state: state.total)
     return (2 * largest.total + largest.gradients * 3) / cluster.memory_bandwidth

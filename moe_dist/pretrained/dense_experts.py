@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from moe_dist.config import ConfigError
 from moe_dist.models.attention_mask import window_mask
 from moe_dist.models.context import RoutingContext
-from moe_dist.models.experts import ClampedExperts, ExpertList, Experts, LoopExperts, swiglu
+from moe_dist.models.experts import ClampedExperts, ExpertList, Experts, LoopExperts
 from moe_dist.models.moe import MoE
 from moe_dist.models.rotary import rotary_table
+from moe_dist.models.swiglu import swiglu
 from moe_dist.models.transformer import Transformer
 
 

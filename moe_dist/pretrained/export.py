@@ -66,7 +66,7 @@ class Fewer(NamedTuple):
 class Source(NamedTuple):
     """A checkpoint to export, and what it was saved with."""
 
-    found: CheckpointRef
+    checkpoint: CheckpointRef
     manifest: Manifest
     keys: Keys
     config: Config
@@ -75,10 +75,10 @@ class Source(NamedTuple):
     @property
     def temperature(self) -> float:
         """What its router logits are divided by."""
-        return self.config.balance.temperature_at(self.found.step)
+        return self.config.balance.temperature_at(self.checkpoint.step)
 
 
-Told = Callable[[Checked], None]
+OnCheck = Callable[[Checked], None]
 
 
 def export(
@@ -93,15 +93,15 @@ def export(
     logits: bool = True,
     fewer: Fewer | None = None,
     merge: bool = False,
-    told: Told = lambda check: None,
+    on_check: OnCheck = lambda check: None,
 ) -> Exported:
     """Write the folder `output`, verify it, and only then give it its name.
 
     `to`: `hf`; `safetensors` for our own names; `onnx`. `dtype`: a key of DTYPES; None: as saved. `logits`: load a
     Hugging Face folder in `transformers` too, which needs memory for the model twice in float32, and ONNX takes that
     several times; all else holds one tensor at a time. `merge`: of a run with adapters the model with these added, not
-    a folder of adapters for `peft`. `told` hears of every check as it ends. Where a check fails nothing is left.
-    Raises ConfigError for a run that cannot be written so, and for an `output` that is there.
+    a folder of adapters for `peft`. `on_check` is called with every check as it ends. Where a check fails nothing is
+    left. Raises ConfigError for a run that cannot be written so, and for an `output` that is there.
     """
     refuse_existing(output)
     source = read_source(found, manifest, keys)
@@ -114,14 +114,14 @@ def export(
                 f"{'--drop-experts' if to == 'hf' else f'--to {to}'}: not of a run with adapters (lora.r)"
             )
         if not merge:
-            return _export_adapter(source, output, kind, told)
+            return _export_adapter(source, output, kind, on_check)
     if merge and not has_adapters:
         raise ConfigError(f"--merge: {found} has no adapters (lora.r=0); leave it out")
     if to == "onnx":
-        return _export_onnx(source, output, kind, told)
+        return _export_onnx(source, output, kind, on_check)
     if to == "safetensors":
-        return _export_own(source, output, kind, max_shard_bytes, told)
-    return _export_huggingface(source, output, kind, max_shard_bytes, logits, fewer, told)
+        return _export_own(source, output, kind, max_shard_bytes, on_check)
+    return _export_huggingface(source, output, kind, max_shard_bytes, logits, fewer, on_check)
 
 
 def read_source(found: CheckpointRef, manifest: Manifest, keys: Keys) -> Source:
@@ -143,9 +143,9 @@ def _export_huggingface(
     max_shard_bytes: int,
     logits: bool,
     fewer: Fewer | None,
-    told: Told,
+    on_check: OnCheck,
 ) -> Exported:
-    found, config = source.found, source.config
+    found, config = source.checkpoint, source.config
     try:
         weights = _weights(source, dtype, fewer)
         values = huggingface_config(weights.config)
@@ -173,7 +173,7 @@ def _export_huggingface(
 
     with closing(weights):
         kind = values["model_type"]
-        done = _write(source, output, weights, weights.config, kind, max_shard_bytes, write_config, checks, told)
+        done = _write(source, output, weights, weights.config, kind, max_shard_bytes, write_config, checks, on_check)
     if isinstance(weights, MergedWeights):
         notes = [
             f"adapters are added to the weights; rounding to {done.dtype} takes {weights.rounding:.2%} of what they add"
@@ -184,15 +184,15 @@ def _export_huggingface(
     return done
 
 
-def _export_adapter(source: Source, output: Path, dtype: torch.dtype | None, told: Told) -> Exported:
+def _export_adapter(source: Source, output: Path, dtype: torch.dtype | None, on_check: OnCheck) -> Exported:
     """A folder for `peft`, read again."""
     model, lora, pretrained = source.config.model, source.config.lora, source.state.get("pretrained") or {}
     if lora.use_dora:
-        merged = MergedWeights(source.found, source.manifest, source.keys, source.config, dtype, source.state)
+        merged = MergedWeights(source.checkpoint, source.manifest, source.keys, source.config, dtype, source.state)
         weights = merged.adapter()
         merged.close()
     else:
-        weights = saved_adapter(source.found, source.manifest, source.keys, source.config)
+        weights = saved_adapter(source.checkpoint, source.manifest, source.keys, source.config)
     for name in weights if dtype is not None else ():
         if not name.endswith(".magnitude"):  # of which rounding takes more than training adds
             weights[name] = weights[name].to(dtype)
@@ -203,11 +203,11 @@ def _export_adapter(source: Source, output: Path, dtype: torch.dtype | None, tol
         except ConfigError:
             raise
         except ValueError as error:
-            raise ConfigError(f"{source.found}: {error}") from error
+            raise ConfigError(f"{source.checkpoint}: {error}") from error
         again = read_adapter(folder.path, model, lora)
         wrong = [f"{name}: not the checkpoint's" for name in weights if not again[name].equal(weights[name].float())]
         check = Checked("adapters", f"{len(weights)} of {len(weights)} read again, as in the checkpoint", wrong)
-        told(check)
+        on_check(check)
         notes = [] if pretrained else ["the model of these adapters is in the checkpoint; --merge writes both as one"]
         exported = Exported("peft adapter", len(weights), 1, num_bytes, kind, [check], notes)
         if exported.is_proven:
@@ -216,19 +216,21 @@ def _export_adapter(source: Source, output: Path, dtype: torch.dtype | None, tol
 
 
 def _weights(source: Source, dtype: torch.dtype | None, fewer: Fewer | None) -> SavedWeights:
-    where, model = (source.found, source.manifest, source.keys), source.config.model
+    where, model = (source.checkpoint, source.manifest, source.keys), source.config.model
     if source.config.lora.r:
         return MergedWeights(*where, source.config, dtype, source.state)
     if fewer is None:
         return SavedWeights(*where, model, dtype)
-    return FewerExperts(*where, model, dtype, busiest(fewer.run, source.found.step, model, fewer.number))
+    return FewerExperts(*where, model, dtype, busiest(fewer.run, source.checkpoint.step, model, fewer.number))
 
 
-def _export_own(source: Source, output: Path, dtype: torch.dtype | None, max_shard_bytes: int, told: Told) -> Exported:
+def _export_own(
+    source: Source, output: Path, dtype: torch.dtype | None, max_shard_bytes: int, on_check: OnCheck
+) -> Exported:
     wrong, unknown = configuration_problems(source.manifest, source.state["config"])
     if wrong:
-        raise CheckpointError(f"{source.found}: {wrong[0]}")
-    weights = OwnWeights(source.found, source.manifest, source.keys, source.config.model, dtype)
+        raise CheckpointError(f"{source.checkpoint}: {wrong[0]}")
+    weights = OwnWeights(source.checkpoint, source.manifest, source.keys, source.config.model, dtype)
     tied = {f"{MODEL}lm_head.weight"} if source.config.model.tie_word_embeddings else set()
     wanted = [
         name.removeprefix(MODEL) for name in source.manifest.tensors if name.startswith(MODEL) and name not in tied
@@ -246,22 +248,22 @@ def _export_own(source: Source, output: Path, dtype: torch.dtype | None, max_sha
 
     model = source.config.model
     with closing(weights):
-        done = _write(source, output, weights, model, MODEL_TYPE, max_shard_bytes, write_config, checks, told)
+        done = _write(source, output, weights, model, MODEL_TYPE, max_shard_bytes, write_config, checks, on_check)
     return done._replace(notes=[*done.notes, *([unknown] if unknown else [])])
 
 
-def _export_onnx(source: Source, output: Path, dtype: torch.dtype | None, told: Told) -> Exported:
+def _export_onnx(source: Source, output: Path, dtype: torch.dtype | None, on_check: OnCheck) -> Exported:
     from moe_dist.pretrained.onnx_export import build, refuse_onnx, write_onnx
 
     if dtype not in (None, torch.float32):
         raise ConfigError("--dtype: an ONNX model is written in float32; round it with tools of ONNX Runtime")
     refuse_onnx(source.config)
     with new_folder(output, "an export") as folder:
-        model = build(source.found, source.manifest, source.keys, source.config)
+        model = build(source.checkpoint, source.manifest, source.keys, source.config)
         num_tensors = len(model.state_dict())
         num_bytes, checks = write_onnx(model, folder.path)
         for check in checks:
-            told(check)
+            on_check(check)
         _, notes = write_tokenizer(source.config, folder.path)
         files = len(list(folder.path.glob("model.onnx*")))
         exported = Exported("onnx", num_tensors, files, num_bytes, "float32", checks, notes)
@@ -279,20 +281,20 @@ def _write(
     max_shard_bytes: int,
     write_config: Callable[[Path, dict[str, Any], str], None],
     checks: Callable[[Path], Iterable[Checked]],
-    told: Told,
+    on_check: OnCheck,
 ) -> Exported:
     """Weights first, then what makes it a model: what is stopped in between looks like none."""
     with new_folder(output, "an export") as folder:
         files = write_weights(folder.path, weights, max_shard_bytes)
         ids, notes = write_tokenizer(source.config, folder.path)
         kind = str(weights.dtype).removeprefix("torch.")
-        card = model_card(source.found, source.manifest, source.config, model, source.state, model_type, kind)
+        card = model_card(source.checkpoint, source.manifest, source.config, model, source.state, model_type, kind)
         (folder.path / "README.md").write_text(card, encoding="utf-8")
         write_config(folder.path, ids, kind)
         done: list[Checked] = []
         for check in checks(folder.path):
             done.append(check)
-            told(check)
+            on_check(check)
         tensors = [tensor for part in files.values() for tensor in part]
         num_bytes = sum(tensor.num_bytes for tensor in tensors)
         exported = Exported(model_type, len(tensors), len(files), num_bytes, kind, done, notes)
@@ -308,6 +310,6 @@ def _refuse_temperature(source: Source) -> None:
         moving = balance.router_temperature_steps
         still = f", which it would be from step {moving} on" if moving else ""
         raise ConfigError(
-            f"{source.found}: balance.router_temperature={balance.router_temperature} is not 1 at this step{still}, "
-            "and no Hugging Face model divides router logits"
+            f"{source.checkpoint}: balance.router_temperature={balance.router_temperature} is not 1 at this step{still}"
+            ", and no Hugging Face model divides router logits"
         )

@@ -107,8 +107,8 @@ class HuggingFaceWeights:
             values = finite(self._reader.read(entry, start if is_stack else 0, mine.shape[0]), entry)
             if found is None:
                 found = values.new_empty(size)
-            place = (mine.offset[0] - first, *mine.offset[1:])
-            found[tuple(slice(o, o + n) for o, n in zip(place, mine.size, strict=True))] = mine.to_ours(values)
+            offset = (mine.offset[0] - first, *mine.offset[1:])
+            found[tuple(slice(o, o + n) for o, n in zip(offset, mine.size, strict=True))] = mine.to_ours(values)
         assert found is not None
         return found
 

@@ -37,7 +37,7 @@ ALONE = {"world": 1, "pp": 1, "edp": 1, "ep": 1, "zero_stage": 0}
 class Imported(NamedTuple):
     """What was written."""
 
-    found: CheckpointRef
+    checkpoint: CheckpointRef
     num_tensors: int
     num_files: int
     num_bytes: int

@@ -79,11 +79,11 @@ def model_card(
 
 def _expert_load(found: CheckpointRef, model: ModelConfig) -> str | None:
     """As the run has logged it last; None where its log is not beside the checkpoint."""
-    place = found.storage.local_path(found.folder)
-    if place is None or not model.moe_layers:
+    path = found.storage.local_path(found.folder)
+    if path is None or not model.moe_layers:
         return None
     try:
-        loads, (first, last) = recorded_load(place.parent, found.step, model)
+        loads, (first, last) = recorded_load(path.parent, found.step, model)
     except ConfigError:
         return None
     busiest = [max(load) * len(load) / max(1, sum(load)) for load in loads.values()]

@@ -17,7 +17,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Reading:
-    """What ranks of the same place in the pipeline with the same experts read.
+    """What ranks with the same `pp` coordinate and the same experts read.
 
     `ranges`: of bytes by file, ends past the last.
     """
@@ -39,8 +39,8 @@ def reading_plan(config: Config, layout: Layout) -> list[Reading]:
     if contents.problems:
         raise ValueError(f"model.from_pretrained={config.model.from_pretrained}: {in_one_line(contents.problems)}")
     everything, plan = readable(contents, names), []
-    for pp, places in enumerate(layers_by_pp_rank(config)):
-        layers = {layer for stage in places for layer in stage}
+    for pp, stages in enumerate(layers_by_pp_rank(config)):
+        layers = {layer for stage in stages for layer in stage}
         held = _held(config, layers, WHOLE)
         here = [(entry, part) for entry, part in everything if held(part.ours) is not None]
         for ep in range(layout.ep_size):

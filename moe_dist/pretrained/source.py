@@ -158,8 +158,8 @@ def read_headers(
 
 def leads_out(folder: Path, file: str) -> Path | None:
     """Where a file of the folder really lies, if that is neither in it nor with the blobs of the hub's cache."""
-    place, target = folder.resolve(), (folder / file).resolve()
-    homes = [place, place.parents[1] / "blobs"] if place.parent.name == "snapshots" else [place]
+    root, target = folder.resolve(), (folder / file).resolve()
+    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     return None if any(target.is_relative_to(home) for home in homes) else target
 
 

@@ -59,13 +59,13 @@ def upcycle(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     logits: bool = True,
-    told: Callable[[Checked], None] = lambda check: None,
+    on_check: Callable[[Checked], None] = lambda check: None,
 ) -> Upcycled:
     """Write the folder `output`, verify it, and only then give it its name.
 
     `dtype`: of the weights; None: as in the dense model. `logits`: load both models in `transformers`, one after the
-    other, in float32; all else holds one layer's MLP. `told` hears of every check as it ends. Where a check fails
-    nothing is left. Raises ConfigError for what cannot be upcycled so, and for an `output` that is there.
+    other, in float32; all else holds one layer's MLP. `on_check` is called with every check as it ends. Where a check
+    fails nothing is left. Raises ConfigError for what cannot be upcycled so, and for an `output` that is there.
     """
     dense = read_dense(folder)
     weights = UpcycledWeights(dense, recipe, dtype)
@@ -82,7 +82,7 @@ def upcycle(
         checks: list[Checked] = []
         for check in _checks(new.path, weights, logits):
             checks.append(check)
-            told(check)
+            on_check(check)
         num_bytes = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
         done = Upcycled(
             dense.found.family.model_type, values["model_type"], weights.config, len(files), num_bytes, kind, checks

@@ -278,11 +278,11 @@ def _routes(service: Service) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        field = ".".join(str(part) for part in first["loc"] if part != "body") or None
         if first["type"] == "json_invalid":
             return await refused(request, Refused(400, "the body is no JSON", "invalid_json"))
-        text = f"{place or 'body'}: {first['msg']}"
-        return await refused(request, Refused(422, text[:500], "invalid_value", param=place and place[:100]))
+        text = f"{field or 'body'}: {first['msg']}"
+        return await refused(request, Refused(422, text[:500], "invalid_value", param=field and field[:100]))
 
     @app.get("/healthz", summary="Whether the engine lives")
     async def health() -> Response:

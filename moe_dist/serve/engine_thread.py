@@ -138,11 +138,11 @@ class EngineThread:
         """Between this step and the next. Raises EngineFailedError."""
         if self.failure is not None:
             raise EngineFailedError(self.failure)
-        told: asyncio.Future[News] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[News] = asyncio.get_running_loop().create_future()
         ticket = next(self._tickets)
-        self._listeners[ticket] = lambda event: None if told.done() else told.set_result(event)
+        self._listeners[ticket] = lambda event: None if answer.done() else answer.set_result(event)
         self._commands.put(("load", ticket, [], None))
-        found = await told
+        found = await answer
         if isinstance(found, Load):
             return found.by_layer
         assert isinstance(found, Exception)

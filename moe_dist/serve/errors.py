@@ -1,4 +1,4 @@
-"""What a client is told when it gets no answer, in OpenAI's shape."""
+"""What a client gets instead of an answer, in OpenAI's shape."""
 
 from __future__ import annotations
 

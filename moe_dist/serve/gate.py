@@ -114,10 +114,10 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self.limits.body_bytes:
             raise self._too_large()
-        place = _place(scope["path"])
-        if place not in OPEN:
+        endpoint = _endpoint(scope["path"])
+        if endpoint not in OPEN:
             asked.client = await self._client(headers)
-            needed = NEEDED.get(place)
+            needed = NEEDED.get(endpoint)
             if needed is not None and not asked.client.may(needed):
                 raise Refused(403, f"key {asked.client.name}: role {asked.client.role} may not do this", "wrong_role")
             if self.is_draining:
@@ -168,11 +168,11 @@ class Gate:
 
     def _tell(self, scope: Message, asked: Asked, status: int, seconds: float) -> None:
         path = scope["path"]
-        place = _place(path)
-        self.metrics.requests.labels(place, str(status)).inc()
-        self.metrics.seconds.labels(place).observe(seconds)
+        endpoint = _endpoint(path)
+        self.metrics.requests.labels(endpoint, str(status)).inc()
+        self.metrics.seconds.labels(endpoint).observe(seconds)
         asked.client.spend("tokens_per_minute", asked.prompt_tokens + asked.completion_tokens)
-        if self.audit is None or place in OPEN:
+        if self.audit is None or endpoint in OPEN:
             return
         client = scope.get("client")
         line = {
@@ -194,9 +194,9 @@ class Gate:
         self.audit.write(line, asked.said)
 
 
-def _place(path: str) -> str:
+def _endpoint(path: str) -> str:
     """The one of NEEDED and OPEN that a path is, or is below; else `other`."""
-    return next((place for place in (*NEEDED, *OPEN) if path == place or path.startswith(f"{place}/")), "other")
+    return next((one for one in (*NEEDED, *OPEN) if path == one or path.startswith(f"{one}/")), "other")
 
 
 def is_loopback(host: str) -> bool:

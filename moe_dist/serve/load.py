@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 
 if TYPE_CHECKING:
     from moe_dist.generate.engine import MoEInferenceEngine

@@ -22,7 +22,7 @@ class ServeMetrics(Collector):
     def __init__(self, engine: MoEInferenceEngine) -> None:
         self._engine = engine
         self.load: dict[int, list[int]] = {}
-        """Tokens by layer and expert, as they were told last."""
+        """Tokens by layer and expert, as last reported."""
         self.registry = CollectorRegistry(auto_describe=False)
         kept: dict[str, Any] = {"registry": self.registry, "namespace": "moe_dist_serve"}
         self.requests = Counter("requests", "Requests by what was asked and status.", ["path", "status"], **kept)

@@ -19,14 +19,14 @@ from moe_dist.serve.engine_thread import EngineFailedError
 def listen(host: str, port: int) -> socket.socket:
     """Raises ValueError where nobody can listen."""
     try:
-        [(family, kind, protocol, _, place), *_] = socket.getaddrinfo(
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         # With its protocol: asyncio sends at once (TCP_NODELAY) only where it reads there that this is TCP, and an
         # answer's second piece would wait 40 ms for the client's delayed acknowledgement of the first.
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(place)
+        found.bind(address)
     except OSError as error:
         raise ValueError(f"--host {host} --port {port}: {error.strerror or error}") from error
     return found
@@ -34,7 +34,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run(
     service: Service,
-    place: socket.socket,
+    listener: socket.socket,
     *,
     ready: Callable[[], None],
     tls: tuple[Path, Path] | None = None,
@@ -66,7 +66,7 @@ def run(
         files = " ".join(map(str, tls or ()))
         raise ValueError(f"--tls-certificate, --tls-key: {files}: {error}") from error
     server = _Server(config, service, ready)
-    asyncio.run(server.until_stopped(place))
+    asyncio.run(server.until_stopped(listener))
     if service.thread.failure is not None:
         raise EngineFailedError(service.thread.failure)
     return server.signal
@@ -79,14 +79,14 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self.service, self.ready, self.signal = service, ready, 0
 
-    async def until_stopped(self, place: socket.socket) -> None:
+    async def until_stopped(self, listener: socket.socket) -> None:
         thread = self.service.thread
         thread.failed = self._end
         thread.start(asyncio.get_running_loop())
         if self.service.trainings is not None:
             self.service.trainings.start()
         try:
-            await self.serve([place])
+            await self.serve([listener])
         finally:
             await asyncio.to_thread(thread.stop)
 

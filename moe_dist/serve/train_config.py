@@ -81,17 +81,17 @@ class _Confined:
         wrong = ConfigError(f"{key}={show(text)}: a path within the folder of this server's trainings is allowed")
         if not text or "\0" in text or "${" in text or text.startswith("~") or "://" in text:
             raise wrong
-        place, is_pattern = self.folder / text, glob.has_magic(text)
-        if is_pattern and ".." in place.parts:
+        path, is_pattern = self.folder / text, glob.has_magic(text)
+        if is_pattern and ".." in path.parts:
             raise wrong
         try:
-            found = glob.glob(str(place), recursive=True) if is_pattern else []
-            real = [os.path.realpath(one) for one in (str(place), *found)]
-            exists = os.path.exists(place)
+            found = glob.glob(str(path), recursive=True) if is_pattern else []
+            real = [os.path.realpath(one) for one in (str(path), *found)]
+            exists = os.path.exists(path)
         except (OSError, ValueError):  # too long, half a surrogate pair
             raise wrong from None
         if not all(Path(one).is_relative_to(self.folder) for one in real):
             raise wrong
         if key in _MUST_EXIST and not exists:
             raise ConfigError(f"{key}={show(text)}: there is no such path in the folder of this server's trainings")
-        return str(place) if is_pattern else real[0]
+        return str(path) if is_pattern else real[0]

@@ -59,7 +59,7 @@ def bleu_of(sums: Sequence[float]) -> float:
 def _columns(references: References) -> list[list[str | None]]:
     """The first references of all rows, the second ones, ...; None: a row has fewer."""
     width = max(map(len, references))
-    return [[row[place] if place < len(row) else None for row in references] for place in range(width)]
+    return [[row[index] if index < len(row) else None for row in references] for index in range(width)]
 
 
 def _sacrebleu() -> Any:

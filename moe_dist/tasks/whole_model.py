@@ -116,7 +116,7 @@ class WholeModel:
                     "and one before them"
                 )
             kept.append((ids[-(self.max_length + 1) :], count))
-        return self._do(self._told(("score", kept, None)))
+        return self._do(self._from_rank_zero(("score", kept, None)))
 
     def write(self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]) -> list[str]:
         """A continuation of each prompt. What leaves no room for its answer loses its beginning. As `score`."""
@@ -129,7 +129,7 @@ class WholeModel:
                     "positions (max_position_embeddings)"
                 )
             kept.append(list(prompt[-room:]))
-        return self._do(self._told(("write", kept, list(options))))
+        return self._do(self._from_rank_zero(("write", kept, list(options))))
 
     def on_rank_zero(self, work: Callable[[], Answer]) -> Answer:
         """What `work` gives, which runs on rank 0 and asks this model; on every rank. A collective.
@@ -145,7 +145,7 @@ class WholeModel:
                 found.append(work())
             except (ValueError, OSError) as error:
                 failure = error
-            self._told(("end", [], None))
+            self._from_rank_zero(("end", [], None))
         else:
             self._follow()
 
@@ -156,7 +156,7 @@ class WholeModel:
 
         return self.mesh.ask_rank_zero(tell)
 
-    def _told(self, command: Command) -> Command:
+    def _from_rank_zero(self, command: Command) -> Command:
         """What rank 0 wants, on every rank. Token ids travel as two tensors."""
         verb, rows, more = command
         if self.mesh.group("world") is None:
@@ -164,13 +164,13 @@ class WholeModel:
         if verb == "score":
             rows, more = [ids for ids, _ in rows], [count for _, count in rows]
         flat = torch.tensor([token for ids in rows for token in ids], dtype=torch.int64)
-        told = self.mesh.ask_rank_zero(lambda: (verb, flat, torch.tensor([len(ids) for ids in rows]), more))
-        verb, flat, lengths, more = told
+        sent = self.mesh.ask_rank_zero(lambda: (verb, flat, torch.tensor([len(ids) for ids in rows]), more))
+        verb, flat, lengths, more = sent
         ids = [part.tolist() for part in flat.split(lengths.tolist())] if len(lengths) else []
         return (verb, list(zip(ids, more, strict=True)), None) if verb == "score" else (verb, ids, more)
 
     def _follow(self) -> None:
-        while (command := self._told(("", [], None)))[0] != "end":
+        while (command := self._from_rank_zero(("", [], None)))[0] != "end":
             try:
                 self._do(command)
             except ValueError:
@@ -211,14 +211,14 @@ class WholeModel:
         lengths = torch.tensor([len(row) if rows else 0 for row in inputs], device=device)
         valid_BS = torch.arange(width, device=device) < lengths[:, None]
         row_N = torch.tensor([row for row, (_, count) in enumerate(rows) for _ in range(count)], device=device)
-        places = [place for ids, count in rows for place in range(len(ids) - 1 - count, len(ids) - 1)]
+        positions = [position for ids, count in rows for position in range(len(ids) - 1 - count, len(ids) - 1)]
         target_N = torch.tensor([token for ids, count in rows for token in ids[-count:]], device=device)
 
         def scores(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
             found = torch.zeros(len(inputs), 2, dtype=torch.float64, device=device)
             if not rows:
                 return found
-            hidden_ND = hidden_BSD[row_N, torch.tensor(places, device=device)]
+            hidden_ND = hidden_BSD[row_N, torch.tensor(positions, device=device)]
             step = loss_chunk("auto", device.type, len(weight_VD))
             for start in range(0, len(hidden_ND), step):
                 part = slice(start, start + step)

@@ -28,7 +28,7 @@ class AutoBalance(Callback):
         report: Callable[[list[ActionRecord]], None],
     ) -> None:
         """`pending` gives the global pairs by layer and expert since the last logged line (collective); `report` is
-        told what has been changed.
+        called with what has been changed.
         """
         self.mesh, self.balancer, self.pending, self.report = mesh, balancer, pending, report
         self.interval = config.monitor.logging_steps

@@ -22,7 +22,7 @@ from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import build_part
-from moe_dist.parallel.state_bytes import trained_of_places
+from moe_dist.parallel.state_bytes import trained_by_pp_rank
 
 logger = logging.getLogger("moe_dist")
 SOURCES: Registry[Callable[[], Any]] = Registry("data.source", "data source")
@@ -35,7 +35,7 @@ def build_model(
 
     `given`: a whole model whose parameters it shares instead of having its own, so that training moves them.
     """
-    trained_of_places(config)  # which refuses stages that have nothing to train, on every rank
+    trained_by_pp_rank(config)  # which refuses stages that have nothing to train, on every rank
     model = build_part(config, mesh, clock)
     model.initialize(config.train.seed, mesh.device)
     if given is not None:

@@ -1,6 +1,6 @@
 """What is done beside the optimizer steps of a run, the trainer's own and a person's, on one interface.
 
-Every callback is there on every rank and is told the same things at the same steps, so what one decides from them all
+Every callback is there on every rank and gets the same events at the same steps, so what one decides from them all
 decide alike. Reporting, evaluation, saving, automatic balancing and the end of a run are callbacks too (`reporting.py`,
 `evaluation.py`, `saving.py`, `auto_balance.py`, `stopping.py`); a person's come after them, in their order.
 """

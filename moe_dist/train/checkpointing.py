@@ -1,4 +1,4 @@
-"""The run's state on disk: what is saved and when, what a run goes on from, and what may differ."""
+"""The run's state on disk: what is saved and when, and what a run goes on from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_dist.checkpoint.config_diff import GLOBAL_BATCH, changes, global_batch, micro_batch_change
+from moe_dist.checkpoint.config_diff import global_batch
 from moe_dist.checkpoint.manager import Checkpoints, Loaded, Outcome, check_room
 from moe_dist.checkpoint.reading import CheckpointRef
 from moe_dist.checkpoint.run_folder import move_earlier_run
@@ -17,7 +17,6 @@ from moe_dist.checkpoint.storage.manifest import STATE_FILE, CheckpointError
 from moe_dist.config import Config, ModelConfig
 from moe_dist.config.huggingface import architecture_differences
 from moe_dist.config.trained_weights import ChosenExperts, TrainedWeights
-from moe_dist.data.identity import difference
 from moe_dist.data.loader import GlobalLoader
 from moe_dist.models.adapter_shapes import adapter_counts
 from moe_dist.models.counts import parameter_counts
@@ -32,6 +31,7 @@ from moe_dist.train.build import Datasets
 from moe_dist.train.counters import Counters
 from moe_dist.train.esft import to_json
 from moe_dist.train.placing import Placing
+from moe_dist.train.resume_checks import check_config, check_data, check_model, check_reference, data_change, end_change
 from moe_dist.train.run_setup import RunStart, write_config
 from moe_dist.train.stopping import Pace, Stopping
 
@@ -92,7 +92,7 @@ class Persistence:
         self.goes_on_from: str | None = None
         """The checkpoint that this start goes on from, for people."""
         self._goes_on_after = -1
-        """Step of the checkpoint in the run's own place that it goes on from; -1: from none of those."""
+        """Step of the checkpoint in the run's own storage that it goes on from; -1: from none of those."""
 
     @property
     def is_on(self) -> bool:
@@ -169,7 +169,7 @@ class Persistence:
         try:
             self._go_on_with(loaded, counters, message)
         except (KeyError, TypeError, AttributeError, IndexError) as error:  # of the right form, and nonsense
-            text = f"{loaded.found}/{STATE_FILE}: this run cannot go on from it: {type(error).__name__}: {error}"
+            text = f"{loaded.checkpoint}/{STATE_FILE}: this run cannot go on from it: {type(error).__name__}: {error}"
             raise CheckpointError(text) from error
         self._read(loaded, self.start.load_optimizer)
         if not self.start.load_optimizer:
@@ -182,18 +182,18 @@ class Persistence:
         """The first weights out of a checkpoint that no trainer has written: all else is as in a new run."""
         saved = ModelConfig.model_validate(loaded.trainer_state["config"]["model"])
         if wrong := architecture_differences(self.config.model, saved):
-            raise CheckpointError(f"{loaded.found}: the run's model is another: {', '.join(wrong)}")
+            raise CheckpointError(f"{loaded.checkpoint}: the run's model is another: {', '.join(wrong)}")
         self.pretrained = loaded.trainer_state.get("pretrained")
         self._read(loaded, moments=False)
         self.saved_step = 0
         origin = (self.pretrained or {}).get("folder")
-        message(f"starts from {loaded.found}" + (f", the weights of {origin}" if origin else ""))
+        message(f"starts from {loaded.checkpoint}" + (f", the weights of {origin}" if origin else ""))
         return loaded
 
     def _go_on_with(self, loaded: Loaded, counters: Counters, message: Callable[[str], None]) -> None:
         """All but the tensors."""
-        self._compare(loaded, message)
-        self._check_reference(loaded)
+        check_config(loaded, self.config, self.mesh.layout.dp_size, message)
+        check_reference(loaded, self.config, self._adapters)
         self._go_on_with_data(loaded, message)
         state = loaded.trainer_state
         for name in vars(counters).keys() & state["counters"].keys():
@@ -201,31 +201,9 @@ class Persistence:
         self._go_on_to_the_end(loaded, counters.step, message)
         self.acting.load_state_dict(state.get("acting"))
         self.placing.load_state_dict(state.get("placement"))
-        self._same_model(loaded)
+        if self.model.saves_adapters_alone:
+            check_model(loaded, self.pretrained)
         self.pretrained, self.reference = state.get("pretrained"), state.get("reference")
-
-    def _same_model(self, loaded: Loaded) -> None:
-        """Adapters belong to one model: raises CheckpointError when the weights read from its folder are others."""
-        saved, now = loaded.trainer_state.get("pretrained") or {}, self.pretrained or {}
-        if self.model.saves_adapters_alone and saved.get("files") != now.get("files"):
-            wrong = sorted(
-                {name for name, _ in set(saved.get("files", {}).items()) ^ set(now.get("files", {}).items())}
-            )
-            raise CheckpointError(
-                f"model.from_pretrained={now.get('folder')}: {wrong[0]} is not what the adapters of {loaded.found} "
-                f"were trained on ({saved.get('folder')}); give that model"
-            )
-
-    def _check_reference(self, loaded: Loaded) -> None:
-        """Raises CheckpointError where `dpo.reference: auto` would leave adapters out of the reference that come from
-        another training."""
-        before = loaded.trainer_state["config"].get("data", {}).get("format")
-        is_other = self.config.learns_preferences and before != self.config.data.format
-        if is_other and self.config.dpo.reference == "auto" and self._adapters & loaded.manifest.tensors.keys():
-            raise CheckpointError(
-                f"dpo.reference=auto: {loaded.found} has adapters of another training; say whether the reference is "
-                "the model with them (start) or without them (base)"
-            )
 
     @property
     def _adapters(self) -> set[str]:
@@ -241,52 +219,14 @@ class Persistence:
             self.checkpoints.read_tensors(loaded, state)
             self.engine.state_loaded()
 
-    def _compare(self, loaded: Loaded, message: Callable[[str], None]) -> None:
-        """Show what is configured otherwise than in the checkpoint; refuse what changes the arithmetic."""
-        layout = loaded.manifest.layout
-        saved_dp = layout["edp"] * layout["ep"]
-        before, now, dp = loaded.trainer_state["config"], self.config.model_dump(mode="json"), self.mesh.layout.dp_size
-        found = changes(before, now, saved_dp, dp)
-        serious = [change for change in found if not change.free]
-        if serious and not self.config.checkpoint.allow_config_change:
-            keeps = ""
-            if saved_dp != dp and any(change.key == GLOBAL_BATCH for change in serious):
-                keeps = f" (on {dp} replicas instead of {saved_dp} parallel.elastic=true keeps the global batch)"
-            raise CheckpointError(
-                f"{'; '.join(map(str, serious))}: {loaded.found} was trained otherwise; set it back{keeps}, or go on "
-                "with checkpoint.allow_config_change=true, or start afresh with checkpoint.resume=never"
-            )
-        if (text := micro_batch_change(before, now)) is not None:
-            message(text)
-        told = [change for change in found if not change.key.startswith(("monitor.", "launch.", "checkpoint."))]
-        if told:
-            message(f"configured otherwise than {loaded.found.folder}: {'; '.join(map(str, told))}")
-
     def _go_on_with_data(self, loaded: Loaded, message: Callable[[str], None]) -> None:
         """Raises CheckpointError when the data is not what it was, or in another order, unless that is allowed."""
-        saved, allowed = loaded.trainer_state["data"], self.config.checkpoint.allow_config_change
-        order, data = self.loader.order_change(saved), self._difference(loaded, "train")
-        if data is not None:
-            data = f"the training data is not what it was: {data}" + (f" ({order})" if order else "")
-            if self.config.data.on_change == "stop" and not allowed:
-                raise CheckpointError(
-                    f"{data}; {loaded.found} was trained on it: bring it back, or go on with data.on_change=warn"
-                )
-            allowed = True
-            self._warn(data)
-        if order is not None and not allowed:
-            raise CheckpointError(
-                f"{order}: some samples would be repeated and others left out; set it back, or go on in the new order "
-                "with checkpoint.allow_config_change=true"
-            )
+        saved = loaded.trainer_state["data"]
+        order = self.loader.order_change(saved)
+        check_data(loaded, self._corpus, order, self.config, self._warn)
         self.loader.load_state_dict(saved if order is None else self.loader.recounted(saved))
         if order is not None:
             message(f"{order}: goes on after {self.loader.samples_consumed} samples of the new order")
-
-    def _difference(self, loaded: Loaded, kind: str) -> str | None:
-        """In what the training or validation data is not what the checkpoint was made with."""
-        saved, now = loaded.trainer_state.get("corpus", {}).get(kind), self._corpus.get(kind)
-        return None if saved is None or now is None else difference(saved, now)
 
     def _go_on_to_the_end(self, loaded: Loaded, step: int, message: Callable[[str], None]) -> None:
         """The end of the run and its schedule, in today's steps; a change of it by the batch or the data is said."""
@@ -294,24 +234,14 @@ class Persistence:
         batch = global_batch(state["config"], layout["edp"] * layout["ep"])
         saved = Pace(batch, state["data"].get("num_samples"))
         self.stopping.load_state_dict(state["stopping"], saved)
-        if (other := self._difference(loaded, "validation")) is not None:
+        if (other := data_change(loaded, self._corpus, "validation")) is not None:
             self.stopping.forget_evaluations()
             message(f"the validation data is not what it was: {other}; the best loss is counted anew")
         before = Stopping(self.config.train, saved)
         before.go_on(step, state["data"]["samples_consumed"])
         self.stopping.go_on(step, self.loader.samples_consumed)
-        if before.max_steps != self.stopping.max_steps:
-            words = [
-                f"{name}={now} (saved with {then})"
-                for name, now, then in zip(
-                    ("global batch size", "samples in an epoch"), self.stopping.pace, saved, strict=True
-                )
-                if now != then
-            ]
-            message(
-                f"{', '.join(words)}: epochs are counted in samples, the run ends at step {self.stopping.max_steps}, "
-                f"not {before.max_steps}; the learning rate goes on where it was"
-            )
+        if (text := end_change(before, self.stopping)) is not None:
+            message(text)
 
     def _warn(self, text: str) -> None:
         if self.mesh.rank == 0:

@@ -1,4 +1,4 @@
-"""The place of a trainer that a program has made by itself: its device, and the ranks around it."""
+"""The mesh of a trainer that a program has made by itself: its device, and the ranks around it."""
 
 from __future__ import annotations
 

@@ -148,8 +148,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits_CV = full(torch.mm(x_CD, weight_VD.t(), out=buffer[: len(x_CD)]))
                 # In place, as all below: memory that is not there need not be read and written. Only the CPU's kernel
                 # is known to read each row before it writes it.
-                place = logits_CV if logits_CV.device.type == "cpu" else torch.empty_like(logits_CV)
-                logits_CV = torch.ops.aten._log_softmax.out(logits_CV, 1, False, out=place)
+                out = logits_CV if logits_CV.device.type == "cpu" else torch.empty_like(logits_CV)
+                logits_CV = torch.ops.aten._log_softmax.out(logits_CV, 1, False, out=out)
                 valid_C1, label_C1 = (labels_C != IGNORE)[:, None], labels_C.masked_fill(labels_C == IGNORE, 0)[:, None]
                 losses_C1 = logits_CV.gather(1, label_C1) * (label_smoothing - 1.0)
                 if label_smoothing:

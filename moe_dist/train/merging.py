@@ -47,13 +47,13 @@ def merge(config: Config, result: TrainingResult, status: Status, say: Callable[
         folder = folder.with_name(f"merged-{found.step}-{number}")
     problems: list[str] = []
 
-    def told(check: Checked) -> None:
+    def note(check: Checked) -> None:
         problems.extend(f"{check.what}: {problem}" for problem in check.problems)
 
     try:
         with _alive(status):
             manifest, keys = found.storage.manifest(found.step), Keys(config.checkpoint.encryption_keys)
-            done = export(found, manifest, keys, folder, merge=True, logits=False, told=told)
+            done = export(found, manifest, keys, folder, merge=True, logits=False, on_check=note)
         if problems:
             raise ValueError(problems[0])
     except (OSError, ValueError, RuntimeError) as error:

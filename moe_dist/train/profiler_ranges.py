@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from moe_dist.models.attention import Attention
+from moe_dist.models.block import Block
 from moe_dist.models.experts import ExpertList, Experts
 from moe_dist.models.layers import SwiGLU
 from moe_dist.models.moe import Dispatcher, MoE
 from moe_dist.models.router import Router
-from moe_dist.models.transformer import Block, Transformer
+from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock, Way
 
 PREFIX = "moe_dist/"

@@ -119,7 +119,7 @@ def run_profile(
     if not cuda:  # what no range holds: loss, masks, positions; so that parts add up to the phases
         inside = phases["computing"] + phases["all_to_all"]
         parts[REST, "forward"] = max(0.0, inside - sum(parts.values()))
-    place = mesh.layout.coordinates(mesh.rank)[0]
+    pp_rank = mesh.layout.coordinates(mesh.rank)[0]
     mine = RankProfile(
         rank=mesh.rank,
         phases=phases,
@@ -127,16 +127,16 @@ def run_profile(
         operators=sorted(operators.values(), key=lambda one: -one.seconds)[:TOP],
         sent_bytes=run.clock.take_traffic().sent_bytes // max(1, steps),
         state=run.engine.held_bytes(),
-        predicted=state_bytes(config, mesh.layout)[place],
+        predicted=state_bytes(config, mesh.layout)[pp_rank],
         saved=[(part.layer, part.name, size) for part, size in saved.items()],
         peak_bytes=peak,
-        layers=[layer for stage in layers_by_pp_rank(config)[place] for layer in stage],
+        layers=[layer for stage in layers_by_pp_rank(config)[pp_rank] for layer in stage],
         overlap=[] if trace is None else trace.take(steps),
     )
     ranks = mesh.from_all(mine)
     if mesh.rank != 0:
         return None
-    told = Profile(
+    result = Profile(
         sentence=sentence(config, mesh.layout, mesh.device.type),
         layout=layout_lines(mesh.layout, config.model.num_experts),
         steps=steps,
@@ -148,8 +148,8 @@ def run_profile(
         with_memory=memory,
     )
     path = folder / "profile.html"
-    write_page(told, path)
-    return told, path
+    write_page(result, path)
+    return result, path
 
 
 def _add_parts(parts: dict[tuple[Part, str], float], ranges: Ranges, profiler: Any, cuda: bool, steps: int) -> None:

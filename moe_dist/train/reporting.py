@@ -68,7 +68,7 @@ def sinks_of(config: Config, mesh: Mesh) -> Sinks:
 
 
 class Reporter(Callback):
-    """Gathers facts step by step on every rank; rank 0 tells them to the sinks, once per logging interval."""
+    """Gathers facts step by step on every rank; rank 0 gives them to the sinks, once per logging interval."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Reporter(Callback):
         self.start_interval()
 
     def open(self, info: RunInfo) -> None:
-        """People are told what runs, and files are opened."""
+        """Say what runs, and open files."""
         self.sinks.open(info)
         if self.mesh.rank == 0:
             if info.world_size > 1:  # one process is what others are held against

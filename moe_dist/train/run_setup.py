@@ -63,7 +63,7 @@ def merge_config(
 
 
 def _checkpoints_apart(config: Config) -> None:
-    """Checkpoints of a run that is told in Python alone go to output_dir/checkpoints, if it has none beside it yet."""
+    """A run configured in Python alone saves in output_dir/checkpoints, if it has no checkpoint beside it yet."""
     folder = config.train.output_dir
     if config.checkpoint.folder is None and not any(folder.glob("checkpoint-*")):
         config.checkpoint.folder = str(folder / "checkpoints")
@@ -113,12 +113,12 @@ def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunStart:
     folder holds a file that is not of a run, and that a run would write over.
     """
     held: list[RunLock] = []
-    # Every machine may know the job by another name. And told otherwise it is another job.
-    jobs, told = mesh.from_all(job), config.checkpoint.resume
+    # Every machine may know the job by another name. And one that resumes otherwise is another job.
+    jobs, resuming = mesh.from_all(job), config.checkpoint.resume
     if not config.checkpoint.load_optimizer:
-        told += " without moments"
-    names = sorted({f"{name}: {told}" for one in jobs for name in one.names})
-    earlier = {f"{name}: {told}" for one in jobs for name in one.earlier}
+        resuming += " without moments"
+    names = sorted({f"{name}: {resuming}" for one in jobs for name in one.names})
+    earlier = {f"{name}: {resuming}" for one in jobs for name in one.earlier}
 
     def take() -> tuple[str, str, int, str, bool]:
         lock, resume, load_optimizer = _lock_run_folder(config, earlier)
@@ -129,20 +129,6 @@ def take_run_folder(config: Config, mesh: Mesh, job: Job) -> RunStart:
     mine = mesh.ask_rank_zero(take)
     setup_logging(config.train.output_dir, mesh.rank)
     return RunStart(*mine, tuple(names), held[0] if held else None)
-
-
-def starts_from_pretrained(config: Config, mesh: Mesh, start: RunStart) -> bool:
-    """Whether weights are to be read from `model.from_pretrained`: not when the run goes on from a checkpoint, unless
-    that has adapters alone."""
-    return config.model.from_pretrained is not None and (bool(config.lora.r) or starts_afresh(config, mesh, start))
-
-
-def starts_afresh(config: Config, mesh: Mesh, start: RunStart) -> bool:
-    """Whether there is no checkpoint to go on from."""
-    if start.resume == "auto":
-        storage = open_storage(config.checkpoint.folder or config.train.output_dir)
-        return mesh.ask_rank_zero(lambda: not storage.candidates())
-    return start.resume == "never"
 
 
 def _lock_run_folder(config: Config, earlier: set[str]) -> tuple[RunLock, str, bool]:
@@ -259,8 +245,9 @@ def _active_adapters(config: Config) -> int:
 def _stage_of_layer(config: Config) -> list[int]:
     if config.parallel.pp_size == 1:
         return [0] * config.model.num_hidden_layers
-    places = [(layer, place) for place, ranges in enumerate(layers_by_pp_rank(config)) for r in ranges for layer in r]
-    return [place for _, place in sorted(places)]
+    stages = enumerate(layers_by_pp_rank(config))
+    by_layer = [(layer, pp_rank) for pp_rank, ranges in stages for layers in ranges for layer in layers]
+    return [pp_rank for _, pp_rank in sorted(by_layer)]
 
 
 def _num_tokens(datasets: Datasets) -> int | None:

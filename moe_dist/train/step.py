@@ -97,6 +97,10 @@ class TrainStep:
         found = rewards_of(sums, num_labels) if sums else None
         return StepResult(loss_value, norm_value, int(num_tokens), int(num_labels), not finite, found)
 
+    def start_at(self, step: int) -> None:
+        """Before the first step of a start, `step` were done: for what looks at the model until then."""
+        self.set_temperature(step)
+
     def set_temperature(self, step: int) -> None:
         """The routers' temperature after `step` steps, for training and for whatever looks at the model then."""
         temperature = self.config.balance.temperature_at(step)
@@ -124,8 +128,8 @@ class TrainStep:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if self.mesh.layout.pp_size > 1:
             inputs = [self._inputs(batch, context, step, loss) for batch, loss in zip(batches, losses_of, strict=True)]
-            last = getattr(self.engine, "before_last_backward", None)  # only of engines that it is of use to
-            for loss in cast("PipelinedTransformer", self.model).run(inputs, last):
+            model = cast("PipelinedTransformer", self.model)
+            for loss in model.run(inputs, self.engine.before_last_backward):
                 total += loss
         else:
             for number, batch in enumerate(batches):
@@ -165,7 +169,7 @@ class TrainStep:
 
     def _inputs(self, batch: Batch, context: RoutingContext, step: int, head_function: HeadFunction) -> dict[str, Any]:
         inputs = model_inputs(batch, context, document_mask=self.config.data.document_mask)
-        # Noise (dropout, jitter) depends on the step and the micro-batch's place in it, never on the rank.
+        # Noise (dropout, jitter) depends on the step and the micro-batch's index in it, never on the rank.
         noise = noise_seed(self.config.train.seed, step, batch.index)
         return inputs | {"noise": noise, "head_function": head_function}
 

@@ -160,7 +160,7 @@ class Stopping(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any], saved: Pace) -> None:
-        """`saved`: the pace of the start that saved it, which stands for the first where no checkpoint told it yet."""
+        """`saved`: the pace of the start that saved it, which stands for the first in older checkpoints."""
         self.best_loss = state["best_loss"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]
         self.has_learned = state.get("has_learned", True)

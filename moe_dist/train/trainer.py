@@ -12,55 +12,32 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.checkpoint.lock import Job
-from moe_dist.checkpoint.manager import Checkpoints
 from moe_dist.config import Config, ModelConfig
-from moe_dist.config.host_cache import cache_folder
-from moe_dist.config.trained_weights import ChosenExperts, TrainedWeights
-from moe_dist.models.adapter_shapes import sentence
-from moe_dist.models.quantized import bytes_sentence
-from moe_dist.models.trained_counts import trained_sentence
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.sinks import ConsoleSink
 from moe_dist.monitor.train_log import log_path
-from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.device import set_deterministic
-from moe_dist.parallel.engines.registry import build_engine
 from moe_dist.parallel.layout import refuse_unplanned
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.state_bytes import trained_of_places
 from moe_dist.parallel.status import Status
-from moe_dist.pretrained.adapters import load_adapter
-from moe_dist.pretrained.loading import load_pretrained
-from moe_dist.train.auto_balance import AutoBalance
-from moe_dist.train.balance import Balancer
-from moe_dist.train.build import build_datasets, build_loader, build_model, given
+from moe_dist.train.build import given
 from moe_dist.train.callbacks import Callback, Callbacks, Event, load_callbacks
-from moe_dist.train.checkpointing import Persistence, checkpoints_of
-from moe_dist.train.counters import Counters
-from moe_dist.train.esft import experts_of_task
-from moe_dist.train.evaluation import Evaluating
 from moe_dist.train.first_step import FirstStep
 from moe_dist.train.init_distributed import own_mesh
 from moe_dist.train.loop import TrainingLoop
 from moe_dist.train.merging import merge
-from moe_dist.train.placing import Placing
+from moe_dist.train.parts import build_parts
 from moe_dist.train.rank_sync import StopRequests
-from moe_dist.train.reference import StartReference
-from moe_dist.train.reporting import Reporter, peak_memory, sinks_of
 from moe_dist.train.result import TrainingResult
 from moe_dist.train.run_setup import (
+    RunStart,
     architecture_of,
     log_skipped_documents,
     merge_config,
     one_of,
-    run_info,
-    starts_afresh,
-    starts_from_pretrained,
     take_run_folder,
 )
-from moe_dist.train.saving import Saving
-from moe_dist.train.step import StepResult, TrainStep
-from moe_dist.train.stopping import Pace, Stopping
+from moe_dist.train.step import StepResult
 
 logger = logging.getLogger("moe_dist")
 
@@ -73,11 +50,11 @@ class MoETrainer(TrainingLoop):
     `config`: a `Config`, a path to a YAML file, or a mapping of sections; over it `model_config` and
     `training_config` (a mapping with keys of any section, or a `transformers.TrainingArguments`, whose values are taken
     as they are). `model` and `args` are these two under Hugging Face's names; `model` may also be a `Transformer`,
-    whose weights are then trained where they are, in one process. `callbacks` (`moe_dist.train.Callback`) are told what
-    happens, after those of `train.callbacks`. `mesh`: this rank's place; by default the process it
-    is called in, on `launch.device`, or all ranks of a program that torchrun has started. `launch.nproc_per_node` is
+    whose weights are then trained where they are, in one process. `callbacks` (`moe_dist.train.Callback`) get every
+    event, after those of `train.callbacks`. `mesh`: this rank and its process groups; by default the process it is
+    called in, on `launch.device`, or all ranks of a program that torchrun has started. `launch.nproc_per_node` is
     for `moe-dist train`: from Python nothing is started. `job`: which starts belong together; by default this one
-    stands alone. `opened` is told this rank's log file once there is one.
+    stands alone. `opened` is called with this rank's log file once there is one.
     """
 
     def __init__(
@@ -125,144 +102,87 @@ class MoETrainer(TrainingLoop):
             return replace(result, merged=merged)
         return self._train(dataset)
 
+    @property
+    def model(self) -> Transformer:
+        """This rank's part of the model, once `train` has built it."""
+        return self.parts.model
+
     def _train(self, dataset: Any) -> TrainingResult:
         refuse_unplanned(self.config, self.mesh.layout.world_size)
         if dataset is not None:
             self.config.data = given(self.config.data)
-        self.start = take_run_folder(self.config, self.mesh, self.job)
+        start = take_run_folder(self.config, self.mesh, self.job)
         self.first_step = FirstStep(ConsoleSink(self.config.monitor.progress).message)
         try:
             if self.mesh.rank == 0:
                 self.first_step.begin()
-            self._build(dataset)
+            self._build(start, dataset)
             try:
-                self.persistence.restore(self.counters, self.reporter.sinks.message)
-                self.step.set_temperature(self.counters.step)
-                self.stopping.before_start(self.counters.step, self.loader.epoch, self.counters.elapsed)
-                self.evaluating.measure_baseline()
-                self.sample_before = None if self.stopping.reason else self.evaluating.sample()
-                if self.counters.step and self.stopping.reason:
+                self._restore()
+                if self.parts.counters.step and self.parts.stopping.reason:
                     return self._finished_before()
                 self._measure_reference()
                 self._begin()
                 with self.stop_requests:
-                    while self.stopping.reason is None:
+                    while self.parts.stopping.reason is None:
                         self._one_step()
                     return self._finish()
             finally:
-                self.loader.close()
-                self.reporter.sinks.close()
+                self.parts.loader.close()
+                self.parts.reporter.sinks.close()
         finally:
             self.first_step.done()
-            if self.start.lock is not None:
-                self.start.lock.leave()
+            if start.lock is not None:
+                start.lock.leave()
 
-    def _build(self, dataset: Any) -> None:
+    def _build(self, start: RunStart, dataset: Any) -> None:
         config, mesh = self.config, self.mesh
         set_deterministic(config.train.deterministic, config.train.torch_compile)
         persons = [*load_callbacks(config.train.callbacks), *self._persons_callbacks]
-        sinks = sinks_of(config, mesh)
-        self.first_step.say = sinks.message
-        self.first_step.at("reading the data")
-        self.clock, self.counters = Clock(mesh.device, self.status), Counters()
-        self.datasets = build_datasets(config, dataset, cache_folder() / "tokens")
-        num_domains = len(self.datasets.domains)
-        self.first_step.at("building the model")
-        self.loader = build_loader(config, self.datasets.train, mesh)
-        self._memory_before = peak_memory(mesh.device)
-        self.model = build_model(config, mesh, self.clock, self._given)
-        if self.model.lora is not None:
-            sinks.message(sentence(config.model, config.lora))
-        pretrained = None
-        if starts_from_pretrained(config, mesh, self.start) and self._given is None:
-            self.first_step.at("reading the weights it starts from")
-            pretrained = load_pretrained(self.model, config.model, mesh)
-            sinks.message(str(pretrained))
-            self.model.saves_adapters_alone = self.model.lora is not None
-            if config.lora.quantize is not None:
-                sinks.message(bytes_sentence(self.model))
-        if config.lora.from_adapter is not None and starts_afresh(config, mesh, self.start):
-            load_adapter(self.model, config, mesh)
-            sinks.message(f"adapters start from {config.lora.from_adapter}")
-        checkpoints = checkpoints_of(config, mesh, self.start)
-        chosen = self._freeze(checkpoints, pretrained is not None or self._given is not None, sinks.message)
-        self.engine = build_engine(self.model, config, mesh)
-        self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
-        self.step = TrainStep(self.model, mesh, self.engine, self.balancer, config, self.status)
-        self.stopping = Stopping(config.train, Pace(self.loader.global_batch_size, self.loader.samples_per_epoch))
-        self.placing = placing = Placing(config, mesh, self.model, self.engine, self.balancer, sinks.message)
-        loads, slots = lambda: self.balancer.facts, lambda: placing.slots  # those of the moment
-        announce = self._announce("on_log")
-        self.reporter = Reporter(config, mesh, self.clock, sinks, loads, announce, num_domains, slots)
-        pending, report = self.reporter.collector.pending, self.reporter.actions
-        self.acting = AutoBalance(config, mesh, self.balancer, pending, report)
-        self.evaluating = Evaluating(
-            *(config, self.model, mesh, self.datasets, self.clock),
-            is_best=self.stopping.is_best,
+        self.parts = build_parts(
+            *(config, mesh, start, self.status, self.first_step),
+            dataset=dataset,
+            given=self._given,
+            announce=self._announce,
             asked_to_stop=self._asked_to_stop,
-            paused=self.reporter.paused,
-            announce=self._announce("on_evaluate"),
-            dpo=self.step.dpo,
         )
-        parts = (self.model, self.engine, self.loader, self.stopping, self.acting, self.placing)
-        self.persistence = Persistence(config, mesh, *parts, self.start, self.datasets, checkpoints, self.status.alive)
-        self.persistence.chosen = chosen
-        self.persistence.pretrained = None if pretrained is None else pretrained.provenance
-        self.persistence.check_room()
-        self.saving = Saving(
-            *(config.checkpoint, self.persistence, self.counters, self.stopping, self.status),
-            metrics=self.evaluating.metrics,
-            paused=self.reporter.paused,
-            announce=self._announce("on_save"),
-        )
-        # In the order of a step: whether it is the last, its line, what follows from that, its evaluation, its save.
-        changing = (self.acting, self.placing)
-        own = (self.stopping, self.reporter, *changing, self.first_step, self.evaluating, self.saving)
-        self.callbacks = Callbacks(own, persons, mesh, self.state, config.train.on_callback_error)
-        self.signal: int | None = None
-        self.losses: list[float] = []
+        self.callbacks = Callbacks(self.parts.callbacks, persons, mesh, self.state, config.train.on_callback_error)
+        self.signal = None
+        self.losses = []
         self.result, self.rate = StepResult(nan, nan, 0, 0, skipped=False), nan
-
-    def _freeze(
-        self, checkpoints: Checkpoints, has_weights: bool, message: Callable[[str], None]
-    ) -> ChosenExperts | None:
-        """Hold still what is not trained, and say so; returns the experts that `experts:esft` stands for."""
-        config, mesh, trained, chosen = self.config, self.mesh, TrainedWeights.of(self.config), None
-        if trained.are_measured:
-            self.first_step.at("measuring which experts the data's tokens go to")
-            data, resume = self.datasets.train, self.start.resume
-            chosen = experts_of_task(config, mesh, self.model, data, checkpoints, resume, has_weights, message)
-            trained = TrainedWeights.of(config, chosen)
-            trained_of_places(config, chosen)
-            self.model.freeze(trained)
-        if not trained.are_all:
-            message(trained_sentence(config, trained))
-        return chosen
-
-    def _measure_reference(self) -> None:
-        """Of preferences whose reference is the start: what the weights say of all pairs now, or said at step 0."""
-        dpo, persistence = self.step.dpo, self.persistence
-        self.reference = None
-        if dpo is None or self.config.dpo_reference != "start":
-            return
-        self.first_step.at("measuring the reference")
-        self.reference = StartReference(self.config, self.mesh, self.datasets)
-        self.reference.prepare(dpo, self.model, self.engine, persistence.reference, self.reporter.sinks.message)
-        persistence.reference = self.reference.weights
 
     def _announce(self, event: Event) -> Callable[[Any], None]:
         return lambda record: self.callbacks.emit(event, record)
 
+    def _restore(self) -> None:
+        """Go on from a checkpoint if there is one, and measure what training is held against."""
+        parts, counters = self.parts, self.parts.counters
+        parts.persistence.restore(counters, parts.reporter.sinks.message)
+        parts.step.start_at(counters.step)
+        parts.stopping.before_start(counters.step, parts.loader.epoch, counters.elapsed)
+        parts.evaluating.measure_baseline()
+        self.sample_before = None if parts.stopping.reason else parts.evaluating.sample()
+
+    def _measure_reference(self) -> None:
+        """Of preferences whose reference is the start: what the weights say of all pairs now, or said at step 0."""
+        parts, reference = self.parts, self.parts.reference
+        if reference is None or parts.step.dpo is None:
+            return
+        self.first_step.at("measuring the reference")
+        persistence, message = parts.persistence, parts.reporter.sinks.message
+        reference.prepare(parts.step.dpo, parts.model, parts.engine, persistence.reference, message)
+        persistence.reference = reference.weights
+
     def _begin(self) -> None:
         """All that can be checked is right: the first change in the run folder."""
-        self.persistence.begin(self.reporter.sinks.message)
-        if self.reference is not None:
-            self.reference.keep()
+        parts = self.parts
+        parts.persistence.begin(parts.reporter.sinks.message)
+        if parts.reference is not None:
+            parts.reference.keep()
         self._opened(log_path(self.output_dir, self.mesh.rank))
-        log_skipped_documents(self.datasets)
-        what = (self.config, self.mesh, self.datasets, self.start.run, self.counters, self._memory_before)
-        self.reporter.open(run_info(*what, self.persistence.chosen, self.persistence.pretrained))
-        self.started = time.perf_counter() - self.counters.elapsed
+        log_skipped_documents(parts.datasets)
+        parts.reporter.open(parts.info(self.config, self.mesh))
+        self.started = time.perf_counter() - parts.counters.elapsed
         self.callbacks.emit("on_run_begin")
         self._do(self.callbacks.requests())
-        self.first_step.activity = self.step.where
+        self.first_step.activity = parts.step.where

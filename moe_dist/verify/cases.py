@@ -42,7 +42,7 @@ def choose(small: Smallness, which: str, seed: int = 0) -> Chosen:
             own += [replace(layout, dtype=dtype) for layout in own for dtype in ("float32", "bf16")]
         chosen.cases += [Scenario(layout) for layout in own]
         chosen.cases += design.scenarios
-        chosen.coverage += _told(design, which, len(own))
+        chosen.coverage += _coverage_lines(design, which, len(own))
     chosen.cases += lives(small, which, seed)
     return chosen
 
@@ -51,7 +51,7 @@ def named_case(name: str) -> Scenario | Life:
     return Life.named(name) if ":" in name else Scenario.named(name)
 
 
-def _told(design: Design, which: str, num_own: int) -> list[str]:
+def _coverage_lines(design: Design, which: str, num_own: int) -> list[str]:
     kind = "pairs (and triples) of values" if which == "all" else "values"
     line = (
         f"{design.num_covered} of {design.num_items} {kind} of features and layouts in {len(design.scenarios)} cases, "

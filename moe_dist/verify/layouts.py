@@ -107,9 +107,9 @@ def layouts(config: Config, world_size: int) -> list[Case]:
     where it is not installed. The rules of a configuration are not asked.
     """
     return [
-        replace(place, accumulation=count, recompute=kind)
-        for place in _placements(world_size)
-        for count in (place.pp_size, 2 * place.pp_size)
+        replace(layout, accumulation=count, recompute=kind)
+        for layout in _placements(world_size)
+        for count in (layout.pp_size, 2 * layout.pp_size)
         for kind in RECOMPUTE
     ]
 

@@ -101,7 +101,7 @@ class Life:
         training = small.training(Scenario(layout or self.layouts[0], self.features))
         tree: dict[str, Any] = (training.config if layout else training.alone).model_dump()
         replicas = small.world_size // layout.pp_size if layout else 1
-        needed = max(small.world_size // place.pp_size * place.accumulation for place in self.layouts)
+        needed = max(small.world_size // layout.pp_size * layout.accumulation for layout in self.layouts)
         batch = max(needed, 0 if self.events == BRIEF else GLOBAL_BATCH)
         tree["model"] |= {"vocab_size": 272, "num_hidden_layers": self._num_layers}
         tree["data"] |= {"source": "memory", "max_seq_length": 16, "validation_split": 0.2}

@@ -220,7 +220,7 @@ class Verifier:
                 except Exception:  # met again, and named, by the case itself
                     mine[key] = None
         for part in self.world.from_all(mine):
-            self._references |= {key: told for key, told in part.items() if told is not None}
+            self._references |= {key: reference for key, reference in part.items() if reference is not None}
 
     def _reference(self, case: Scenario, training: Training, count: int) -> TrialResult:
         """What one process computes, on every rank."""

@@ -42,7 +42,7 @@ TOLERANCES: dict[Precision, dict[str, float]] = {
 """Largest relative differences, of the tensor that differs most. float64 leaves rounding at 1e-13: any mistake is
 above. In float32 AdamW makes full steps out of gradients that are only rounding, and the second norm is of weights that
 made them. In bfloat16 both sides round, and send
-a token to another expert here and there: what follows an update is told, not judged, and only large bugs are above."""
+a token to another expert here and there: what follows an update is shown, not judged, and only large bugs are above."""
 DEEP: dict[Precision, dict[str, float]] = {
     "float64": TOLERANCES["float64"],
     "float32": dict.fromkeys(COMPARED, 1e-3)

@@ -30,6 +30,7 @@ from moe_dist.monitor.train_log import close_logging
 from moe_dist.parallel.dispatch_choice import hosts_for
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import step as step_module
+from moe_dist.train.run_setup import RunStart
 from moe_dist.train.trainer import MoETrainer
 from moe_dist.verify.injected_bugs import planted
 from moe_dist.verify.layouts import Case
@@ -54,11 +55,11 @@ class ScriptedTrainer(MoETrainer):
         super().__init__(config, mesh=mesh)
         self.script = iter(script)
 
-    def _build(self, dataset: Any) -> None:
+    def _build(self, start: RunStart, dataset: Any) -> None:
         for handler in logging.getLogger("moe_dist").handlers:
             if not isinstance(handler, logging.FileHandler):
                 handler.setLevel(logging.CRITICAL)  # warnings are for the log: this run is an example
-        super()._build(dataset)
+        super()._build(start, dataset)
 
     def _one_step(self) -> None:
         """Events up to and with the next step."""
@@ -67,29 +68,33 @@ class ScriptedTrainer(MoETrainer):
                 around = {"skip": self._poisoned, "stop": self._interrupted}.get(event, nullcontext)
                 with around():
                     super()._one_step()
-                move_experts(self.placing)
+                move_experts(self.parts.placing)
                 return
-            between = {"sample": self.evaluating.sample, "save": self._save_now, "save_behind": self.saving.save}
-            between.get(event, lambda: self.evaluating.evaluate(self.counters.step))()
-        self.stopping.stop("the script has ended")
+            between = {
+                "sample": self.parts.evaluating.sample,
+                "save": self._save_now,
+                "save_behind": self.parts.saving.save,
+            }
+            between.get(event, lambda: self.parts.evaluating.evaluate(self.parts.counters.step))()
+        self.parts.stopping.stop("the script has ended")
 
     def _begin(self) -> None:
-        self.found = self.held() if self.counters.step else None
+        self.found = self.held() if self.parts.counters.step else None
         super()._begin()
 
     def held(self) -> dict[str, Tensor]:
         """Every tensor of the run, whole (collective): what a start leaves, or in `found` what it goes on from."""
-        with self.placing.at_home():
-            return whole_tensors(self.persistence._state().tensors, self.mesh)
+        with self.parts.placing.at_home():
+            return whole_tensors(self.parts.persistence._state().tensors, self.mesh)
 
     def _save_now(self) -> None:
-        self.saving.save()
-        self.saving.settle()
+        self.parts.saving.save()
+        self.parts.saving.settle()
 
     @contextmanager
     def _poisoned(self) -> Iterator[None]:
         """One micro-batch of the global batch, wherever it is, has a loss that is not a number."""
-        next_step, cross_entropy = self.loader.next_step, step_module.head_cross_entropy
+        next_step, cross_entropy = self.parts.loader.next_step, step_module.head_cross_entropy
         poisoned: list[Tensor] = []
 
         def remember() -> list[Any]:
@@ -101,20 +106,23 @@ class ScriptedTrainer(MoETrainer):
             loss = cross_entropy(hidden, weight, labels, *arguments, **options)
             return loss * float("nan") if any(torch.equal(labels.cpu(), bad) for bad in poisoned) else loss
 
-        with patch.object(self.loader, "next_step", remember), patch.object(step_module, "head_cross_entropy", wrong):
+        with (
+            patch.object(self.parts.loader, "next_step", remember),
+            patch.object(step_module, "head_cross_entropy", wrong),
+        ):
             yield
 
     @contextmanager
     def _interrupted(self) -> Iterator[None]:
         """The last rank gets a signal in the middle of accumulating."""
-        inputs = self.step._inputs
+        inputs = self.parts.step._inputs
 
         def hit(*arguments: Any) -> dict[str, Any]:
             if self.mesh.rank == self.mesh.layout.world_size - 1 and self.stop_requests.number is None:
                 signal.raise_signal(signal.SIGTERM)
             return inputs(*arguments)
 
-        with patch.object(self.step, "_inputs", hit):
+        with patch.object(self.parts.step, "_inputs", hit):
             yield
 
 

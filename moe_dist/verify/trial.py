@@ -1,4 +1,4 @@
-"""A few training steps on global batches that are hard on a trainer, told in logical tensors that layouts share."""
+"""A few training steps on global batches that are hard on a trainer, and what comes of them in logical tensors."""
 
 from __future__ import annotations
 
@@ -149,12 +149,12 @@ class Trial:
 
     def loads(self) -> dict[str, Tensor]:
         """What every layer has recorded since the last step, of the whole global batch, in float64."""
-        told = {}
+        loads = {}
         for layer, facts in self.balancer.facts.items():
             for name, tensor in vars(facts).items():
                 if tensor is not None:
-                    told[f"{layer}.{name}"] = self.mesh.sum_over("dp", tensor.to(torch.float64, copy=True)).cpu()
-        return self._of_all_stages(told)
+                    loads[f"{layer}.{name}"] = self.mesh.sum_over("dp", tensor.to(torch.float64, copy=True)).cpu()
+        return self._of_all_stages(loads)
 
     @contextmanager
     def unclipped(self) -> Iterator[dict[str, Tensor]]:
@@ -218,12 +218,12 @@ def run_trial(
     kind: Batches | None = None,
     precision: Precision = "float32",
 ) -> TrialResult:
-    """Train on this rank's share of fixed global batches; every rank is told the same if replicas agree."""
+    """Train on this rank's share of fixed global batches; every rank returns the same if replicas agree."""
     kind, rate = kind or Batches(), RATES[precision]
     settings = config.optimizer.model_copy(update={"learning_rate": rate, "min_learning_rate": rate / 10})
     with planted(plant) if plant else nullcontext(), in_dtype(DTYPES[precision]):
         trial = Trial(config, mesh, kind.num_domains)
-        told = TrialResult(initial=trial.weights)
+        trained = TrialResult(initial=trial.weights)
         trial.measure_start(num_micro_batches, (*range(NUM_STEPS), HELD_OUT), kind)
         for step in range(NUM_STEPS):
             if step == NUM_STEPS - 1:  # and then train on: an evaluation must leave no trace
@@ -238,18 +238,18 @@ def run_trial(
                     dpo=trial.step.dpo,
                 )
                 assert found is not None
-                told.evaluation.append(found.loss)
-            with trial.unclipped() if step == 0 else nullcontext(told.gradients) as told.gradients:
+                trained.evaluation.append(found.loss)
+            with trial.unclipped() if step == 0 else nullcontext(trained.gradients) as trained.gradients:
                 batches = trial.global_batch(num_micro_batches, step, kind)
                 result = trial.step(batches, step, schedule.learning_rate(settings, step, NUM_STEPS))
             move_experts(trial.placing)
-            told.losses.append(result.loss)
-            told.norms.append(result.grad_norm)
-            told.loads |= {f"{step}.{name}": facts for name, facts in trial.loads().items()}
+            trained.losses.append(result.loss)
+            trained.norms.append(result.grad_norm)
+            trained.loads |= {f"{step}.{name}": facts for name, facts in trial.loads().items()}
             if result.rewards is not None and precision == "float64" and step:  # before, rounding may be all there is
-                told.loads[f"{step}.rewards"] = torch.tensor(astuple(result.rewards))
-        told.weights, told.biases = trial.weights, trial.biases
-    return told
+                trained.loads[f"{step}.rewards"] = torch.tensor(astuple(result.rewards))
+        trained.weights, trained.biases = trial.weights, trial.biases
+    return trained
 
 
 def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:

@@ -134,9 +134,9 @@ class Report:
                 }
                 for verdict in self.verdicts
             ]
-            told: dict[str, Any] = {"plant": self.plant, "passed": passed, "coverage": self.coverage, "layouts": rows}
-            told["versions"] = self.proof and self.proof.versions
-            json.dump(json_safe(told), sys.stdout, indent=1, allow_nan=False)
+            report: dict[str, Any] = {"plant": self.plant, "passed": passed, "coverage": self.coverage, "layouts": rows}
+            report["versions"] = self.proof and self.proof.versions
+            json.dump(json_safe(report), sys.stdout, indent=1, allow_nan=False)
             print(flush=True)
             return passed
         for line in self.coverage:

@@ -48,11 +48,11 @@ def spoiled_run(folder: str, is_mute: bool) -> tuple[list[tuple[int, int, str | 
 
     def note(self: Persistence) -> Outcome:
         outcome = settle(self)
-        settled.append((outcome.step, trainer.counters.step, outcome.error))
+        settled.append((outcome.step, trainer.parts.counters.step, outcome.error))
         return outcome
 
     def after_the_write(self: MoETrainer) -> None:
-        writer = self.persistence.checkpoints._writer
+        writer = self.parts.persistence.checkpoints._writer
         assert writer is None or writer.written.wait(60)
         one_step(self)
 
@@ -63,7 +63,7 @@ def spoiled_run(folder: str, is_mute: bool) -> tuple[list[tuple[int, int, str | 
         stack.enter_context(replaced(Persistence, "settle", note))
         stack.enter_context(replaced(MoETrainer, "_one_step", after_the_write))
         trainer.train(TEXTS)
-    return settled, trainer.counters.saves_failed
+    return settled, trainer.parts.counters.saves_failed
 
 
 @pytest.mark.parametrize("is_mute", [False, True])

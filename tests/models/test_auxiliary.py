@@ -23,7 +23,8 @@ from moe_dist.models.auxiliary import (
 from moe_dist.models.context import RoutingContext
 from moe_dist.models.moe import MoE
 from moe_dist.models.recompute import recomputing
-from moe_dist.models.router import Router, Routing, TopKRouter
+from moe_dist.models.router import Router
+from moe_dist.models.routing import Routing, TopKRouter
 from moe_dist.models.transformer import Transformer
 
 CONFIG = ModelConfig(

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from moe_dist.config import BalanceConfig, ModelConfig
-from moe_dist.models import experts as experts_module
+from moe_dist.models import swiglu
 from moe_dist.models.context import RoutingContext
 from moe_dist.models.experts import (
+    EXPERTS,
     Expert,
     ExpertList,
     Experts,
@@ -44,7 +45,7 @@ class Kernel:
     """torch's grouped matmul, its calls counted; what it leaves as it was in memory is NaN."""
 
     def __init__(self) -> None:
-        self.calls, self.real = 0, experts_module.grouped_mm
+        self.calls, self.real = 0, swiglu.grouped_mm
 
     def __call__(self, rows: Tensor, weights: Tensor, *, offs: Tensor) -> Tensor:
         self.calls += 1
@@ -58,7 +59,7 @@ class Kernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """In the place of the kernel that experts call: a test says how often they do."""
     counted = Kernel()
-    monkeypatch.setattr(experts_module, "grouped_mm", counted)
+    monkeypatch.setattr(swiglu, "grouped_mm", counted)
     return counted
 
 
@@ -99,7 +100,7 @@ def test_equal_to_the_loop(counts: list[int], hidden: int, width: int) -> None:
 )
 def test_equal_to_the_loop_for_many_and_for_few_rows(counts: list[int], dtype: torch.dtype) -> None:
     """Trap 4 (gradients of idle experts are zero, not None). Planted: grad_up and grad_gate exchanged in
-    `_swiglu_backward`; rows returned as they are for R = 0."""
+    `swiglu_backward`; rows returned as they are for R = 0."""
     assert_equal_to_loop(counts, 32, 16, dtype)
 
 
@@ -297,7 +298,7 @@ def train(config: ModelConfig, steps: int = 30) -> tuple[float, float, MoE]:
 @pytest.mark.parametrize("name", ["dropped", f"{__name__}:Dropped"])
 def test_a_persons_own_expert_trains(name: str) -> None:
     if name == "dropped":
-        experts_module.EXPERTS._entries.pop(name, None)
+        EXPERTS._entries.pop(name, None)
         register_expert(name)(Dropped)
     first, last, layer = train(ModelConfig(hidden_size=16, num_experts=4, moe_intermediate_size=16, expert=name))
     assert last < 0.7 * first

@@ -12,8 +12,8 @@ from torch import Tensor
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.auxiliary import LoadFacts
 from moe_dist.models.context import RoutingContext
-from moe_dist.models.experts import swiglu
 from moe_dist.models.moe import MoE
+from moe_dist.models.swiglu import swiglu
 
 CONFIG = ModelConfig(
     hidden_size=16, num_attention_heads=2, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2

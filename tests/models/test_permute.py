@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dist.models.permute import rows_from_tokens, sort_by_expert, tokens_from_rows
-from moe_dist.models.router import drop_over_capacity
+from moe_dist.models.routing import drop_over_capacity
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 6), st.integers(1, 7))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.huggingface import from_huggingface, huggingface_config, to_huggingface
-from moe_dist.models.router import TopKRouter
+from moe_dist.models.routing import TopKRouter
 from moe_dist.models.transformer import Transformer
 
 transformers = pytest.importorskip("transformers")

@@ -77,7 +77,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from moe_dist.config import BalanceConfig
 from moe_dist.models.auxiliary import LoadBalance
 from moe_dist.models.context import ALONE
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.records import TrainRecord
 from moe_dist.monitor.sinks import JsonlSink, TensorBoardSink

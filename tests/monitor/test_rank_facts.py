@@ -22,7 +22,7 @@ from moe_dist.config import ModelConfig
 from moe_dist.data.loader import GlobalLoader
 from moe_dist.models.auxiliary import LoadFacts
 from moe_dist.models.counts import expert_share, flops_per_token, parameter_counts
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 from moe_dist.models.transformer import Transformer
 from moe_dist.monitor.collector import Collector
 from moe_dist.monitor.devices import peak_flops

@@ -13,7 +13,7 @@ from ranks import RankFailure, run_ranks
 
 from moe_dist.models.experts import Experts
 from moe_dist.models.moe import Dispatcher
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch import expert_order
 from moe_dist.parallel.dispatch_specification import AllGatherDispatcher

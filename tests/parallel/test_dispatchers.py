@@ -16,7 +16,7 @@ from run_files import complaint, load
 
 from moe_dist.config import Config
 from moe_dist.models.moe import LocalDispatcher
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 from moe_dist.parallel.dispatch_choice import chosen_dispatcher, hosts_for, rows_between_hosts, rows_per_token
 from moe_dist.parallel.dispatchers import build_dispatcher
 from moe_dist.verify.trial import TrialResult, difference

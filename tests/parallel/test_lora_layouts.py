@@ -11,7 +11,7 @@ from tiny import micro_batches, tiny_config
 
 from moe_dist.config import ConfigError
 from moe_dist.parallel.engines.optimizer import local
-from moe_dist.parallel.state_bytes import trained_of_places
+from moe_dist.parallel.state_bytes import trained_by_pp_rank
 from moe_dist.verify.trial import Trial
 
 LORA = (
@@ -106,4 +106,4 @@ def test_a_stage_without_adapters_is_refused_on_every_rank() -> None:
         "parallel.stages=[1, 2]",
     )
     with pytest.raises(ConfigError, match="stage 0 would have nothing to train"):
-        trained_of_places(config)
+        trained_by_pp_rank(config)

@@ -208,9 +208,10 @@ def train(folder: str, place: tuple[int, int, str, int] | None, max_steps: int) 
     trainer = MoETrainer(load_mapping(tree), mesh=mesh)
     result = trainer.train(TEXTS)
     assert result.best_eval_loss is not None
-    assert [layer.layer for layer in trainer.reporter.layers] == [0, 2, 3, 4]  # of all stages, on every rank
-    assert len({sum(layer.tokens_per_expert) for layer in trainer.reporter.layers}) == 1  # each stage saw every token
-    return result.losses, result.best_eval_loss, trainer.evaluating.sample() or ""
+    layers = trainer.parts.reporter.layers
+    assert [layer.layer for layer in layers] == [0, 2, 3, 4]  # of all stages, on every rank
+    assert len({sum(layer.tokens_per_expert) for layer in layers}) == 1  # each stage saw every token
+    return result.losses, result.best_eval_loss, trainer.parts.evaluating.sample() or ""
 
 
 @pytest.mark.parametrize(

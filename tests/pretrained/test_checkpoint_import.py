@@ -59,7 +59,7 @@ def test_every_weight_is_the_folders(name: str, fused: bool, tmp_path: Path) -> 
     folder = write_folder(tmp_path / "hf", config, weights, 3)
     done = import_checkpoint(folder, tmp_path / "run", shard_bytes=3000)
     wanted = from_huggingface(weights, config)
-    saved = Tensors(done.found, done.found.storage.manifest(0), Keys())
+    saved = Tensors(done.checkpoint, done.checkpoint.storage.manifest(0), Keys())
     assert {f"model.{key}" for key in wanted} | {"model.lm_head.weight"} == set(saved.names())
     assert [key for key in wanted if not torch.equal(wanted[key].float(), saved.read(f"model.{key}"))] == []
     assert done.num_files > 3

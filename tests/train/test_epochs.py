@@ -51,7 +51,7 @@ def rates(folder: Path) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight") / "run"
-    assert run(folder).loader.epoch == 1.0
+    assert run(folder).parts.loader.epoch == 1.0
     assert len(rates(folder)) == 12
     return folder
 
@@ -78,8 +78,8 @@ def test_another_batch_ends_at_the_same_sample(
     known = rates(straight)
     resume = {"resume": str(straight / f"checkpoint-{step}")}
     trainer = run(tmp_path / "run", train=train, checkpoint=resume)
-    assert trainer.loader.samples_consumed == 24
-    batch = trainer.loader.global_batch_size
+    assert trainer.parts.loader.samples_consumed == 24
+    batch = trainer.parts.loader.global_batch_size
     found = rates(tmp_path / "run")
     assert len(found) == (24 - 2 * step) // batch
     for number, rate in found.items():
@@ -88,7 +88,7 @@ def test_another_batch_ends_at_the_same_sample(
             assert rate == pytest.approx(known[consumed // 2 + 1], rel=1e-12)
     (line,) = (text for text in said if "epochs are counted in samples" in text)
     assert f"global batch size={batch} (saved with 2)" in line
-    assert f"the run ends at step {trainer.counters.step}, not 12" in line
+    assert f"the run ends at step {trainer.parts.counters.step}, not 12" in line
 
 
 def test_twice_another_batch(tmp_path: Path, straight: Path) -> None:
@@ -96,7 +96,7 @@ def test_twice_another_batch(tmp_path: Path, straight: Path) -> None:
     first = {"resume": str(straight / "checkpoint-4")}
     run(tmp_path / "run", train={"per_device_train_batch_size": 4, "num_train_epochs": 0.5}, checkpoint=first)
     trainer = run(tmp_path / "run", train={"per_device_train_batch_size": 1})
-    assert trainer.loader.epoch == 1.0
+    assert trainer.parts.loader.epoch == 1.0
     found, known = rates(tmp_path / "run"), rates(straight)
     assert found[6] == pytest.approx(known[7], rel=1e-12)  # each after 12 samples
 
@@ -109,7 +109,7 @@ def test_another_length_keeps_the_epoch(tmp_path: Path, straight: Path) -> None:
     """
     resume = {"resume": str(straight / "checkpoint-4")}
     trainer = run(tmp_path / "run", data={"max_seq_length": LENGTH // 2}, checkpoint=resume)
-    assert (trainer.loader.epoch, trainer.loader.samples_consumed) == (1.0, 48)
+    assert (trainer.parts.loader.epoch, trainer.parts.loader.samples_consumed) == (1.0, 48)
     assert rates(tmp_path / "run")[5] == pytest.approx(rates(straight)[5], rel=1e-12)
 
 

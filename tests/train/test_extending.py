@@ -71,6 +71,18 @@ def test_all_of_them_in_one_run(parts: str, tmp_path: Path) -> None:
     assert LocalStorage(tmp_path).candidates()[-1] == result.steps
 
 
+def test_an_engine_without_a_method_is_named(parts: str, tmp_path: Path) -> None:
+    """Before anything is trained, also where the method would be called by a pipeline alone."""
+    page = Path(parts, "my_parts.py").read_text()
+    (tmp_path / "older_parts.py").write_text(page.replace("def before_last_backward", "def _unused"))
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with pytest.raises(ValueError, match=r"engine=older_parts:PlainEngine: it has no before_last_backward;"):
+            run(parts, str(tmp_path / "run"), 1, 1, {"parallel": {"engine": "older_parts:PlainEngine"}})
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
 def losses_of(parts: str, folder: str, max_steps: int, overrides: dict[str, dict[str, Any]]) -> list[float]:
     both = overrides | {"parallel": overrides.get("parallel", {}) | {"ep_size": dist.get_world_size()}}
     return run(parts, folder, dist.get_world_size(), max_steps, both).losses

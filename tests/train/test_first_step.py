@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from patches import Replace
 
-from moe_dist.train import MoETrainer, first_step, trainer
+from moe_dist.train import MoETrainer, first_step, parts
 from moe_dist.train.step import TrainStep
 
 SETTINGS: dict[str, Any] = {
@@ -30,7 +30,7 @@ def test_what_goes_on_is_said_until_the_first_step_is_done(
 ) -> None:
     """Seen red without the thread, and with one that is not told of micro-batches."""
     said, waited = io.StringIO(), []
-    forward, read = TrainStep._forward, trainer.build_datasets
+    forward, read = TrainStep._forward, parts.build_datasets
 
     def wait_for(words: str) -> None:
         """As slow a machine as it takes to say so."""
@@ -54,7 +54,7 @@ def test_what_goes_on_is_said_until_the_first_step_is_done(
     monkeypatch.setattr(first_step, "FIRST", 0.01)
     monkeypatch.setattr(first_step, "BETWEEN", 0.01)
     monkeypatch.setattr(sys, "stdout", said)
-    replace(trainer, "build_datasets", slow_read)
+    replace(parts, "build_datasets", slow_read)
     replace(TrainStep, "_forward", slow_forward)
     MoETrainer(SETTINGS, output_dir=tmp_path).train(["some words to learn " * 60])
     assert len(waited) == 4

@@ -22,7 +22,7 @@ from moe_dist.config import ConfigError, load_mapping
 from moe_dist.config.trained_weights import TrainedWeights
 from moe_dist.models.shapes import logical_shapes
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel.state_bytes import trained_of_places
+from moe_dist.parallel.state_bytes import trained_by_pp_rank
 from moe_dist.train import MoETrainer
 from moe_dist.train.esft import choose
 from moe_dist.train.run_setup import model_sizes
@@ -121,7 +121,7 @@ WRONG = {
 @pytest.mark.parametrize("overrides", WRONG)
 def test_what_cannot_be_is_said(overrides: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        trained_of_places(tiny_config("balance.bias_update_rate=0", *overrides.split()))
+        trained_by_pp_rank(tiny_config("balance.bias_update_rate=0", *overrides.split()))
     assert WRONG[overrides] in str(caught.value)
 
 

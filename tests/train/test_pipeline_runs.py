@@ -74,7 +74,7 @@ def with_bad_steps(folder: str, zero_stage: int, bad_rank: int, policy: str) -> 
 
     with replaced(TrainStep, "__call__", watched):
         result = trainer.train(TEXTS)
-    return still, result.steps, trainer.counters.skipped, result.reason, result.failed
+    return still, result.steps, trainer.parts.counters.skipped, result.reason, result.failed
 
 
 @pytest.mark.parametrize(("zero_stage", "bad_rank"), [(0, 0), (0, 3), (1, 3)])

@@ -166,7 +166,7 @@ def in_step(replace: Replace, number: int, do: Any) -> None:
     left = [do]
 
     def step(self: MoETrainer) -> None:
-        if self.counters.step == number and left:
+        if self.parts.counters.step == number and left:
             left.pop()()
         one_step(self)
 

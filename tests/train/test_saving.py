@@ -132,8 +132,8 @@ def test_the_best_model_at_the_end(tmp_path: Path) -> None:
     metrics = {step: LocalStorage(tmp_path).manifest(step).metrics["eval_loss"] for step in steps(tmp_path)}
     best = min(metrics, key=metrics.__getitem__)
     assert best != 6, metrics
-    trainer.persistence.checkpoints.begin(99, trainer.persistence._state(), {"config": {}}, {})
-    assert trainer.persistence.checkpoints.settle().error is None
+    trainer.parts.persistence.checkpoints.begin(99, trainer.parts.persistence._state(), {"config": {}}, {})
+    assert trainer.parts.persistence.checkpoints.settle().error is None
     assert values(tmp_path, 99) == values(tmp_path, best)
 
 
@@ -254,7 +254,7 @@ def test_one_save_in_flight(tmp_path: Path, replace: Replace, when_busy: str) ->
     begin = trainer_module.MoETrainer._one_step
 
     def open_at_four(self: MoETrainer) -> None:
-        if self.counters.step == 4:
+        if self.parts.counters.step == 4:
             gate.set()
         begin(self)
 
@@ -319,7 +319,7 @@ def test_another_order_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         tree["train"] = tree["train"] | {"max_steps": step}
         trainer = MoETrainer(tree, output_dir=tmp_path)
         assert trainer.train(TEXTS).steps == step
-        consumed = trainer.loader.samples_consumed
+        consumed = trainer.parts.loader.samples_consumed
         assert consumed == 2 * step if "max_seq_length" not in change else consumed > 4 * (step - 1)
         (line,) = (text for text in said if "another order" in text)
         assert line.endswith(f": goes on after {consumed - 2} samples of the new order")

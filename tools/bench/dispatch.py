@@ -41,7 +41,7 @@ def measure(tokens: int, rounds: int, per_host: int) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from moe_dist.models.router import Routing
+    from moe_dist.models.routing import Routing
     from moe_dist.parallel.comm_timer import Clock
     from moe_dist.parallel.dispatchers import build_dispatcher
     from moe_dist.parallel.layout import Layout

@@ -47,16 +47,16 @@ class InTurn(MoETrainer):
         self.is_on, self.began, self.watching = True, 0.0, None
 
     def _one_step(self) -> None:
-        done = self.counters.step
+        done = self.parts.counters.step
         if done % self.block == 0:
             number = done // self.block
             if number == 0:
-                self.all, self.facts, self.watching = self.callbacks.own, self.balancer.facts, self.watchdog()
+                self.all, self.facts, self.watching = self.callbacks.own, self.parts.balancer.facts, self.watchdog()
             self._switch(number % 4 in (0, 3))  # on off off on: a drift of the machine cancels
             self.mesh.barrier()
             self.began = time.perf_counter()
         super()._one_step()
-        if self.counters.step % self.block == 0:
+        if self.parts.counters.step % self.block == 0:
             self.mesh.barrier()
             self.seconds[self.is_on].append((time.perf_counter() - self.began) / self.block)
 
@@ -64,14 +64,14 @@ class InTurn(MoETrainer):
         if on is self.is_on:
             return
         self.is_on = on
-        self.callbacks.own = [one for one in self.all if on or one not in (self.reporter, self.acting)]
-        self.clock._stopped = not on
-        for layer, moe in self.balancer.layers.items():
+        self.callbacks.own = [one for one in self.all if on or one not in (self.parts.reporter, self.parts.acting)]
+        self.parts.clock._stopped = not on
+        for layer, moe in self.parts.balancer.layers.items():
             moe.balance.facts = self.facts[layer] if on else None
         if on:
             del self.status._set  # the method of its class again
             self.watching = self.watchdog()
-            self.reporter.on_run_begin(self.state())
+            self.parts.reporter.on_run_begin(self.state())
         else:
             self.status._set = lambda *_: None  # type: ignore[method-assign]
             self.watching.close("done")

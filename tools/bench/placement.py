@@ -98,11 +98,11 @@ def measure(coef: float, sources: dict[str, str], warm: int, turns: int, folder:
         """Trains, decides once, and then moves experts to and fro."""
 
         def _one_step(self) -> None:
-            step, placement = self.counters.step - warm, self.placing.placement
+            step, placement = self.parts.counters.step - warm, self.parts.placing.placement
             kind = ("in order", "decided")[step // TURN % 2]
             if step >= 0 and step % TURN == 0:
                 assert placement is not None
-                slots = decided(self.placing, 2) if kind == "decided" else placement.home
+                slots = decided(self.parts.placing, 2) if kind == "decided" else placement.home
                 dist.barrier()
                 began = time.perf_counter()
                 sent = placement.move(slots)
@@ -114,7 +114,7 @@ def measure(coef: float, sources: dict[str, str], warm: int, turns: int, folder:
             dist.barrier()
             if step >= 0:
                 times[kind].append((time.perf_counter() - began, cpu))
-            facts = list(self.balancer.facts.values())
+            facts = list(self.parts.balancer.facts.values())
             rows.append(mesh.sum_over("dp", torch.stack([layer.pairs_E for layer in facts])))
             assert facts[0].pairs_NE is not None
             by_source.append(mesh.sum_over("dp", facts[0].pairs_NE.sum(1)))
@@ -125,7 +125,7 @@ def measure(coef: float, sources: dict[str, str], warm: int, turns: int, folder:
     later_LE = torch.stack(rows[warm:]).double().mean(0)
     taxes = {}
     for ranks in (2, *WIDER):
-        placed = decided(trainer.placing, ranks).values()
+        placed = decided(trainer.parts.placing, ranks).values()
         taxes[ranks] = [
             statistics.fmean(tax(load_E, range(len(load_E)), ranks) for load_E in later_LE),
             statistics.fmean(tax(load_E, slots, ranks) for load_E, slots in zip(later_LE, placed, strict=True)),

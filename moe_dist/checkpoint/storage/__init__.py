@@ -25,9 +25,9 @@ def same_storage(one: Storage, other: Storage) -> bool:
     return one.where == other.where if here is None or there is None else here.resolve() == there.resolve()
 
 
-def open_storage(place: str | Path) -> Storage:
+def open_storage(location: str | Path) -> Storage:
     """The storage at a path or URL."""
-    text = str(place)
+    text = str(location)
     if "://" in text and not text.startswith("file://"):
         from moe_dist.checkpoint.storage.object import ObjectStorage  # only those who use it load what it needs
 

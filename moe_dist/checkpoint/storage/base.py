@@ -41,7 +41,7 @@ def generation_of(name: str) -> int | None:
 
 
 class Storage(ABC):
-    """A place with checkpoints in it. Paths are `<folder>/<file>` relative to it."""
+    """A folder or bucket of checkpoints. Paths are `<folder>/<file>` relative to it."""
 
     where: str
     """For people."""

@@ -188,7 +188,7 @@ def _add_corners(corners: Counter[tuple[int, ...]], ranges: list[tuple[int, int]
 
 def _holds(box: Box, cut: list[int], element: tuple[int, ...]) -> bool:
     return math.prod(box.shape) > 0 and all(
-        box.offset[dim] <= place < box.offset[dim] + box.shape[dim] for dim, place in zip(cut, element, strict=True)
+        box.offset[dim] <= index < box.offset[dim] + box.shape[dim] for dim, index in zip(cut, element, strict=True)
     )
 
 
@@ -224,8 +224,8 @@ def from_text(text: bytes, where: str) -> Manifest:
         raise CheckpointError(f"{where}: damaged: nested too deeply") from None
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{where}: damaged: {place}: {first['msg']}") from None
+        field = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{where}: damaged: {field}: {first['msg']}") from None
     except ValueError as error:
         raise CheckpointError(f"{where}: damaged: {error}") from None
 

@@ -58,13 +58,13 @@ def flip(checkpoint: Path, flips: int, seed: int = 1) -> tuple[Counter[str], Cou
     applied = 0
     for _ in range(flips):
         file = draw.choice(files)
-        place, bit = draw.randrange(file.stat().st_size), draw.randrange(8)
+        offset, bit = draw.randrange(file.stat().st_size), draw.randrange(8)
         kind = "shards" if file.suffix == ".safetensors" else file.name
         descriptor = os.open(file, os.O_RDWR)
-        right = os.pread(descriptor, 1, place)
-        os.pwrite(descriptor, bytes([right[0] ^ 1 << bit]), place)
+        right = os.pread(descriptor, 1, offset)
+        os.pwrite(descriptor, bytes([right[0] ^ 1 << bit]), offset)
         reason = load(storage, step, state)
-        os.pwrite(descriptor, right, place)
+        os.pwrite(descriptor, right, offset)
         os.close(descriptor)
         done[kind] += 1
         detected[kind] += reason is not None and file.name in reason

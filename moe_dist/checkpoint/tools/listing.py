@@ -1,4 +1,4 @@
-"""What lies in a place with checkpoints: from manifests and sizes alone, or (`verdict`) read in full. No torch."""
+"""What a storage of checkpoints holds: from manifests and sizes alone, or (`verdict`) read in full. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_dist.checkpoint.storage.manifest import CheckpointError, Manifest
 class Listed(NamedTuple):
     """A step as it looks from outside. `problems`: of its manifest and of the sizes of its files."""
 
-    found: CheckpointRef
+    checkpoint: CheckpointRef
     manifest: Manifest | None
     problems: list[str]
 

@@ -94,7 +94,7 @@ class Family:
         """Set theirs in `values`, for a configuration that may have more than this family can say."""
 
     def name(self, ours: str, in_memory: bool = False) -> str | None:
-        """Their name of one of our tensors outside experts; None where they have no place for it."""
+        """Their name of one of our tensors outside experts; None where they have no such tensor."""
         head, layer, within = _split(ours)
         if layer is None:
             return head if head.startswith("lm_head.") else f"model.{head}"

@@ -173,7 +173,7 @@ class CheckpointConfig(Section):
     """`auto`: the newest checkpoint that verifies, if any; `never`: start afresh; a step, or a checkpoint's path."""
     load_optimizer: bool = True
     """Take the optimizer's moments from the checkpoint, too; false: go on from its weights, router bias, counters and
-    place in the data, with moments that start afresh. For the first start of a job, as `resume`."""
+    position in the data, with moments that start afresh. For the first start of a job, as `resume`."""
     allow_config_change: bool = False
     """Go on although keys differ from the checkpoint's that change what is computed."""
 

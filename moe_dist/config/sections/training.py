@@ -142,7 +142,7 @@ class TrainConfig(Section):
     divergence_epochs: NonNegativeFloat = 0.0
     """... after this many epochs."""
     callbacks: list[OwnClass] = []
-    """Classes of your own that are told what happens, as `package.module:Class`; see docs/extending.md."""
+    """Classes of your own that get the events of training, as `package.module:Class`; see docs/extending.md."""
     on_callback_error: Literal["raise", "warn"] = "raise"
     """One of them raises: end the run and name it, or say so and go on."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -88,8 +88,8 @@ class Pace:
             numbers = {"samples_per_second": record.samples_per_second or 0.0}
             return Finding("few_samples", "warning", words, "data.max_seq_length", step, evidence=numbers)
 
-        told = [one.device_utilisation for one in (*self._recent, record) if one.device_utilisation is not None]
-        busy = statistics.median(told) if told else 1.0
+        shares = [one.device_utilisation for one in (*self._recent, record) if one.device_utilisation is not None]
+        busy = statistics.median(shares) if shares else 1.0
         slow = record.mfu is not None and record.mfu < LOW_MFU
         rare = record.samples_per_second is not None and record.samples_per_second < FEW_SAMPLES
         return [

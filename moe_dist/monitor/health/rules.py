@@ -143,8 +143,8 @@ class Absence:
 
 
 class Health:
-    """Watches every interval's layers. A condition is told when it has lasted, and again only after it has gone; dead
-    experts are told when there is a new one among them.
+    """Watches every interval's layers. A condition is reported when it has lasted, and again only after it has gone;
+    dead experts are reported when there is a new one among them.
     """
 
     def __init__(self, patience: int = PATIENCE, conditions: Conditions | None = None) -> None:
@@ -158,7 +158,7 @@ class Health:
     def observe(
         self, layers: Sequence[LayerRecord], step: int | None = None, max_steps: int | None = None
     ) -> list[Finding]:
-        """What has now lasted `patience` intervals, and STEPS steps where these are told."""
+        """What has now lasted `patience` intervals, and STEPS steps where these are reported."""
         length = step - self._step if step is not None and self._step is not None else STEPS
         self._step = step
         at_least = math.ceil(STEPS / max(1, length))

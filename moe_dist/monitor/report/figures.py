@@ -179,26 +179,26 @@ def per_layer(run: RunLog, key: str, title: str, marked: bool = False) -> go.Fig
         anchor = {"load_imbalance": {"zmin": 1.0}, "load_entropy": {"zmin": 0.0, "zmax": 1.0}}.get(key, {"zmin": 0.0})
         bar = {"title": title}
         made.add_trace(go.Heatmap(x=steps, y=numbers, z=values, colorscale="Cividis", colorbar=bar, **anchor))
-        places = {(step, number): number for step in steps for number in numbers}
-        return _mark_actions(made, run, places) if marked else made
+        heights = {(step, number): number for step in steps for number in numbers}
+        return _mark_actions(made, run, heights) if marked else made
     made = figure(yaxis_title=title)
     for index, number in enumerate(numbers):
         style = {"color": COLOURS[index % len(COLOURS)], "width": 2, "dash": DASHES[index // len(COLOURS)]}
         made.add_trace(go.Scatter(x=steps, y=values[index], name=f"layer {number}", mode="lines", line=style))
-    places = {(step, n): values[i][j] for i, n in enumerate(numbers) for j, step in enumerate(steps)}
-    return _mark_actions(made, run, places) if marked else made
+    heights = {(step, n): values[i][j] for i, n in enumerate(numbers) for j, step in enumerate(steps)}
+    return _mark_actions(made, run, heights) if marked else made
 
 
-def _mark_actions(made: go.Figure, run: RunLog, places: dict[tuple[int, int], float]) -> go.Figure:
-    """A triangle for each automatic change of balancing; `places`: height of (step, layer)."""
-    records = [ActionRecord.of(row) for row in run.actions if (row["step"], row["layer"]) in places]
+def _mark_actions(made: go.Figure, run: RunLog, heights: dict[tuple[int, int], float]) -> go.Figure:
+    """A triangle for each automatic change of balancing; `heights`: of (step, layer)."""
+    records = [ActionRecord.of(row) for row in run.actions if (row["step"], row["layer"]) in heights]
     for name, symbol, up in (("balancing raised", "triangle-up", True), ("taken back", "triangle-down", False)):
         shown = [record for record in records if (record.now > record.before) is up]
         if shown:
             made.add_trace(
                 go.Scatter(
                     x=[record.step for record in shown],
-                    y=[places[record.step, record.layer] for record in shown],
+                    y=[heights[record.step, record.layer] for record in shown],
                     text=[record.words for record in shown],
                     name=name,
                     mode="markers",
@@ -230,7 +230,7 @@ def evenly(rows: Sequence[Row], most: int) -> list[Row]:
 
 def load_scale() -> list[list[Any]]:
     """Colours from nothing over the fair share to double."""
-    return [[place, f"rgb{colour}"] for place, colour in ((0.0, COLD), (0.5, FAIR), (1.0, HOT))]
+    return [[share, f"rgb{colour}"] for share, colour in ((0.0, COLD), (0.5, FAIR), (1.0, HOT))]
 
 
 def utilisation(shown: dict[str, Any]) -> go.Figure:

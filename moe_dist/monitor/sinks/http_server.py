@@ -28,12 +28,12 @@ class BoundedServer(WSGIServer):
 
     def __init__(self, host: str, port: int, app: WSGIApplication, tls: ssl.SSLContext | None = None) -> None:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        self.address_family, *_, place = found[0]
+        self.address_family, *_, address = found[0]
         self._tls = tls
         self._open: dict[socket.socket, float] = {}
         self._lock = threading.Lock()
         self._room = threading.Semaphore(CONNECTIONS)
-        super().__init__((str(place[0]), port), _Handler)
+        super().__init__((str(address[0]), port), _Handler)
         self.set_app(app)
         self._thread = threading.Thread(target=self.serve_forever, name="metrics", daemon=True)
 

@@ -184,13 +184,13 @@ def _of_the_run(seen: Snapshot) -> Iterator[Metric]:
 def _of_stages(info: RunInfo, ranks: RanksRecord) -> Iterator[Metric]:
     """Time and memory by pipeline stage (stage 0 is all there is without a pipeline), and which layer is where."""
     stages = sorted(set(info.stage_of_rank))
-    members = {stage: [rank for rank, place in enumerate(info.stage_of_rank) if place == stage] for stage in stages}
+    members = {stage: [rank for rank, of_rank in enumerate(info.stage_of_rank) if of_rank == stage] for stage in stages}
     for metric in metrics_of(RanksRecord).values():
         for series in metric.series:
             values, reduce = getattr(ranks, metric.name), metric.reduce
             assert reduce is not None, metric.name
-            told = {stage: reduce([values[rank] for rank in members[stage]]) for stage in stages}
-            yield _family(series, {(str(stage),): value for stage, value in told.items()})
+            by_stage = {stage: reduce([values[rank] for rank in members[stage]]) for stage in stages}
+            yield _family(series, {(str(stage),): value for stage, value in by_stage.items()})
     layers = InfoMetricFamily("moe_dist_layer", SINK_SERIES["layer"].help, labels=["layer"])
     for layer, stage in enumerate(info.stage_of_layer):
         layers.add_metric([str(layer)], {"stage": str(stage)})

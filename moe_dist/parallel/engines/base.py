@@ -29,6 +29,10 @@ class Engine(Protocol):
     def before_backward(self, is_last: bool) -> None:
         """Before the forward pass of each micro-batch; `is_last`: of this step. Not called by a pipeline."""
 
+    def before_last_backward(self) -> None:
+        """By a pipeline instead: no other backward pass of this rank comes after the next one in this step. Called only
+        where the schedule has such a moment."""
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch, 0-dim `loss`, to those before it. Not called by a pipeline."""
 

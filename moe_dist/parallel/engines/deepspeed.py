@@ -104,6 +104,9 @@ class DeepSpeedEngine:
         elif not self.engine.inside_no_sync_ctxt:
             self.section.enter_context(self.engine.coalesce_grad_reduction())
 
+    def before_last_backward(self) -> None:
+        """Not called: there are no pipelines here."""
+
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch. The loss is already divided by the tokens of the global batch."""
         self.engine.backward(self.engine(loss), scale_wrt_gas=False)

@@ -1,6 +1,6 @@
 """Experts change ranks: their weights, optimizer state and whatever else belongs to each, and the tokens after them.
 
-Between steps only. What is in a place moves, names and shapes do not: to all that knows nothing of placement, place p
+Between steps only. What is in a slot moves, names and shapes do not: to all that knows nothing of placement, slot p
 of rank r holds expert r * e + p. That is true again `at_home`, where checkpoints are written and read.
 
 Shape suffixes: T tokens, K top-k, D hidden, E experts, e of them on a rank.
@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_dist.config import ConfigError
 from moe_dist.models.experts import ExpertList, Experts
 from moe_dist.models.moe import Dispatcher, MoE
-from moe_dist.models.router import Routing
+from moe_dist.models.routing import Routing
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.engines.base import Engine
 from moe_dist.parallel.engines.optimizer import local
@@ -30,8 +30,8 @@ from moe_dist.parallel.row_exchange import start_rows
 
 Slots = Mapping[int, Sequence[int]]
 """By layer: which expert is in each slot (`placement.py`)."""
-Places = list[Tensor]
-"""One tensor of each place of this rank, in order: of an expert a weight, a moment, ..."""
+SlotTensors = list[Tensor]
+"""One tensor of each slot of this rank, in order: of an expert a weight, a moment, ..."""
 
 
 class PlacedDispatcher:
@@ -56,7 +56,7 @@ class PlacedDispatcher:
     def end_combine(self, returning: Any) -> Tensor:
         return self.inner.end_combine(returning)
 
-    def place(self, slots: Sequence[int]) -> None:
+    def set_slots(self, slots: Sequence[int]) -> None:
         """From now on expert `slots[s]` is in slot s."""
         found = torch.tensor([*slots, len(slots)])
         self.slot_of_expert.copy_(found.argsort())
@@ -79,7 +79,7 @@ class ExpertPlacement:
             self._dispatchers[layer] = PlacedDispatcher(moe.dispatcher, num_experts, mesh.device)
             moe.reach_experts_by(self._dispatchers[layer])
         _refuse_cut_stacks(model, engine)
-        mine = [sum(places[0].nbytes for places in layer) for layer in self._state().values()]
+        mine = [sum(tensors[0].nbytes for tensors in layer) for layer in self._state().values()]
         self.expert_bytes = max(mesh.from_all(max(mine, default=0)))
         """Of one expert on a rank: weights, moments, masters, adapters."""
 
@@ -91,8 +91,8 @@ class ExpertPlacement:
         sent = 0
         for layer, after in here.items():
             exchange = Exchange.between(self.slots[layer], after, self.mesh.ep_rank, self.mesh.layout.ep_size)
-            sent += sum(self._exchange(places, exchange) for places in state[layer])
-            self._dispatchers[layer].place(after)
+            sent += sum(self._exchange(tensors, exchange) for tensors in state[layer])
+            self._dispatchers[layer].set_slots(after)
             experts = self._layers[layer].experts
             experts.held = after[experts.first_expert : experts.first_expert + experts.num_local]
         self.slots |= moving
@@ -107,24 +107,24 @@ class ExpertPlacement:
         self.move(before)
 
     @torch.no_grad()
-    def _exchange(self, places: Places, exchange: Exchange) -> int:
+    def _exchange(self, tensors: SlotTensors, exchange: Exchange) -> int:
         """As bytes: whatever the dtype, nothing is rounded."""
-        group, like = self.mesh.group("ep"), places[0]
+        group, like = self.mesh.group("ep"), tensors[0]
         assert group is not None
         if not like.numel():
             return 0
         rows = like.new_empty(len(exchange.leaving), like.numel())
-        for row, place in zip(rows, exchange.leaving, strict=True):
-            row.copy_(places[place].flatten())
+        for row, slot in zip(rows, exchange.leaving, strict=True):
+            row.copy_(tensors[slot].flatten())
         rows = rows.view(torch.uint8).to(self.mesh.device)
         received = rows.new_empty(len(exchange.arriving), like.nbytes)
         for work in start_rows(received, rows, exchange.receive_splits, exchange.send_splits, group):
             work.wait()
-        for row, place in zip(received, exchange.arriving, strict=True):
-            places[place].copy_(row.view(like.dtype).view(like.shape))
+        for row, slot in zip(received, exchange.arriving, strict=True):
+            tensors[slot].copy_(row.view(like.dtype).view(like.shape))
         return like.nbytes * (len(rows) - exchange.send_splits[group.rank()])
 
-    def _state(self) -> dict[int, list[Places]]:
+    def _state(self) -> dict[int, list[SlotTensors]]:
         """All that belongs to single experts, by layer: held parameters, masters, buffers, optimizer state."""
         held = self.engine.held_parameters()
         tensors: list[tuple[str, list[Tensor], bool]] = []
@@ -133,7 +133,7 @@ class ExpertPlacement:
         for name, key, parts, split in self.engine.named_state():
             if key != "step":  # the same for all experts
                 tensors.append((f"{name}.{key}", parts, split))
-        found: dict[int, list[Places]] = {}
+        found: dict[int, list[SlotTensors]] = {}
         for layer, prefix, experts in self._prefixes():
             mine = [(name.removeprefix(prefix), *rest) for name, *rest in tensors if name.startswith(prefix)]
             if isinstance(experts, Experts):
@@ -149,16 +149,16 @@ class ExpertPlacement:
                 yield module.layer, f"{name}.experts.", module.experts
 
 
-def _of_stack(tensors: Sequence[Any]) -> list[Places]:
-    """Row p of every tensor is of place p; with `split` there is a tensor for each."""
+def _of_stack(tensors: Sequence[Any]) -> list[SlotTensors]:
+    """Row s of every tensor is of slot s; with `split` there is a tensor for each."""
     return [
         [local(part) for part in parts] if split else list(local(parts[0]).unbind(0)) for _, parts, split in tensors
     ]
 
 
-def _of_list(tensors: Sequence[Any]) -> list[Places]:
-    """Names begin with the number of the place's own expert: `experts.5.layers.0.weight`."""
-    found: dict[str, Places] = defaultdict(list)
+def _of_list(tensors: Sequence[Any]) -> list[SlotTensors]:
+    """Names begin with the number of the slot's own expert: `experts.5.layers.0.weight`."""
+    found: dict[str, SlotTensors] = defaultdict(list)
     for name, parts, _ in tensors:
         _, _, of_expert = name.split(".", 2)
         found[of_expert].append(local(parts[0]))
@@ -170,7 +170,7 @@ def _refuse_cut_stacks(model: Transformer, engine: Engine) -> None:
     held = engine.held_parameters()
     for name in sorted(model.stacked_names()):
         placements = getattr(held[name], "placements", ())
-        if any(place.is_shard(0) for place in placements):
+        if any(placement.is_shard(0) for placement in placements):
             raise ConfigError(
                 f"parallel.expert_placement=balanced: {name} has no dimension that its replicas divide, so "
                 "parallel.zero_stage cuts it between experts, which then cannot move one by one; set it to off, or "

@@ -125,6 +125,9 @@ class FSDPEngine(TorchEngine):
         if self.zero_stage < 3:
             self.model.set_reshard_after_backward(is_last)
 
+    def before_last_backward(self) -> None:
+        """Nothing to begin early: the schedule has FSDP reduce each stage after its last micro-batch."""
+
     def _sum(self) -> None:
         """Nothing left to do: backward has reduced."""
 

@@ -35,6 +35,10 @@ def _deepspeed(model: Transformer, config: Config, mesh: Mesh) -> Engine:
 def build_engine(model: Transformer, config: Config, mesh: Mesh) -> Engine:
     """The engine that `parallel.engine` names, for a model with its initial weights, which it may cut or cast.
 
-    Raises ValueError for a name that is neither registered nor can be imported.
+    Raises ValueError for a name that is neither registered nor can be imported, and for what is no engine.
     """
-    return ENGINES.resolve(config.parallel.engine)(model, config, mesh)
+    name = config.parallel.engine
+    engine = ENGINES.resolve(name)(model, config, mesh)
+    if missing := [method for method in vars(Engine) if method[0] != "_" and not hasattr(engine, method)]:
+        raise ValueError(f"parallel.engine={name}: it has no {', '.join(missing)}; docs/extending.md shows an engine")
+    return engine

@@ -46,8 +46,8 @@ def weights_hash(
 
 
 def _of_part(tensor: Tensor) -> tuple[tuple[int, ...], dict[tuple[int, ...], int]]:
-    """(whole shape, where this rank's part begins -> its sum): of each number's bits times a number of its place in the
-    whole tensor, so that the sums of all parts are that of the whole."""
+    """(whole shape, where this rank's part begins -> its sum): of each number's bits times a number of its position in
+    the whole tensor, so that the sums of all parts are that of the whole."""
     part, offset, shape = local(tensor).detach(), local_offset(tensor), tuple(tensor.shape)
     if not part.numel():
         return shape, {}
@@ -55,11 +55,11 @@ def _of_part(tensor: Tensor) -> tuple[tuple[int, ...], dict[tuple[int, ...], int
     total = torch.zeros((), dtype=torch.int64, device=part.device)
     for start in range(0, len(bits), _ROWS):
         here = torch.arange(start, min(start + _ROWS, len(bits)), device=part.device)
-        place, stride = torch.zeros_like(here), 1
+        position, stride = torch.zeros_like(here), 1
         for dim in reversed(range(part.ndim)):  # its index there, by the index here
-            place += (here % part.shape[dim] + offset[dim]) * stride
+            position += (here % part.shape[dim] + offset[dim]) * stride
             here, stride = here.div(part.shape[dim], rounding_mode="floor"), stride * shape[dim]
-        weight = (place + 1) * _FACTORS[0]
+        weight = (position + 1) * _FACTORS[0]
         weight = (weight ^ (weight >> 29)) * _FACTORS[1]
         total += ((bits[start : start + _ROWS].to(torch.int64) + 1) * (weight | 1)).sum()
     return shape, {offset: int(total)}

@@ -7,14 +7,25 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from moe_dist.verify.bugs import BUGS
-from moe_dist.verify.injected_bugs import adapters, layers, layouts, lives, placement, preferences, routing, updates
+from moe_dist.verify.injected_bugs import (
+    adapters,
+    engines,
+    layers,
+    layouts,
+    lives,
+    placement,
+    preferences,
+    routing,
+    stages,
+    updates,
+)
 from moe_dist.verify.injected_bugs.planting import REACHED as REACHED
 from moe_dist.verify.injected_bugs.planting import Replace, replacing
 
 Plant = Callable[[Replace], Any]
 PLANTS: dict[str, Plant] = {
     name: plant
-    for module in (layouts, layers, routing, placement, updates, adapters, preferences, lives)
+    for module in (layouts, stages, engines, layers, routing, placement, updates, adapters, preferences, lives)
     for name, plant in vars(module).items()
     if name in BUGS
 }

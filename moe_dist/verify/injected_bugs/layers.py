@@ -16,10 +16,11 @@ from moe_dist.models import attention_mask, auxiliary, moe, recompute
 from moe_dist.models.attention import Attention
 from moe_dist.models.attention_mask import Documents, Mask
 from moe_dist.models.auxiliary import count_load
+from moe_dist.models.block import Block
 from moe_dist.models.context import Load, RoutingContext
 from moe_dist.models.moe import MoE
 from moe_dist.models.router import Router
-from moe_dist.models.transformer import Block, Stage, Transformer
+from moe_dist.models.transformer import Stage, Transformer
 from moe_dist.parallel import dispatch_specification
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train import evaluation

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 from moe_dist.models.moe import LocalDispatcher, MoE
+from moe_dist.parallel.engines.replicated import ReplicatedEngine
 
 REACHED: Counter[str | None] = Counter()
 """By bug: how often this process has called what was put in the place of something."""
@@ -45,3 +46,14 @@ def rank() -> int:
 def over_ranks(layer: MoE) -> bool:
     """Whether its experts are on several."""
     return not isinstance(layer.dispatcher, LocalDispatcher)
+
+
+def after_reduce(replace: Replace, change: Callable[[ReplicatedEngine], object]) -> None:
+    """Put `change` behind the sum of gradients over ranks."""
+    reduce = ReplicatedEngine.reduce
+
+    def wrong(self: ReplicatedEngine) -> None:
+        reduce(self)
+        change(self)
+
+    replace(ReplicatedEngine, "reduce", wrong)

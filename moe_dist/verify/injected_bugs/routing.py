@@ -14,7 +14,8 @@ from moe_dist.models import recompute
 from moe_dist.models.auxiliary import LoadBalance
 from moe_dist.models.context import RoutingContext
 from moe_dist.models.moe import MoE
-from moe_dist.models.router import ExpertChoiceRouter, Router, TopK, TopKRouter
+from moe_dist.models.router import ExpertChoiceRouter, Router
+from moe_dist.models.routing import TopK, TopKRouter
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel import dispatch_hop
 from moe_dist.parallel import parallelize as module
@@ -202,8 +203,8 @@ def noise_of_another_host(replace: Replace) -> None:
         return dataclasses.replace(coming, origins=dataclasses.replace(came, seeds=seeds))
 
     def wrong(self: Any, pieces: Any, *others: Any) -> Any:
-        coming, told = exchange(self, pieces, *others)
-        return [mixed(one, piece.rows_PO.shape[1]) for one, piece in zip(coming, pieces, strict=True)], told
+        coming, extra = exchange(self, pieces, *others)
+        return [mixed(one, piece.rows_PO.shape[1]) for one, piece in zip(coming, pieces, strict=True)], extra
 
     replace(dispatch_hop.Hop, "_exchange_counts", wrong)
 

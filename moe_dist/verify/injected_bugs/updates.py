@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moe_dist.models import experts
+from moe_dist.models import swiglu
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel import row_exchange
 from moe_dist.parallel.engines import fsdp, gradient_buffer
@@ -55,7 +55,7 @@ def head_learns_from_the_last_chunk(replace: Replace) -> None:
 
 def experts_learn_from_the_last_chunk(replace: Replace) -> None:
     """The gradients of experts are those of the last chunk of their rows."""
-    replace(experts, "_added", lambda total, part: part)
+    replace(swiglu, "_added", lambda total, part: part)
 
 
 def ignored_labels_in_the_scale(replace: Replace) -> None:
@@ -100,7 +100,7 @@ def tied_weight_counted_twice(replace: Replace) -> None:
 
 
 def clipped_by_a_local_norm(replace: Replace) -> None:
-    """The norm that is told is the global one; gradients are scaled by that of this rank's own part."""
+    """The norm that is reported is the global one; gradients are scaled by that of this rank's own part."""
     clip = ReplicatedEngine.clip
 
     def wrong(self: ReplicatedEngine, norm: Tensor, max_norm: float) -> None:

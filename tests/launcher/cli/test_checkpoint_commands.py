@@ -245,7 +245,7 @@ def test_cut_covers_what_does_not_divide(run: Path) -> None:
         (["ls", "{run}/nowhere"], "there is no such folder"),
         (["ls", "{run}/checkpoint-5"], "complete ones beside it: checkpoint-2, checkpoint-4, checkpoint-6"),
         (["verify", "{empty}"], "there is no checkpoint"),
-        (["inspect", "{run}"], "not one checkpoint but a place for several; there: checkpoint-2"),
+        (["inspect", "{run}"], "not one checkpoint but a folder of several; there: checkpoint-2"),
         (["prune", "{run}/checkpoint-2", "--keep", "1"], "one checkpoint; prune takes the folder"),
         (["prune", "{run}", "--keep", "0"], "Invalid value for '--keep'"),
         (["reshard", "{run}/checkpoint-2", "{run}/checkpoint-3", "--shards", "1"], "to be named checkpoint-2"),

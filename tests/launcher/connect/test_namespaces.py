@@ -14,7 +14,7 @@ from programs import BIN, Program, Run, losses, metrics
 
 pytestmark = [pytest.mark.dist, pytest.mark.launch, pytest.mark.slow]
 PORT = 29511
-LOST = "moe-dist: error: the place where the machines meet does not answer any more: this machine ends"
+LOST = "moe-dist: error: the rendezvous does not answer any more: this machine ends"
 
 
 def start(made: Hosts, number: int, nodes: str, config: Path, folder: Path, *options: str, rdzv: str = "") -> Program:

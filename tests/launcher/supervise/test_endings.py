@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
 
+from launcher.supervise import oom_advice
 from launcher.supervise.exit_status import Ended, verdict
-from launcher.supervise.oom_advice import advice
+from launcher.supervise.oom_advice import OomKills, advice
 from moe_dist.parallel.status import Position
 
 LOST = "rank {}: RuntimeError: [pair.cc:537] Read error [127.0.0.1]:749: Connection reset by peer"
@@ -33,7 +35,7 @@ def test_the_cause_is_named_and_not_who_has_lost_a_peer(
 ) -> None:
     """Seen to fail with the first rank that spoke taken for the cause."""
     failed = [Ended(rank, 100 + rank, code) for rank, code in enumerate(codes)]
-    end = verdict(failed, {rank: text.format(rank) for rank, text in told.items()}, {}, None, alone=False)
+    end = verdict(failed, {rank: text.format(rank) for rank, text in told.items()}, {}, None, False, OomKills())
     assert end.line is not None
     assert end.line.startswith(f"error: {named}")
 
@@ -53,4 +55,22 @@ def test_a_step_that_lacks_memory_is_told_from_other_ends(error: Exception, step
     told = {0: LOST.format(0), 1: f"rank 1: {type(error).__name__}: {error}{advice(error)}; log: x"}
     failed = [Ended(rank, 100 + rank, 1) for rank in (0, 1)]
     places = {rank: Position(0.1, step, "computing", None) for rank in (0, 1)}
-    assert verdict(failed, told, places, None, alone=False).lacks_memory is lacks
+    assert verdict(failed, told, places, None, False, OomKills()).lacks_memory is lacks
+
+
+def test_one_rank_that_the_kernel_has_killed_is_not_all_that_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second start ends by `kill -9`. Seen to fail with the count of when this process began, not its ranks."""
+    counts = tmp_path / "vmstat"
+    monkeypatch.setattr(oom_advice, "VMSTAT", counts)
+
+    def line_after(number: int, later: int) -> str:
+        """Of a rank that has got SIGKILL: the kernel had killed so many when it began, and so many when it ended."""
+        counts.write_text(f"nr_free_pages 7\noom_kill {number}\n")
+        oom_kills = OomKills()
+        counts.write_text(f"nr_free_pages 5\noom_kill {later}\n")
+        return verdict([Ended(0, 100, -signal.SIGKILL)], {}, {}, None, True, oom_kills).line or ""
+
+    assert "SIGKILL, probably by the kernel's OOM killer (less of it, " in line_after(3, 4)
+    assert line_after(4, 4).endswith("was ended by SIGKILL, by a person or by the kernel's OOM killer")

@@ -166,7 +166,7 @@ def test_silent_strangers_do_not_keep_ranks_out(hub: Hub, caplog: pytest.LogCapt
     assert connect(hub, 1).lines.keys() == {0}
     assert [record.getMessage() for record in caplog.records if "did not prove" in record.getMessage()] == [
         f"watchdog: port {hub.offer.port}: a connection from 127.0.0.1 did not prove that it belongs to this run, and "
-        "was closed; more of them are not told of"
+        "was closed; more of them are not reported"
     ]
     for stranger in strangers:
         stranger.close()

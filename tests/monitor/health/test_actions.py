@@ -227,8 +227,8 @@ def on_ranks(folder: str, ep_size: int, pp_size: int) -> tuple[list[float], dict
     settings["parallel"] = {"ep_size": ep_size, "pp_size": pp_size}
     trainer = MoETrainer(load_mapping(settings), mesh=mesh)
     losses = trainer.train(TEXTS).losses
-    coefficients = {layer: moe.balance.aux_coef for layer, moe in trainer.balancer.layers.items()}
-    return losses, trainer.balancer.rates, coefficients
+    coefficients = {layer: moe.balance.aux_coef for layer, moe in trainer.parts.balancer.layers.items()}
+    return losses, trainer.parts.balancer.rates, coefficients
 
 
 @pytest.mark.dist
