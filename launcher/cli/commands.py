@@ -43,7 +43,7 @@ from launcher.connect.mpi import join_mpi
 from launcher.connect.output import complain
 from launcher.connect.rank_job import LAUNCHER
 from moe_dist import __version__
-from moe_dist.config import ConfigError, dump_config, load_config
+from moe_dist.config import Config, ConfigError, dump_config, load_config
 from moe_dist.config.vocabulary import vocabulary_needed
 
 app = typer.Typer(
@@ -146,6 +146,7 @@ def train(context: typer.Context, config: ConfigPath) -> None:
 
         die_with_parent(int(os.environ.pop(LAUNCHER)), signal.SIGTERM)
     refuse_what_cannot_fit(settings, config, settings.launch.nproc_per_node)
+    _refuse_kernels(settings)
     raise typer.Exit(launch(settings))
 
 
@@ -192,6 +193,7 @@ def check(
     if settings.parallel.layout == "auto":
         settings = for_world(settings, ranks, _notice, per_host=min(ranks, settings.launch.nproc_per_node))
     refuse_what_cannot_fit(settings, config, ranks, here=ranks <= settings.launch.nproc_per_node, named=True)
+    _refuse_kernels(settings)
     reading = None
     if settings.model.from_pretrained is not None:
         from launcher.cli.reading_table import plan_of, print_reading
@@ -362,6 +364,15 @@ def _join() -> None:
     join_slurm()
     join_mpi()
     refuse_half_a_torchrun()
+
+
+def _refuse_kernels(settings: Config) -> None:
+    """Raises ConfigError where `train.kernels` cannot run on the devices here."""
+    if settings.train.kernels != "torch":
+        from moe_dist.models.kernel_choice import require_kernels
+        from moe_dist.plan.machine import device_kind
+
+        require_kernels(settings.train.kernels, device_kind(settings))
 
 
 def _notice(text: str) -> None:

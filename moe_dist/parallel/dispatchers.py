@@ -38,9 +38,10 @@ def build_dispatcher(
     hosts: Hosts | None = None,
     *,
     casts: bool = False,
+    kernels: str = "torch",
 ) -> Dispatcher:
     """Of one layer, whose experts are spread over `group`. `hosts`: of its ranks, for `hierarchical`; `casts`: experts
-    begin by casting rows to autocast's dtype.
+    begin by casting rows to autocast's dtype; `kernels`: by which the built-in ones move rows (`train.kernels`).
 
     Raises ValueError for a class that is no dispatcher.
     """
@@ -55,9 +56,10 @@ def build_dispatcher(
     if kind is HierarchicalDispatcher:
         if hosts is None:
             raise ValueError("parallel.dispatcher=hierarchical: nobody has said which ranks share a host")
-        return kind(group, num_experts, layer, clock, across=hosts.across, within=hosts.within, casts=casts)
+        spread = {"across": hosts.across, "within": hosts.within}
+        return kind(group, num_experts, layer, clock, **spread, casts=casts, kernels=kernels)
     if kind in (AllToAllDispatcher, DedupDispatcher):
-        return kind(group, num_experts, layer, clock, casts=casts)
+        return kind(group, num_experts, layer, clock, casts=casts, kernels=kernels)
     if kind is AllGatherDispatcher:
         return kind(group, num_experts, layer, clock)
     try:
