@@ -146,7 +146,7 @@ def train(context: typer.Context, config: ConfigPath) -> None:
 
         die_with_parent(int(os.environ.pop(LAUNCHER)), signal.SIGTERM)
     refuse_what_cannot_fit(settings, config, settings.launch.nproc_per_node)
-    _refuse_kernels(settings)
+    _refuse_what_is_missing(settings)
     raise typer.Exit(launch(settings))
 
 
@@ -193,7 +193,7 @@ def check(
     if settings.parallel.layout == "auto":
         settings = for_world(settings, ranks, _notice, per_host=min(ranks, settings.launch.nproc_per_node))
     refuse_what_cannot_fit(settings, config, ranks, here=ranks <= settings.launch.nproc_per_node, named=True)
-    _refuse_kernels(settings)
+    _refuse_what_is_missing(settings)
     reading = None
     if settings.model.from_pretrained is not None:
         from launcher.cli.reading_table import plan_of, print_reading
@@ -366,8 +366,12 @@ def _join() -> None:
     refuse_half_a_torchrun()
 
 
-def _refuse_kernels(settings: Config) -> None:
-    """Raises ConfigError where `train.kernels` cannot run on the devices here."""
+def _refuse_what_is_missing(settings: Config) -> None:
+    """Raises ConfigError where `train.kernels` cannot run on the devices here, or a dispatcher's package is missing."""
+    if settings.parallel.ep_size > 1:
+        from moe_dist.parallel.dispatch_choice import require_installed
+
+        require_installed(settings.parallel.dispatcher)
     if settings.train.kernels != "torch":
         from moe_dist.models.kernel_choice import require_kernels
         from moe_dist.plan.machine import device_kind

@@ -18,6 +18,7 @@ from moe_dist.models.router import Routing
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.dispatch_dedup import DedupDispatcher, HierarchicalDispatcher
+from moe_dist.parallel.dispatch_deepep import DeepEPDispatcher
 from moe_dist.parallel.dispatch_specification import AllGatherDispatcher
 from moe_dist.parallel.mesh import Hosts
 
@@ -26,6 +27,7 @@ DISPATCHERS: Registry[Callable[..., Dispatcher]] = Registry("parallel.dispatcher
 DISPATCHERS.register("all_to_all")(AllToAllDispatcher)
 DISPATCHERS.register("dedup")(DedupDispatcher)
 DISPATCHERS.register("hierarchical")(HierarchicalDispatcher)
+DISPATCHERS.register("deepep")(DeepEPDispatcher)
 DISPATCHERS.register("all_gather")(AllGatherDispatcher)
 
 
@@ -58,7 +60,7 @@ def build_dispatcher(
             raise ValueError("parallel.dispatcher=hierarchical: nobody has said which ranks share a host")
         spread = {"across": hosts.across, "within": hosts.within}
         return kind(group, num_experts, layer, clock, **spread, casts=casts, kernels=kernels)
-    if kind in (AllToAllDispatcher, DedupDispatcher):
+    if kind in (AllToAllDispatcher, DedupDispatcher, DeepEPDispatcher):
         return kind(group, num_experts, layer, clock, casts=casts, kernels=kernels)
     if kind is AllGatherDispatcher:
         return kind(group, num_experts, layer, clock)
