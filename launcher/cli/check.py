@@ -10,7 +10,7 @@ import typer
 
 from launcher.backends.command import for_world
 from launcher.cli.paths import expanded
-from launcher.cli.run_file import ConfigPath, notice
+from launcher.cli.run_file import ConfigPath, notice, refuse_what_is_missing
 from moe_dist.config import ConfigError, dump_config, load_config
 from moe_dist.config.vocabulary import vocabulary_needed
 
@@ -57,6 +57,7 @@ def check(
     if settings.parallel.layout == "auto":
         settings = for_world(settings, ranks, notice, per_host=min(ranks, settings.launch.nproc_per_node))
     refuse_what_cannot_fit(settings, config, ranks, here=ranks <= settings.launch.nproc_per_node, named=True)
+    refuse_what_is_missing(settings)
     reading = None
     if settings.model.from_pretrained is not None:
         from launcher.cli.reading_table import plan_of, print_reading

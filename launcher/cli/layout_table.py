@@ -22,7 +22,7 @@ from moe_dist.parallel.dispatch_choice import chosen_dispatcher
 from moe_dist.parallel.layout import Axis, Layout, layers_by_pp_rank
 from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.plan.activations import layer_activations
-from moe_dist.plan.machine import cuda_devices
+from moe_dist.plan.machine import device_kind
 from moe_dist.train.run_summary import amount, byte_size, causality_warning, layout_lines, sentence
 
 _MEANING: dict[Axis, str] = {
@@ -83,7 +83,7 @@ def print_report(config: Config, world_size: int, console: Console | None = None
         numbers.add_row(name, f"{stage.total:,}", parts)
         kinds = ", ".join(f"{byte_size(getattr(state, kind))} {kind}" for kind in ("weights", "gradients", "optimizer"))
         numbers.add_row("  bytes of it", f"{state.total:,}", f"{byte_size(state.total)}: {kinds}")
-    for name, needed in layer_activations(config, _device_kind(config)).items():
+    for name, needed in layer_activations(config, device_kind(config)).items():
         kept, passing = byte_size(round(needed.kept)), byte_size(round(needed.passing + needed.cached))
         what = f"{kept} of a micro-batch kept for backward, {passing} more for a moment"
         numbers.add_row(f"activations, {name}", f"{round(needed.kept):,}", what)
@@ -125,7 +125,7 @@ def facts(config: Config, world_size: int) -> dict[str, Any]:
         "global_batch": {"sequences": batch, "tokens": batch * config.data.max_seq_length},
         "layer_activations": {
             name.replace(" ", "_"): {part: round(size) for part, size in asdict(needed).items()}
-            for name, needed in layer_activations(config, _device_kind(config)).items()
+            for name, needed in layer_activations(config, device_kind(config)).items()
         },
         "stages": [
             {
@@ -172,10 +172,6 @@ def decay_groups(config: Config) -> dict[str, dict[str, int]]:
         group = list(groups.values())[name not in decayed]
         group[kin] = group.get(kin, 0) + math.prod(shape)
     return {name: group for name, group in groups.items() if group}
-
-
-def _device_kind(config: Config) -> str:
-    return "cuda" if config.launch.device == "cuda" or (config.launch.device == "auto" and cuda_devices()) else "cpu"
 
 
 def _layers(layers: range) -> str:

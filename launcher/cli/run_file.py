@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from launcher.connect.environment import join_slurm, refuse_half_a_torchrun
 from launcher.connect.mpi import join_mpi
+from moe_dist.config import Config
 
 OVERRIDES: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Of the parser: what it does not know may be a key of the run file."""
@@ -33,3 +34,16 @@ def notice_once(text: str) -> None:
     """As `notice`, from the first of the ranks that others have started."""
     if os.environ.get("RANK", "0") == "0":
         notice(text)
+
+
+def refuse_what_is_missing(settings: Config) -> None:
+    """Raises ConfigError where `train.kernels` cannot run on the devices here, or a dispatcher's package is missing."""
+    if settings.parallel.ep_size > 1:
+        from moe_dist.parallel.dispatch_choice import require_installed
+
+        require_installed(settings.parallel.dispatcher)
+    if settings.train.kernels != "torch":
+        from moe_dist.models.kernel_choice import require_kernels
+        from moe_dist.plan.machine import device_kind
+
+        require_kernels(settings.train.kernels, device_kind(settings))

@@ -8,7 +8,7 @@ import signal
 import typer
 
 from launcher.backends.command import for_world
-from launcher.cli.run_file import ConfigPath, become_rank, notice_once
+from launcher.cli.run_file import ConfigPath, become_rank, notice_once, refuse_what_is_missing
 from launcher.connect.environment import detect, started_by_torchrun
 from launcher.connect.rank_job import LAUNCHER
 from moe_dist.config import load_config
@@ -46,4 +46,5 @@ def train(context: typer.Context, config: ConfigPath) -> None:
 
         die_with_parent(int(os.environ.pop(LAUNCHER)), signal.SIGTERM)
     refuse_what_cannot_fit(settings, config, settings.launch.nproc_per_node)
+    refuse_what_is_missing(settings)
     raise typer.Exit(launch(settings))

@@ -23,6 +23,7 @@ FREE = (
     "train.early_stopping",
     "train.eval_",
     "train.gradient_checkpointing",
+    "train.kernels",
     "train.max_nonfinite_steps",
     "train.max_steps",
     "train.max_time",

@@ -34,6 +34,8 @@ class Experts(nn.Module):
 
     chunk_rows = 0
     """Rows above which they come in chunks (`train.expert_chunk_factor`); 0: never."""
+    kernels = "torch"
+    """By which the gated unit is computed (`train.kernels`)."""
     lora_gate_up: StackedLowRank | None
     lora_down: StackedLowRank | None
 
@@ -61,7 +63,7 @@ class Experts(nn.Module):
         weights = self.w_gate_up.to(dtype), self.w_down.to(dtype)
         if not grouped_mm_takes(dtype, self.w_down.shape[1:]):
             return loop_swiglu(rows_RD, *weights, rows_per_expert, self.hidden_act)
-        return GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.hidden_act, self.chunk_rows)
+        return GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.hidden_act, self.kernels, self.chunk_rows)
 
     def _adapters_are_grouped(self, dtype: torch.dtype) -> bool:
         """Whether the kernel takes the sizes of the experts and the ranks beside them, and no row is dropped out."""
@@ -76,7 +78,7 @@ class Experts(nn.Module):
             both = (None, None) if adapter is None else (adapter.A.to(dtype), adapter.B.to(dtype))
             matrices.extend(both)
         scales = [adapter.scale for adapter in (self.lora_gate_up, self.lora_down) if adapter is not None]
-        backward = partial(swiglu_backward, activation=self.hidden_act)
+        backward = partial(swiglu_backward, activation=self.hidden_act, kernels=self.kernels)
         return AdaptedSwiGLU.apply(rows_RD, *weights, *matrices, offsets, max(scales, default=1.0), self.unit, backward)
 
     def in_parts(self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None) -> Tensor:
@@ -86,7 +88,7 @@ class Experts(nn.Module):
 
     def unit(self, gate_up: Tensor) -> Tensor:
         """(R, 2F), gate first -> (R, F)."""
-        return swiglu(gate_up, self.hidden_act)
+        return swiglu(gate_up, self.hidden_act, self.kernels)
 
     def _project(self, stack: str, rows_RX: Tensor, rows_per_expert: Tensor, sources: Sources | None) -> Tensor:
         weight = getattr(self, f"w_{stack}")

@@ -97,13 +97,13 @@ class LocalPlan:
 class LocalDispatcher(AtOnce):
     """All experts are here: dispatch is a sort, combine its inverse."""
 
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
+    def __init__(self, num_experts: int, kernels: str = "torch") -> None:
+        self.num_experts, self.kernels = num_experts, kernels
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, LocalPlan]:
         ids_TK = routing.expert_ids_TK
         num_rows = None if routing.complete else int((ids_TK < self.num_experts).sum())
-        permutation = sort_by_expert(ids_TK, self.num_experts, num_rows)
+        permutation = sort_by_expert(ids_TK, self.num_experts, num_rows, self.kernels)
         return rows_from_tokens(x_TD, permutation), LocalPlan(permutation, routing.weights_TK, routing.noise_seed)
 
     def combine(self, rows_RD: Tensor, plan: LocalPlan) -> Tensor:
@@ -173,7 +173,7 @@ class MoE(nn.Module):
         return torch.cat(out) if len(out) > 1 else out[0]
 
     def reach_experts_by(self, dispatcher: Dispatcher) -> None:
-        """Experts are no longer all here: tokens go to them and come back by this dispatcher."""
+        """Tokens go to experts and come back by this dispatcher, wherever they are."""
         self.dispatcher = dispatcher
 
     def _route(self, x_TD: Tensor, context: RoutingContext, num_sequences: int) -> tuple[Routing, Tensor | None]:

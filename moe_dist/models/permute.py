@@ -30,18 +30,35 @@ class Permutation:
     rows_per_expert: Tensor
     """(E,) int64, sums to R."""
     every_pair_has_a_row: bool
+    kernels: str = "torch"
+    """By which rows are moved (`train.kernels`)."""
 
     @property
     def num_rows(self) -> int:
         return self.pair_of_row.shape[0]
 
     @property
+    def top_k(self) -> int:
+        return self.row_of_pair.shape[1]
+
+    @property
     def token_of_row(self) -> Tensor:
         """(R,) int64."""
-        return self.pair_of_row.div(self.row_of_pair.shape[1], rounding_mode="floor")
+        return self.pair_of_row.div(self.top_k, rounding_mode="floor")
+
+    @property
+    def triton(self) -> Any:
+        """The module of Triton's kernels where rows are moved by them, else None."""
+        if self.kernels == "torch":
+            return None
+        from moe_dist.models import triton_kernels  # not installed everywhere
+
+        return triton_kernels
 
 
-def sort_by_expert(expert_ids_TK: Tensor, num_experts: int, num_rows: int | None) -> Permutation:
+def sort_by_expert(
+    expert_ids_TK: Tensor, num_experts: int, num_rows: int | None, kernels: str = "torch"
+) -> Permutation:
     """Stable order of pairs by expert id. `num_rows`: ids below `num_experts`; None if all are."""
     flat = expert_ids_TK.flatten()
     order = flat.sort(stable=True).indices
@@ -49,7 +66,8 @@ def sort_by_expert(expert_ids_TK: Tensor, num_experts: int, num_rows: int | None
     row_of_pair[order] = torch.arange(flat.numel(), device=flat.device)
     counts = count_ids(flat, num_experts)
     complete = num_rows is None or num_rows == flat.numel()
-    return Permutation(order if complete else order[:num_rows], row_of_pair.view_as(expert_ids_TK), counts, complete)
+    order = order if complete else order[:num_rows]
+    return Permutation(order, row_of_pair.view_as(expert_ids_TK), counts, complete, kernels)
 
 
 def count_ids(ids: Tensor, num_experts: int) -> Tensor:
@@ -76,6 +94,13 @@ def sum_rows(rows_RD: Tensor, permutation: Permutation) -> Tensor:
     return _SumRows.apply(rows_RD, permutation)
 
 
+def _token_of_each_row(x_TD: Tensor, permutation: Permutation) -> Tensor:
+    """(T, D) -> (R, D)."""
+    if (triton := permutation.triton) is not None:
+        return triton.gather(x_TD, permutation.pair_of_row, permutation.top_k)
+    return x_TD.index_select(0, permutation.token_of_row)
+
+
 def _sum_by_token(rows_RD: Tensor, permutation: Permutation, weights_TK: Tensor | None) -> Tensor:
     """(R, D) -> (T, D): each token's rows, weighted or as they are, summed over k in order.
 
@@ -84,6 +109,8 @@ def _sum_by_token(rows_RD: Tensor, permutation: Permutation, weights_TK: Tensor 
     num_tokens, top_k = permutation.row_of_pair.shape
     if permutation.num_rows == 0:
         return rows_RD.new_zeros(num_tokens, rows_RD.shape[1])
+    if (triton := permutation.triton) is not None:
+        return triton.sum_by_token(rows_RD, permutation.row_of_pair, weights_TK)
     weights = None if weights_TK is None else weights_TK.flatten().to(rows_RD.dtype)
     row, present = permutation.row_of_pair, None
     if permutation.every_pair_has_a_row:
@@ -112,7 +139,7 @@ class _RowsFromTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
-        return x_TD.index_select(0, permutation.token_of_row)
+        return _token_of_each_row(x_TD, permutation)
 
     @staticmethod
     @once_differentiable
@@ -129,7 +156,7 @@ class _SumRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return grad_TD.index_select(0, ctx.permutation.token_of_row), None
+        return _token_of_each_row(grad_TD, ctx.permutation), None
 
 
 class _TokensFromRows(torch.autograd.Function):
@@ -143,16 +170,20 @@ class _TokensFromRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_RD, weights_TK = ctx.saved_tensors
+        want_rows, want_weights, _ = ctx.needs_input_grad
         pairs = ctx.permutation.pair_of_row
+        if (triton := ctx.permutation.triton) is not None:
+            both = triton.weighted_gradients(grad_TD, rows_RD, weights_TK, pairs, want_rows, want_weights)
+            return *both, None
         grad_rows = grad_TD.index_select(0, ctx.permutation.token_of_row)
         grad_weights = None
-        if ctx.needs_input_grad[1]:
+        if want_weights:
             grad_weights = weights_TK.new_zeros(weights_TK.numel())
             if pairs.numel():
                 dots = _row_dots(rows_RD, grad_rows).to(weights_TK.dtype)
                 grad_weights.index_copy_(0, pairs, dots)
             grad_weights = grad_weights.view_as(weights_TK)
-        if not ctx.needs_input_grad[0]:
+        if not want_rows:
             return None, grad_weights, None
         weight_of_row = weights_TK.flatten().index_select(0, pairs).to(grad_TD.dtype)
         return grad_rows.mul_(weight_of_row[:, None]), grad_weights, None

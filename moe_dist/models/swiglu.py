@@ -27,16 +27,25 @@ def loop_swiglu(
     return torch.cat([swiglu(x @ gate_up, activation) @ down for x, (gate_up, down) in both])
 
 
-def swiglu(gate_up: Tensor, activation: str = "silu") -> Tensor:
-    """silu(first half) * second half of the last dimension."""
+def swiglu(gate_up: Tensor, activation: str = "silu", kernels: str = "torch") -> Tensor:
+    """silu(first half) * second half of the last dimension; with Triton's `kernels` of a matrix."""
+    if kernels == "triton":
+        from moe_dist.models import triton_kernels  # not installed everywhere
+
+        return triton_kernels.swiglu(gate_up, activation)
     gate, up = gate_up.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate) * up
 
 
 def swiglu_backward(
-    grad_hidden: Tensor, gate_up: Tensor, hidden: Tensor, grad_gate_up: Tensor, activation: str
+    grad_hidden: Tensor, gate_up: Tensor, hidden: Tensor, grad_gate_up: Tensor, activation: str, kernels: str
 ) -> None:
     """Write swiglu(gate_up) to `hidden` and its gradient to `grad_gate_up`; `grad_hidden` is used up."""
+    if kernels == "triton":
+        from moe_dist.models import triton_kernels
+
+        triton_kernels.swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up, activation)
+        return
     gate, up = gate_up.chunk(2, dim=-1)
     grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
     forward, backward, how = _IN_PLACE[activation]
@@ -72,51 +81,58 @@ class GroupedSwiGLU(torch.autograd.Function):
         w_down: Tensor,
         offsets: Tensor,
         activation: str,
+        kernels: str,
         chunk_rows: int,
     ) -> Tensor:
-        ctx.activation, ctx.chunk_rows = activation, chunk_rows
+        ctx.unit, ctx.chunk_rows = (activation, kernels), chunk_rows
         if not len(rows_RD):
             ctx.save_for_backward(rows_RD, None, w_gate_up, w_down, offsets)
             return rows_RD.new_empty(rows_RD.shape)
         gate_up, out = None, _Rows(len(rows_RD))
         for (rows,), ends in _chunks(chunk_rows, offsets, rows_RD):
             gate_up = grouped_mm(rows, w_gate_up, offs=ends)
-            out.append(grouped_mm(swiglu(gate_up, activation), w_down, offs=ends))
+            out.append(grouped_mm(swiglu(gate_up, activation, kernels), w_down, offs=ends))
             gate_up = gate_up if len(rows) == len(rows_RD) else None
         ctx.save_for_backward(rows_RD, gate_up, w_gate_up, w_down, offsets)
         return out.whole
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, gate_up, w_gate_up, w_down, offsets = ctx.saved_tensors
         want_rows, want_up, want_down, *_ = ctx.needs_input_grad
         if not len(rows_RD):
             wanted = zip((rows_RD, w_gate_up, w_down), ctx.needs_input_grad, strict=False)
             d_rows, d_up, d_down = (torch.zeros_like(like) if want else None for like, want in wanted)
-            return d_rows, d_up, d_down, None, None, None
+            return d_rows, d_up, d_down, None, None, None, None
         grad_RD = grad_RD.contiguous()  # the kernel refuses expanded ones, as of a sum
         out, d_up, d_down = _Rows(len(rows_RD)), None, None
         for (rows, grad), ends in _chunks(ctx.chunk_rows, offsets, rows_RD, grad_RD):
-            grad_gate_up, hidden = _unit_gradient(rows, grad, gate_up, w_gate_up, w_down, ends, ctx.activation)
+            grad_gate_up, hidden = _unit_gradient(rows, grad, gate_up, w_gate_up, w_down, ends, ctx.unit)
             d_down = _added(d_down, grouped_mm(hidden.t(), grad, offs=ends)) if want_down else None
             del hidden
             if want_rows:
                 out.append(grouped_mm(grad_gate_up, w_gate_up.transpose(1, 2), offs=ends))
             d_up = _added(d_up, grouped_mm(rows.t(), grad_gate_up, offs=ends)) if want_up else None
             del grad_gate_up  # or it would be there beside the next chunk's
-        return out.whole if want_rows else None, d_up, d_down, None, None, None
+        return out.whole if want_rows else None, d_up, d_down, None, None, None, None
 
 
 def _unit_gradient(
-    rows: Tensor, grad: Tensor, gate_up: Tensor | None, w_gate_up: Tensor, w_down: Tensor, ends: Tensor, activation: str
+    rows: Tensor,
+    grad: Tensor,
+    gate_up: Tensor | None,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    ends: Tensor,
+    unit: tuple[str, str],
 ) -> tuple[Tensor, Tensor]:
     """The gradient of gate_up (R, 2F), which is computed where it was not kept, and the hidden activation (R, F)."""
     if gate_up is None:
         gate_up = grouped_mm(rows, w_gate_up, offs=ends)
     grad_hidden = grouped_mm(grad, w_down.transpose(1, 2), offs=ends)
     hidden, grad_gate_up = torch.empty_like(grad_hidden), torch.empty_like(gate_up)
-    swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up, activation)
+    swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up, *unit)
     return grad_gate_up, hidden
 
 

@@ -55,13 +55,22 @@ class _UnderWay:
 class SpreadExperts(ABC):
     """What every dispatcher knows whose experts are spread in contiguous blocks over the ranks of `group`.
 
-    `casts`: they begin by casting rows to the dtype of autocast, so rows are cast before they travel.
+    `casts`: they begin by casting rows to the dtype of autocast, so rows are cast before they travel. `kernels`: by
+    which rows are moved here (`train.kernels`).
     """
 
     def __init__(
-        self, group: ProcessGroup, num_experts: int, layer: int, clock: Clock | None = None, *, casts: bool = False
+        self,
+        group: ProcessGroup,
+        num_experts: int,
+        layer: int,
+        clock: Clock | None = None,
+        *,
+        casts: bool = False,
+        kernels: str = "torch",
     ) -> None:
-        self.group, self.num_experts, self.layer, self.casts = group, num_experts, layer, casts
+        self.group, self.num_experts, self.layer = group, num_experts, layer
+        self.casts, self.kernels = casts, kernels
         self.ep_size = group.size()
         if num_experts % self.ep_size:
             raise ValueError(f"ep_size={self.ep_size}: must divide num_experts={num_experts}")
@@ -105,7 +114,9 @@ class AllToAllDispatcher(SpreadExperts):
         """(T, D): pieces of the tokens set out, one after the other."""
         seed = routing.noise_seed
         pieces = split_tokens(x_TD, routing, num_pieces)
-        permutations = [sort_by_expert(piece.expert_ids_TK, self.num_experts, None) for _, piece in pieces]
+        permutations = [
+            sort_by_expert(piece.expert_ids_TK, self.num_experts, None, self.kernels) for _, piece in pieces
+        ]
         arriving_NPE, send, receive, seeds = once(lambda: self._exchange_counts(permutations, x_TD.shape[1], seed or 0))
         departed = []
         for number, ((x, piece), permutation) in enumerate(zip(pieces, permutations, strict=True)):

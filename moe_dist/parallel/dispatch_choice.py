@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from moe_dist.config import Config
+from importlib.util import find_spec
+
+from moe_dist.config import Config, ConfigError
 
 LEAST_SAVED = 0.1
 """Part of the rows that `dedup` must save for what it does besides."""
 LEAST_SAVED_BETWEEN_HOSTS = 0.25
 """Part of the rows between hosts that `hierarchical` must save for its second exchange inside them."""
+
+
+def require_installed(dispatcher: str) -> None:
+    """Raises ConfigError where a dispatcher is the work of a package that is not installed."""
+    if dispatcher == "deepep" and find_spec("deep_ep") is None:
+        raise ConfigError(
+            "parallel.dispatcher=deepep: the package deep_ep is not installed; it is built from the source of DeepEP, "
+            "for GPUs with NVLink; or take parallel.dispatcher=auto"
+        )
 
 
 def rows_per_token(top_k: int, ep_size: int) -> tuple[float, float]:

@@ -59,7 +59,10 @@ class DedupDispatcher(SpreadExperts):
     @cached_property
     def hops(self) -> list[Hop]:
         """The way to the rank of an expert."""
-        return [Hop(self.group, self.num_experts, self.layer, self.clock, self.casts)]
+        return [self._hop(self.group, self.num_experts)]
+
+    def _hop(self, group: ProcessGroup, num_experts: int) -> Hop:
+        return Hop(group, num_experts, self.layer, self.clock, self.casts, self.kernels)
 
     def begin_dispatch(self, x_TD: Tensor, routing: Routing, num_pieces: int = 1) -> list[_Travelling]:
         """(T, D): pieces of the tokens set out on the first hop, one after the other."""
@@ -84,7 +87,7 @@ class DedupDispatcher(SpreadExperts):
             there = hop.end(onward)
             ways.append(onward.way)
         self.clock.count_rows([0] * self.ep_size, there.num_pairs)
-        to_experts = sort_by_expert(there.local_AK, self.num_local, there.num_pairs)
+        to_experts = sort_by_expert(there.local_AK, self.num_local, there.num_pairs, self.kernels)
         sources = self._sources(there) if departed.draws_noise else None
         plan = DedupPlan(tuple(ways), to_experts, there.weights_AK, sources)
         return rows_from_tokens(there.rows_AD, to_experts), plan
@@ -124,8 +127,9 @@ class HierarchicalDispatcher(DedupDispatcher):
         across: ProcessGroup,
         within: ProcessGroup,
         casts: bool = False,
+        kernels: str = "torch",
     ) -> None:
-        super().__init__(group, num_experts, layer, clock, casts=casts)
+        super().__init__(group, num_experts, layer, clock, casts=casts, kernels=kernels)
         if across.size() * within.size() != self.ep_size:
             raise ValueError(f"{across.size()} hosts of {within.size()} ranks are not the {self.ep_size} of the group")
         self.across, self.within = across, within
@@ -138,6 +142,6 @@ class HierarchicalDispatcher(DedupDispatcher):
         """To the host, and inside it."""
         hosts = self.across.size()
         return [
-            Hop(self.across, self.num_experts, self.layer, self.clock, self.casts),
-            Hop(self.within, self.num_experts // hosts, self.layer, self.clock, self.casts),
+            self._hop(self.across, self.num_experts),
+            self._hop(self.within, self.num_experts // hosts),
         ]

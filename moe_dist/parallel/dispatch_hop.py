@@ -104,8 +104,10 @@ class Hop:
 
     _HEADER = 2  # layer, hidden size; then of each piece pairs with an expert in the part, rows and seed of origins
 
-    def __init__(self, group: ProcessGroup, num_experts: int, layer: int, clock: Clock, casts: bool) -> None:
-        self.group, self.layer, self.clock, self.casts = group, layer, clock, casts
+    def __init__(
+        self, group: ProcessGroup, num_experts: int, layer: int, clock: Clock, casts: bool, kernels: str
+    ) -> None:
+        self.group, self.layer, self.clock, self.casts, self.kernels = group, layer, clock, casts, kernels
         self.num_parts = group.size()
         self.num_local = num_experts // self.num_parts
 
@@ -116,7 +118,7 @@ class Hop:
         for piece in pieces:
             part_TK = piece.ids_TK.div(self.num_local, rounding_mode="floor")  # ids for no expert are of part P
             part_once_TK = _once_each(part_TK, self.num_parts)
-            to_parts = sort_by_expert(part_once_TK, self.num_parts, None)
+            to_parts = sort_by_expert(part_once_TK, self.num_parts, None, self.kernels)
             sorted_pieces.append((part_TK, to_parts))
             rows_PO = self._rows_by_origin(part_once_TK, to_parts, piece.origins)
             counted.append(Counted(rows_PO, count_ids(part_TK.flatten(), self.num_parts), piece.origins))

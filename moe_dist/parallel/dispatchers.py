@@ -18,6 +18,7 @@ from moe_dist.models.routing import Routing
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.dispatch_dedup import DedupDispatcher, HierarchicalDispatcher
+from moe_dist.parallel.dispatch_deepep import DeepEPDispatcher
 from moe_dist.parallel.dispatch_specification import AllGatherDispatcher
 from moe_dist.parallel.mesh import Hosts
 
@@ -26,6 +27,7 @@ DISPATCHERS: Registry[Callable[..., Dispatcher]] = Registry("parallel.dispatcher
 DISPATCHERS.register("all_to_all")(AllToAllDispatcher)
 DISPATCHERS.register("dedup")(DedupDispatcher)
 DISPATCHERS.register("hierarchical")(HierarchicalDispatcher)
+DISPATCHERS.register("deepep")(DeepEPDispatcher)
 DISPATCHERS.register("all_gather")(AllGatherDispatcher)
 
 
@@ -38,9 +40,10 @@ def build_dispatcher(
     hosts: Hosts | None = None,
     *,
     casts: bool = False,
+    kernels: str = "torch",
 ) -> Dispatcher:
     """Of one layer, whose experts are spread over `group`. `hosts`: of its ranks, for `hierarchical`; `casts`: experts
-    begin by casting rows to autocast's dtype.
+    begin by casting rows to autocast's dtype; `kernels`: by which the built-in ones move rows (`train.kernels`).
 
     Raises ValueError for a class that is no dispatcher.
     """
@@ -55,9 +58,10 @@ def build_dispatcher(
     if kind is HierarchicalDispatcher:
         if hosts is None:
             raise ValueError("parallel.dispatcher=hierarchical: nobody has said which ranks share a host")
-        return kind(group, num_experts, layer, clock, across=hosts.across, within=hosts.within, casts=casts)
-    if kind in (AllToAllDispatcher, DedupDispatcher):
-        return kind(group, num_experts, layer, clock, casts=casts)
+        spread = {"across": hosts.across, "within": hosts.within}
+        return kind(group, num_experts, layer, clock, **spread, casts=casts, kernels=kernels)
+    if kind in (AllToAllDispatcher, DedupDispatcher, DeepEPDispatcher):
+        return kind(group, num_experts, layer, clock, casts=casts, kernels=kernels)
     if kind is AllGatherDispatcher:
         return kind(group, num_experts, layer, clock)
     try:

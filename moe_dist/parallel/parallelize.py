@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from moe_dist.config import Config, ConfigError
 from moe_dist.config.trained_weights import TrainedWeights
 from moe_dist.models.experts import Experts
+from moe_dist.models.kernel_choice import require_kernels
+from moe_dist.models.moe import LocalDispatcher
 from moe_dist.models.quantized import quantize_frozen
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
@@ -43,23 +46,28 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
     """Make `model` (best on the meta device) this rank's part of the model, in place.
 
     1. Experts over `ep`: keep this rank's block of every layer's, and reach the others by `parallel.dispatcher`; how
-       many rows they compute at once.
+       many rows they compute at once, and by which kernels.
     2. Recomputation of activations.
     3. Compilation of the dense parts.
     """
     ep_group, train = mesh.group("ep"), config.train
+    require_kernels(train.kernels, mesh.device.type)
     even_share = train.per_device_train_batch_size * config.data.max_seq_length * config.model.num_experts_per_tok
     for moe in model.moe_layers():
         if isinstance(moe.experts, Experts):
             moe.experts.chunk_rows = math.ceil(train.expert_chunk_factor * even_share)
-        if ep_group is not None:
+            moe.experts.kernels = train.kernels
+        if ep_group is None:
+            moe.reach_experts_by(LocalDispatcher(moe.num_experts, train.kernels))
+        else:
             local = mesh.layout.experts_of(mesh.ep_rank, moe.num_experts)
             moe.experts.shard(local.start, len(local))
             name, _ = chosen_dispatcher(config, None if mesh.hosts is None else mesh.hosts.within.size())
             casts = isinstance(moe.experts, Experts) and moe.experts.casts_rows
             moe.dispatch_chunks = config.parallel.dispatch_chunks
+            choices: dict[str, Any] = {"casts": casts, "kernels": train.kernels}
             moe.reach_experts_by(
-                build_dispatcher(name, ep_group, moe.num_experts, moe.layer, clock, mesh.hosts, casts=casts)
+                build_dispatcher(name, ep_group, moe.num_experts, moe.layer, clock, mesh.hosts, **choices)
             )
     model.gradient_checkpointing_enable(train.gradient_checkpointing)
     if train.torch_compile:

@@ -21,6 +21,12 @@ def cuda_devices() -> list[tuple[str, int]]:
         return []
 
 
+def device_kind(config: Config) -> str:
+    """ "cuda" or "cpu": where ranks would compute that are started on this machine."""
+    wanted = config.launch.device
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and cuda_devices()) else "cpu"
+
+
 def host_memory() -> int | None:
     """Bytes of memory and swap of this machine; None where nobody can tell."""
     try:

@@ -180,7 +180,7 @@ def _one_way(config: Config, layout: Layout, tokens: float, load: float, cluster
         seconds = exchange(Group(hosts, 1), row * out, cluster)
         return seconds + exchange(Group(there, there), row * inside, cluster)
     pairs, once = rows_per_token(model.num_experts_per_tok, layout.ep_size)
-    rows = {"dedup": once, "all_gather": layout.ep_size - 1.0}.get(name, pairs)
+    rows = {"dedup": once, "deepep": once, "all_gather": layout.ep_size - 1.0}.get(name, pairs)
     return exchange(group_of(layout, "ep", cluster.devices_per_host), row * rows, cluster)
 
 

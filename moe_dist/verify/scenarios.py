@@ -147,6 +147,8 @@ class Smallness:
             # Compiled code rounds otherwise, and draws other noise: it is held against itself where that matters.
             same = scenario.precision == "bfloat16" or config.model.attention_dropout > 0
             tree["train"]["torch_compile"] &= same
+            if scenario.precision != "bfloat16":
+                tree["train"]["kernels"] = "torch"
             if scenario.precision != "bfloat16":  # sums of chunks have more digits than one bfloat16 product
                 tree["train"]["loss_chunk_tokens"] = 0
             batches = replace(self._batches(scenario), pairs=config.learns_preferences)

@@ -29,23 +29,23 @@ def moe_dist(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str
 
 def verify(device: str, small: bool, out: Path) -> dict[str, Any]:
     """One rank with the device's own backend, then four ranks that share it."""
-    rows = []
-    for ranks, more in ((1, ()), (4, ("launch.backend=gloo",))):
-        layouts = ("ep1-zero0,ep1-zero0-acc2" if ranks == 1 else "ep2-zero1") if small else "quick"
-        told = moe_dist(
-            *("verify", "configs/demo.yaml", "-n", str(ranks), "--layouts", layouts, "--json"),
-            *(f"launch.device={device}", *more),
-        )
-        (out / f"verify-{ranks}.txt").write_text(told.stdout + told.stderr)
-        start = told.stdout.find("{")
-        if start < 0:
-            rows.append({"ranks": ranks, "passed": "-", "of": "-", "worst": told.stderr.strip()[-300:]})
-            continue
-        report = json.loads(told.stdout[start:])
-        failed = [row["name"] for row in report["layouts"] if not row["passed"]]
-        passed = len(report["layouts"]) - len(failed)
-        rows.append({"ranks": ranks, "passed": passed, "of": len(report["layouts"]), "failed": ", ".join(failed)})
-    return {"rows": rows}
+    few = "ep1-zero0,ep1-zero0-acc2"
+    alone = proven(out / "verify-1.txt", 1, few if small else "quick", f"launch.device={device}")
+    sharing = (f"launch.device={device}", "launch.backend=gloo")
+    return {"rows": [alone, proven(out / "verify-4.txt", 4, "ep2-zero1" if small else "quick", *sharing)]}
+
+
+def proven(log: Path, ranks: int, layouts: str, *overrides: str) -> dict[str, Any]:
+    """How many cases of `moe-dist verify` pass."""
+    told = moe_dist("verify", "configs/demo.yaml", "-n", str(ranks), "--layouts", layouts, "--json", *overrides)
+    log.write_text(told.stdout + told.stderr)
+    start = told.stdout.find("{")
+    if start < 0:
+        return {"ranks": ranks, "passed": "-", "of": "-", "worst": told.stderr.strip()[-300:]}
+    report = json.loads(told.stdout[start:])
+    failed = [row["name"] for row in report["layouts"] if not row["passed"]]
+    passed = len(report["layouts"]) - len(failed)
+    return {"ranks": ranks, "passed": passed, "of": len(report["layouts"]), "failed": ", ".join(failed)}
 
 
 def resume(device: str, small: bool, out: Path) -> dict[str, Any]:
@@ -111,6 +111,25 @@ def layer(device: str, small: bool, out: Path) -> dict[str, Any]:
                 "dense limit / ours": round(times["limit"] / times["ours"], 2),
             }
         )
+    return {"rows": rows}
+
+
+def kernels(device: str, small: bool, out: Path) -> dict[str, Any]:
+    """`row_kernels.py`, then cases of the proof in which a training by Triton's kernels is held against PyTorch's."""
+    from row_kernels import measure
+
+    from moe_dist.config import ConfigError
+    from moe_dist.models.kernel_choice import require_kernels
+
+    try:
+        require_kernels("triton", device)
+    except ConfigError as why:
+        return {"rows": [{"not measured": str(why)}]}
+    rows = measure(device, small, clock_of(device))
+    if device == "cuda":
+        cases = "ep1-zero0,ep1-zero0-float32,ep1-zero0-bf16"
+        overrides = (f"launch.device={device}", "train.kernels=triton")
+        rows.append({"what": "moe-dist verify", **proven(out / "verify-kernels.txt", 1, cases, *overrides)})
     return {"rows": rows}
 
 
@@ -302,6 +321,7 @@ PARTS: dict[str, Callable[[str, bool, Path], dict[str, Any]]] = {
     "verify": verify,
     "resume": resume,
     "layer": layer,
+    "kernels": kernels,
     "step": step,
     "experts": experts,
     "profile": profile,

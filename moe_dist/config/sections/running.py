@@ -20,7 +20,9 @@ from moe_dist.config.sections.base import (
     Section,
 )
 
-DispatcherName = Annotated[str, AfterValidator(Choice("auto", "all_to_all", "dedup", "hierarchical", "all_gather"))]
+DispatcherName = Annotated[
+    str, AfterValidator(Choice("auto", "all_to_all", "dedup", "hierarchical", "deepep", "all_gather"))
+]
 EngineName = Annotated[str, AfterValidator(Choice("torch", "deepspeed"))]
 
 
@@ -72,8 +74,9 @@ class ParallelConfig(Section):
     dispatcher: DispatcherName = "auto"
     """How tokens reach experts on other ranks (ep_size above 1): all_to_all (a row for each expert of a token), dedup
     (one for each rank that has any of them), hierarchical (one for each host, and inside it one for each rank), auto
-    (the one of these that sends fewest rows, where it saves a tenth of them, between hosts a quarter), all_gather (the
-    specification of all, slow), or `package.module:Class` of your own (docs/extending.md)."""
+    (the one of these that sends fewest rows, where it saves a tenth of them, between hosts a quarter), deepep (dedup by
+    the kernels of that package, on GPUs, in bfloat16; not measured), all_gather (the specification of all, slow), or
+    `package.module:Class` of your own (docs/extending.md)."""
     dispatch_chunks: Positive = 1
     """Pieces in which a micro-batch's tokens travel in training: experts compute one piece while the next comes and the
     one before goes home, forward and backward. It pays where the link is slow beside the experts (docs/parallelism.md);

@@ -109,6 +109,9 @@ class TrainConfig(Section):
     """Rows that the experts of a rank compute at once at most, over its even share of a micro-batch's. A rank whose
     experts are chosen more computes theirs in chunks of a quarter as many, and their activations again in backward:
     memory grows by the rows alone; 0: all at once, on every rank."""
+    kernels: Literal["torch", "triton"] = "torch"
+    """What moves rows to experts and back and computes their gated unit: PyTorch, or fused Triton kernels for GPUs,
+    which are tested in Triton's interpreter and have not been measured on a GPU (docs/performance.md)."""
     freeze: list[str] = []
     """Weights that stay as they are: parts of names, with * and ? (`router`, `embed_tokens`, `layers.0.attention`,
     `*norm`), single experts (`experts:3,7`) or layers (`layers:0-9`). Of adapters with lora.r."""
