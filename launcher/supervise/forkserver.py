@@ -35,8 +35,10 @@ def preloaded(config: Config, proof: Proof | None) -> list[str]:
     """What ranks of this run are sure to import beside what all ranks do: once here, instead of in each of them."""
     adafactor = ["moe_dist.parallel.engines.adafactor"]
     if type(proof) is Proof:
-        named = proof.layouts not in ("all", "quick", "life") and "adafactor" not in proof.layouts
-        return ["torch._dynamo", "moe_dist.verify.run", *([] if named else adafactor)]
+        asked, designed = proof.layouts, proof.layouts in ("all", "quick")
+        modules = adafactor if designed or asked == "life" or "adafactor" in asked else []
+        compiler = ["torch._inductor.compile_fx"] if designed or "compiled" in asked else []
+        return ["torch._dynamo", "moe_dist.verify.run", *modules, *compiler]
     parallel, modules = config.parallel, []
     if config.optimizer.optim == "adafactor":
         modules += adafactor

@@ -76,6 +76,10 @@ def _recomputed(layout: Case) -> bool:
     return layout.recompute != "none"
 
 
+def _not_hybrid(layout: Case) -> bool:
+    return layout.shard_size is None
+
+
 def _replicas(layout: Case) -> bool:
     """Several of them, on few ranks."""
     return layout.pp_size <= 2
@@ -200,11 +204,13 @@ _OF_FEATURES: dict[str, Bug] = {
     "micro_batches_weigh_alike": Bug((), ("even_batches",), _accumulated),
     "tied_weight_counted_twice": Bug(("tied",), ("frozen_parts",), _fsdp),
     "clipped_by_a_local_norm": Bug((), _NOT_CLIPPED, _both(_whole, _ep)),
-    "deepspeed_does_not_clip": Bug(("sgd",), _NOT_CLIPPED, _deepspeed),  # Adam's steps are as long without
+    # AdamW steps the same whatever factor all gradients have.
+    "deepspeed_does_not_clip": Bug(("sgd",), _NOT_CLIPPED, _deepspeed),
     "shared_expert_reduced_as_an_expert": Bug(("shared_expert",), where=_both(_whole, _ep)),
     "dense_layer_reduced_as_an_expert": Bug(("dense_layer",), where=_both(_whole, _ep)),
     "expert_gradients_of_the_last_micro_batch": Bug(
-        where=_both(lambda layout: layout.zero_stage == 3 and layout.pp_size == 1, _accumulated)
+        # Of hybrid sharding FSDP adds up elsewhere, until the last.
+        where=_both(lambda layout: layout.zero_stage == 3 and layout.pp_size == 1, _accumulated, _not_hybrid)
     ),
     "half_gradients_of_experts_doubled": Bug(("pure_bf16",), where=_both(_whole, _ep)),
     "half_rows_doubled_on_the_way_back": Bug(("pure_bf16",), ("all_gather",), _ep),

@@ -7,10 +7,11 @@ combinations are far too many; all pairs fit into some seventy scenarios. Import
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moe_dist.verify.bugs import BUGS, Bug
 from moe_dist.verify.features import COSTS, FEATURES, LOW_PRECISION, ONCE
@@ -25,6 +26,8 @@ Item = frozenset[Value]
 PLAIN = "plain"
 _OWN = ("own_experts", "noisy_experts")
 _CANDIDATES = 4
+_COSTLY = ("depth", "compilation", "accumulation", "experts", "recomputation")
+"""Axes and features with values that take more work than the plain one, those of most first."""
 
 
 def values_of(scenario: Scenario) -> dict[str, str]:
@@ -39,10 +42,22 @@ def scenario_of(layout: Case, found: dict[str, str]) -> Scenario:
     return Scenario(layout, frozenset(word for feature, word in found.items() if feature in FEATURES and word != PLAIN))
 
 
+def _without(case: Scenario, axis: str) -> Scenario:
+    """With the value of this axis or feature that takes least work."""
+    if axis == "accumulation":
+        return replace(case, layout=replace(case.layout, accumulation=case.layout.pp_size))
+    if axis == "recomputation":
+        return replace(case, layout=replace(case.layout, recompute="none"))
+    return replace(case, features=(case.features or frozenset()).difference(FEATURES[axis]))
+
+
 def _shows(scenario: Scenario, bug: Bug) -> bool:
-    """Whether the bug acts there, and however small what it does is: only in low precision might it be lost."""
+    """Whether the bug acts there, and however small what it does is: in low precision it might be lost, and in float32
+    beside what ten layers make of rounding.
+    """
     features = scenario.features or frozenset()
-    return bug.acts_in([scenario.layout], features) and not (features - set(bug.words)) & LOW_PRECISION
+    coarse = LOW_PRECISION | ({"deep"} if scenario.precision == "float32" else set())
+    return bug.acts_in([scenario.layout], features) and not (features - set(bug.words)) & coarse
 
 
 @dataclass
@@ -136,6 +151,7 @@ class Designer:
     def _add(self, design: Design, wanted: set[Item]) -> None:
         """Scenarios in which all of `wanted` are; bfloat16 only where that is wanted."""
         left = dict.fromkeys(sorted(wanted, key=sorted))  # an ordered set
+        chosen: list[Scenario] = []
         while left:
             partners: dict[Value, set[Value]] = defaultdict(set)
             for item in left:
@@ -151,9 +167,51 @@ class Designer:
                 del left[start]
                 continue
             _, scenario = max(found, key=lambda pair: pair[0])
-            design.scenarios.append(scenario)
+            chosen.append(scenario)
             have = set(values_of(scenario).items())
             left = {item: None for item in left if not item <= have}
+        design.scenarios += self._lighter(chosen, wanted)
+
+    def _lighter(self, cases: list[Scenario], wanted: set[Item]) -> list[Scenario]:
+        """Scenarios in which all is that of `wanted` is in `cases`, for less work: without a case, and then without a
+        costly value, where other cases have all that would be missing.
+        """
+        items = {case: self._items(case, wanted) for case in cases}
+        count = Counter(item for have in items.values() for item in have)
+
+        def others_have(lost: set[Item]) -> bool:
+            return all(count[item] > 1 for item in lost)
+
+        heaviest_first = sorted(items, key=self.work, reverse=True)
+        for case in heaviest_first:
+            if others_have(items[case]):
+                count.subtract(items.pop(case))
+        for case in heaviest_first:
+            if case not in items:
+                continue
+            for axis in _COSTLY:
+                lighter = _without(case, axis)
+                if lighter == case or lighter in items or self.small.refusal(lighter) is not None:
+                    continue
+                have = self._items(lighter, wanted)
+                if others_have(items[case] - have):
+                    count.subtract(items.pop(case))
+                    count.update(have)
+                    items[lighter] = have
+                    case = lighter
+        return list(items)
+
+    @staticmethod
+    def _items(case: Scenario, wanted: set[Item]) -> set[Item]:
+        have = set(values_of(case).items())
+        return {item for item in wanted if item <= have}
+
+    def work(self, case: Scenario) -> float:
+        """About how much a case computes: layers of micro-batches."""
+        features, layout = case.features or frozenset(), case.layout
+        factor = float(math.prod(COSTS.get(word, 1) for word in features if word != "deep"))
+        factor *= 1.3 if layout.recompute == "full" else 1.0
+        return factor * case.num_layers * self.small.world_size // layout.pp_size * layout.accumulation
 
     def _with(
         self, start: Item, partners: dict[Value, set[Value]], left: dict[Item, None]

@@ -149,11 +149,16 @@ class Trial:
 
     def loads(self) -> dict[str, Tensor]:
         """What every layer has recorded since the last step, of the whole global batch, in float64."""
-        loads = {}
-        for layer, facts in self.balancer.facts.items():
-            for name, tensor in vars(facts).items():
-                if tensor is not None:
-                    loads[f"{layer}.{name}"] = self.mesh.sum_over("dp", tensor.to(torch.float64, copy=True)).cpu()
+        loads = {
+            f"{layer}.{name}": tensor.to(torch.float64)
+            for layer, facts in self.balancer.facts.items()
+            for name, tensor in vars(facts).items()
+            if tensor is not None
+        }
+        if loads:  # as one tensor: every sum of its own would have all ranks wait for each other
+            side_by_side = torch.cat([tensor.flatten() for tensor in loads.values()])
+            parts = self.mesh.sum_over("dp", side_by_side).cpu().split([tensor.numel() for tensor in loads.values()])
+            loads = {name: part.view(loads[name].shape).clone() for name, part in zip(loads, parts, strict=True)}
         return self._of_all_stages(loads)
 
     @contextmanager

@@ -72,6 +72,28 @@ def test_quick_has_every_value() -> None:
     assert any(isinstance(case, Life) for case in chosen.cases)
 
 
+@pytest.mark.parametrize(
+    ("cover", "lighter"),
+    [
+        ({"ep1-zero1-acc2+deep+tied", "ep2-zero0-acc2+tied"}, {"ep1-zero1-acc2+deep+tied"}),
+        ({"ep2-zero0-acc2-full+tied", "ep1-zero1-acc2+z_loss"}, {"ep2-zero0+tied", "ep1-zero1-acc2+z_loss"}),
+        # zero_bubble needs three micro-batches
+        (
+            {"pp2-zero_bubble-ep1-zero0-acc4-full+z_loss", "ep1-zero0-acc2+tied"},
+            {"pp2-zero_bubble-ep1-zero0-acc4+z_loss", "ep1-zero0+tied"},
+        ),
+    ],
+)
+def test_what_costs_most_is_where_it_is_needed(cover: set[str], lighter: set[str]) -> None:
+    """A case, or a costly value, is left out where others have all that would be missing."""
+    wanted = {
+        frozenset([value])
+        for value in (("depth", "deep"), ("embeddings", "tied"), ("z-loss", "z_loss"), ("accumulation", "accumulated"))
+    }
+    found = designer()._lighter([Scenario.named(name) for name in sorted(cover)], wanted)
+    assert {case.name for case in found} == lighter
+
+
 def test_the_same_seed_chooses_the_same() -> None:
     names = [[case.name for case in Designer(small(), seed).singles().scenarios] for seed in (3, 3, 4)]
     assert names[0] == names[1] != names[2]
