@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -46,10 +47,21 @@ def _no_ranks_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _fresh_logger() -> Iterator[None]:
-    """A trainer keeps the logger `moe_dist` to itself, and the next test that listens to it would hear nothing."""
+    """A trainer keeps the logger `moe_dist` to itself, also when it has ended."""
     yield
     if log := sys.modules.get("moe_dist.monitor.train_log"):
         log.close_logging()
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Hears the logger `moe_dist` before, while and after a trainer has it, whatever ran before this test."""
+    logger = logging.getLogger("moe_dist")
+    logger.addHandler(caplog.handler)
+    logger.propagate = False
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.propagate = True
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from patches import replaced
+from patches import Replace, replaced
 from tiny import micro_batches, tiny_config
 from torch import Tensor
 
@@ -211,7 +211,7 @@ def test_a_whole_step(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> N
     assert difference(found, gradients()) < 1e-5
 
 
-def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, replace: Replace) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     require_kernels("triton", "cuda")
     require_kernels("torch", "cpu")
@@ -219,7 +219,7 @@ def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         Trial(tiny_config("train.kernels=triton"), Mesh.single())
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     require_kernels("triton", "cpu")
-    monkeypatch.setattr(kernel_choice, "find_spec", lambda name: None)
+    replace(kernel_choice, "find_spec", lambda name: None)
     require_kernels("torch", "cpu")
     with pytest.raises(ConfigError, match=r"train.kernels=triton: Triton is not installed; .*pip install triton, or"):
         require_kernels("triton", "cuda")

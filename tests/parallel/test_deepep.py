@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from patches import Replace
 from ranks import run_ranks
 from run_files import complaint, load
 
@@ -68,15 +69,15 @@ def test_as_all_to_all(tokens: list[int]) -> None:
         assert max(found) < 1e-6
 
 
-def test_it_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch_choice, "find_spec", lambda name: None)
+def test_it_is_refused_where_it_is_not_installed(replace: Replace) -> None:
+    replace(dispatch_choice, "find_spec", lambda name: None)
     two: Any = SimpleNamespace(size=lambda: 2)
     with pytest.raises(ValueError, match=r"parallel.dispatcher=deepep: the package deep_ep is not installed; .*=auto"):
         build_dispatcher("deepep", two, 4, 0)
 
 
-def test_experts_that_draw_noise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch_choice, "find_spec", lambda name: object())
+def test_experts_that_draw_noise_are_refused(replace: Replace) -> None:
+    replace(dispatch_choice, "find_spec", lambda name: object())
     two: Any = SimpleNamespace(size=lambda: 2)
     dispatcher = build_dispatcher("deepep", two, 4, 0)
     routing = Routing(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64), noise_seed=1)
