@@ -6,6 +6,7 @@ dp = edp x ep, experts over edp; tokens differ between all ranks of dp.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,8 @@ Answer = TypeVar("Answer")
 
 _groups: dict[tuple[ProcessGroup, str, tuple[tuple[int, ...], ...]], ProcessGroup] = {}
 """By the default process group they are cut out of, axis and ranks: they serve the next mesh of the process too."""
+# A program may end with them open: let go while Python still runs, not with its modules, when their threads no longer end.
+atexit.register(_groups.clear)
 
 
 class Hosts(NamedTuple):

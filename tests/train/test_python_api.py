@@ -284,6 +284,7 @@ def test_a_program_started_by_torchrun(tmp_path: Path) -> None:
     path = os.pathsep.join(map(str, (root, root / "tests", Path(__file__).parent)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # it has been seen to abort at its end, once
     subprocess.run([*command, str(tmp_path / "program.py")], env=environment, timeout=240, check=True)
     (info,) = records(tmp_path / "run", "run")
     assert info["world_size"] == 2
