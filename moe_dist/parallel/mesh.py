@@ -25,7 +25,7 @@ Answer = TypeVar("Answer")
 
 _groups: dict[tuple[ProcessGroup, str, tuple[tuple[int, ...], ...]], ProcessGroup] = {}
 """By the default process group they are cut out of, axis and ranks: they serve the next mesh of the process too."""
-# A program may end with them open: let go while Python still runs, not with its modules, when their threads no longer end.
+# A program may end with them open: let go while Python still runs, when their threads can still be ended.
 atexit.register(_groups.clear)
 
 
