@@ -107,7 +107,8 @@ def time_shares(run: RunLog) -> go.Figure:
 
 def phases(run: RunLog) -> go.Figure:
     """Seconds of each logging interval in each phase, mean over ranks, stacked."""
-    made = figure(yaxis_title="seconds of the interval", legend={"orientation": "v", "x": 1.02, "y": 1})
+    beside = {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}
+    made = figure(yaxis_title="seconds of the interval", legend=beside)
     rows = [row for row in run.train if row.get("phase_seconds")]
     for index, key in enumerate(rows[-1]["phase_seconds"]):
         values = [row["phase_seconds"].get(key, 0.0) for row in rows]

@@ -363,6 +363,8 @@ drawn.then(async () => {
   document.getElementById("contrast").click();
   await new Promise((done) => setTimeout(done, 500));
   said("width", document.getElementById("loss").data[0].line.width);
+  const room = (c) => [c.id, c._fullLayout._size.h / c._fullLayout.height];
+  said("rooms", Object.fromEntries([...document.querySelectorAll(".chart")].map(room)));
   said("figures", [...document.querySelectorAll(".chart")].map((c) => c.querySelectorAll(".main-svg").length > 0));
 });
 PLANT
@@ -389,6 +391,9 @@ def test_a_real_browser_draws_every_figure_and_the_slider_works(run: Path, tmp_p
     assert told["width"] == 4
     assert len(told["figures"]) == len([name for name in shown if name.startswith("figure-")])
     assert all(told["figures"])
+    # Of the height of a figure most is for its curves. Seen red: a legend that grew upwards left a third of "phases-0".
+    assert "phases-0" in told["rooms"]
+    assert {name: share for name, share in told["rooms"].items() if share < 0.6} == {}
 
 
 @pytest.mark.slow
