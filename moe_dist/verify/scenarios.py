@@ -145,7 +145,8 @@ class Smallness:
             tree["parallel"] = ParallelConfig().model_dump()
             tree["train"] |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": "none"}
             # Compiled code rounds otherwise, and draws other noise: it is held against itself where that matters.
-            same = scenario.precision == "bfloat16" or config.model.attention_dropout > 0
+            draws = config.model.attention_dropout > 0 or (config.lora.r > 0 and config.lora.dropout > 0)
+            same = scenario.precision == "bfloat16" or draws
             tree["train"]["torch_compile"] &= same
             if scenario.precision != "bfloat16":
                 tree["train"]["kernels"] = "torch"
