@@ -184,6 +184,13 @@ class Smallness:
                 f"parallel.dispatcher={other[0]}: it sums in another order than one process, which in bfloat16 sends "
                 "tokens to other experts; allowed: all_to_all"
             )
+        if "fp8_experts" in (words or ()) and (
+            scenario.layout.engine == "deepspeed" or scenario.precision == "float32"
+        ):
+            raise ConfigError(
+                "train.expert_precision=fp8: its rounding makes steps of that of float32, in which DeepSpeed computes; "
+                "allowed: parallel.engine=torch, in float64 or bfloat16"
+            )
         small = self.of(layers) if words is None else self._plain(layers)
         changes = {
             "train": dict(scenario.layout.train_settings),

@@ -161,6 +161,7 @@ def test_layouts_are_every_placement() -> None:
         "ep2-zero0+gremlin": "+gremlin is not a feature; allowed: sequence_scope, ",
         "ep2-zero0+sgd+adamw": "two values of one feature (optimizer)",
         "pp2-1f1b-ep1-zero0-acc2+tied": "model.tie_word_embeddings=true",
+        "ep2-zero1-deepspeed+fp8_experts": "train.expert_precision=fp8: its rounding makes steps of that of float32",
         "live:ep2-zero0": "a life is named like life:",
         "life:ep2-zero5>ep1-zero0": "Input should be 0, 1, 2 or 3",
     }.items(),
