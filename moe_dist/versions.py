@@ -43,6 +43,11 @@ def compiles_float64() -> bool:
     return not _torch_before(2, 13)
 
 
+def built_for_rocm() -> bool:
+    """Whether PyTorch is built for AMD's GPUs, whose compute capabilities are numbers of their own."""
+    return "rocm" in (installed("torch") or "")
+
+
 def _torch_before(*version: int) -> bool:
     found = installed("torch")
     return found is not None and tuple(map(int, re.findall(r"\d+", found)[: len(version)])) < version

@@ -23,7 +23,7 @@ from moe_dist.parallel.layout import Axis, Layout, layers_by_pp_rank
 from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.plan.activations import layer_activations
 from moe_dist.plan.machine import device_kind
-from moe_dist.train.run_summary import amount, byte_size, causality_warning, layout_lines, sentence
+from moe_dist.train.run_summary import amount, byte_size, layout_lines, sentence, warnings_of
 
 _MEANING: dict[Axis, str] = {
     "ep": "share out the experts of every layer",
@@ -40,7 +40,7 @@ def print_report(config: Config, world_size: int, console: Console | None = None
     counts = parameter_counts(config.model)
     console.print(sentence(config, layout, config.launch.device.replace("auto", "CPU or CUDA")))
     console.print()
-    if (warning := causality_warning(config)) is not None:
+    for warning in warnings_of(config):
         console.print(warning, soft_wrap=True)
         console.print()
     for line in layout_lines(layout, config.model.num_experts):

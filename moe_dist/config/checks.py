@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_dist.config.deepspeed import check_deepspeed
+from moe_dist.config.kernels import check_deepep, check_float8
 from moe_dist.config.sections.all import Sections
 from moe_dist.config.sections.lora import ALL_LINEAR, BUILT_IN_EXPERTS, BUILT_IN_ROUTERS, EXPERT_TARGETS, TARGETS
 from moe_dist.config.sections.model import EXPERT_CHOICE, divisors
@@ -46,6 +47,7 @@ def check_sections(config: Sections) -> Sections:
                 f"several ranks (parallel.ranks_per_host={there}); allowed: dedup, or a multiple of 2 or more above it"
             )
     check_deepep(config)
+    check_float8(config)
     check_placement(config)
     check_deepspeed(config)
     if parallel.shard_size is not None:
@@ -92,28 +94,6 @@ def check_routing(config: Sections) -> None:
                     f"balance.{key}={getattr(balance, key)}: with model.router={EXPERT_CHOICE} every expert takes as "
                     "many tokens as it has places, the best first; leave it out, or take model.router=topk"
                 )
-
-
-def check_deepep(config: Sections) -> None:
-    """What the kernels of DeepEP can move."""
-    model, train, said = config.model, config.train, f"parallel.dispatcher={config.parallel.dispatcher}"
-    if config.parallel.dispatcher != "deepep" or config.parallel.ep_size == 1:
-        return
-    if not train.bf16 and not train.pure_bf16:
-        raise ValueError(f"{said}: it moves bfloat16 alone; set train.bf16 or train.pure_bf16, or take auto")
-    if train.bf16 and model.expert not in ("swiglu", "swiglu_clamped"):
-        raise ValueError(
-            f"{said}: it moves bfloat16 alone, and under train.bf16 model.expert={model.expert} computes in float32 or "
-            "as it likes; take train.pure_bf16, or auto"
-        )
-    if model.hidden_size % 8:
-        raise ValueError(f"{said}: model.hidden_size={model.hidden_size} must be a multiple of 8; or take auto")
-    if train.deterministic:
-        raise ValueError(
-            f"{said}: nobody has shown that its sums have a fixed order, as train.deterministic=true wants"
-        )
-    if config.launch.device == "cpu":
-        raise ValueError(f"{said}: launch.device=cpu; it moves rows between GPUs; take auto")
 
 
 def check_placement(config: Sections) -> None:

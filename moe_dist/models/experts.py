@@ -36,6 +36,8 @@ class Experts(nn.Module):
     """Rows above which they come in chunks (`train.expert_chunk_factor`); 0: never."""
     kernels = "torch"
     """By which the gated unit is computed (`train.kernels`)."""
+    precision = "compute"
+    """Of products of rows with weights (`train.expert_precision`)."""
     lora_gate_up: StackedLowRank | None
     lora_down: StackedLowRank | None
 
@@ -61,9 +63,10 @@ class Experts(nn.Module):
         if is_frozen:
             return self._with_adapters(rows_RD, offsets)
         weights = self.w_gate_up.to(dtype), self.w_down.to(dtype)
-        if not grouped_mm_takes(dtype, self.w_down.shape[1:]):
+        if self.precision == "compute" and not grouped_mm_takes(dtype, self.w_down.shape[1:]):
             return loop_swiglu(rows_RD, *weights, rows_per_expert, self.hidden_act)
-        return GroupedSwiGLU.apply(rows_RD, *weights, offsets, self.hidden_act, self.kernels, self.chunk_rows)
+        how = self.hidden_act, self.kernels, self.chunk_rows, self.precision
+        return GroupedSwiGLU.apply(rows_RD, *weights, offsets, *how)
 
     def _adapters_are_grouped(self, dtype: torch.dtype) -> bool:
         """Whether the kernel takes the sizes of the experts and the ranks beside them, and no row is dropped out."""

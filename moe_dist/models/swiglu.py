@@ -5,7 +5,7 @@ Shape suffixes: R rows, D hidden, F intermediate, e experts held here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
+from moe_dist.models.float8 import multiply_in_float8
+from moe_dist.models.grouped import grouped_mm_takes
 from moe_dist.models.layers import ACTIVATIONS
+
+Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(rows (R, X), weights (e, X, Y), where each expert's rows end (e,) int32) -> (R, Y)."""
 
 
 def loop_swiglu(
@@ -64,9 +69,18 @@ _IN_PLACE: dict[str, tuple[Any, Any, dict[str, str]]] = {
 }
 
 
+def _multiply(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return grouped_mm(rows, weights, offs=ends)
+
+
+_MULTIPLY: dict[str, Multiply] = {"compute": _multiply, "fp8": multiply_in_float8}
+"""Rows times weights, by `train.expert_precision`."""
+
+
 class GroupedSwiGLU(torch.autograd.Function):
     """All experts in two grouped matmuls, and backward in four, without a host synchronisation.
 
+    Those of rows with weights are by `precision` (`train.expert_precision`), gradients of weights as they come.
     Of the activations only gate_up is kept; the hidden one is made again in backward. More rows than `chunk_rows` come
     in chunks of a quarter as many, and their gate_up is made again too: there are three tensors of all rows by then
     which there is no way around, and what is held beside them makes room. Without a row nothing is called, and
@@ -83,15 +97,16 @@ class GroupedSwiGLU(torch.autograd.Function):
         activation: str,
         kernels: str,
         chunk_rows: int,
+        precision: str,
     ) -> Tensor:
-        ctx.unit, ctx.chunk_rows = (activation, kernels), chunk_rows
+        ctx.unit, ctx.chunk_rows, ctx.multiply = (activation, kernels), chunk_rows, _MULTIPLY[precision]
         if not len(rows_RD):
             ctx.save_for_backward(rows_RD, None, w_gate_up, w_down, offsets)
             return rows_RD.new_empty(rows_RD.shape)
         gate_up, out = None, _Rows(len(rows_RD))
         for (rows,), ends in _chunks(chunk_rows, offsets, rows_RD):
-            gate_up = grouped_mm(rows, w_gate_up, offs=ends)
-            out.append(grouped_mm(swiglu(gate_up, activation, kernels), w_down, offs=ends))
+            gate_up = ctx.multiply(rows, w_gate_up, ends)
+            out.append(ctx.multiply(swiglu(gate_up, activation, kernels), w_down, ends))
             gate_up = gate_up if len(rows) == len(rows_RD) else None
         ctx.save_for_backward(rows_RD, gate_up, w_gate_up, w_down, offsets)
         return out.whole
@@ -104,36 +119,42 @@ class GroupedSwiGLU(torch.autograd.Function):
         if not len(rows_RD):
             wanted = zip((rows_RD, w_gate_up, w_down), ctx.needs_input_grad, strict=False)
             d_rows, d_up, d_down = (torch.zeros_like(like) if want else None for like, want in wanted)
-            return d_rows, d_up, d_down, None, None, None, None
+            return d_rows, d_up, d_down, *_NOT_WANTED
         grad_RD = grad_RD.contiguous()  # the kernel refuses expanded ones, as of a sum
         out, d_up, d_down = _Rows(len(rows_RD)), None, None
         for (rows, grad), ends in _chunks(ctx.chunk_rows, offsets, rows_RD, grad_RD):
-            grad_gate_up, hidden = _unit_gradient(rows, grad, gate_up, w_gate_up, w_down, ends, ctx.unit)
-            d_down = _added(d_down, grouped_mm(hidden.t(), grad, offs=ends)) if want_down else None
+            grad_gate_up, hidden = _unit_gradient(ctx, rows, grad, gate_up, w_gate_up, w_down, ends)
+            d_down = _added(d_down, _weight_gradient(hidden, grad, ends)) if want_down else None
             del hidden
             if want_rows:
-                out.append(grouped_mm(grad_gate_up, w_gate_up.transpose(1, 2), offs=ends))
-            d_up = _added(d_up, grouped_mm(rows.t(), grad_gate_up, offs=ends)) if want_up else None
+                out.append(ctx.multiply(grad_gate_up, w_gate_up.transpose(1, 2), ends))
+            d_up = _added(d_up, _weight_gradient(rows, grad_gate_up, ends)) if want_up else None
             del grad_gate_up  # or it would be there beside the next chunk's
-        return out.whole if want_rows else None, d_up, d_down, None, None, None, None
+        return out.whole if want_rows else None, d_up, d_down, *_NOT_WANTED
+
+
+_NOT_WANTED = (None,) * 5
+"""Gradients of what `forward` takes behind the weights."""
 
 
 def _unit_gradient(
-    rows: Tensor,
-    grad: Tensor,
-    gate_up: Tensor | None,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    ends: Tensor,
-    unit: tuple[str, str],
+    ctx: Any, rows: Tensor, grad: Tensor, gate_up: Tensor | None, w_gate_up: Tensor, w_down: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradient of gate_up (R, 2F), which is computed where it was not kept, and the hidden activation (R, F)."""
     if gate_up is None:
-        gate_up = grouped_mm(rows, w_gate_up, offs=ends)
-    grad_hidden = grouped_mm(grad, w_down.transpose(1, 2), offs=ends)
+        gate_up = ctx.multiply(rows, w_gate_up, ends)
+    grad_hidden = ctx.multiply(grad, w_down.transpose(1, 2), ends)
     hidden, grad_gate_up = torch.empty_like(grad_hidden), torch.empty_like(gate_up)
-    swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up, *unit)
+    swiglu_backward(grad_hidden, gate_up, hidden, grad_gate_up, *ctx.unit)
     return grad_gate_up, hidden
+
+
+def _weight_gradient(rows_RX: Tensor, grad_RY: Tensor, ends: Tensor) -> Tensor:
+    """(e, X, Y): of each expert the sum over its rows of one times the other."""
+    if grouped_mm_takes(rows_RX.dtype, (rows_RX.shape[1], grad_RY.shape[1])):
+        return grouped_mm(rows_RX.t(), grad_RY, offs=ends)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.stack([x.t() @ grad for x, grad in zip(rows_RX.split(sizes), grad_RY.split(sizes), strict=True)])
 
 
 def _chunks(chunk_rows: int, offsets: Tensor, *tensors: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:

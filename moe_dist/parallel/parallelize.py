@@ -46,7 +46,7 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
     """Make `model` (best on the meta device) this rank's part of the model, in place.
 
     1. Experts over `ep`: keep this rank's block of every layer's, and reach the others by `parallel.dispatcher`; how
-       many rows they compute at once, and by which kernels.
+       many rows they compute at once, by which kernels and in which precision.
     2. Recomputation of activations.
     3. Compilation of the dense parts.
     """
@@ -56,7 +56,7 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
     for moe in model.moe_layers():
         if isinstance(moe.experts, Experts):
             moe.experts.chunk_rows = math.ceil(train.expert_chunk_factor * even_share)
-            moe.experts.kernels = train.kernels
+            moe.experts.kernels, moe.experts.precision = train.kernels, train.expert_precision
         if ep_group is None:
             moe.reach_experts_by(LocalDispatcher(moe.num_experts, train.kernels))
         else:

@@ -50,7 +50,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.callbacks import Callback, RunState
 from moe_dist.train.counters import Counters
 from moe_dist.train.dpo import REWARD_FACTS, reward_facts
-from moe_dist.train.run_summary import causality_warning
+from moe_dist.train.run_summary import warnings_of
 from moe_dist.train.stopping import Stopping
 
 logger = logging.getLogger("moe_dist")
@@ -115,7 +115,7 @@ class Reporter(Callback):
         if self.mesh.rank == 0:
             if info.world_size > 1:  # one process is what others are held against
                 self.sinks.message(proven.line_for(self.config, info.device, info.world_size))
-            if (warning := causality_warning(self.config)) is not None:
+            for warning in warnings_of(self.config):
                 logger.warning(warning)
         self.diagnosis.resumed(info)
 

@@ -60,14 +60,25 @@ def sentence(
     )
 
 
-def causality_warning(config: Config) -> str | None:
-    """What a person must know about a router that looks at later tokens; None of any other."""
-    if config.model.router != EXPERT_CHOICE:
-        return None
-    return (
-        f"model.router={EXPERT_CHOICE} is not causal: whether a token gets an expert depends on later tokens, so "
-        "losses are too good and the model cannot generate as it was trained (docs/routing.md)"
-    )
+def warnings_of(config: Config) -> list[str]:
+    """What a person must know of what was chosen: a router that looks at later tokens, experts in float8."""
+    found = []
+    if config.model.router == EXPERT_CHOICE:
+        found.append(
+            f"model.router={EXPERT_CHOICE} is not causal: whether a token gets an expert depends on later tokens, so "
+            "losses are too good and the model cannot generate as it was trained (docs/routing.md)"
+        )
+    if config.train.expert_precision == "fp8":
+        sizes = config.model.hidden_size, config.model.moe_intermediate_size
+        fits = (config.train.bf16 or config.train.pure_bf16) and not any(size % 16 for size in sizes)
+        where = "by a kernel on GPUs of compute capability 9.0 (H100, H200), not measured, emulated elsewhere, slower"
+        if not fits:
+            where = "emulated, slower; a kernel takes them in bfloat16 alone, of sizes that are multiples of 16"
+        found.append(
+            "train.expert_precision=fp8 is an experiment: operands of experts' products are rounded to float8 "
+            f"({where}; docs/performance.md)"
+        )
+    return found
 
 
 def layout_lines(layout: Layout, num_experts: int) -> list[str]:

@@ -161,6 +161,7 @@ _OF_FEATURES: dict[str, Bug] = {
     "noise_by_stages_of_one_length": Bug(("attention_dropout", "uneven_stages"), where=_pipeline),
     "recomputation_without_its_noise": Bug(("attention_dropout",), where=_recomputed),
     "load_counted_again_in_recomputation": Bug(where=lambda layout: layout.recompute == "full"),
+    "one_float8_scale_for_all_rows": Bug(("fp8_experts",), where=_ep),
     "scores_scaled_twice": Bug(("sigmoid",), where=_ep),
     "groups_ignored_by_expert_parallelism": Bug(("groups",), where=_ep),
     "experts_of_the_tenth_layer_in_reverse": Bug(("deep",), ("all_gather", "dedup", "hierarchical"), _ep),

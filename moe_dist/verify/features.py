@@ -71,6 +71,7 @@ PLAIN: Settings = {
     "train.label_smoothing_factor": 0.0,
     "train.loss_chunk_tokens": "auto",
     "train.expert_chunk_factor": 2.0,
+    "train.expert_precision": "compute",
     "train.max_grad_norm": 0.5,
     "train.bf16": False,
     "train.pure_bf16": False,
@@ -195,6 +196,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
         "full_logits": {"train.loss_chunk_tokens": 0},
     },
     "chunks of rows": {"chunked_rows": {"train.expert_chunk_factor": 0.24}},
+    "precision of experts": {"fp8_experts": {"train.expert_precision": "fp8"}},
     "clipping": {"no_clipping": {"train.max_grad_norm": 0.0}, "rare_clipping": {"train.max_grad_norm": 1000.0}},
     "optimizer": {
         "adamw": {"optimizer.optim": "adamw_torch"},

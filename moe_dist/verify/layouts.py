@@ -164,7 +164,7 @@ def shrunken(config: Config, world_size: int, num_stages: int | None = None) -> 
     tree = config.model_dump()
     tree["model"] |= small
     tree["data"]["max_seq_length"] = 16
-    tree["train"] |= {"bf16": False, "pure_bf16": False, "torch_compile": False}
+    tree["train"] |= {"bf16": False, "pure_bf16": False, "expert_precision": "compute", "torch_compile": False}
     tree["parallel"] = ParallelConfig().model_dump()
     # The model's own adapters, narrower, and with values in B: as zeros they would leave A without a gradient.
     tree["lora"] |= {"r": min(config.lora.r, 4), "init": "random", "from_adapter": None, "quantize": None}

@@ -145,7 +145,8 @@ class Smallness:
             tree["parallel"] = ParallelConfig().model_dump()
             tree["train"] |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": "none"}
             # Compiled code rounds otherwise, and draws other noise: it is held against itself where that matters.
-            same = scenario.precision == "bfloat16" or config.model.attention_dropout > 0
+            draws = config.model.attention_dropout > 0 or (config.lora.r > 0 and config.lora.dropout > 0)
+            same = scenario.precision == "bfloat16" or draws
             tree["train"]["torch_compile"] &= same
             if scenario.precision != "bfloat16":
                 tree["train"]["kernels"] = "torch"
@@ -182,6 +183,13 @@ class Smallness:
             raise ConfigError(
                 f"parallel.dispatcher={other[0]}: it sums in another order than one process, which in bfloat16 sends "
                 "tokens to other experts; allowed: all_to_all"
+            )
+        if "fp8_experts" in (words or ()) and (
+            scenario.layout.engine == "deepspeed" or scenario.precision == "float32"
+        ):
+            raise ConfigError(
+                "train.expert_precision=fp8: its rounding makes steps of that of float32, in which DeepSpeed computes; "
+                "allowed: parallel.engine=torch, in float64 or bfloat16"
             )
         small = self.of(layers) if words is None else self._plain(layers)
         changes = {

@@ -16,6 +16,7 @@ resume    50 steps with checkpoints, killed in the middle, gone on: losses bitwi
 layer     one layer, forward and backward, beside `transformers`' grouped_mm and the limit of dense matmuls
 kernels   Triton's kernels for rows and gated units beside PyTorch's, and `moe-dist verify` with them; without Triton
           or on a CPU, why there is nothing to measure
+float8    experts in float8 beside bfloat16, and losses of a short training with either
 step      whole training steps: seconds, MFU, peak memory, with and without torch.compile; forward and backward beside
           `transformers`' whole model
 experts   rows per second through the experts alone, forward and backward (hidden 1024, as hivemind's benchmark)
@@ -37,7 +38,8 @@ from typing import Any
 
 from gpu_parts import PARTS, environment
 
-MINUTES = {"verify": 3.0, "resume": 1.5, "layer": 1.5, "kernels": 1.5, "step": 2.0, "experts": 0.5, "profile": 1.0}
+MINUTES = {"verify": 3.0, "resume": 1.5, "layer": 1.5, "kernels": 1.5, "float8": 1.0}
+MINUTES |= {"step": 2.0, "experts": 0.5, "profile": 1.0}
 """Time limit of each part; in the order of what is learned from it."""
 
 

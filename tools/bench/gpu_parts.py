@@ -133,6 +133,15 @@ def kernels(device: str, small: bool, out: Path) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def float8(device: str, small: bool, out: Path) -> dict[str, Any]:
+    """`float8_experts.py`."""
+    from float8_experts import products, training
+
+    (batch,) = batches(True, device, 1)
+    rows = products(device, small, clock_of(device))
+    return {"rows": [*rows, training(device, SMALL, batch, 5 if small else 50)]}
+
+
 def clock_of(device: str) -> Callable[[], float]:
     """Seconds, once the device has done what it was given."""
     import torch
@@ -322,6 +331,7 @@ PARTS: dict[str, Callable[[str, bool, Path], dict[str, Any]]] = {
     "resume": resume,
     "layer": layer,
     "kernels": kernels,
+    "float8": float8,
     "step": step,
     "experts": experts,
     "profile": profile,

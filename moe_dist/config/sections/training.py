@@ -112,6 +112,10 @@ class TrainConfig(Section):
     kernels: Literal["torch", "triton"] = "torch"
     """What moves rows to experts and back and computes their gated unit: PyTorch, or fused Triton kernels for GPUs,
     which are tested in Triton's interpreter and have not been measured on a GPU (docs/performance.md)."""
+    expert_precision: Literal["compute", "fp8"] = "compute"
+    """Products of rows with weights of experts: in the precision of training, or with both rounded to float8 by row. An
+    experiment: by a kernel on GPUs of SM 90 in bfloat16, not measured; elsewhere emulated, slower
+    (docs/performance.md)."""
     freeze: list[str] = []
     """Weights that stay as they are: parts of names, with * and ? (`router`, `embed_tokens`, `layers.0.attention`,
     `*norm`), single experts (`experts:3,7`) or layers (`layers:0-9`). Of adapters with lora.r."""

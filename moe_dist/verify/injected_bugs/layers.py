@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from moe_dist.models import attention_mask, auxiliary, moe, recompute
+from moe_dist.models import attention_mask, auxiliary, float8, moe, recompute
 from moe_dist.models.attention import Attention
 from moe_dist.models.attention_mask import Documents, Mask
 from moe_dist.models.auxiliary import count_load
@@ -131,6 +131,19 @@ def recomputation_without_its_noise(replace: Replace) -> None:
 def load_counted_again_in_recomputation(replace: Replace) -> None:
     """A pass that is repeated counts its tokens a second time."""
     replace(auxiliary, "is_recomputing", lambda: False)
+
+
+def one_float8_scale_for_all_rows(replace: Replace) -> None:
+    """Rows of experts are rounded by the largest number of all that are on a rank."""
+    rounded = float8.rounded
+
+    def wrong(numbers: Tensor, summed: int) -> float8.Float8:
+        if numbers.ndim > 2:  # weights
+            return rounded(numbers, summed)
+        codes, scale = rounded(numbers.flatten(), 0)
+        return float8.Float8(codes.view_as(numbers), scale.expand(len(numbers), 1))
+
+    replace(float8, "rounded", wrong)
 
 
 def global_load_is_local_in_a_sharded_pipeline(replace: Replace) -> None:
