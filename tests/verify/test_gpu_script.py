@@ -25,11 +25,12 @@ def test_every_part(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert done.returncode == 0, done.stdout + done.stderr
     parts = found["parts"]
-    assert list(parts) == ["verify", "resume", "layer", "kernels", "step", "experts", "profile"]
+    assert list(parts) == ["verify", "resume", "layer", "kernels", "graphs", "step", "experts", "profile"]
     assert [(row["ranks"], row["passed"] == row["of"] > 0) for row in parts["verify"]["rows"]] == [(1, True), (4, True)]
     assert parts["resume"]["rows"][0]["losses bitwise equal"] is True
     assert all(row["grouped_mm / ours"] > 0 for row in parts["layer"]["rows"])
     assert "take train.kernels=torch" in parts["kernels"]["rows"][0]["not measured"]
+    assert "CUDA graphs are captured on a GPU" in parts["graphs"]["rows"][0]["not measured"]
     assert {row["what"] for row in parts["step"]["rows"]} >= {"training step", "forward and backward, transformers"}
     assert all(row["forward and backward, rows/s"] > 0 for row in parts["experts"]["rows"])
     assert (tmp_path / "profile" / parts["profile"]["rows"][0]["page"]).stat().st_size > 10_000

@@ -1,4 +1,4 @@
-r"""Everything worth knowing of a GPU in one command of eight minutes, for whoever has one for a moment.
+r"""Everything worth knowing of a GPU in one command of nine minutes, for whoever has one for a moment.
 
     python tools/bench/gpu.py --out FOLDER [--device cuda|cpu] [--small] [--only PART,...]
 
@@ -16,6 +16,7 @@ resume    50 steps with checkpoints, killed in the middle, gone on: losses bitwi
 layer     one layer, forward and backward, beside `transformers`' grouped_mm and the limit of dense matmuls
 kernels   Triton's kernels for rows and gated units beside PyTorch's, and `moe-dist verify` with them; without Triton
           or on a CPU, why there is nothing to measure
+graphs    a layer with fixed places (`parallel.dispatcher: static`) as CUDA graphs, beside the same eagerly
 step      whole training steps: seconds, MFU, peak memory, with and without torch.compile; forward and backward beside
           `transformers`' whole model
 experts   rows per second through the experts alone, forward and backward (hidden 1024, as hivemind's benchmark)
@@ -37,7 +38,16 @@ from typing import Any
 
 from gpu_parts import PARTS, environment
 
-MINUTES = {"verify": 3.0, "resume": 1.5, "layer": 1.5, "kernels": 1.5, "step": 2.0, "experts": 0.5, "profile": 1.0}
+MINUTES = {
+    "verify": 3.0,
+    "resume": 1.5,
+    "layer": 1.5,
+    "kernels": 1.5,
+    "graphs": 1.0,
+    "step": 2.0,
+    "experts": 0.5,
+    "profile": 1.0,
+}
 """Time limit of each part; in the order of what is learned from it."""
 
 

@@ -133,6 +133,15 @@ def kernels(device: str, small: bool, out: Path) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def graphs(device: str, small: bool, out: Path) -> dict[str, Any]:
+    """`cuda_graphs.py`: a layer that waits for no device, captured and not."""
+    if device != "cuda":
+        return {"rows": [{"not measured": "CUDA graphs are captured on a GPU; take --device cuda"}]}
+    from cuda_graphs import measure
+
+    return {"rows": measure(clock_of(device))}
+
+
 def clock_of(device: str) -> Callable[[], float]:
     """Seconds, once the device has done what it was given."""
     import torch
@@ -322,6 +331,7 @@ PARTS: dict[str, Callable[[str, bool, Path], dict[str, Any]]] = {
     "resume": resume,
     "layer": layer,
     "kernels": kernels,
+    "graphs": graphs,
     "step": step,
     "experts": experts,
     "profile": profile,
