@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_dist.config.deepspeed import check_deepspeed
-from moe_dist.config.kernels import check_deepep, check_float8
+from moe_dist.config.dispatch import check_dispatch
+from moe_dist.config.kernels import check_float8
 from moe_dist.config.sections.all import Sections
 from moe_dist.config.sections.lora import ALL_LINEAR, BUILT_IN_EXPERTS, BUILT_IN_ROUTERS, EXPERT_TARGETS, TARGETS
 from moe_dist.config.sections.model import EXPERT_CHOICE, divisors
@@ -39,16 +40,8 @@ def check_sections(config: Sections) -> Sections:
         )
     if parallel.ep_size > 1 and not model.moe_layers:
         raise ValueError(f"parallel.ep_size={parallel.ep_size}: the model has no expert layer; allowed: 1")
-    if parallel.dispatcher == "hierarchical" and parallel.ranks_per_host is not None:
-        there = parallel.ranks_per_host
-        if there == 1 or parallel.ep_size <= there or parallel.ep_size % there:
-            raise ValueError(
-                f"parallel.dispatcher=hierarchical: parallel.ep_size={parallel.ep_size} is not several hosts of "
-                f"several ranks (parallel.ranks_per_host={there}); allowed: dedup, or a multiple of 2 or more above it"
-            )
-    check_deepep(config)
+    check_dispatch(config)
     check_float8(config)
-    check_placement(config)
     check_deepspeed(config)
     if parallel.shard_size is not None:
         size, ep_size = parallel.shard_size, parallel.ep_size
@@ -93,28 +86,6 @@ def check_routing(config: Sections) -> None:
                 raise ValueError(
                     f"balance.{key}={getattr(balance, key)}: with model.router={EXPERT_CHOICE} every expert takes as "
                     "many tokens as it has places, the best first; leave it out, or take model.router=topk"
-                )
-
-
-def check_placement(config: Sections) -> None:
-    """Experts that an engine lets go of one by one."""
-    parallel, train = config.parallel, config.train
-    if parallel.expert_placement == "off":
-        return
-    said = f"parallel.expert_placement={parallel.expert_placement}"
-    if parallel.engine != "torch":
-        raise ValueError(
-            f"{said}: parallel.engine={parallel.engine} keeps the optimizer's state of experts where none can move "
-            "by itself; take parallel.engine=torch, or off"
-        )
-    if config.lora.quantize is not None:
-        raise ValueError(f"{said}: weights of lora.quantize={config.lora.quantize} stay where they are; set it to off")
-    for key in ("freeze", "train_only"):
-        for text in getattr(train, key):
-            if WeightPattern.parse(text).experts is not None:
-                raise ValueError(
-                    f"{said}: with train.{key}={text} ranks would have different numbers of experts to train; set it "
-                    "to off"
                 )
 
 

@@ -6,28 +6,6 @@ from moe_dist.config.sections.all import Sections
 from moe_dist.config.sections.lora import ALL_LINEAR, EXPERT_TARGETS
 
 
-def check_deepep(config: Sections) -> None:
-    """What the kernels of DeepEP can move."""
-    model, train, said = config.model, config.train, f"parallel.dispatcher={config.parallel.dispatcher}"
-    if config.parallel.dispatcher != "deepep" or config.parallel.ep_size == 1:
-        return
-    if not train.bf16 and not train.pure_bf16:
-        raise ValueError(f"{said}: it moves bfloat16 alone; set train.bf16 or train.pure_bf16, or take auto")
-    if train.bf16 and model.expert not in ("swiglu", "swiglu_clamped"):
-        raise ValueError(
-            f"{said}: it moves bfloat16 alone, and under train.bf16 model.expert={model.expert} computes in float32 or "
-            "as it likes; take train.pure_bf16, or auto"
-        )
-    if model.hidden_size % 8:
-        raise ValueError(f"{said}: model.hidden_size={model.hidden_size} must be a multiple of 8; or take auto")
-    if train.deterministic:
-        raise ValueError(
-            f"{said}: nobody has shown that its sums have a fixed order, as train.deterministic=true wants"
-        )
-    if config.launch.device == "cpu":
-        raise ValueError(f"{said}: launch.device=cpu; it moves rows between GPUs; take auto")
-
-
 def check_float8(config: Sections) -> None:
     """Experts whose products can be taken in float8: stacks that are trained whole, by torch's own unit."""
     model, lora, said = config.model, config.lora, f"train.expert_precision={config.train.expert_precision}"

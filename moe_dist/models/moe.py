@@ -5,8 +5,10 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden, E experts, K to
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +21,13 @@ from moe_dist.models.context import ALONE, RoutingContext
 from moe_dist.models.experts import build_experts
 from moe_dist.models.layers import Linear, SwiGLU
 from moe_dist.models.noise import Sources, draw_seed
-from moe_dist.models.permute import Permutation, rows_from_tokens, sort_by_expert, tokens_from_rows
+from moe_dist.models.permute import (
+    Permutation,
+    place_by_expert,
+    rows_from_tokens,
+    sort_by_expert,
+    tokens_from_rows,
+)
 from moe_dist.models.precision import full
 from moe_dist.models.router import build_router
 from moe_dist.models.routing import Routing, drop_over_capacity
@@ -95,15 +103,19 @@ class LocalPlan:
 
 
 class LocalDispatcher(AtOnce):
-    """All experts are here: dispatch is a sort, combine its inverse."""
+    """All experts are here: dispatch is a sort, combine its inverse. `static`: where the routing says how many places
+    suffice, every expert gets as many rows, and nothing waits for the device (`parallel.dispatcher: static`)."""
 
-    def __init__(self, num_experts: int, kernels: str = "torch") -> None:
-        self.num_experts, self.kernels = num_experts, kernels
+    def __init__(self, num_experts: int, kernels: str = "torch", *, static: bool = False) -> None:
+        self.num_experts, self.kernels, self.static = num_experts, kernels, static
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, LocalPlan]:
         ids_TK = routing.expert_ids_TK
-        num_rows = None if routing.complete else int((ids_TK < self.num_experts).sum())
-        permutation = sort_by_expert(ids_TK, self.num_experts, num_rows, self.kernels)
+        if self.static and routing.places is not None:
+            permutation = place_by_expert(ids_TK, self.num_experts, routing.places, self.kernels)
+        else:
+            num_rows = None if routing.complete else int((ids_TK < self.num_experts).sum())
+            permutation = sort_by_expert(ids_TK, self.num_experts, num_rows, self.kernels)
         return rows_from_tokens(x_TD, permutation), LocalPlan(permutation, routing.weights_TK, routing.noise_seed)
 
     def combine(self, rows_RD: Tensor, plan: LocalPlan) -> Tensor:
@@ -193,18 +205,29 @@ class MoE(nn.Module):
         if self.capacity_factor is not None and self.training:
             kept_TK = drop_over_capacity(ids_TK, self.num_experts, self._capacity(ids_TK, valid_T))
             self.balance.record_dropped(ids_TK, kept_TK)
-            routing = replace(routing, expert_ids_TK=kept_TK, complete=False)
+            places = None if self.experts.draws_noise else self._places(len(ids_TK))
+            routing = replace(routing, expert_ids_TK=kept_TK, complete=False, places=places)
         if self.expert_dropout and self.training:
             routing = replace(routing, weights_TK=F.dropout(routing.weights_TK, self.expert_dropout))
         if self.experts.draws_noise:
             routing = replace(routing, noise_seed=draw_seed())
         return routing, auxiliary_loss
 
-    def _capacity(self, ids_TK: Tensor, valid_T: Tensor | None) -> Tensor:
-        """Places per expert for the valid tokens of this micro-batch, 0-dim int64."""
-        assert self.capacity_factor is not None
-        fair = written(self.capacity_factor) * self.top_k / self.num_experts
-        num_tokens = ids_TK.new_tensor(ids_TK.shape[0]) if valid_T is None else valid_T.sum()
+    def _capacity(self, ids_TK: Tensor, valid_T: Tensor | None) -> Tensor | int:
+        """Places per expert for the valid tokens of this micro-batch; where padding must be counted 0-dim int64."""
+        if valid_T is None:
+            return self._places(len(ids_TK))
         # Whole numbers: the product of floats may lie above the integer that it is.
-        capacity = (num_tokens * fair.numerator + fair.denominator - 1).div(fair.denominator, rounding_mode="floor")
+        fair = self._fair_share
+        capacity = (valid_T.sum() * fair.numerator + fair.denominator - 1).div(fair.denominator, rounding_mode="floor")
         return capacity.clamp(min=1)
+
+    def _places(self, num_tokens: int) -> int:
+        """Places per expert for so many tokens: as many as a micro-batch of these has with padding in it, or more."""
+        return max(1, math.ceil(num_tokens * self._fair_share))
+
+    @property
+    def _fair_share(self) -> Fraction:
+        """Places of an expert for each token."""
+        assert self.capacity_factor is not None
+        return written(self.capacity_factor) * self.top_k / self.num_experts

@@ -32,6 +32,8 @@ class Permutation:
     every_pair_has_a_row: bool
     kernels: str = "torch"
     """By which rows are moved (`train.kernels`)."""
+    every_row_has_a_pair: bool = True
+    """Else rows without one have the pair T * K, of a token after the last, which is zeros."""
 
     @property
     def num_rows(self) -> int:
@@ -70,6 +72,29 @@ def sort_by_expert(
     return Permutation(order, row_of_pair.view_as(expert_ids_TK), counts, complete, kernels)
 
 
+def place_by_expert(expert_ids_TK: Tensor, num_experts: int, places: int, kernels: str = "torch") -> Permutation:
+    """As `sort_by_expert`, with `places` rows for every expert however many pairs it has: some without a pair, and
+    pairs past them without a row. Sizes are known from shapes alone, so nothing waits for the device."""
+    flat = expert_ids_TK.flatten()
+    num_pairs, num_rows = flat.numel(), num_experts * places
+    pairs, place = torch.arange(num_pairs, device=flat.device), earlier_equals(flat, num_experts)
+    row_of_pair = torch.where((flat < num_experts) & (place < places), flat * places + place, pairs + num_rows)
+    pair_of_row = flat.new_full((num_rows + num_pairs,), num_pairs)
+    pair_of_row[row_of_pair] = pairs
+    counts = flat.new_full((num_experts,), places)
+    return Permutation(pair_of_row[:num_rows], row_of_pair.view_as(expert_ids_TK), counts, False, kernels, False)
+
+
+def earlier_equals(ids: Tensor, num_experts: int) -> Tensor:
+    """How often each of the 1-D int64 `ids` (at most num_experts) occurs before it, (P,) int64."""
+    sorted_ids, order = ids.sort(stable=True)
+    counts = count_ids(ids, num_experts + 1)
+    first = counts.cumsum(0) - counts
+    earlier = torch.empty_like(ids)
+    earlier[order] = torch.arange(ids.numel(), device=ids.device) - first[sorted_ids]
+    return earlier
+
+
 def count_ids(ids: Tensor, num_experts: int) -> Tensor:
     """How often each of 0..num_experts-1 occurs in the 1-D int64 `ids` (at most num_experts), (E,) int64.
 
@@ -96,9 +121,16 @@ def sum_rows(rows_RD: Tensor, permutation: Permutation) -> Tensor:
 
 def _token_of_each_row(x_TD: Tensor, permutation: Permutation) -> Tensor:
     """(T, D) -> (R, D)."""
+    if not permutation.every_row_has_a_pair:
+        x_TD = _with_zeros(x_TD)
     if (triton := permutation.triton) is not None:
         return triton.gather(x_TD, permutation.pair_of_row, permutation.top_k)
     return x_TD.index_select(0, permutation.token_of_row)
+
+
+def _with_zeros(tensor: Tensor) -> Tensor:
+    """(T, X) -> (T + 1, X): one more token, zeros, for rows without a pair."""
+    return F.pad(tensor, (0, 0, 0, 1))
 
 
 def _sum_by_token(rows_RD: Tensor, permutation: Permutation, weights_TK: Tensor | None) -> Tensor:
@@ -116,6 +148,12 @@ def _sum_by_token(rows_RD: Tensor, permutation: Permutation, weights_TK: Tensor 
     if permutation.every_pair_has_a_row:
         rows = row.flatten()
         starts = torch.arange(0, rows.numel(), top_k, device=rows.device)
+    elif not permutation.every_row_has_a_pair:
+        # Any row, times zero. That is no zero where the row is not finite: but then the step is lost already.
+        has_row = (row < permutation.num_rows).flatten()
+        rows = row.flatten().clamp(max=permutation.num_rows - 1)
+        starts = torch.arange(0, rows.numel(), top_k, device=rows.device)
+        weights = has_row.to(rows_RD.dtype) if weights is None else weights.masked_fill(~has_row, 0.0)
     else:
         # Bags of different lengths. Sorting finds the pairs with a row without asking the device how many.
         present, rows = permutation.pair_of_row.sort()
@@ -171,10 +209,14 @@ class _TokensFromRows(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_RD, weights_TK = ctx.saved_tensors
         want_rows, want_weights, _ = ctx.needs_input_grad
-        pairs = ctx.permutation.pair_of_row
+        pairs, num_tokens = ctx.permutation.pair_of_row, len(grad_TD)
+        if not ctx.permutation.every_row_has_a_pair:
+            grad_TD, weights_TK = _with_zeros(grad_TD), _with_zeros(weights_TK)
         if (triton := ctx.permutation.triton) is not None:
-            both = triton.weighted_gradients(grad_TD, rows_RD, weights_TK, pairs, want_rows, want_weights)
-            return *both, None
+            grad_rows, grad_weights = triton.weighted_gradients(
+                grad_TD, rows_RD, weights_TK, pairs, want_rows, want_weights
+            )
+            return grad_rows, None if grad_weights is None else grad_weights[:num_tokens], None
         grad_rows = grad_TD.index_select(0, ctx.permutation.token_of_row)
         grad_weights = None
         if want_weights:
@@ -182,7 +224,7 @@ class _TokensFromRows(torch.autograd.Function):
             if pairs.numel():
                 dots = _row_dots(rows_RD, grad_rows).to(weights_TK.dtype)
                 grad_weights.index_copy_(0, pairs, dots)
-            grad_weights = grad_weights.view_as(weights_TK)
+            grad_weights = grad_weights.view_as(weights_TK)[:num_tokens]
         if not want_rows:
             return None, grad_weights, None
         weight_of_row = weights_TK.flatten().index_select(0, pairs).to(grad_TD.dtype)

@@ -145,8 +145,9 @@ class Router(nn.Module):
         """Ids and weights, those of tokens that failed replaced by the fallback expert alone."""
         assert self.fallback_expert is not None
         num_others = expert_ids_TK.shape[1] - 1
-        ids_K = expert_ids_TK.new_tensor([self.fallback_expert] + [self.num_experts] * num_others)
-        weights_K = weights_TK.new_tensor([self.rule.scaling_factor] + [0.0] * num_others)
+        # Not from lists of numbers: a GPU would have to wait for them.
+        ids_K = F.pad(expert_ids_TK.new_full((1,), self.fallback_expert), (0, num_others), value=self.num_experts)
+        weights_K = F.pad(weights_TK.new_full((1,), self.rule.scaling_factor), (0, num_others))
         failed_T1 = failed_T[:, None]
         return torch.where(failed_T1, ids_K, expert_ids_TK), torch.where(failed_T1, weights_K, weights_TK)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.models.permute import count_ids
+from moe_dist.models.permute import earlier_equals
 from moe_dist.models.precision import full
 from moe_dist.versions import tensors_inside
 
@@ -38,6 +38,9 @@ class Routing:
     """Bool: tokens whose logits were not finite, and that go to the fallback expert; None where there is none."""
     noise_seed: int | None = None
     """Of what experts draw at random for these tokens, below 2^62; None where they draw nothing."""
+    places: int | None = None
+    """Known without looking at the ids: no expert has more pairs. None where that is not known, or not enough: where
+    experts draw noise, how many rows they have must be told."""
 
     @staticmethod
     def of(decision: Routing | tuple[Tensor, Tensor]) -> Routing:
@@ -119,16 +122,11 @@ class TopKRouter(nn.Module):
         return ranking.topk(self.top_k, dim=-1).indices
 
 
-def drop_over_capacity(expert_ids_TK: Tensor, num_experts: int, capacity: Tensor) -> Tensor:
-    """First come, first served: ids with every pair past `capacity` (0-dim) of its expert replaced by
+def drop_over_capacity(expert_ids_TK: Tensor, num_experts: int, capacity: Tensor | int) -> Tensor:
+    """First come, first served: ids with every pair past `capacity` (a tensor: 0-dim) of its expert replaced by
     num_experts.
 
     Tokens come in order, a token's first choice before its second. Ids equal to num_experts take no place.
     """
     flat = expert_ids_TK.flatten()
-    sorted_ids, order = flat.sort(stable=True)
-    counts = count_ids(flat, num_experts + 1)
-    first = counts.cumsum(0) - counts
-    position = torch.empty_like(flat)
-    position[order] = torch.arange(flat.numel(), device=flat.device) - first[sorted_ids]
-    return flat.masked_fill(position >= capacity, num_experts).view_as(expert_ids_TK)
+    return flat.masked_fill(earlier_equals(flat, num_experts) >= capacity, num_experts).view_as(expert_ids_TK)

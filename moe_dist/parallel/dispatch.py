@@ -44,7 +44,7 @@ class AllToAllPlan:
 
 
 @dataclass(frozen=True)
-class _UnderWay:
+class UnderWay:
     """A piece whose rows are on their way to experts, or home."""
 
     rows: Tensor
@@ -110,7 +110,7 @@ class AllToAllDispatcher(SpreadExperts):
 
     _HEADER = 3  # layer, hidden size, seed of noise; then for each piece rows for this peer, and for its experts
 
-    def begin_dispatch(self, x_TD: Tensor, routing: Routing, num_pieces: int = 1) -> list[_UnderWay]:
+    def begin_dispatch(self, x_TD: Tensor, routing: Routing, num_pieces: int = 1) -> list[UnderWay]:
         """(T, D): pieces of the tokens set out, one after the other."""
         seed = routing.noise_seed
         pieces = split_tokens(x_TD, routing, num_pieces)
@@ -120,40 +120,55 @@ class AllToAllDispatcher(SpreadExperts):
         arriving_NPE, send, receive, seeds = once(lambda: self._exchange_counts(permutations, x_TD.shape[1], seed or 0))
         departed = []
         for number, ((x, piece), permutation) in enumerate(zip(pieces, permutations, strict=True)):
-            send_splits, receive_splits, arriving = send[number], receive[number], arriving_NPE[number]
-            sent = sum(send_splits)
-            self.clock.count_rows(send_splits, sum(receive_splits))
+            arriving = arriving_NPE[number]
+            sent = sum(send[number])
             if sent < permutation.num_rows:  # pairs without an expert sort to the end
                 pair_of_row = permutation.pair_of_row[:sent]
                 permutation = replace(permutation, pair_of_row=pair_of_row, every_pair_has_a_row=False)
-            arrival_of_row, row_of_arrival = expert_order(arriving, sum(receive_splits))
-            plan = AllToAllPlan(
-                permutation,
-                piece.weights_TK,
-                send_splits,
-                receive_splits,
-                arrival_of_row,
-                row_of_arrival,
-                rows_per_expert=arriving.sum(0),
-                sources=None if seed is None else Sources(arriving, seeds),
-            )
-            exchange = self._exchange(receive_splits, send_splits, "dispatch")
-            rows = exchange.depart(as_it_travels(rows_from_tokens(x, permutation), self.casts))
-            departed.append(_UnderWay(rows, exchange, plan))
+            sources = None if seed is None else Sources(arriving, seeds)
+            splits = send[number], receive[number]
+            departed.append(self._depart(x, piece.weights_TK, permutation, *splits, arriving, sources))
         return departed
 
-    def end_dispatch(self, departed: _UnderWay) -> tuple[Tensor, AllToAllPlan]:
+    def _depart(
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        permutation: Permutation,
+        send_splits: list[int],
+        receive_splits: list[int],
+        arriving: Tensor,
+        sources: Sources | None,
+    ) -> UnderWay:
+        """Rows set out. `arriving` (ep, e): those that come from each peer for each local expert."""
+        self.clock.count_rows(send_splits, sum(receive_splits))
+        arrival_of_row, row_of_arrival = expert_order(arriving, sum(receive_splits))
+        plan = AllToAllPlan(
+            permutation,
+            weights_TK,
+            send_splits,
+            receive_splits,
+            arrival_of_row,
+            row_of_arrival,
+            rows_per_expert=arriving.sum(0),
+            sources=sources,
+        )
+        exchange = self._exchange(receive_splits, send_splits, "dispatch")
+        rows = exchange.depart(as_it_travels(rows_from_tokens(x_TD, permutation), self.casts))
+        return UnderWay(rows, exchange, plan)
+
+    def end_dispatch(self, departed: UnderWay) -> tuple[Tensor, AllToAllPlan]:
         """(R, D) rows of all peers for this rank's experts, sorted by local expert, and the plan."""
         plan, arrived_RD = departed.plan, departed.exchange.arrive(departed.rows)
         return _Reorder.apply(arrived_RD, plan.arrival_of_row, plan.row_of_arrival), plan
 
-    def begin_combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> _UnderWay:
+    def begin_combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> UnderWay:
         """(R, D): rows set out for home."""
         exchange = self._exchange(plan.send_splits, plan.receive_splits, "combine")
         rows = exchange.depart(_Reorder.apply(rows_RD, plan.row_of_arrival, plan.arrival_of_row))
-        return _UnderWay(rows, exchange, plan)
+        return UnderWay(rows, exchange, plan)
 
-    def end_combine(self, returning: _UnderWay) -> Tensor:
+    def end_combine(self, returning: UnderWay) -> Tensor:
         """(T, D): rows are weighted by their routing weights and summed over k in order."""
         plan = returning.plan
         return tokens_from_rows(returning.exchange.arrive(returning.rows), plan.weights_TK, plan.permutation)

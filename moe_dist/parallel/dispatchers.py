@@ -20,6 +20,7 @@ from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.dispatch_dedup import DedupDispatcher, HierarchicalDispatcher
 from moe_dist.parallel.dispatch_deepep import DeepEPDispatcher
 from moe_dist.parallel.dispatch_specification import AllGatherDispatcher
+from moe_dist.parallel.dispatch_static import StaticDispatcher
 from moe_dist.parallel.mesh import Hosts
 
 DISPATCHERS: Registry[Callable[..., Dispatcher]] = Registry("parallel.dispatcher", "dispatcher")
@@ -28,6 +29,7 @@ DISPATCHERS.register("all_to_all")(AllToAllDispatcher)
 DISPATCHERS.register("dedup")(DedupDispatcher)
 DISPATCHERS.register("hierarchical")(HierarchicalDispatcher)
 DISPATCHERS.register("deepep")(DeepEPDispatcher)
+DISPATCHERS.register("static")(StaticDispatcher)
 DISPATCHERS.register("all_gather")(AllGatherDispatcher)
 
 
@@ -60,7 +62,7 @@ def build_dispatcher(
             raise ValueError("parallel.dispatcher=hierarchical: nobody has said which ranks share a host")
         spread = {"across": hosts.across, "within": hosts.within}
         return kind(group, num_experts, layer, clock, **spread, casts=casts, kernels=kernels)
-    if kind in (AllToAllDispatcher, DedupDispatcher, DeepEPDispatcher):
+    if kind in (AllToAllDispatcher, DedupDispatcher, DeepEPDispatcher, StaticDispatcher):
         return kind(group, num_experts, layer, clock, casts=casts, kernels=kernels)
     if kind is AllGatherDispatcher:
         return kind(group, num_experts, layer, clock)

@@ -53,12 +53,13 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
     ep_group, train = mesh.group("ep"), config.train
     require_kernels(train.kernels, mesh.device.type)
     even_share = train.per_device_train_batch_size * config.data.max_seq_length * config.model.num_experts_per_tok
+    static = config.parallel.dispatcher == "static"
     for moe in model.moe_layers():
         if isinstance(moe.experts, Experts):
             moe.experts.chunk_rows = math.ceil(train.expert_chunk_factor * even_share)
             moe.experts.kernels, moe.experts.precision = train.kernels, train.expert_precision
         if ep_group is None:
-            moe.reach_experts_by(LocalDispatcher(moe.num_experts, train.kernels))
+            moe.reach_experts_by(LocalDispatcher(moe.num_experts, train.kernels, static=static))
         else:
             local = mesh.layout.experts_of(mesh.ep_rank, moe.num_experts)
             moe.experts.shard(local.start, len(local))

@@ -58,7 +58,7 @@ def peak_memory(config: Config, layout: Layout, counts: Sequence[RankCounts], im
     """
     model, train = config.model, config.train
     tokens = train.per_device_train_batch_size * config.rows_per_sample * config.data.max_seq_length
-    load = rank_load(model, layout.ep_size, imbalance)
+    load = rank_load(config, layout.ep_size, imbalance)
     has_dense = len(model.moe_layers) < model.num_hidden_layers
     kinds = {
         has: block_activations(config, has, tokens, device, load)

@@ -109,7 +109,7 @@ def _block(config: Config, layout: Layout, has_experts: bool, cluster: Cluster, 
     dense = 2 * tokens * part.multiplying / (peak * gemm_share(cluster, tokens))
     attention = _attention_flops(config, layer, cluster.device) * tokens / (peak * cluster.attention_efficiency)
     attention_weights = 2 * tokens * part.attention / (peak * gemm_share(cluster, tokens))
-    load = rank_load(model, layout.ep_size, imbalance)
+    load = rank_load(config, layout.ep_size, imbalance)
     experts = 0.0
     if has_experts:
         rows = tokens * model.num_experts_per_tok * layout.ep_size / model.num_experts  # of one expert of this rank

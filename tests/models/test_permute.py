@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dist.models.permute import rows_from_tokens, sort_by_expert, tokens_from_rows
+from moe_dist.models.permute import place_by_expert, rows_from_tokens, sort_by_expert, tokens_from_rows
 from moe_dist.models.routing import drop_over_capacity
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 6), st.integers(1, 7))
@@ -62,6 +62,33 @@ def test_rows_and_tokens_equal_the_one_hot_products(
         torch.autograd.grad(out, (moved, weights), upstream_out),
         torch.autograd.grad(expected, (moved, weights), upstream_out),
     )
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes=sizes, seed=st.integers(0, 1000), places=st.integers(1, 12))
+def test_places_hold_the_first_pairs_and_zeros(sizes: tuple[int, int, int, int], seed: int, places: int) -> None:
+    """Rows and all gradients are those of `sort_by_expert` after the drop, with zeros in between, also where what is
+    computed of an empty place is not zero."""
+    num_tokens, top_k, num_experts, width = sizes
+    ids = draw_ids(num_tokens, top_k, num_experts, seed, complete=False)
+    kept = drop_over_capacity(ids, num_experts, places)
+    counts = (kept.flatten()[:, None] == torch.arange(num_experts)).sum(0).tolist()
+    taken = torch.tensor([expert * places + n for expert, count in enumerate(counts) for n in range(count)]).long()
+    orders = sort_by_expert(kept, num_experts, len(taken)), place_by_expert(ids, num_experts, places)
+    assert orders[1].rows_per_expert.tolist() == [places] * num_experts
+    torch.manual_seed(seed)
+    x = torch.randn(num_tokens, width, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(num_tokens, top_k, dtype=torch.float64, requires_grad=True)
+    bias = torch.rand(width, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(num_tokens, width, dtype=torch.float64)
+    wanted, found = [], []
+    for results, order, mine in ((wanted, orders[0], slice(None)), (found, orders[1], taken)):
+        rows = rows_from_tokens(x, order)
+        out = tokens_from_rows(rows.exp() + bias, weights, order)
+        results += [rows.detach()[mine], out.detach(), *torch.autograd.grad(out, (x, weights, bias), upstream)]
+    torch.testing.assert_close(found, wanted)
+    rows[taken] = 0.0
+    assert not rows.count_nonzero()
 
 
 @pytest.mark.parametrize("dropped", ["none", "some", "all"])

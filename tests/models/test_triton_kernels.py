@@ -23,7 +23,7 @@ from moe_dist.models import kernel_choice
 from moe_dist.models.experts import Experts, swiglu
 from moe_dist.models.kernel_choice import require_kernels
 from moe_dist.models.layers import ACTIVATIONS
-from moe_dist.models.permute import rows_from_tokens, sort_by_expert, sum_rows, tokens_from_rows
+from moe_dist.models.permute import place_by_expert, rows_from_tokens, sort_by_expert, sum_rows, tokens_from_rows
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.verify.trial import Trial, difference
 
@@ -51,12 +51,17 @@ def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
         assert (mine.double() - theirs.double()).norm() <= tolerance * theirs.double().norm()
 
 
-def moved(kernels: str, ids_TK: Tensor, num_experts: int, width: int, dtype: torch.dtype) -> list[Tensor]:
-    """Rows, sums weighted and not, and the gradients of all."""
+def moved(
+    kernels: str, ids_TK: Tensor, num_experts: int, width: int, dtype: torch.dtype, places: int | None = None
+) -> list[Tensor]:
+    """Rows, sums weighted and not, and the gradients of all. `places`: of every expert, where they are fixed."""
     torch.manual_seed(0)
     x = torch.randn(ids_TK.shape[0], width).to(dtype).requires_grad_()
     weights = torch.rand(ids_TK.shape).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-    permutation = sort_by_expert(ids_TK, num_experts, int((ids_TK < num_experts).sum()), kernels)
+    if places is None:
+        permutation = sort_by_expert(ids_TK, num_experts, int((ids_TK < num_experts).sum()), kernels)
+    else:
+        permutation = place_by_expert(ids_TK, num_experts, places, kernels)
     rows = rows_from_tokens(x, permutation)
     # Rows of their own: with those of `x` errors of one pass could undo those of the other.
     own = torch.randn(rows.shape).to(dtype).requires_grad_()
@@ -84,8 +89,9 @@ CHOICES = {
 @pytest.mark.parametrize("choices", CHOICES)
 def test_rows_go_and_come_as_in_the_plain_path(choices: str, dtype: torch.dtype) -> None:
     ids = torch.tensor(CHOICES[choices])
-    for width in (1, 7):
-        assert_close(moved("triton", ids, 4, width, dtype), moved("torch", ids, 4, width, dtype))
+    for width, places in ((1, None), (7, None), (7, 2)):
+        found, wanted = (moved(name, ids, 4, width, dtype, places) for name in ("triton", "torch"))
+        assert_close(found, wanted)
 
 
 def test_no_tokens() -> None:

@@ -53,7 +53,7 @@ class Own(LocalDispatcher):
     [
         (
             "all_to_al",
-            "one of auto, all_to_all, dedup, hierarchical, deepep, all_gather, or package.module:Class of your own; d",
+            "one of auto, all_to_all, dedup, hierarchical, deepep, static, all_gather, or package.module:Class of you",
         ),
         (":Class", "one of auto"),
         ("package:", "one of auto"),

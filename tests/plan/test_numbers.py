@@ -139,10 +139,25 @@ def test_a_skewed_layer_takes_longer_and_more() -> None:
     assert_skew_costs()
 
 
+def test_fixed_places_cost_the_same_however_skewed() -> None:
+    config = load_config("configs/mixtral_8x7b.yaml")
+    plain = estimate(config, 64, cluster_of("h100"), imbalance=1.0)
+    config = config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update={"dispatcher": "static"}),
+            "balance": config.balance.model_copy(update={"capacity_factor": 1.5}),
+        }
+    )
+    even, skewed = (estimate(config, 64, cluster_of("h100"), imbalance) for imbalance in (1.0, 2.0))
+    assert skewed == even
+    assert even.time.imbalance > 0 == plain.time.imbalance
+    assert even.memory.total > plain.memory.total
+
+
 @pytest.mark.parametrize("owner", [timing, memory])
 def test_imbalance_that_is_left_out_is_seen(owner: Any, replace: Replace) -> None:
     """The wrong term: every rank gets the mean, in time or in memory."""
-    replace(owner, "rank_load", lambda model, ep_size, imbalance: 1.0)
+    replace(owner, "rank_load", lambda config, ep_size, imbalance: 1.0)
     with pytest.raises(AssertionError):
         assert_skew_costs()
 

@@ -25,7 +25,7 @@ def test_every_part(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert done.returncode == 0, done.stdout + done.stderr
     parts = found["parts"]
-    assert list(parts) == ["verify", "resume", "layer", "kernels", "float8", "step", "experts", "profile"]
+    assert list(parts) == ["verify", "resume", "layer", "kernels", "float8", "graphs", "step", "experts", "profile"]
     assert [(row["ranks"], row["passed"] == row["of"] > 0) for row in parts["verify"]["rows"]] == [(1, True), (4, True)]
     assert parts["resume"]["rows"][0]["losses bitwise equal"] is True
     assert all(row["grouped_mm / ours"] > 0 for row in parts["layer"]["rows"])
@@ -34,6 +34,7 @@ def test_every_part(tmp_path: Path) -> None:
     assert experts["by"] == "emulation"
     assert 0.01 < float(experts["difference"]) < 0.2
     assert 0 < float(training["difference"]) < 0.01
+    assert "CUDA graphs are captured on a GPU" in parts["graphs"]["rows"][0]["not measured"]
     assert {row["what"] for row in parts["step"]["rows"]} >= {"training step", "forward and backward, transformers"}
     assert all(row["forward and backward, rows/s"] > 0 for row in parts["experts"]["rows"])
     assert (tmp_path / "profile" / parts["profile"]["rows"][0]["page"]).stat().st_size > 10_000

@@ -1,4 +1,4 @@
-r"""Everything worth knowing of a GPU in one command of eight minutes, for whoever has one for a moment.
+r"""Everything worth knowing of a GPU in one command of nine minutes, for whoever has one for a moment.
 
     python tools/bench/gpu.py --out FOLDER [--device cuda|cpu] [--small] [--only PART,...]
 
@@ -17,6 +17,7 @@ layer     one layer, forward and backward, beside `transformers`' grouped_mm and
 kernels   Triton's kernels for rows and gated units beside PyTorch's, and `moe-dist verify` with them; without Triton
           or on a CPU, why there is nothing to measure
 float8    experts in float8 beside bfloat16, and losses of a short training with either
+graphs    a layer with fixed places (`parallel.dispatcher: static`) as CUDA graphs, beside the same eagerly
 step      whole training steps: seconds, MFU, peak memory, with and without torch.compile; forward and backward beside
           `transformers`' whole model
 experts   rows per second through the experts alone, forward and backward (hidden 1024, as hivemind's benchmark)
@@ -38,8 +39,17 @@ from typing import Any
 
 from gpu_parts import PARTS, environment
 
-MINUTES = {"verify": 3.0, "resume": 1.5, "layer": 1.5, "kernels": 1.5, "float8": 1.0}
-MINUTES |= {"step": 2.0, "experts": 0.5, "profile": 1.0}
+MINUTES = {
+    "verify": 3.0,
+    "resume": 1.5,
+    "layer": 1.5,
+    "kernels": 1.5,
+    "float8": 1.0,
+    "graphs": 1.0,
+    "step": 2.0,
+    "experts": 0.5,
+    "profile": 1.0,
+}
 """Time limit of each part; in the order of what is learned from it."""
 
 

@@ -142,6 +142,15 @@ def float8(device: str, small: bool, out: Path) -> dict[str, Any]:
     return {"rows": [*rows, training(device, SMALL, batch, 5 if small else 50)]}
 
 
+def graphs(device: str, small: bool, out: Path) -> dict[str, Any]:
+    """`cuda_graphs.py`: a layer that waits for no device, captured and not."""
+    if device != "cuda":
+        return {"rows": [{"not measured": "CUDA graphs are captured on a GPU; take --device cuda"}]}
+    from cuda_graphs import measure
+
+    return {"rows": measure(clock_of(device))}
+
+
 def clock_of(device: str) -> Callable[[], float]:
     """Seconds, once the device has done what it was given."""
     import torch
@@ -332,6 +341,7 @@ PARTS: dict[str, Callable[[str, bool, Path], dict[str, Any]]] = {
     "layer": layer,
     "kernels": kernels,
     "float8": float8,
+    "graphs": graphs,
     "step": step,
     "experts": experts,
     "profile": profile,

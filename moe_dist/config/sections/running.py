@@ -21,7 +21,7 @@ from moe_dist.config.sections.base import (
 )
 
 DispatcherName = Annotated[
-    str, AfterValidator(Choice("auto", "all_to_all", "dedup", "hierarchical", "deepep", "all_gather"))
+    str, AfterValidator(Choice("auto", "all_to_all", "dedup", "hierarchical", "deepep", "static", "all_gather"))
 ]
 EngineName = Annotated[str, AfterValidator(Choice("torch", "deepspeed"))]
 
@@ -75,7 +75,9 @@ class ParallelConfig(Section):
     """How tokens reach experts on other ranks (ep_size above 1): all_to_all (a row for each expert of a token), dedup
     (one for each rank that has any of them), hierarchical (one for each host, and inside it one for each rank), auto
     (the one of these that sends fewest rows, where it saves a tenth of them, between hosts a quarter), deepep (dedup by
-    the kernels of that package, on GPUs, in bfloat16; not measured), all_gather (the specification of all, slow), or
+    the kernels of that package, on GPUs, in bfloat16; not measured), static (a row for each place that
+    balance.capacity_factor gives an expert, taken or not: in training no layer waits for the device, with ep_size 1
+    neither), all_gather (the specification of all, slow), or
     `package.module:Class` of your own (docs/extending.md)."""
     dispatch_chunks: Positive = 1
     """Pieces in which a micro-batch's tokens travel in training: experts compute one piece while the next comes and the

@@ -207,7 +207,7 @@ def seeds_by_local_expert(replace: Replace) -> None:
 def capacity_of_the_whole_group(replace: Replace) -> None:
     capacity = moe.MoE._capacity
 
-    def wrong(self: moe.MoE, ids: Tensor, valid: Tensor | None) -> Tensor:
+    def wrong(self: moe.MoE, ids: Tensor, valid: Tensor | None) -> Tensor | int:
         group = getattr(self.dispatcher, "ep_size", 1)
         return capacity(self, ids, valid) * group
 
