@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_dist.config.deepspeed import check_deepspeed
+from moe_dist.config.expert_checks import check_copies, check_deepep, check_placement
 from moe_dist.config.sections.all import Sections
 from moe_dist.config.sections.lora import ALL_LINEAR, BUILT_IN_EXPERTS, BUILT_IN_ROUTERS, EXPERT_TARGETS, TARGETS
 from moe_dist.config.sections.model import EXPERT_CHOICE, divisors
@@ -47,6 +48,7 @@ def check_sections(config: Sections) -> Sections:
             )
     check_deepep(config)
     check_placement(config)
+    check_copies(config)
     check_deepspeed(config)
     if parallel.shard_size is not None:
         size, ep_size = parallel.shard_size, parallel.ep_size
@@ -91,50 +93,6 @@ def check_routing(config: Sections) -> None:
                 raise ValueError(
                     f"balance.{key}={getattr(balance, key)}: with model.router={EXPERT_CHOICE} every expert takes as "
                     "many tokens as it has places, the best first; leave it out, or take model.router=topk"
-                )
-
-
-def check_deepep(config: Sections) -> None:
-    """What the kernels of DeepEP can move."""
-    model, train, said = config.model, config.train, f"parallel.dispatcher={config.parallel.dispatcher}"
-    if config.parallel.dispatcher != "deepep" or config.parallel.ep_size == 1:
-        return
-    if not train.bf16 and not train.pure_bf16:
-        raise ValueError(f"{said}: it moves bfloat16 alone; set train.bf16 or train.pure_bf16, or take auto")
-    if train.bf16 and model.expert not in ("swiglu", "swiglu_clamped"):
-        raise ValueError(
-            f"{said}: it moves bfloat16 alone, and under train.bf16 model.expert={model.expert} computes in float32 or "
-            "as it likes; take train.pure_bf16, or auto"
-        )
-    if model.hidden_size % 8:
-        raise ValueError(f"{said}: model.hidden_size={model.hidden_size} must be a multiple of 8; or take auto")
-    if train.deterministic:
-        raise ValueError(
-            f"{said}: nobody has shown that its sums have a fixed order, as train.deterministic=true wants"
-        )
-    if config.launch.device == "cpu":
-        raise ValueError(f"{said}: launch.device=cpu; it moves rows between GPUs; take auto")
-
-
-def check_placement(config: Sections) -> None:
-    """Experts that an engine lets go of one by one."""
-    parallel, train = config.parallel, config.train
-    if parallel.expert_placement == "off":
-        return
-    said = f"parallel.expert_placement={parallel.expert_placement}"
-    if parallel.engine != "torch":
-        raise ValueError(
-            f"{said}: parallel.engine={parallel.engine} keeps the optimizer's state of experts where none can move "
-            "by itself; take parallel.engine=torch, or off"
-        )
-    if config.lora.quantize is not None:
-        raise ValueError(f"{said}: weights of lora.quantize={config.lora.quantize} stay where they are; set it to off")
-    for key in ("freeze", "train_only"):
-        for text in getattr(train, key):
-            if WeightPattern.parse(text).experts is not None:
-                raise ValueError(
-                    f"{said}: with train.{key}={text} ranks would have different numbers of experts to train; set it "
-                    "to off"
                 )
 
 
