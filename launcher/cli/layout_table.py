@@ -23,7 +23,7 @@ from moe_dist.parallel.layout import Axis, Layout, layers_by_pp_rank
 from moe_dist.parallel.state_bytes import state_bytes
 from moe_dist.plan.activations import layer_activations
 from moe_dist.plan.machine import device_kind
-from moe_dist.train.run_summary import amount, byte_size, layout_lines, sentence, warnings_of
+from moe_dist.train.run_summary import amount, byte_size, copies_line, layout_lines, sentence, warnings_of
 
 _MEANING: dict[Axis, str] = {
     "ep": "share out the experts of every layer",
@@ -48,6 +48,8 @@ def print_report(config: Config, world_size: int, console: Console | None = None
     dispatcher, why = chosen_dispatcher(config, min(config.launch.nproc_per_node, world_size))
     if layout.ep_size > 1:
         console.print(f"  dispatcher: {dispatcher}{f' ({why})' if why else ''}", soft_wrap=True, markup=False)
+    if (copies := copies_line(config, layout)) is not None:
+        console.print(f"  {copies}", soft_wrap=True, markup=False)
     console.print()
     groups = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
     for column in ("axis", "size", "groups of ranks", "ranks of a group ..."):

@@ -1,4 +1,5 @@
-"""What the ways of tokens to experts on other ranks need: keys beside `parallel.dispatcher` and `expert_placement`.
+"""What the ways of tokens to experts on other ranks need: keys beside `parallel.dispatcher`, `expert_placement` and
+`replicated_experts`.
 
 Called by `checks`; imports no torch.
 """
@@ -6,11 +7,12 @@ Called by `checks`; imports no torch.
 from __future__ import annotations
 
 from moe_dist.config.sections.all import Sections
+from moe_dist.config.sections.lora import ALL_LINEAR, EXPERT_TARGETS
 from moe_dist.config.sections.trained import WeightPattern
 
 
 def check_dispatch(config: Sections) -> None:
-    """Hosts, kernels, places, and experts that can move."""
+    """Hosts, kernels, places, and experts that can move or be copied."""
     parallel = config.parallel
     if parallel.dispatcher == "hierarchical" and parallel.ranks_per_host is not None:
         there = parallel.ranks_per_host
@@ -22,6 +24,7 @@ def check_dispatch(config: Sections) -> None:
     _check_deepep(config)
     _check_static(config)
     _check_placement(config)
+    _check_copies(config)
 
 
 def _check_deepep(config: Sections) -> None:
@@ -84,3 +87,33 @@ def _check_placement(config: Sections) -> None:
                     f"{said}: with train.{key}={text} ranks would have different numbers of experts to train; set it "
                     "to off"
                 )
+
+
+def _check_copies(config: Sections) -> None:
+    """Experts whose weights can be brought to other ranks, and schedules in which gradients of all come back."""
+    model, parallel, lora = config.model, config.parallel, config.lora
+    if not parallel.replicated_experts:
+        return
+    said = f"parallel.replicated_experts={parallel.replicated_experts}"
+    if model.moe_layers and parallel.replicated_experts >= model.num_experts:
+        raise ValueError(
+            f"{said}: below model.num_experts={model.num_experts}; for all of them take parallel.ep_size=1"
+        )
+    if parallel.dispatcher == "static":
+        raise ValueError(f"{said}: parallel.dispatcher=static gives every expert as many rows; take auto, or 0")
+    if parallel.engine != "torch":
+        raise ValueError(f"{said}: not with parallel.engine={parallel.engine}; take parallel.engine=torch, or 0")
+    if model.expert != "swiglu":
+        raise ValueError(f"{said}: model.expert={model.expert} computes with its own weights alone; take swiglu, or 0")
+    if lora.r and (lora.target_modules == ALL_LINEAR or set(lora.target_modules) & set(EXPERT_TARGETS)):
+        raise ValueError(
+            f"{said}: adapters on experts (lora.target_modules={lora.target_modules}) stay with their owners; name "
+            "modules without experts, or set it to 0"
+        )
+    if lora.quantize is not None:
+        raise ValueError(f"{said}: weights of lora.quantize={lora.quantize} stay where they are; set it to 0")
+    if parallel.pp_size > 1 and parallel.schedule in ("zero_bubble", "dualpipe_v"):
+        raise ValueError(
+            f"{said}: parallel.schedule={parallel.schedule} computes weight gradients apart, where ranks do not meet; "
+            "take gpipe, 1f1b or interleaved_1f1b, or 0"
+        )

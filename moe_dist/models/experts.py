@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,26 @@ from moe_dist.models.own_experts import ExpertList, SeedOf, check_stack
 from moe_dist.models.quantized import QuantizedWeight, TimesQuantized
 from moe_dist.models.registry import Registry
 from moe_dist.models.swiglu import GroupedSwiGLU, loop_swiglu, swiglu, swiglu_backward
+
+
+class CopiedWeights(Protocol):
+    """Copies of experts that other ranks own, and of own ones, for one forward pass (`parallel/expert_copies.py`)."""
+
+    def depart(self, w_gate_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The stacks as they are to be used by their own rows, and copies on their way."""
+        ...
+
+    def arrive(self, departed: Tensor) -> tuple[Tensor, Tensor]:
+        """The stacks of the copies."""
+        ...
+
+
+class CopiedRows(NamedTuple):
+    """Rows (R, D) sorted by copied expert, how many of each, and the copies. A tuple: FSDP looks into no other."""
+
+    rows_RD: Tensor
+    rows_per_expert: Tensor
+    weights: CopiedWeights
 
 
 class Experts(nn.Module):
@@ -50,23 +70,35 @@ class Experts(nn.Module):
         self.w_gate_up = nn.Parameter(torch.empty(num_experts, hidden_size, 2 * intermediate_size))
         self.w_down = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None = None) -> Tensor:
+    def forward(
+        self,
+        rows_RD: Tensor,
+        rows_per_expert: Tensor,
+        sources: Sources | None = None,
+        copied: CopiedRows | None = None,
+    ) -> Any:
         """(R, D) -> (R, D). `rows_per_expert` (e,) int64 sums to R: rows come sorted by local expert, and where
-        `draws_noise` by `sources` within it."""
+        `draws_noise` by `sources` within it. With `copied` rows, theirs are a second answer."""
         dtype = self.compute_dtype(rows_RD)
         rows_RD = rows_RD.to(dtype)
         is_frozen = self.is_adapted or self.is_quantized
         if is_frozen and (not len(rows_RD) or not self._adapters_are_grouped(dtype)):
             return self.in_parts(rows_RD, rows_per_expert, sources)
-        # offsets[-1] must be the number of rows: the kernel leaves what lies past it as it was in memory.
-        offsets = rows_per_expert.cumsum(0).to(torch.int32)
         if is_frozen:
-            return self._with_adapters(rows_RD, offsets)
-        weights = self.w_gate_up.to(dtype), self.w_down.to(dtype)
-        if self.precision == "compute" and not grouped_mm_takes(dtype, self.w_down.shape[1:]):
-            return loop_swiglu(rows_RD, *weights, rows_per_expert, self.hidden_act)
-        how = self.hidden_act, self.kernels, self.chunk_rows, self.precision
-        return GroupedSwiGLU.apply(rows_RD, *weights, offsets, *how)
+            return self._with_adapters(rows_RD, _offsets(rows_per_expert))
+        gate_up, down = self.w_gate_up.to(dtype), self.w_down.to(dtype)
+        if copied is None:
+            return self._swiglu(rows_RD, gate_up, down, rows_per_expert)
+        gate_up, down, departed = copied.weights.depart(gate_up, down)
+        out_RD = self._swiglu(rows_RD, gate_up, down, rows_per_expert)  # while copies are on their way
+        copies = copied.weights.arrive(departed)
+        return out_RD, self._swiglu(copied.rows_RD.to(dtype), *copies, copied.rows_per_expert)
+
+    def _swiglu(self, rows_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, rows_per_expert: Tensor) -> Tensor:
+        if self.precision == "compute" and not grouped_mm_takes(rows_RD.dtype, w_down.shape[1:]):
+            return loop_swiglu(rows_RD, w_gate_up, w_down, rows_per_expert, self.hidden_act)
+        how = _offsets(rows_per_expert), self.hidden_act, self.kernels, self.chunk_rows, self.precision
+        return GroupedSwiGLU.apply(rows_RD, w_gate_up, w_down, *how)
 
     def _adapters_are_grouped(self, dtype: torch.dtype) -> bool:
         """Whether the kernel takes the sizes of the experts and the ranks beside them, and no row is dropped out."""
@@ -164,12 +196,20 @@ class Experts(nn.Module):
                     parameter[index].zero_()
 
 
+def _offsets(rows_per_expert: Tensor) -> Tensor:
+    """Where every expert's rows end. The last must be the number of rows: the kernel leaves what lies past it as it was
+    in memory."""
+    return rows_per_expert.cumsum(0).to(torch.int32)
+
+
 class LoopExperts(Experts):
     """The specification of `Experts`: one expert after the other, plain matmuls."""
 
     multiply = staticmethod(multiply_one_by_one)
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # no copies: the configuration has them of `Experts` alone
+        self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None = None
+    ) -> Tensor:
         if self.is_adapted or self.is_quantized:
             return self.in_parts(rows_RD.to(self.compute_dtype(rows_RD)), rows_per_expert, sources)
         return loop_swiglu(rows_RD, self.w_gate_up, self.w_down, rows_per_expert, self.hidden_act)
@@ -188,7 +228,9 @@ class ClampedExperts(Experts):
         self.b_gate_up = nn.Parameter(torch.zeros(num_experts, 2 * intermediate_size))
         self.b_down = nn.Parameter(torch.zeros(num_experts, hidden_size))
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # no copies: the configuration has them of `Experts` alone
+        self, rows_RD: Tensor, rows_per_expert: Tensor, sources: Sources | None = None
+    ) -> Tensor:
         return self.in_parts(rows_RD.to(self.compute_dtype(rows_RD)), rows_per_expert, sources)
 
     def unit(self, gate_up: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moe_dist.config import BalanceConfig, ModelConfig
 from moe_dist.models.auxiliary import LoadBalance, inject_loss
 from moe_dist.models.context import ALONE, RoutingContext
-from moe_dist.models.experts import build_experts
+from moe_dist.models.experts import CopiedRows, build_experts
 from moe_dist.models.layers import Linear, SwiGLU
 from moe_dist.models.noise import Sources, draw_seed
 from moe_dist.models.permute import (
@@ -122,6 +122,27 @@ class LocalDispatcher(AtOnce):
         return tokens_from_rows(rows_RD, plan.weights_TK, plan.permutation)
 
 
+@dataclass(frozen=True)
+class Staying:
+    """Pairs whose experts have copies here: their rows, and how these become tokens again."""
+
+    rows: CopiedRows
+    dispatcher: LocalDispatcher
+    plan: LocalPlan
+
+    def combine(self, rows_RD: Tensor) -> Tensor:
+        """What the copies answer -> (T, D)."""
+        return self.dispatcher.combine(rows_RD, self.plan)
+
+
+class Copies(Protocol):
+    """Experts of a layer that every rank computes for its own tokens."""
+
+    def keep(self, x_TD: Tensor, routing: Routing) -> tuple[Staying | None, Routing]:
+        """What stays on this rank, and what is left to be dispatched; None, and all, where there are no copies."""
+        ...
+
+
 class MoE(nn.Module):
     """A layer of E experts of which each token uses K, and optionally a shared expert every token uses.
 
@@ -130,6 +151,8 @@ class MoE(nn.Module):
 
     dispatch_chunks = 1
     """Pieces in which tokens travel in training (`parallel.dispatch_chunks`)."""
+    copies: Copies | None = None
+    """Of hot experts (`parallel.replicated_experts`)."""
 
     def __init__(self, config: ModelConfig, balance: BalanceConfig, layer: int) -> None:
         super().__init__()
@@ -151,9 +174,12 @@ class MoE(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         routing, auxiliary_loss = self._route(x_TD, context, num_sequences=x_BSD.shape[0])
         num_pieces = self.dispatch_chunks if self.training and self.experts.comes_in_pieces else 1
+        staying = None
+        if self.copies is not None:
+            staying, routing = self.copies.keep(x_TD, routing)
         departed = self.dispatcher.begin_dispatch(x_TD, routing, num_pieces)
         shared_TD = self._shared(x_TD)  # while the first rows travel
-        out_TD = self._through_experts(departed)
+        out_TD = self._through_experts(departed, staying)
         if shared_TD is not None:
             out_TD = out_TD + shared_TD
         if auxiliary_loss is not None:
@@ -169,12 +195,16 @@ class MoE(nn.Module):
             shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
         return shared_TD
 
-    def _through_experts(self, departed: list[Any]) -> Tensor:
-        """Pieces under way -> (T, D): experts compute one while the next comes and the one before goes home."""
-        out, returning = [], None
+    def _through_experts(self, departed: list[Any], staying: Staying | None) -> Tensor:
+        """Pieces under way -> (T, D): experts compute one while the next comes and the one before goes home. What stays
+        is computed with the first."""
+        out, returning, stayed_TD = [], None, None
         for piece in departed:
             rows_RD, plan = self.dispatcher.end_dispatch(piece)
-            if plan.sources is None:
+            if staying is not None and stayed_TD is None:
+                rows_RD, stayed_RD = self.experts(rows_RD, plan.rows_per_expert, copied=staying.rows)
+                stayed_TD = staying.combine(stayed_RD)
+            elif plan.sources is None:
                 rows_RD = self.experts(rows_RD, plan.rows_per_expert)
             else:
                 rows_RD = self.experts(rows_RD, plan.rows_per_expert, plan.sources)
@@ -182,7 +212,8 @@ class MoE(nn.Module):
                 out.append(self.dispatcher.end_combine(returning))
             returning = self.dispatcher.begin_combine(rows_RD, plan)
         out.append(self.dispatcher.end_combine(returning))
-        return torch.cat(out) if len(out) > 1 else out[0]
+        out_TD = torch.cat(out) if len(out) > 1 else out[0]
+        return out_TD if stayed_TD is None else out_TD + stayed_TD
 
     def reach_experts_by(self, dispatcher: Dispatcher) -> None:
         """Tokens go to experts and come back by this dispatcher, wherever they are."""

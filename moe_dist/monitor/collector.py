@@ -41,18 +41,19 @@ class Collector:
         world_size: int = 1,
         num_domains: int = 0,
         slots: Callable[[], Slots] = dict,
+        copied: Callable[[], Slots] = dict,
     ) -> None:
         """`moe_layer_numbers`: global numbers of ALL expert layers, the same on every rank. `ep_size` ranks share them.
 
         `reduce` sums a 1-dim float64 tensor, in place or not, over the ranks that hold other tokens or other
-        layers; a layer that is not on a rank counts as zero there. `num_domains` sources are counted apart. `slots`: of
-        the moment.
+        layers; a layer that is not on a rank counts as zero there. `num_domains` sources are counted apart. `slots`
+        and `copied` experts, by layer: of the moment.
         """
         self.moe_layer_numbers = list(moe_layer_numbers)
         self.num_experts, self.top_k, self.device = num_experts, top_k, torch.device(device)
         self._reduce = reduce
         self.ep_size, self.rank, self.world_size = ep_size, rank, world_size
-        self._slots = slots
+        self._slots, self._copied = slots, copied
         num_layers = len(self.moe_layer_numbers)
         self._columns = {"pairs_E": num_experts, "dropped_E": num_experts, "tokens": 1, "fallbacks": 1}
         """Field of LoadFacts -> its columns of `_counts`, in this order."""
@@ -103,7 +104,7 @@ class Collector:
         widths = (self._counts.shape[1], self._sums.shape[1], self._domains.shape[1] * self.num_experts)
         counts, sums, domains = host.split(widths, dim=1)
         by_domain = domains.to(torch.int64).view(self._domains.shape).numpy() if widths[2] else None
-        slots = self._slots()
+        slots, copied = self._slots(), self._copied()
         count = {name: part.numpy() for name, part in self._by_name(counts.to(torch.int64)).items()}
         layers = [
             layer_record(
@@ -118,6 +119,7 @@ class Collector:
                 count["dropped_E"][index],
                 int(count["fallbacks"][index, 0]),
                 slots.get(layer),
+                copied.get(layer, ()),
             )
             for index, (layer, total) in enumerate(zip(self.moe_layer_numbers, sums.tolist(), strict=True))
         ]

@@ -33,6 +33,7 @@ def layer_record(
     dropped_E: npt.NDArray[np.int64] | None = None,
     fallback_tokens: int = 0,
     slots: Sequence[int] | None = None,
+    copied: Sequence[int] = (),
 ) -> LayerRecord:
     """The record of one layer.
 
@@ -41,17 +42,18 @@ def layer_record(
     by tokens they are fields of the record. `ep_size` ranks hold the experts, in blocks of equally many.
     `pairs_NE` (N, E): the pairs of each of N domains. `dropped_E` (E,): the dropped pairs by expert.
     `fallback_tokens` went to the fallback expert. `slots`: the experts in the order in which ranks hold them; None: in
-    that of their ids.
+    that of their ids. `copied` experts are computed by every rank for its own tokens, of which each has as many.
     Without tokens every ratio is 0.0 (a measured imbalance is at least 1.0) and every expert is dead.
     """
     counts = [int(count) for count in pairs_E]
     load_E = np.asarray(counts, dtype=np.float64)
     imbalance, cv, entropy = _spread(load_E)
     in_order, _, _ = _spread(load_E.reshape(ep_size, -1).sum(1))
-    rank_imbalance, expert_ranks = in_order, []
-    if slots is not None:
-        rank_imbalance, _, _ = _spread(load_E[list(slots)].reshape(ep_size, -1).sum(1))
-        expert_ranks = (np.argsort(slots) * ep_size // len(slots)).tolist()
+    travels_E, order = load_E.copy(), list(range(len(load_E)) if slots is None else slots)
+    travels_E[list(copied)] = 0
+    stays = (load_E.sum() - travels_E.sum()) / ep_size
+    rank_imbalance, _, _ = _spread(travels_E[order].reshape(ep_size, -1).sum(1) + stays)
+    expert_ranks = [] if slots is None else (np.argsort(slots) * ep_size // len(slots)).tolist()
     means = {name: total / tokens if tokens else 0.0 for name, total in sums.items()}
     square = means.pop("router_logits_mean_square", 0.0)
     return LayerRecord(
@@ -65,6 +67,7 @@ def layer_record(
         rank_imbalance=rank_imbalance,
         rank_imbalance_in_order=in_order,
         expert_ranks=expert_ranks,
+        copied_experts=list(copied),
         domain_tokens=[] if pairs_NE is None else pairs_NE.tolist(),
         kept_per_expert=(load_E.astype(np.int64) - dropped_E).tolist() if dropped and dropped_E is not None else [],
         # Not max(0.0, NaN), which would be 0.0: a NaN must be seen.

@@ -89,11 +89,15 @@ class LayerRecord:
     rank_imbalance_in_order: Annotated[float, Metric(
         "rank_imbalance if ranks held the experts in the order of their ids.", tag="moe/rank_imbalance_in_order",
         gauge="rank_imbalance_in_order_ratio", reduce=mean, note="The same as `rank_imbalance` with "
-        "`parallel.expert_placement: off`: what placement spares is the difference; 0 in older logs.")] = 0.0
+        "`parallel.expert_placement: off` and no copies: what these spare is the difference; 0 in older logs.")] = 0.0
     expert_ranks: Annotated[list[int], Metric(
         "Rank of its expert group that holds each expert; empty: in blocks in the order of their ids.", more=(
             Series("expert_rank", "Rank of its expert group that holds the expert (parallel.expert_placement).",
                    "gauge", EXPERT),))] = field(default_factory=list)
+    copied_experts: Annotated[list[int], Metric(
+        "Experts that every rank of a group computes for its own tokens (`parallel.replicated_experts`); empty: none.",
+        note="In `rank_imbalance` each rank has as many of their tokens; how many it has is in `received_rows`.",
+        )] = field(default_factory=list)
     router_logits_rms: Annotated[float, Metric(
         "Root mean square of the router's logits.", tag="moe/router_logits_rms", gauge="router_logits_rms", reduce=mean,
         note="sqrt(mean over tokens and experts of logits^2): grows before a router saturates.")] = 0.0

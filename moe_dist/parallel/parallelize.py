@@ -17,6 +17,7 @@ from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.comm_timer import Clock
 from moe_dist.parallel.dispatch_choice import chosen_dispatcher
 from moe_dist.parallel.dispatchers import build_dispatcher
+from moe_dist.parallel.expert_copies import ExpertCopies
 from moe_dist.parallel.mesh import Mesh
 
 
@@ -45,8 +46,8 @@ def build_part(config: Config, mesh: Mesh, clock: Clock | None = None) -> Transf
 def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | None = None) -> None:
     """Make `model` (best on the meta device) this rank's part of the model, in place.
 
-    1. Experts over `ep`: keep this rank's block of every layer's, and reach the others by `parallel.dispatcher`; how
-       many rows they compute at once, by which kernels and in which precision.
+    1. Experts over `ep`: keep this rank's block of every layer's, and reach the others by `parallel.dispatcher`, or by
+       copies of hot ones; how many rows they compute at once, by which kernels and in which precision.
     2. Recomputation of activations.
     3. Compilation of the dense parts.
     """
@@ -70,6 +71,9 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh, clock: Clock | N
             moe.reach_experts_by(
                 build_dispatcher(name, ep_group, moe.num_experts, moe.layer, clock, mesh.hosts, **choices)
             )
+            if config.parallel.replicated_experts:
+                where: dict[str, Any] = {"device": mesh.device, "kernels": train.kernels}
+                moe.copies = ExpertCopies(ep_group, moe.num_experts, moe.layer, clock, **where)
     model.gradient_checkpointing_enable(train.gradient_checkpointing)
     if train.torch_compile:
         for block in model.blocks():

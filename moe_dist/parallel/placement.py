@@ -39,14 +39,23 @@ class Cost:
         return ways * (self.expert_bytes / (self.row_bytes * self.steps))
 
 
-def rank_loads(load_E: Tensor, slots: Sequence[int], num_ranks: int) -> Tensor:
-    """Rows of each rank, (R,)."""
-    return load_E[list(slots)].view(num_ranks, -1).sum(1)
+def hottest(load_E: Tensor, number: int) -> list[int]:
+    """Up to so many experts that have most rows, those of equal ones with the lowest ids; none without a row."""
+    order = load_E.sort(descending=True, stable=True).indices[:number].tolist()
+    return [expert for expert in order if load_E[expert] > 0]
 
 
-def tax(load_E: Tensor, slots: Sequence[int], num_ranks: int) -> float:
+def rank_loads(load_E: Tensor, slots: Sequence[int], num_ranks: int, copied: Sequence[int] = ()) -> Tensor:
+    """Rows of each rank, (R,). Of `copied` experts each has those of its own tokens, here as many as the others."""
+    travels_E = load_E.clone()
+    travels_E[list(copied)] = 0
+    stays = (load_E.sum() - travels_E.sum()) / num_ranks
+    return travels_E[list(slots)].view(num_ranks, -1).sum(1) + stays
+
+
+def tax(load_E: Tensor, slots: Sequence[int], num_ranks: int, copied: Sequence[int] = ()) -> float:
     """Rows of the busiest rank / mean of ranks: in a layer all wait for that one. 1.0: balanced, or nothing to do."""
-    load_R = rank_loads(load_E, slots, num_ranks)
+    load_R = rank_loads(load_E, slots, num_ranks, copied)
     total = float(load_R.sum())
     return float(load_R.max()) * num_ranks / total if total else 1.0
 

@@ -101,8 +101,9 @@ def build_parts(
     step = TrainStep(model, mesh, engine, balancer, config, status)
     stopping = Stopping(config.train, Pace(loader.global_batch_size, loader.samples_per_epoch))
     placing = Placing(config, mesh, model, engine, balancer, sinks.message)
-    loads, slots = lambda: balancer.facts, lambda: placing.slots  # those of the moment
-    reporter = Reporter(config, mesh, clock, sinks, loads, announce("on_log"), num_domains, slots)
+    # Those of the moment.
+    loads, places = lambda: balancer.facts, (lambda: placing.slots, lambda: placing.copied)
+    reporter = Reporter(config, mesh, clock, sinks, loads, announce("on_log"), num_domains, *places)
     acting = AutoBalance(config, mesh, balancer, reporter.collector.pending, reporter.actions)
     evaluating = Evaluating(
         *(config, model, mesh, datasets, clock),

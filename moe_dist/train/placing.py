@@ -1,4 +1,4 @@
-"""When experts change ranks, and by what: smoothed counts of the rows that each expert gets."""
+"""When experts change ranks or get copies, and by what: smoothed counts of the rows that each expert gets."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.dispatch_choice import ranks_on_a_host
 from moe_dist.parallel.engines.base import Engine
 from moe_dist.parallel.engines.expert_moves import ExpertPlacement
+from moe_dist.parallel.expert_copies import ExpertCopies
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.placement import Cost, better_slots, tax
+from moe_dist.parallel.placement import Cost, better_slots, hottest, tax
 from moe_dist.train.balance import Balancer
 from moe_dist.train.callbacks import Callback, RunState
 
@@ -27,8 +28,8 @@ DECAY = 0.5
 
 
 class Placing(Callback):
-    """Moves experts every `parallel.placement_interval` steps (`parallel.expert_placement`); nothing where that is off,
-    or where every rank has all experts.
+    """Every `parallel.placement_interval` steps moves experts (`parallel.expert_placement`) and chooses those that all
+    ranks compute (`parallel.replicated_experts`); nothing where both are off, or where every rank has all experts.
 
     Every rank counts, decides and moves alike, from the same sums.
     """
@@ -47,16 +48,22 @@ class Placing(Callback):
         self.interval = config.parallel.placement_interval
         self.placement: ExpertPlacement | None = None
         self._restored: dict[int, list[int]] = {}
-        if config.parallel.expert_placement == "off" or mesh.group("ep") is None:
+        self.copied: Mapping[int, Sequence[int]] = {}
+        """By layer, experts that every rank computes for its own tokens."""
+        self.layers, self.num_experts = config.model.moe_layers, config.model.num_experts
+        self.num_copies = 0 if mesh.group("ep") is None else config.parallel.replicated_experts
+        if mesh.group("ep") is not None and config.parallel.expert_placement != "off":
+            self.placement = ExpertPlacement(model, engine, mesh, self.num_experts, self.layers)
+        self.decides = self.placement is not None or self.num_copies > 0
+        if not self.decides:
             return
-        self.layers, num_experts = config.model.moe_layers, config.model.num_experts
-        self.placement = ExpertPlacement(model, engine, mesh, num_experts, self.layers)
-        self._counts = torch.zeros(len(self.layers), num_experts, dtype=torch.int64, device=mesh.device)
+        self._copies = {moe.layer: moe.copies for moe in model.moe_layers() if isinstance(moe.copies, ExpertCopies)}
+        self._counts = torch.zeros(len(self.layers), self.num_experts, dtype=torch.int64, device=mesh.device)
         """Of this rank's tokens since the last decision."""
         self._steps = 0
-        self._smoothed = torch.zeros(len(self.layers), num_experts, dtype=torch.float64)
+        self._smoothed = torch.zeros(len(self.layers), self.num_experts, dtype=torch.float64)
         self._smoothed_steps = 0.0
-        self.cost = cost_of(config, mesh, self.placement.expert_bytes)
+        self.cost = cost_of(config, mesh, 0 if self.placement is None else self.placement.expert_bytes)
 
     @property
     def slots(self) -> Mapping[int, Sequence[int]]:
@@ -72,14 +79,22 @@ class Placing(Callback):
         with self.placement.at_home():
             yield
 
+    def copy(self, experts: Mapping[int, Sequence[int]]) -> None:
+        """From now on these are computed by every rank, by layer."""
+        self.copied = experts
+        for layer, copies in self._copies.items():
+            copies.set_experts(experts.get(layer, ()))
+
     def on_run_begin(self, run: RunState) -> None:
         """Experts go where they were when the checkpoint was written."""
         if self.placement is not None:
             self.placement.move(self._restored)
+        if self.num_copies:
+            self.copy(self._hottest())  # the same as from the last decision on: counts have changed only there
 
     def on_step_end(self, run: RunState) -> None:
         """Count, and decide when it is time."""
-        if self.placement is None:
+        if not self.decides:
             return
         for layer, facts in self.balancer.facts.items():
             self._counts[self.layers.index(layer)] += facts.pairs_E
@@ -88,29 +103,60 @@ class Placing(Callback):
             self._decide(run.step)
 
     def _decide(self, step: int) -> None:
-        assert self.placement is not None
         self._smoothed = DECAY * self._smoothed + self._pending()
         self._smoothed_steps = DECAY * self._smoothed_steps + self._steps
         self._counts.zero_()
         self._steps = 0
-        loads, before = self._smoothed / self._smoothed_steps, dict(self.placement.slots)
-        ep_size, began = self.mesh.layout.ep_size, time.perf_counter()
-        after = {
-            layer: better_slots(load_E, before[layer], ep_size, self.cost)
-            for layer, load_E in zip(self.layers, loads, strict=True)
-        }
+        loads = dict(zip(self.layers, self._smoothed / self._smoothed_steps, strict=True))
+        before = self._tax(loads)
+        if self.num_copies:
+            copied, copied_before = self._hottest(), self.copied
+            self.copy(copied)
+            if copied != copied_before:
+                self._say_copies(step, loads, before)
+                before = self._tax(loads)
+        if self.placement is not None:
+            self._move(self.placement, step, loads, before)
+
+    def _move(self, placement: ExpertPlacement, step: int, loads: Mapping[int, Tensor], tax_before: float) -> None:
+        before, ep_size, began = dict(placement.slots), self.mesh.layout.ep_size, time.perf_counter()
+        after = {}
+        for layer, load_E in loads.items():
+            travels_E = load_E.clone()
+            travels_E[list(self.copied.get(layer, ()))] = 0.0
+            after[layer] = better_slots(travels_E, before[layer], ep_size, self.cost)
         moved = {layer for layer in self.layers if after[layer] != before[layer]}
         if not moved:
             return
-        sent = self.mesh.sum_over("world", torch.tensor([self.placement.move(after)], device=self.mesh.device))
-        then, now = (
-            fmean(tax(load_E, slots[layer], ep_size) for layer, load_E in zip(self.layers, loads, strict=True))
-            for slots in (before, after)
-        )
+        sent = self.mesh.sum_over("world", torch.tensor([placement.move(after)], device=self.mesh.device))
         number = sum(old != new for layer in moved for old, new in zip(before[layer], after[layer], strict=True))
         self.say(
             f"step {step}: {number} experts of {len(moved)} layers have changed ranks ({int(sent) / 1e6:.1f} MB, "
-            f"{time.perf_counter() - began:.2f} s); rows of the busiest rank / mean: {then:.3f} before, {now:.3f} after"
+            f"{time.perf_counter() - began:.2f} s); rows of the busiest rank / mean: {tax_before:.3f} before, "
+            f"{self._tax(loads):.3f} after"
+        )
+
+    def _say_copies(self, step: int, loads: Mapping[int, Tensor], tax_before: float) -> None:
+        stay = sum(float(load_E[list(self.copied[layer])].sum()) for layer, load_E in loads.items())
+        number = sum(map(len, self.copied.values()))
+        self.say(
+            f"step {step}: every rank computes {number} hot experts of {len(self.layers)} layers for its own tokens, "
+            f"{stay / sum(float(load_E.sum()) for load_E in loads.values()):.0%} of all rows; rows of the busiest rank "
+            f"/ mean: {tax_before:.3f} before, {self._tax(loads):.3f} after"
+        )
+
+    def _hottest(self) -> dict[int, list[int]]:
+        """By layer; empty before anything has been counted."""
+        return {
+            layer: hottest(load_E, self.num_copies) for layer, load_E in zip(self.layers, self._smoothed, strict=True)
+        }
+
+    def _tax(self, loads: Mapping[int, Tensor]) -> float:
+        """Mean of layers, as experts are now."""
+        ep_size = self.mesh.layout.ep_size
+        return fmean(
+            tax(load_E, self.slots.get(layer, range(len(load_E))), ep_size, self.copied.get(layer, ()))
+            for layer, load_E in loads.items()
         )
 
     def _pending(self) -> Tensor:
@@ -118,12 +164,13 @@ class Placing(Callback):
         return self.mesh.sum_over("world", self._counts.clone()).cpu().double()
 
     def state_dict(self) -> dict[str, Any] | None:
-        """For a checkpoint (collective); None where experts cannot move."""
-        if self.placement is None:
+        """For a checkpoint (collective); None where nothing is decided. Which experts have copies follows from the
+        counts."""
+        if not self.decides:
             return None
         return {
             "ep_size": self.mesh.layout.ep_size,
-            "slots": {str(layer): slots for layer, slots in self.placement.slots.items()},
+            "slots": {str(layer): slots for layer, slots in self.slots.items()},
             "smoothed": self._smoothed.tolist(),
             "smoothed_steps": self._smoothed_steps,
             "counts": self._pending().long().tolist(),
@@ -135,13 +182,14 @@ class Placing(Callback):
 
         Raises CheckpointError for what is no map.
         """
-        if self.placement is None or saved is None:
+        if not self.decides or saved is None:
             return
-        slots = {layer: list(saved["slots"][str(layer)]) for layer in self.layers}
-        for layer, home in self.placement.home.items():
-            if sorted(slots[layer]) != home:
-                raise CheckpointError(f"placement: the slots of layer {layer} do not hold every expert once")
-        self._restored = slots if saved["ep_size"] == self.mesh.layout.ep_size else {}
+        if self.placement is not None and saved["slots"]:
+            slots = {layer: list(saved["slots"][str(layer)]) for layer in self.layers}
+            for layer, home in self.placement.home.items():
+                if sorted(slots[layer]) != home:
+                    raise CheckpointError(f"placement: the slots of layer {layer} do not hold every expert once")
+            self._restored = slots if saved["ep_size"] == self.mesh.layout.ep_size else {}
         counts, smoothed = torch.tensor(saved["counts"]), torch.tensor(saved["smoothed"], dtype=torch.float64)
         if not counts.shape == smoothed.shape == self._smoothed.shape:
             raise CheckpointError(f"placement: counts of {list(counts.shape)}, needed {list(self._smoothed.shape)}")

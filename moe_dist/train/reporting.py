@@ -80,9 +80,10 @@ class Reporter(Callback):
         announce: Callable[[TrainRecord], None],
         num_domains: int = 0,
         slots: Callable[[], Slots] = dict,
+        copied: Callable[[], Slots] = dict,
     ) -> None:
         """`loads`: what the layers of this rank have recorded in the last step. `announce` tells all callbacks.
-        `slots`: as `Collector` has it."""
+        `slots`, `copied`: as `Collector` has them."""
         self.config, self.mesh, self.clock, self.sinks = config, mesh, clock, sinks
         self._loads, self._announce = loads, announce
         self.diagnosis = Diagnosis()
@@ -98,6 +99,7 @@ class Reporter(Callback):
             world_size=mesh.layout.world_size,
             num_domains=num_domains,
             slots=slots,
+            copied=copied,
         )
         # Stages of a pipeline do different work; the replicas of one do the same.
         self.stragglers = Stragglers([mesh.layout.coordinates(rank)[0] for rank in range(mesh.layout.world_size)])

@@ -31,7 +31,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.build import Datasets
 from moe_dist.train.counters import Counters
 from moe_dist.train.hf_arguments import settings_of
-from moe_dist.train.run_summary import layout_lines, sentence
+from moe_dist.train.run_summary import copies_line, layout_lines, sentence
 
 logger = logging.getLogger("moe_dist")
 
@@ -189,9 +189,10 @@ def run_info(
 ) -> RunInfo:
     """What is about to run, for people (collective: every rank tells its host)."""
     trainable, total, active = model_sizes(config, chosen)
+    copies = copies_line(config, mesh.layout)
     return RunInfo(
         sentence=sentence(config, mesh.layout, mesh.device.type, _num_tokens(datasets), (total, active)),
-        layout=layout_lines(mesh.layout, config.model.num_experts),
+        layout=layout_lines(mesh.layout, config.model.num_experts) + ([] if copies is None else [copies]),
         trainable_params=trainable,
         total_params=total,
         active_params=active,

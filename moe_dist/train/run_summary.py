@@ -81,6 +81,27 @@ def warnings_of(config: Config) -> list[str]:
     return found
 
 
+def copies_line(config: Config, layout: Layout) -> str | None:
+    """What copies of hot experts cost in a step, and what they must spare in turn; None without any.
+
+    Weights come once a micro-batch and their gradients go back; a row that stays would have gone there and back in
+    forward, and its gradient in backward.
+    """
+    model, train, count = config.model, config.train, config.parallel.replicated_experts
+    if not count or layout.ep_size == 1:
+        return None
+    size = 2 if train.bf16 or train.pure_bf16 else 4
+    numbers = 3 * model.hidden_size * model.moe_intermediate_size
+    passes = train.gradient_accumulation_steps * len(model.moe_layers) / layout.pp_size
+    sent = 2 * count * numbers * size * passes * (layout.ep_size - 1) / layout.ep_size
+    rows = 2 * numbers * count / (4 * model.hidden_size)
+    return (
+        f"copies: every rank also computes the {count} hottest experts of each layer for its own tokens; a rank sends "
+        f"{byte_size(round(sent))} of weights and their gradients in a step, as much as {amount(rows)} rows for them "
+        "in each layer and micro-batch"
+    )
+
+
 def layout_lines(layout: Layout, num_experts: int) -> list[str]:
     """Which rank is where and which experts it holds, as lines of text."""
     if not num_experts or layout.world_size == 1:

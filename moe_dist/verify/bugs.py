@@ -191,6 +191,7 @@ _OF_FEATURES: dict[str, Bug] = {
     "noise_of_another_host": Bug(("hierarchical", "noisy_experts"), where=_ep),
     "moments_stay_when_experts_move": Bug(("moved_experts",), where=_ep),
     "noise_stays_when_experts_move": Bug(("moved_experts", "noisy_experts"), where=_ep),
+    "copies_learn_from_one_rank": Bug(("hot_experts",), where=_ep),
     "weights_of_other_ranks_learn_nothing": Bug(("dedup",), ("frozen_router",), _ep),
     "pieces_home_in_another_order": Bug(("pieces",), ("own_experts", "noisy_experts", "lora", "all_gather"), _ep),
     "evaluation_in_training_mode": Bug(("capacity",), where=_ep),

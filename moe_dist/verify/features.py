@@ -65,6 +65,7 @@ PLAIN: Settings = {
     "parallel.dispatch_chunks": 1,
     "parallel.ranks_per_host": None,
     "parallel.expert_placement": "off",
+    "parallel.replicated_experts": 0,
     "data.document_mask": True,
     "train.freeze": [],
     "train.train_only": [],
@@ -183,6 +184,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
     },
     "pieces": {"pieces": {"parallel.dispatch_chunks": 3}},
     "expert placement": {"moved_experts": {"parallel.expert_placement": "balanced"}},
+    "copies of experts": {"hot_experts": {"parallel.replicated_experts": 2}},
     "reduction": {
         "late_reduction": {"parallel.overlap_grad_reduce": False},
         "half_reduction": {"parallel.reduce_dtype": "bfloat16"},

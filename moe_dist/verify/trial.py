@@ -97,6 +97,7 @@ class Trial:
         self.engine: Any = build_engine(self.model, config, mesh)
         self.balancer = Balancer(self.model, mesh, config.balance.bias_update_rate, num_domains)
         self.placing = Placing(config, mesh, self.model, self.engine, self.balancer, lambda text: None)
+        copy_experts(self.placing)
         self.step = TrainStep(self.model, mesh, self.engine, self.balancer, config)
         self.start: dict[tuple[int, int], Tensor] = {}
         """By step and micro-batch: log-probabilities of its pairs under the first weights."""
@@ -178,8 +179,19 @@ class Trial:
             self.engine.norm = norm
 
 
+def copy_experts(placing: Placing) -> None:
+    """Others than before on every rank, where experts may have copies: of the first layer 0 and 3, then 1 and 4, ...,
+    so that all ranks come to own some, and none."""
+    num_experts = placing.num_experts
+    for_layer = {layer: placing.copied.get(layer) or (layer - 1, layer + 2) for layer in placing.layers}
+    if placing.num_copies:
+        placing.copy({layer: [(one + 1) % num_experts for one in before] for layer, before in for_layer.items()})
+
+
 def move_experts(placing: Placing) -> None:
-    """Every expert to the next rank of its group and to another place there (collective), where experts may move."""
+    """Every expert to the next rank of its group and to another place there (collective), where experts may move; and
+    copies of others."""
+    copy_experts(placing)
     if placing.placement is not None:
         slots, ep_size = placing.placement.slots, placing.mesh.layout.ep_size
         shift = {layer: len(of_slot) // ep_size + 1 for layer, of_slot in slots.items()}

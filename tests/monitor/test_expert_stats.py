@@ -84,3 +84,13 @@ def test_overall_means_and_the_sum_of_dead_experts() -> None:
     assert got["load_imbalance"] == 1.5
     assert got["dead_experts"] == 1
     assert overall([]) == {}
+
+
+def test_copied_experts_are_work_of_all_ranks() -> None:
+    """Seen to fail with the tokens of a copied expert counted where it is, and with the slots forgotten."""
+    in_order, copied = (layer_record(0, [10, 0, 4, 2], 0, 8, {}, 2, 2, copied=which) for which in ((), (0,)))
+    assert (in_order.rank_imbalance, in_order.copied_experts) == (10 / 8, [])
+    assert (copied.rank_imbalance, copied.rank_imbalance_in_order, copied.copied_experts) == (11 / 8, 10 / 8, [0])
+    assert copied.tokens_per_expert == [10, 0, 4, 2]
+    placed = layer_record(0, [10, 0, 4, 2], 0, 8, {}, 2, 2, slots=[0, 2, 1, 3], copied=(0,))
+    assert placed.rank_imbalance == 9 / 8

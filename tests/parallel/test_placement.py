@@ -10,7 +10,7 @@ import torch
 from run_files import complaint
 from torch import Tensor
 
-from moe_dist.parallel.placement import BETWEEN_HOSTS, Cost, Exchange, better_slots, rank_loads, tax
+from moe_dist.parallel.placement import BETWEEN_HOSTS, Cost, Exchange, better_slots, hottest, rank_loads, tax
 
 FREE = Cost(row_bytes=1.0, expert_bytes=0.0, steps=1)
 
@@ -68,6 +68,15 @@ def test_without_a_row_nothing_moves() -> None:
     assert tax(loads(0, 0, 0, 0), range(4), 2) == 1.0
 
 
+def test_what_is_hottest_and_what_copies_of_it_spare() -> None:
+    load_E = loads(9, 1, 7, 7)
+    assert [hottest(load_E, number) for number in range(4)] == [[], [0], [0, 2], [0, 2, 3]]
+    assert hottest(loads(0, 2, 0, 0), 3) == [1]
+    assert rank_loads(load_E, [0, 2, 1, 3], 2, copied=[0]).tolist() == [4.5 + 7, 4.5 + 8]
+    assert tax(load_E, [0, 2, 1, 3], 2, copied=[0, 1, 2, 3]) == 1.0
+    assert load_E.tolist() == [9, 1, 7, 7]
+
+
 def test_what_ranks_send_is_what_ranks_receive() -> None:
     """Every rank's exchange, carried out on lists of experts."""
     for seed in range(20):
@@ -99,4 +108,25 @@ def test_what_ranks_send_is_what_ranks_receive() -> None:
 def test_what_cannot_move_is_refused_by_name(tmp_path: Path, rest: str, named: str) -> None:
     said = complaint(tmp_path, f"{rest}\n")
     assert "parallel.expert_placement=balanced" in said
+    assert named in said
+
+
+@pytest.mark.parametrize(
+    ("rest", "named"),
+    [
+        ("model: {num_experts: 2}\nparallel: {replicated_experts: 2}", "model.num_experts=2"),
+        ("parallel: {replicated_experts: 2, ep_size: 2, engine: deepspeed, zero_stage: 1}", "engine=deepspeed"),
+        ("model: {expert: swiglu_clamped}\nparallel: {replicated_experts: 2}", "model.expert=swiglu_clamped"),
+        ("parallel: {replicated_experts: 2}\nlora: {r: 4, target_modules: all-linear}", "lora.target_modules"),
+        ("parallel: {replicated_experts: 2}\nlora: {r: 4, target_modules: [q_proj], quantize: nf4}", "quantize=nf4"),
+        (
+            "parallel: {replicated_experts: 2, pp_size: 2, schedule: zero_bubble}\n"
+            "train: {gradient_accumulation_steps: 4}",
+            "schedule=zero_bubble",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_copied_are_refused_by_name(tmp_path: Path, rest: str, named: str) -> None:
+    said = complaint(tmp_path, f"{rest}\n")
+    assert "parallel.replicated_experts=2" in said
     assert named in said

@@ -1,18 +1,20 @@
-"""What expert placement spares: whole steps with experts where balancing put them and where their ids do, in turn.
+"""What expert placement and copies of hot experts spare: whole steps with experts where balancing put them, with the
+hottest of each layer on both ranks, and where their ids put them, in turn.
 
     python tools/bench/placement.py [--quick] [--json FILE] [--links loopback,1gbit] [--path NAME=GLOB ...]
 
 Two ranks share the experts of a small model and train it on named sources (Python, C headers, Markdown, package notes:
 `--path` names others), so that routing is as skewed as it is there: with a load-balancing loss, and without. After so
-many steps one decision of `parallel.expert_placement: balanced` is made, from the counts of these steps. Then experts
-change ranks to and fro: two steps as they were, two as decided, over and over. Moves are not in the times of steps, and
-are told apart. What a step computes is the same, so only where it is computed differs.
+many steps one decision of `parallel.expert_placement: balanced` is made, from the counts of these steps, and one of
+`parallel.replicated_experts` of 1 and of 2. Then they take turns: two steps as experts were, two as decided, two with
+a copy of the hottest, two with copies of the two hottest, over and over. Moves are not in the times of steps, and are
+told apart; copies come in every step, and are. What a step computes is the same, so only where it is computed differs.
 
-`ratio` is the median step as decided / in the order of ids, by the wall's clock and by the busier rank's CPU seconds,
+`ratio` is the median step of each / in the order of ids, by the wall's clock and by the busier rank's CPU seconds,
 which other work on the machine disturbs less; `tax` is rows of the busiest rank / mean over the measured steps, mean of
 layers. For groups of 4 and 8 ranks the tax alone is told: decided from the counts before, on the counts after.
 
-Top-level keys of the JSON: `ratio` by link and balancing, `tax`.
+Top-level keys of the JSON: `ratio` by link, balancing and contender, `tax`.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ SOURCES = {
 }
 BALANCING = {"balanced by a loss": 0.01, "not balanced": 0.0}
 """`balance.router_aux_loss_coef`."""
+KINDS = ("in order", "decided", "1 copy", "2 copies")
+COPIES = {"1 copy": 1, "2 copies": 2}
 TURN = 2
 """Steps before experts change ranks again."""
 WIDER = (4, 8)
@@ -61,7 +65,12 @@ def settings(coef: float, sources: dict[str, str], steps: int, folder: str) -> d
         "data": {"source": "text", "path": sources, "tokenizer": "bytes", "max_seq_length": 256, "validation_split": 0},
         "balance": {"router_aux_loss_coef": coef},
         "optimizer": {"learning_rate": 2e-3, "lr_scheduler_type": "constant"},
-        "parallel": {"ep_size": 2, "expert_placement": "balanced", "placement_interval": 100},
+        "parallel": {
+            "ep_size": 2,
+            "expert_placement": "balanced",
+            "placement_interval": 10**6,
+            "replicated_experts": max(COPIES.values()),
+        },
         "train": {"per_device_train_batch_size": 4, "max_steps": steps, "output_dir": folder},
         "checkpoint": {"save_at_end": False},
         "monitor": {"progress": "none", "tensorboard": False, "logging_steps": 10**6},
@@ -77,7 +86,7 @@ def measure(coef: float, sources: dict[str, str], warm: int, turns: int, folder:
     from moe_dist.config import load_mapping
     from moe_dist.parallel.layout import Layout
     from moe_dist.parallel.mesh import Mesh
-    from moe_dist.parallel.placement import better_slots, tax
+    from moe_dist.parallel.placement import Cost, better_slots, hottest, tax
     from moe_dist.train import MoETrainer
     from moe_dist.train.placing import Placing
 
@@ -87,19 +96,26 @@ def measure(coef: float, sources: dict[str, str], warm: int, turns: int, folder:
     rows: list[Tensor] = []
     by_source: list[Tensor] = []
     moves: list[tuple[float, int]] = []
-    times: dict[str, list[tuple[float, float]]] = {"in order": [], "decided": []}
+    times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
 
     def decided(placing: Placing, ranks: int) -> dict[int, list[int]]:
         load_LE = torch.stack(rows[:warm]).double().mean(0)
         each = zip(placing.layers, load_LE, strict=True)
-        return {layer: better_slots(load_E, range(len(load_E)), ranks, placing.cost) for layer, load_E in each}
+        # As it would be with the interval of the default.
+        cost = Cost(placing.cost.row_bytes, placing.cost.expert_bytes, 100)
+        return {layer: better_slots(load_E, range(len(load_E)), ranks, cost) for layer, load_E in each}
+
+    def copied(placing: Placing, kind: str) -> dict[int, list[int]]:
+        load_LE = torch.stack(rows[:warm]).double().mean(0)
+        each = zip(placing.layers, load_LE, strict=True)
+        return {layer: hottest(load_E, COPIES.get(kind, 0)) for layer, load_E in each}
 
     class Alternating(MoETrainer):
-        """Trains, decides once, and then moves experts to and fro."""
+        """Trains, decides once, and then has each kind in turn."""
 
         def _one_step(self) -> None:
             step, placement = self.parts.counters.step - warm, self.parts.placing.placement
-            kind = ("in order", "decided")[step // TURN % 2]
+            kind = KINDS[step // TURN % len(KINDS)]
             if step >= 0 and step % TURN == 0:
                 assert placement is not None
                 slots = decided(self.parts.placing, 2) if kind == "decided" else placement.home
@@ -107,7 +123,9 @@ def measure(coef: float, sources: dict[str, str], warm: int, turns: int, folder:
                 began = time.perf_counter()
                 sent = placement.move(slots)
                 dist.barrier()
-                moves.append((time.perf_counter() - began, sent))
+                if sent:
+                    moves.append((time.perf_counter() - began, sent))
+                self.parts.placing.copy(copied(self.parts.placing, kind))
             began, cpu = time.perf_counter(), time.process_time()
             super()._one_step()
             cpu = time.process_time() - cpu
@@ -119,16 +137,20 @@ def measure(coef: float, sources: dict[str, str], warm: int, turns: int, folder:
             assert facts[0].pairs_NE is not None
             by_source.append(mesh.sum_over("dp", facts[0].pairs_NE.sum(1)))
 
-    steps = warm + 2 * TURN * turns
+    steps = warm + len(KINDS) * TURN * turns
     trainer = Alternating(load_mapping(settings(coef, sources, steps, folder)), mesh=mesh)
     loss = trainer.train().losses[-1]
     later_LE = torch.stack(rows[warm:]).double().mean(0)
     taxes = {}
     for ranks in (2, *WIDER):
-        placed = decided(trainer.parts.placing, ranks).values()
+        placing = trainer.parts.placing
+        home, placed = placing.slots, decided(placing, ranks)
         taxes[ranks] = [
-            statistics.fmean(tax(load_E, range(len(load_E)), ranks) for load_E in later_LE),
-            statistics.fmean(tax(load_E, slots, ranks) for load_E, slots in zip(later_LE, placed, strict=True)),
+            statistics.fmean(
+                tax(load_E, (placed if kind == "decided" else home)[layer], ranks, copied(placing, kind)[layer])
+                for layer, load_E in zip(placing.layers, later_LE, strict=True)
+            )
+            for kind in KINDS
         ]
     shares = torch.stack(by_source).double().sum(0)
     dist.destroy_process_group()
@@ -160,13 +182,16 @@ def on_both(place: Link, asked: list[str]) -> list[dict[str, Any]]:
 def summary(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over steps, of the rank that has the higher one."""
     middle: dict[str, tuple[float, float]] = {}
-    for kind in ("in order", "decided"):
+    for kind in KINDS:
         each = [[statistics.median(clock) for clock in zip(*rank["times"][kind], strict=True)] for rank in ranks]
         middle[kind] = max(wall for wall, _ in each), max(cpu for _, cpu in each)
-    home, placed = middle["in order"], middle["decided"]
-    moves = [max(one) for one in zip(*(rank["moves"] for rank in ranks), strict=True)][1:]  # the first has none to make
+    home = middle["in order"]
+    moves = [max(one) for one in zip(*(rank["moves"] for rank in ranks), strict=True)]
     return {
-        "ratio": {"wall": placed[0] / home[0], "busier rank's CPU": placed[1] / home[1]},
+        "ratio": {
+            kind: {"wall": middle[kind][0] / home[0], "busier rank's CPU": middle[kind][1] / home[1]}
+            for kind in KINDS[1:]
+        },
         "seconds": middle,
         "tax": ranks[0]["taxes"],
         "move_seconds": statistics.median(seconds for seconds, _ in moves),
@@ -193,7 +218,7 @@ def main() -> None:
     if not is_possible():
         links = [LOOPBACK]
     told: dict[str, Any] = {"ratio": {}, "tax": {}, "runs": {}}
-    print(f"experts as decided / in the order of their ids, 2 ranks, {warm} steps before, {TURN * turns} of each kind")
+    print(f"each / experts in the order of their ids, 2 ranks, {warm} steps before, {TURN * turns} of each kind")
     for rate in links:
         for name, coef in BALANCING.items():
             extra = ["--coef", str(coef), *(["--quick"] if asked.quick else [])]
@@ -203,14 +228,17 @@ def main() -> None:
             told["ratio"].setdefault(rate, {})[name] = found["ratio"]
             told["tax"][name] = found["tax"]
             told["runs"].setdefault(rate, {})[name] = found
-            taxes = ", ".join(f"ep {ep} {home:.3f} -> {placed:.3f}" for ep, (home, placed) in found["tax"].items())
-            (seconds, cpu_seconds), (wall, cpu) = found["seconds"]["in order"], found["ratio"].values()
+            seconds, cpu_seconds = found["seconds"]["in order"]
             print(
-                f"{rate:<9} {name:<18} step {1000 * seconds:.0f} ms x {wall:.3f}, CPU of the busier rank "
-                f"{1000 * cpu_seconds:.0f} ms x {cpu:.3f}; "
-                f"tax {taxes}; hottest expert {found['load_imbalance']:.2f}; a move "
+                f"{rate:<9} {name:<18} step {1000 * seconds:.0f} ms, CPU of the busier rank "
+                f"{1000 * cpu_seconds:.0f} ms; hottest expert {found['load_imbalance']:.2f}; a move "
                 f"{found['move_bytes'] / 1e6:.1f} MB each way, {1000 * found['move_seconds']:.0f} ms"
             )
+            for number, kind in enumerate(KINDS):
+                ratio = found["ratio"].get(kind, {"wall": 1.0, "busier rank's CPU": 1.0})
+                taxes = ", ".join(f"ep {ep} {each[number]:.3f}" for ep, each in found["tax"].items())
+                wall, cpu = ratio.values()
+                print(f"          {kind:<18} step x {wall:.3f}, CPU of the busier rank x {cpu:.3f}; tax {taxes}")
             print("          " + ", ".join(f"{source} {share:.0%}" for source, share in found["shares"].items()))
     if asked.json:
         asked.json.write_text(json.dumps(told, indent=1))

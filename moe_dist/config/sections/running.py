@@ -89,7 +89,11 @@ class ParallelConfig(Section):
     """balanced: experts change ranks inside their expert group while the run goes on, so that every rank gets about as
     many rows (ep_size above 1, docs/parallelism.md); off: they stay in the order of their ids."""
     placement_interval: Positive = 100
-    """Steps from one decision of expert_placement to the next: what a move spares in them must be worth its bytes."""
+    """Steps from one decision of expert_placement to the next: what a move spares in them must be worth its bytes; and
+    from one choice of replicated_experts to the next."""
+    replicated_experts: NonNegative = 0
+    """So many experts of each layer, those that got most tokens, are computed by every rank of their expert group for
+    its own tokens (ep_size above 1): weights travel to tokens, and gradients back (docs/parallelism.md); 0: none."""
     pp_size: Positive = 1
     """Pipeline parallelism: ranks over which the layers are spread, in stages of consecutive layers."""
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "dualpipe_v"] = "1f1b"

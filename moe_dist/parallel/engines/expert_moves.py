@@ -24,6 +24,7 @@ from moe_dist.models.routing import Routing
 from moe_dist.models.transformer import Transformer
 from moe_dist.parallel.engines.base import Engine
 from moe_dist.parallel.engines.optimizer import local
+from moe_dist.parallel.expert_copies import ExpertCopies
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.placement import Exchange
 from moe_dist.parallel.row_exchange import start_rows
@@ -93,6 +94,8 @@ class ExpertPlacement:
             exchange = Exchange.between(self.slots[layer], after, self.mesh.ep_rank, self.mesh.layout.ep_size)
             sent += sum(self._exchange(tensors, exchange) for tensors in state[layer])
             self._dispatchers[layer].set_slots(after)
+            if isinstance(copies := self._layers[layer].copies, ExpertCopies):
+                copies.set_slots(after)
             experts = self._layers[layer].experts
             experts.held = after[experts.first_expert : experts.first_expert + experts.num_local]
         self.slots |= moving

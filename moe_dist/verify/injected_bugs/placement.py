@@ -1,10 +1,13 @@
-"""Bugs in how experts change ranks: what is left behind."""
+"""Bugs in how experts change ranks and are copied: what is left behind."""
 
 from __future__ import annotations
 
 from typing import Any
 from unittest.mock import patch
 
+from torch import Tensor
+
+from moe_dist.parallel import expert_copies
 from moe_dist.parallel.engines.expert_moves import ExpertPlacement, Slots
 from moe_dist.verify.injected_bugs.planting import Replace
 
@@ -32,3 +35,12 @@ def noise_stays_when_experts_move(replace: Replace) -> None:
         return sent
 
     replace(ExpertPlacement, "move", wrong)
+
+
+def copies_learn_from_one_rank(replace: Replace) -> None:
+    """Of the gradients that all ranks have sent for a hot expert only those of the first are taken."""
+
+    def wrong(grads: Tensor, num_ranks: int) -> Tensor:
+        return grads[: len(grads) // num_ranks]
+
+    replace(expert_copies, "sum_over_ranks", wrong)

@@ -226,7 +226,7 @@ def weights_of_other_ranks_learn_nothing(replace: Replace) -> None:
 def pieces_home_in_another_order(replace: Replace) -> None:
     """What tokens of the last piece get is given to the first ones."""
     reach = MoE._through_experts
-    replace(MoE, "_through_experts", lambda self, departed: reach(self, departed[::-1]))
+    replace(MoE, "_through_experts", lambda self, departed, *others: reach(self, departed[::-1], *others))
 
 
 def capacity_counts_padding(replace: Replace) -> None:
