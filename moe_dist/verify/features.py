@@ -181,6 +181,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
         "all_gather": {"parallel.dispatcher": "all_gather"},
         "dedup": {"parallel.dispatcher": "dedup"},
         "hierarchical": {"parallel.dispatcher": "hierarchical", "parallel.ranks_per_host": 2},
+        "static": {"parallel.dispatcher": "static", "balance.capacity_factor": 0.8},  # that of `capacity`
     },
     "pieces": {"pieces": {"parallel.dispatch_chunks": 3}},
     "expert placement": {"moved_experts": {"parallel.expert_placement": "balanced"}},

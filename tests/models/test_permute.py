@@ -68,7 +68,7 @@ def test_rows_and_tokens_equal_the_one_hot_products(
 @given(sizes=sizes, seed=st.integers(0, 1000), places=st.integers(1, 12))
 def test_places_hold_the_first_pairs_and_zeros(sizes: tuple[int, int, int, int], seed: int, places: int) -> None:
     """Rows and all gradients are those of `sort_by_expert` after the drop, with zeros in between, also where what is
-    computed of an empty place is not zero."""
+    computed of an empty place is not zero. Planted: empty places with the first pair; pairs without a row weighted."""
     num_tokens, top_k, num_experts, width = sizes
     ids = draw_ids(num_tokens, top_k, num_experts, seed, complete=False)
     kept = drop_over_capacity(ids, num_experts, places)

@@ -14,10 +14,11 @@ from moe_dist.models import recompute
 from moe_dist.models.auxiliary import LoadBalance
 from moe_dist.models.context import RoutingContext
 from moe_dist.models.moe import MoE
+from moe_dist.models.permute import Permutation
 from moe_dist.models.router import ExpertChoiceRouter, Router
 from moe_dist.models.routing import TopK, TopKRouter
 from moe_dist.models.transformer import Transformer
-from moe_dist.parallel import dispatch_hop
+from moe_dist.parallel import dispatch_hop, dispatch_static
 from moe_dist.parallel import parallelize as module
 from moe_dist.parallel.dispatch import AllToAllDispatcher
 from moe_dist.parallel.mesh import Mesh
@@ -192,6 +193,21 @@ def deduplicated_tokens_sent_again(replace: Replace) -> None:
     replace(dispatch_hop.Hop, "_exchange_counts", wrong)
 
 
+def last_place_left_empty(replace: Replace) -> None:
+    """Where places are fixed, a place is counted before it is taken: the last one of an expert is past the end."""
+    place = dispatch_static.place_by_expert
+
+    def wrong(ids_TK: Tensor, num_experts: int, places: int, kernels: str) -> Permutation:
+        right = place(ids_TK, num_experts, places, kernels)
+        pair_of_row, row_of_pair = right.pair_of_row.clone(), right.row_of_pair
+        pair_of_row[places - 1 :: places] = ids_TK.numel()
+        is_last = (row_of_pair < right.num_rows) & (row_of_pair % places == places - 1)
+        row_of_pair = row_of_pair.masked_fill(is_last, right.num_rows)
+        return dataclasses.replace(right, pair_of_row=pair_of_row, row_of_pair=row_of_pair)
+
+    replace(dispatch_static, "place_by_expert", wrong)
+
+
 def noise_of_another_host(replace: Replace) -> None:
     """Where rows come by two hops, experts take them for those of the rank with the same place on another host."""
     exchange = dispatch_hop.Hop._exchange_counts
@@ -233,7 +249,7 @@ def capacity_counts_padding(replace: Replace) -> None:
     """Padding makes room for more tokens where experts are on several ranks."""
     capacity = MoE._capacity
 
-    def wrong(self: MoE, ids: Tensor, valid: Tensor | None) -> Tensor:
+    def wrong(self: MoE, ids: Tensor, valid: Tensor | None) -> Tensor | int:
         return capacity(self, ids, None if over_ranks(self) else valid)
 
     replace(MoE, "_capacity", wrong)
