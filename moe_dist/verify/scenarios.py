@@ -183,6 +183,11 @@ class Smallness:
                 f"parallel.dispatcher={other[0]}: it sums in another order than one process, which in bfloat16 sends "
                 "tokens to other experts; allowed: all_to_all"
             )
+        if words and words & LOW_PRECISION and "hot_experts" in words:
+            raise ConfigError(
+                "parallel.replicated_experts: a token's sum over experts has another order than in one process, which "
+                "in bfloat16 sends tokens to other experts; allowed: 0"
+            )
         small = self.of(layers) if words is None else self._plain(layers)
         changes = {
             "train": dict(scenario.layout.train_settings),
