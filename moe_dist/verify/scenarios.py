@@ -191,6 +191,11 @@ class Smallness:
                 "train.expert_precision=fp8: its rounding makes steps of that of float32, in which DeepSpeed computes; "
                 "allowed: parallel.engine=torch, in float64 or bfloat16"
             )
+        if words and words & LOW_PRECISION and "hot_experts" in words:
+            raise ConfigError(
+                "parallel.replicated_experts: a token's sum over experts has another order than in one process, which "
+                "in bfloat16 sends tokens to other experts; allowed: 0"
+            )
         small = self.of(layers) if words is None else self._plain(layers)
         changes = {
             "train": dict(scenario.layout.train_settings),
